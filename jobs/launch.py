@@ -1,0 +1,84 @@
+"""`python -m jobs.launch JOB`: submits the suite's jobs to a Slurm cluster, or runs them on this machine."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from pixart.recipes import RECIPES
+
+JOBS = {
+    "caption": "captions and screens the images of a dataset, one shard per array element",
+    "latents": "encodes a captioned dataset's images and text, one shard per array element",
+    "train": "trains stage 1 or stage 2",
+    "convert": "brings a checkpoint into FP8, stage 1 into stage 2 on the way",
+    "sample": "samples pictures from a checkpoint",
+    "demo": "runs all of them, from rendered scenes to counted pictures",
+}
+OVERRIDES = "configuration by dotted key, such as stage1.steps=100 or data.source=s3://bucket/photos; repeatable"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m jobs.launch", description=__doc__)
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", parser_class=Parser)
+    for name, summary in JOBS.items():
+        job = jobs.add_parser(name, help=summary, description=f"{name}: {summary}.")
+        job.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=OVERRIDES)
+        job.add_argument("--recipe", default="demo", help=f"one of {', '.join(RECIPES)} (default: demo)")
+        job.add_argument(
+            "--cluster", help="profile by name or path (default: $PIXART_CLUSTER, else local without Slurm)"
+        )
+        job.add_argument("--dataset", help="the dataset's directory, short for data.path=DIRECTORY")
+        job.add_argument("--home", help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)")
+        if name in ("caption", "latents"):
+            job.add_argument("--array", help="shards: 0-255, 3,7,9-12, 0-999:10, and %%N for N at once (default: all)")
+        if name == "train":
+            job.add_argument(
+                "--stage", type=int, choices=(1, 2), help="1: classes, 2: text (default: the checkpoint's, else 1)"
+            )
+            job.add_argument("--nodes", type=positive, default=1, help="nodes; on this machine, ranks (default: 1)")
+            job.add_argument("--from", dest="start", help="checkpoint or run to go on from")
+            job.add_argument("--resume", help="run folder to continue in")
+        if name == "convert":
+            job.add_argument("checkpoint", help="checkpoint, run folder or .pt file")
+            job.add_argument("--output", help="directory to write (default: beside the checkpoint)")
+        if name == "sample":
+            job.add_argument("checkpoint", help="checkpoint or run folder")
+            job.add_argument(
+                "--prompt", action="append", default=[], help="may be given several times (default: the dataset's)"
+            )
+        if name != "demo":
+            job.add_argument("--no-wait", action="store_true", help="on a cluster: return once submitted")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    from jobs import commands
+    from jobs.submission import JobFailedError
+
+    try:
+        return commands.run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except JobFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

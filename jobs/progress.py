@@ -1,0 +1,61 @@
+"""One progress line for a long job: a bar on a terminal, a plain line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0  # between two plain lines
+
+
+class ProgressLine:
+    """`with ProgressLine("caption", total) as line: line.update(done, "text")`."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.begun = self.printed = time.monotonic()
+        self.first: int | None = None  # what was done when we began to look
+        self.bar: Progress | None = None
+        if sys.stdout.isatty():
+            self.bar = Progress(
+                TextColumn("{task.description:<14}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(),
+            )
+
+    def __enter__(self) -> "ProgressLine":
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task(self.name, total=self.total, note="")
+        else:
+            print(f"{self.name}: begun", flush=True)
+        return self
+
+    def update(self, done: int, note: str = "") -> None:
+        if self.first is None:
+            self.first = done
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            print(self.plain(done, note), flush=True)
+
+    def plain(self, done: int, note: str) -> str:
+        seconds = time.monotonic() - self.begun
+        rate = (done - (self.first or 0)) / seconds
+        left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
+        return f"{self.name}: {done} of {self.total}, {rate:.1f}/s{left}{', ' if note else ''}{note}"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+        elif kind is None:
+            print(f"{self.name}: done in {time.monotonic() - self.begun:.0f} s", flush=True)

@@ -1,0 +1,190 @@
+"""A checkpoint directory: all that training needs to go on, by parameter name.
+
+    step-00000400/
+      transformer/            master weights, float32, a diffusers folder (`DiT.from_pretrained`)
+      ema/                    the exponential moving average, likewise
+      optimizer.safetensors   AdamW's NAME.exp_avg, NAME.exp_avg_sq and NAME.step
+      fp8.safetensors         NAME.scale and NAME.amax_history, in a checkpoint of FP8 training
+      training.json           stage, step, normalization, plan, provenance; written last
+
+A checkpoint is written under a temporary name and renamed, so that one which has its final name is whole.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pixart.model.dit import DiT
+from pixart.model.fp8 import Plan
+
+FORMAT = 1
+MARKER = "training.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalization:
+    """Latents as the model sees them: (latent - mean) / std, per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:  # each (1, C, 1, 1)
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
+    def apply(self, latents: Tensor) -> Tensor:
+        mean, std = self.tensors(latents.device)
+        return (latents.float() - mean) / std
+
+    def undo(self, normalized: Tensor) -> Tensor:
+        mean, std = self.tensors(normalized.device)
+        return normalized.float() * std + mean
+
+
+@dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    """A training state in memory, on the CPU and unsharded."""
+
+    stage: int
+    step: int  # optimizer steps done in this stage
+    config: dict[str, Any]  # of DiT
+    model: State
+    ema: State
+    optimizer: State
+    normalization: Normalization
+    plan: Plan | None = None
+    scales: State = field(default_factory=dict)
+    dataset: str | None = None  # path of the dataset it was trained on
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
+    """Writes `directory` whole or not at all, in place of one that is already there."""
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        for name, state in (("transformer", checkpoint.model), ("ema", checkpoint.ema)):
+            (partial / name).mkdir(parents=True)
+            config = {"_class_name": DiT.__name__, **checkpoint.config}
+            (partial / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_tensors(state, partial / name / WEIGHTS)
+        save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
+        if checkpoint.plan is not None:
+            save_tensors(checkpoint.scales, partial / "fp8.safetensors")
+        record = {
+            "format": FORMAT,
+            "stage": checkpoint.stage,
+            "step": checkpoint.step,
+            "normalization": dataclasses.asdict(checkpoint.normalization),
+            "plan": None if checkpoint.plan is None else dataclasses.asdict(checkpoint.plan),
+            "dataset": checkpoint.dataset,
+            "provenance": checkpoint.provenance,
+        }
+        with (partial / MARKER).open("w") as file:
+            json.dump(record, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        if directory.exists():
+            old = partial.with_suffix(".old")
+            directory.replace(old)
+            partial.replace(directory)
+            shutil.rmtree(old)
+        else:
+            partial.replace(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return directory
+
+
+def save_tensors(state: State, path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """The content of `training.json`. Raises ValueError where the directory is no checkpoint."""
+    marker = Path(directory) / MARKER
+    try:
+        record = json.loads(marker.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory} is no checkpoint: it has no readable {MARKER}") from error
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{directory} has checkpoint format {record.get('format')!r}, not {FORMAT}")
+    return record
+
+
+def normalization(record: dict[str, Any]) -> Normalization:
+    return Normalization(**{key: tuple(values) for key, values in record["normalization"].items()})
+
+
+def load(directory: str | Path) -> Checkpoint:
+    """Reads a checkpoint directory. Raises ValueError naming what is missing, damaged or of the wrong shape."""
+    directory = Path(directory)
+    record = read_record(directory)
+    config = DiT.load_config(directory / "transformer")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    plan = record["plan"] and Plan(**{**record["plan"], "linears": tuple(record["plan"]["linears"])})
+    checkpoint = Checkpoint(
+        stage=record["stage"],
+        step=record["step"],
+        config=config,
+        model=load_tensors(directory / "transformer" / WEIGHTS),
+        ema=load_tensors(directory / "ema" / WEIGHTS),
+        optimizer=load_tensors(directory / "optimizer.safetensors"),
+        normalization=normalization(record),
+        plan=plan,
+        scales=load_tensors(directory / "fp8.safetensors") if plan else {},
+        dataset=record["dataset"],
+        provenance=record["provenance"],
+    )
+    check_shapes(checkpoint.model, config, f"{directory}/transformer")
+    check_shapes(checkpoint.ema, config, f"{directory}/ema")
+    return checkpoint
+
+
+def load_tensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+
+
+def check_shapes(state: State, config: dict[str, Any], name: str) -> None:
+    """Raises ValueError unless `state` has just the tensors, of just the shapes, that the configuration asks for."""
+    with torch.device("meta"):
+        wanted = {key: tuple(tensor.shape) for key, tensor in DiT(**config).state_dict().items()}
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise ValueError(f"{name} lacks {len(missing)} tensors of the model, such as {missing[0]}")
+    if unknown := sorted(state.keys() - wanted.keys()):
+        raise ValueError(f"{name} has {len(unknown)} tensors that the model does not know, such as {unknown[0]}")
+    for key, shape in wanted.items():
+        if tuple(state[key].shape) != shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(state[key].shape)}, the model needs {shape}")
+
+
+def steps(run: str | Path) -> list[Path]:
+    """The checkpoints of a training run, oldest first."""
+    return sorted(marker.parent for marker in Path(run).glob(f"checkpoints/step-*/{MARKER}"))
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of a run folder; ValueError where there is none."""
+    if (Path(path) / MARKER).exists():
+        return Path(path)
+    found = steps(path)
+    if not found:
+        raise ValueError(f"{path} is neither a checkpoint nor a run with one")
+    return found[-1]

@@ -1,0 +1,164 @@
+"""Configuration: what a recipe says, and how the command line changes it.
+
+Imports neither torch nor anything heavy, so that the launcher may read it.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """A dataset: where its images come from and how they become rows.
+
+    `source` is `demo` or the fsspec URL of an image folder, parquet files or webdataset tars.
+    All of it but `path` is fixed in the dataset's manifest before the first task runs.
+    """
+
+    path: str  # the dataset's directory
+    source: str = "demo"
+    shards: int = 256
+    images: int | None = None  # how many of the source's images; None: all of them
+    seed: int = 0  # of the demo's scenes
+    image_size: int = 256  # pixels, both sides, after resize and centre crop
+    vae: str = "demo"  # `demo`, or a folder or hub name of a diffusers AutoencoderKL
+    text_encoder: str = "minilm"  # `minilm`, or a folder or hub name of a transformers encoder
+    text_tokens: int = 120
+    text_scale: float = 1.0  # multiplies the encoder's states
+    text_states: bool = False  # store the states too: 15 times the size of the latents at width 2048
+    captioner: Literal["labels", "vllm"] = "labels"
+    caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"  # read by the vllm captioner
+    caption_batch: int = 64  # images that the captioner is given at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes that stage 1 and stage 2 share; defaults are the real run's (PixArt-alpha XL/2)."""
+
+    in_dim: int = 16  # latent channels
+    dim: int = 1152
+    cond_dim: int = 256
+    num_heads: int = 16
+    mlp_ratio: int = 4
+    num_blocks: int = 28
+    patch_size: int = 2
+    base_image_size: int = 32  # latent side at the reference resolution
+    num_classes: int = 1001  # of stage 1; the last index means "no class"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One stage of training. The global batch does not depend on the number of ranks."""
+
+    steps: int
+    batch: int  # global batch, images
+    lr: float
+    warmup: int  # steps of linear warm-up
+    final_lr: float = 1.0  # cosine decay ends at this fraction of lr; 1: constant
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-15
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.9999
+    drop: float = 0.1  # share of conditions replaced by "none", for guidance
+    precision: Literal["bf16", "fp32"] = "bf16"
+    fp8: bool = False  # needs a checkpoint that the conversion wrote
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """How pictures are sampled and, for the demo's scenes, counted."""
+
+    steps: int = 20  # Euler
+    guidance: float = 4.5
+    seed: int = 0
+    count: int = 64  # prompts taken from the dataset where none are given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that a run depends on, except the cluster."""
+
+    name: str
+    data: DataConfig
+    model: ModelConfig
+    stage1: TrainConfig
+    stage2: TrainConfig
+    sample: SampleConfig
+
+    def train(self, stage: int) -> TrainConfig:
+        return self.stage1 if stage == 1 else self.stage2
+
+
+def override(recipe: Recipe, assignments: list[str]) -> Recipe:
+    """Returns `recipe` with each `dotted.key=value` applied.
+
+    Raises ValueError naming the key and what is allowed for an unknown key or a value of the wrong type.
+    """
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"override {assignment!r}: write it as key=value, for example stage1.steps=100")
+        recipe = _replace(recipe, key.split("."), text, key)
+    return recipe
+
+
+def _replace(config: Any, path: list[str], text: str, key: str) -> Any:
+    name, rest = path[0], path[1:]
+    allowed = [field.name for field in dataclasses.fields(config)]
+    if name not in allowed:
+        raise ValueError(f"unknown configuration key {key!r}: {name!r} is not one of {', '.join(allowed)}")
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value):
+        if not rest:
+            inner = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(value))
+            raise ValueError(f"configuration key {key!r} is a group; set one of {inner}")
+        return dataclasses.replace(config, **{name: _replace(value, rest, text, key)})
+    if rest:
+        raise ValueError(f"unknown configuration key {key!r}: {name!r} has no parts")
+    return dataclasses.replace(config, **{name: parse_value(get_type_hints(type(config))[name], text, key)})
+
+
+def parse_value(kind: Any, text: str, key: str) -> Any:
+    """Reads `text` as a value of the annotated type `kind`, one of those that the configuration uses."""
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise ValueError(f"{key}={text!r}: must be one of {', '.join(get_args(kind))}")
+        return text
+    if get_origin(kind) in (typing.Union, types.UnionType):  # only `T | None` is used
+        if text.lower() == "none":
+            return None
+        return parse_value(get_args(kind)[0], text, key)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{key}={text!r}: must be true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key}={text!r}: must be of type {kind.__name__}") from None
+
+
+def to_json(recipe: Recipe) -> str:
+    return json.dumps(dataclasses.asdict(recipe), indent=2)
+
+
+def from_json(text: str) -> Recipe:
+    """Rebuilds the recipe that `to_json` wrote; unknown fields raise TypeError."""
+    values = json.loads(text)
+    return Recipe(
+        name=values["name"],
+        data=DataConfig(**values["data"]),
+        model=ModelConfig(**values["model"]),
+        stage1=TrainConfig(**values["stage1"]),
+        stage2=TrainConfig(**values["stage2"]),
+        sample=SampleConfig(**values["sample"]),
+    )

@@ -1,0 +1,167 @@
+"""The demo's images: rendered, captioned scenes that a small model learns in minutes on a CPU.
+
+A scene is a function of (seed, index) alone, so any process may make any of them, in any order.
+Lengths are fractions of the picture's side; x grows to the right and y downwards.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star")  # a scene's class label is its shape's index
+COLORS = {
+    "red": (220, 25, 30),
+    "orange": (255, 140, 0),
+    "yellow": (250, 235, 50),
+    "green": (20, 150, 50),
+    "cyan": (40, 215, 225),
+    "blue": (25, 60, 225),
+    "purple": (135, 30, 170),
+    "pink": (255, 135, 195),
+}
+BACKGROUNDS = {"white": (245, 245, 245), "gray": (135, 135, 135), "black": (20, 20, 20), "brown": (95, 60, 35)}
+POSITIONS = {  # offset of the main shape from the middle, and the caption's words
+    "center": (0.0, 0.0, "in the center"),
+    "left": (-10 / 64, 0.0, "on the left"),
+    "right": (10 / 64, 0.0, "on the right"),
+    "top": (0.0, -10 / 64, "at the top"),
+    "bottom": (0.0, 10 / 64, "at the bottom"),
+}
+
+# Corners, inner radius over outer radius, and the clockwise angle from "up" to a corner.
+_POLYGONS = {
+    "square": (4, math.cos(math.pi / 4), math.pi / 4),
+    "triangle": (3, math.cos(math.pi / 3), 0.0),
+    "star": (5, 0.45, 0.0),
+}
+_POLYGON_RADIUS = 1.1  # a polygon's outer radius over the circle's, which brings their areas closer
+_DOT_RADIUS = 0.3  # over the main shape's; the dot covers less than a fifth of any shape
+_CORNER = 23 / 64  # from the middle to a small shape, along both axes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallShape:
+    """A second, small shape in a corner that the main shape leaves free."""
+
+    shape: str
+    color: str
+    radius: float
+    x: float  # of its centre
+    y: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """What a picture shows: what its caption says, and the jitter that its caption leaves out."""
+
+    shape: str
+    color: str
+    background: str
+    position: str
+    dot: str | None  # colour of a dot in the middle of the main shape
+    small: SmallShape | None
+    radius: float
+    x: float  # of the main shape's centroid
+    y: float
+    brightness: float  # multiplies the colours of the shapes
+    background_brightness: float
+
+
+def make_scene(seed: int, index: int) -> Scene:
+    """Returns scene `index` of the endless series `seed`; negative numbers raise ValueError.
+
+    A quarter of the scenes have a dot and, independently, a quarter have a small shape.
+    """
+    generator = np.random.default_rng((seed, index))
+
+    def choose(names: list[str]) -> str:
+        return names[generator.integers(len(names))]
+
+    shape, color, position = choose(list(SHAPES)), choose(list(COLORS)), choose(list(POSITIONS))
+    background = choose(list(BACKGROUNDS))
+    other_colors = [name for name in COLORS if name != color]
+    dot = choose(other_colors) if generator.random() < 0.25 else None
+    offset_x, offset_y, _ = POSITIONS[position]
+    small = None
+    if generator.random() < 0.25:
+        side_x, side_y = generator.choice((-1, 1), size=2)
+        small = SmallShape(
+            shape=choose(list(SHAPES)),
+            color=choose(other_colors),
+            radius=float(generator.uniform(5, 6)) / 64,
+            x=0.5 + _CORNER * float(-np.sign(offset_x) or side_x),  # away from the main shape
+            y=0.5 + _CORNER * float(-np.sign(offset_y) or side_y),
+        )
+    shift_x, shift_y = generator.uniform(-1, 1, size=2) / 64
+    return Scene(
+        shape=shape,
+        color=color,
+        background=background,
+        position=position,
+        dot=dot,
+        small=small,
+        radius=float(generator.uniform(14, 18)) / 64,
+        x=float(0.5 + offset_x + shift_x),
+        y=float(0.5 + offset_y + shift_y),
+        brightness=float(generator.uniform(0.9, 1)),
+        background_brightness=float(generator.uniform(0.9, 1)),
+    )
+
+
+def caption(scene: Scene) -> str:
+    """Describes the scene in one noun phrase; scenes of the same content have the same caption."""
+    dot = f" with {_with_article(scene.dot)} dot" if scene.dot else ""
+    small = f", and a small {scene.small.color} {scene.small.shape}" if scene.small else ""
+    where = POSITIONS[scene.position][2]
+    return f"{_with_article(scene.color)} {scene.shape}{dot} {where} of a {scene.background} background{small}"
+
+
+def render(scene: Scene, size: int = 64) -> np.ndarray:
+    """Draws the scene, anti-aliased, as uint8 of (size, size, 3)."""
+    image = np.empty((size, size, 3))
+    image[:] = np.multiply(BACKGROUNDS[scene.background], scene.background_brightness)
+    layers = [(scene.shape, scene.color, scene.radius, scene.x, scene.y)]
+    if scene.dot:
+        layers.append(("circle", scene.dot, scene.radius * _DOT_RADIUS, scene.x, scene.y))
+    if scene.small:
+        layers.append((scene.small.shape, scene.small.color, scene.small.radius, scene.small.x, scene.small.y))
+    centers = np.arange(size) + 0.5
+    for shape, color, radius, x, y in layers:
+        outer_radius = radius * size * (1.0 if shape == "circle" else _POLYGON_RADIUS)
+        distance = signed_distance(shape, centers - x * size, centers[:, None] - y * size, outer_radius)
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of each pixel by the shape
+        image += coverage * (np.multiply(COLORS[color], scene.brightness) - image)
+    return np.rint(image).astype(np.uint8)
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Distance from points (x, y) to the outline of a shape around the origin, negative inside, in the points' unit.
+
+    `radius` reaches from the centroid to the corners. `x` and `y` broadcast. Near a corner, outside,
+    the distance is to the lines that the sides lie on.
+    """
+    distance_to_origin = np.hypot(x, y)
+    if shape == "circle":
+        return distance_to_origin - radius
+    corners, inner, first_corner = _POLYGONS[shape]
+    # Every half of a corner looks alike, so fold the plane onto one: its side runs from the corner,
+    # at angle zero, to the point of inner radius, at angle pi / corners.
+    sector = 2 * math.pi / corners
+    angle = np.arctan2(x, -y) - first_corner
+    angle = np.abs(angle - sector * np.rint(angle / sector))
+    end_x, end_y = inner * math.cos(sector / 2) - 1, inner * math.sin(sector / 2)  # the side, as a vector
+    along, across = distance_to_origin * np.cos(angle) - radius, distance_to_origin * np.sin(angle)
+    return (along * end_y - across * end_x) / math.hypot(end_x, end_y)
+
+
+def unit_area(shape: str) -> float:
+    """Area of a shape whose `signed_distance` radius is 1."""
+    if shape == "circle":
+        return math.pi
+    corners, inner, _ = _POLYGONS[shape]
+    return corners * inner * math.sin(math.pi / corners)
+
+
+def _with_article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

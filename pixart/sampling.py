@@ -1,0 +1,44 @@
+"""Sampling with classifier-free guidance, by diffusers' flow-match Euler scheduler."""
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from pixart.model.dit import DiT
+
+
+@torch.no_grad()
+def sample(
+    model: DiT,
+    condition: dict[str, Tensor],
+    null: dict[str, Tensor],
+    *,
+    side: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> Tensor:
+    """Normalized latents (B, C, side, side) for a condition and its "none", keyword arguments of the model.
+
+    The noise of sample i depends on `seed + i` alone, not on the batch. A guidance of 1 runs the model once a step.
+    """
+    device = model.patchify.weight.device
+    count = len(next(iter(condition.values())))
+    shape = (model.config.in_dim, side, side)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(count)]
+    latents = torch.stack(noise).to(device)
+    both = {key: torch.cat([value, null[key]]) for key, value in condition.items()}
+
+    # diffusers counts sigma from 1 (noise) to 0 (data) and predicts noise - data; the model has t = 1 - sigma.
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+        t = torch.full((count,), 1 - sigma.item(), device=device)
+        if guidance == 1:
+            velocity = model(latents, t, **condition)
+        else:
+            conditional, unconditional = model(latents.repeat(2, 1, 1, 1), t.repeat(2), **both).chunk(2)
+            velocity = unconditional + guidance * (conditional - unconditional)
+        latents = scheduler.step(-velocity.float(), timestep, latents).prev_sample
+    return latents

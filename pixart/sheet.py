@@ -1,0 +1,29 @@
+"""A contact sheet: pictures in a grid, each with its prompt under it."""
+
+from collections.abc import Sequence
+from textwrap import wrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 176  # pixels, width of a column
+GAP = 12
+LINE = 14
+FONT_SIZE = 11
+
+
+def contact_sheet(images: Sequence[Image.Image], prompts: Sequence[str], *, columns: int = 8) -> Image.Image:
+    """Pictures scaled to the column's width, prompts wrapped below."""
+    columns = min(columns, len(images))
+    font = ImageFont.load_default(size=FONT_SIZE)
+    characters = CELL // 6
+    texts = [wrap(prompt, characters)[:5] for prompt in prompts]
+    cell_height = CELL + max(len(lines) for lines in texts) * LINE + 2 * GAP
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * cell_height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        left = GAP + (index % columns) * (CELL + GAP)
+        top = GAP + (index // columns) * cell_height
+        sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top))
+        draw.multiline_text((left, top + CELL + 4), "\n".join(lines), fill="black", font=font)
+    return sheet

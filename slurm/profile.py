@@ -1,0 +1,111 @@
+"""Cluster profiles: all that the suite knows of a cluster, in one TOML file each.
+
+A profile is one of `slurm/profiles/` by name, or any file by path. `$NAME` in a text is taken from the environment.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import tomllib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+FOLDER = Path(__file__).parent / "profiles"
+JOB_KINDS = ("init", "caption", "latents", "train", "convert", "sample")
+VARIABLE = re.compile(r"\$([A-Z_][A-Z0-9_]*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Where jobs run and what each may ask for; tables are by job kind, of JOB_KINDS."""
+
+    name: str
+    executor: Literal["local", "slurm"]
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    mail_user: str | None = None
+    mail_type: str | None = None
+    gpus_per_node: int = 0
+    gpu_type: str | None = None
+    cpus_per_task: int = 1
+    memory_gb: int | None = None  # per node; None: the partition's default
+    array_parallelism: int = 0  # array elements that run at once; 0: as many as there are processors
+    minutes: dict[str, int] = field(default_factory=dict)  # time limit by job kind
+    python: dict[str, str] = field(default_factory=dict)  # interpreter by job kind; the launcher's own by default
+    setup: list[str] = field(default_factory=list)  # shell lines before the task, such as `module load`
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def default_name() -> str:
+    """PIXART_CLUSTER, else `local` where there is no Slurm. Raises ValueError where there is one and none is named."""
+    if name := os.environ.get("PIXART_CLUSTER"):
+        return name
+    if shutil.which("sbatch"):
+        raise ValueError(f"this machine has Slurm: name the cluster by --cluster or PIXART_CLUSTER, {known()}")
+    return "local"
+
+
+def known() -> str:
+    return "one of " + ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml"))) + " or the path of a .toml file"
+
+
+def load(name: str) -> Profile:
+    """Reads a profile by name or path. Raises ValueError naming the key for anything that it cannot mean."""
+    is_path = name.endswith(".toml")
+    path = Path(name) if is_path else FOLDER / f"{name}.toml"
+    if not path.is_file():
+        raise ValueError(f"unknown cluster profile {name!r}: it must be {known()}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"profile {path}: {error}") from error
+    hints = get_type_hints(Profile)
+    for key, value in values.items():
+        if key not in hints or key == "name":
+            allowed = ", ".join(item.name for item in dataclasses.fields(Profile) if item.name != "name")
+            raise ValueError(f"profile {path}: unknown key {key!r}, allowed are {allowed}")
+        values[key] = expand(check(value, hints[key], key, path), key, path)
+    if "executor" not in values:
+        raise ValueError(f"profile {path}: 'executor' is missing, it must be local or slurm")
+    for key in ("minutes", "python"):
+        if odd := sorted(set(values.get(key, {})) - set(JOB_KINDS)):
+            raise ValueError(f"profile {path}: {key}.{odd[0]} is no job kind, they are {', '.join(JOB_KINDS)}")
+    return Profile(name=path.stem, **values)
+
+
+def check(value: Any, kind: Any, key: str, path: Path) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is types.UnionType:
+        kind, origin = arguments[0], None
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"profile {path}: {key} = {value!r} must be one of {', '.join(arguments)}")
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {name: check(item, arguments[1], f"{key}.{name}", path) for name, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [check(item, arguments[0], key, path) for item in value]
+    wanted = origin or kind
+    if type(value) is not wanted:
+        raise ValueError(f"profile {path}: {key} = {value!r} must be of type {wanted.__name__}")
+    return value
+
+
+def expand(value: Any, key: str, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {name: expand(item, f"{key}.{name}", path) for name, item in value.items()}
+    if not isinstance(value, str) or key.startswith("setup"):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ValueError(f"profile {path}: {key} needs the environment variable {match[1]}, which is not set")
+        return os.environ[match[1]]
+
+    return VARIABLE.sub(variable, value)
