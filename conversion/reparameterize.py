@@ -8,6 +8,7 @@ linear before, for (1 + gamma, beta), which share one s, into the columns of the
 Shapes: T nodes of t, D width; a modulation has 6 chunks of D: gamma1, beta1, gamma2, beta2, alpha1, alpha2.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +25,14 @@ Way = Literal["paper", "fitted"]
 WAYS: tuple[Way, ...] = ("paper", "fitted")
 
 PAPER_T = 0.5
+FIT_IMAGES = 32
 NODES = 16
-ROUNDS = 10
+NODE_SPAN = 2.5  # standard deviations of the logit of t that the nodes reach on either side
 RIDGE = 1e-5  # of the largest squared singular value
-MAX_SCALE = 4.0  # |s| stays in [1/4, 4]: beyond, weights and offsets degenerate
+# The fit minimizes errors channel by channel, but those of all blocks add up in the output: more rounds of it can make
+# the output worse. So these are tried, |s| within [1 / max_scale, max_scale], and the output's error decides.
+ROUNDS = (1, 2, 4, 10)
+MAX_SCALES = (4.0, 16.0)
 CHUNK = {"gamma1": 0, "beta1": 1, "gamma2": 2, "beta2": 3, "alpha1": 4, "alpha2": 5}
 # A scale's two chunks, or the gate's one, with the weights that absorb it: along rows (0) or columns (1).
 ATTENTION, MLP = "attention.attention", "mlp"
@@ -49,9 +54,11 @@ class Modulation:
     scales: Tensor  # s (blocks, 6 D)
 
 
-def nodes_of_t() -> Tensor:
-    """Midpoints of equally likely parts of the training distribution of t -> (T,) float64."""
-    return torch.special.ndtri((torch.arange(NODES, dtype=torch.float64) + 0.5) / NODES).sigmoid()
+def nodes_of_t() -> tuple[Tensor, Tensor]:
+    """Values of t and their weights under its training distribution -> (T,), (T,), float64."""
+    logit = torch.linspace(-NODE_SPAN, NODE_SPAN, NODES, dtype=torch.float64)
+    density = torch.exp(-logit.square() / 2)
+    return logit.sigmoid(), density / density.sum()
 
 
 @torch.no_grad()
@@ -68,7 +75,10 @@ def linear(x: Tensor, layer: torch.nn.Linear) -> Tensor:
 
 
 def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
-    """omega = E |d(v . output) / d modulation|^2 for random v; normalized latents (B, C, h, w) -> (blocks, 6 D)."""
+    """omega = E |d(v . output) / d modulation|^2 for random v at each node of t -> (blocks, T, 6 D).
+
+    `latents` (B, C, h, w) are normalized.
+    """
     generator = torch.Generator().manual_seed(seed)
     captured: list[Tensor] = []
 
@@ -77,16 +87,18 @@ def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
         captured.append(output)
 
     handles = [block.adaLN2.register_forward_hook(capture) for block in model.dit_blocks]
-    try:
-        t = stratified_time(len(latents), generator)
+    omega = []
+    for value in nodes_of_t()[0].float():
+        t = value.expand(len(latents))
         noised = interpolate(latents, torch.randn(latents.shape, generator=generator), t)
         output = model(noised, t, label=no_class(model, len(latents)))
         (output * torch.randn(output.shape, generator=generator)).sum().backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.zero_grad(set_to_none=True)
-    return torch.stack([modulation.grad.double().square().mean(0) for modulation in captured])
+        omega.append(torch.stack([modulation.grad.double().square().mean(0) for modulation in captured]))
+        captured.clear()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    return torch.stack(omega, dim=1)
 
 
 def paper(model: DiT) -> Modulation:
@@ -101,27 +113,27 @@ def paper(model: DiT) -> Modulation:
     )
 
 
-def fitted(model: DiT, omega: Tensor, scales: Tensor | None = None) -> Modulation:
-    """Signed per-channel scales by alternating least squares, weighted by sensitivity; in float64.
+def fitted(model: DiT, omega: Tensor, *, rounds: int, max_scale: float, scales: Tensor | None = None) -> Modulation:
+    """Signed per-channel scales by alternating least squares, weighted by sensitivity (blocks, T, 6 D); in float64.
 
     With `scales` given only f and E are fitted: the average of the weights must share its scales with them.
     """
-    targets, hidden = modulations(model, nodes_of_t())  # (blocks, T, 6 D), (T, D)
+    t, density = nodes_of_t()
+    targets, hidden = modulations(model, t)  # (blocks, T, 6 D), (T, D)
     blocks, nodes, width = targets.shape
-    dim = width // 6
-    one = torch.zeros(6, dim, dtype=torch.float64)
+    one = torch.zeros(6, width // 6, dtype=torch.float64)
     one[[CHUNK["gamma1"], CHUNK["gamma2"]]] = 1
     targets = targets + one.flatten()
-    weight = omega[:, None].clamp(min=omega.mean() * 1e-6)  # (blocks, 1, 6 D): t's nodes are equally likely
+    weight = density[:, None] * omega.clamp(min=omega.mean() * 1e-6)
 
-    shared = targets[0]
+    shared = targets[0]  # f (T, 6 D)
     s = torch.ones(blocks, width, dtype=torch.float64) if scales is None else scales.double()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         if scales is None:
-            s = fit_scales(shared, targets, weight)
-        u = (targets - s[:, None] * shared).mean(1)
+            s = fit_scales(shared, targets, weight, max_scale)
+        u = weighted_mean(targets - s[:, None] * shared, weight)
         scaled = weight * s[:, None]
-        shared = (scaled * (targets - u[:, None])).sum(0) / (scaled * s[:, None]).sum(0)
+        shared = (scaled * (targets - u)).sum(0) / (scaled * s[:, None]).sum(0)
 
     # Realize f in the last layer of block 0's MLP: ridge on the change of its weights and bias.
     first = model.dit_blocks[0].adaLN2
@@ -131,7 +143,7 @@ def fitted(model: DiT, omega: Tensor, scales: Tensor | None = None) -> Modulatio
     ridge = RIDGE * torch.linalg.eigvalsh(kernel)[-1] * torch.eye(nodes, dtype=torch.float64)
     change = torch.linalg.solve(kernel + ridge, residual).t() @ features  # (6 D, D + 1)
     realized = linear(hidden, first) + features @ change.t()
-    u = (targets - s[:, None] * realized).mean(1)
+    u = weighted_mean(targets - s[:, None] * realized, weight)[:, 0]
     return Modulation(
         weight=(first.weight.detach().double() + change[:, :-1]).float(),
         bias=(first.bias.detach().double() + change[:, -1]).float(),
@@ -140,10 +152,14 @@ def fitted(model: DiT, omega: Tensor, scales: Tensor | None = None) -> Modulatio
     )
 
 
-def fit_scales(shared: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """s = sum W f~ S~ / sum W f~^2 over t and over the chunks that share it, f~ and S~ without their mean over t."""
-    centred = shared - shared.mean(0)  # (T, 6 D)
-    moving = targets - targets.mean(1, keepdim=True)  # (blocks, T, 6 D)
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:  # (blocks, T, 6 D) -> (blocks, 1, 6 D)
+    return (weight * values).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+
+
+def fit_scales(shared: Tensor, targets: Tensor, weight: Tensor, max_scale: float) -> Tensor:
+    """s = sum W f~ S~ / sum W f~^2 over t and over the chunks that share it, f~ and S~ without their W-mean over t."""
+    centred = shared - weighted_mean(shared.expand_as(weight), weight)  # (blocks, T, 6 D)
+    moving = targets - weighted_mean(targets, weight)
     blocks = len(targets)
     numerator = (weight * centred * moving).sum(1).view(blocks, 6, -1)
     denominator = (weight * centred.square()).sum(1).view(blocks, 6, -1)
@@ -152,7 +168,7 @@ def fit_scales(shared: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         index = [CHUNK[name] for name in chunks]
         ratio = numerator[:, index].sum(1) / denominator[:, index].sum(1).clamp(min=1e-30)
         sign = torch.where(ratio < 0, -1.0, 1.0)
-        s[:, index] = (sign * ratio.abs().clamp(1 / MAX_SCALE, MAX_SCALE))[:, None]
+        s[:, index] = (sign * ratio.abs().clamp(1 / max_scale, max_scale))[:, None]
     return s.flatten(1)
 
 
@@ -205,9 +221,7 @@ def to_stage2(source: Checkpoint, way: Way, text_dim: int, latents: Tensor) -> t
     if way == "paper":
         own, averaged = paper(model), paper(average)
     else:
-        omega = sensitivity(model, latents)
-        own = fitted(model, omega)
-        averaged = fitted(average, omega, scales=own.scales)
+        own, averaged = best_fit(model, average, latents[:FIT_IMAGES], fresh)
 
     absorbed = dict(
         pair for index in range(len(model.dit_blocks)) for pair in absorbed_scales(index, own.scales[index])
@@ -239,6 +253,36 @@ def to_stage2(source: Checkpoint, way: Way, text_dim: int, latents: Tensor) -> t
         provenance={**source.provenance, "reparameterization": way, "stage1_step": source.step},
     )
     return converted, fates
+
+
+def best_fit(model: DiT, average: DiT, latents: Tensor, fresh: State) -> tuple[Modulation, Modulation]:
+    """Of the fits by ROUNDS and MAX_SCALES the one with the smallest error of the output, and the average's with it."""
+    omega = sensitivity(model, latents)
+    text_dim = fresh["dit_blocks.0.cross_attention.k_proj.weight"].shape[1]
+    stage2 = DiT(
+        **stage2_config({key: value for key, value in model.config.items() if not key.startswith("_")}, text_dim)
+    )
+    best: tuple[float, Modulation, Modulation] | None = None
+    for rounds, max_scale in itertools.product(ROUNDS, MAX_SCALES):
+        modulation = fitted(model, omega, rounds=rounds, max_scale=max_scale)
+        stage2.load_state_dict(stage2_state(model, modulation, fresh), strict=True)
+        error = squared_error(model, stage2, latents)
+        if best is None or error < best[0]:
+            averaged = fitted(average, omega, rounds=rounds, max_scale=max_scale, scales=modulation.scales)
+            best = error, modulation, averaged
+    assert best is not None
+    return best[1], best[2]
+
+
+@torch.no_grad()
+def squared_error(stage1: DiT, stage2: DiT, latents: Tensor) -> float:
+    """Mean squared difference of the velocities under the training distribution of t: what it adds to the loss."""
+    generator = torch.Generator().manual_seed(2)
+    t = stratified_time(len(latents), generator)
+    noised = interpolate(latents, torch.randn(latents.shape, generator=generator), t)
+    silent = torch.zeros(len(latents), 1, stage2.config.text_dim)  # cross-attention's output is zero, whatever it reads
+    got = stage2(noised, t, text=silent, text_mask=torch.ones(len(latents), 1, dtype=torch.bool))
+    return float((got - stage1(noised, t, label=no_class(stage1, len(latents)))).square().mean())
 
 
 def load_model(config: dict, state: State) -> DiT:

@@ -12,17 +12,15 @@ from jobs import ledger
 
 def run(dataset: str, shards: list[int]) -> None:
     """Captions shards one after the other; those that the ledger has are left alone."""
-    from pixart.data.captioner import make_captioner
-    from pixart.data.sources import open_source
-
     from pixart.data import manifest as manifests
+    from pixart.data.captioner import make_captioner
 
     manifest = manifests.read(dataset)
     data = manifest.data
     todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
     if not todo:
         return
-    source = open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size)
+    source = manifests.open_images(manifest)
     captioner = make_captioner(data.captioner, model=data.caption_model)
     for_each_shard(todo, lambda shard: caption_shard(manifest, shard, source, captioner))
 

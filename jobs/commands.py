@@ -19,7 +19,7 @@ MARKER = "training.json"  # of a checkpoint directory
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command that `options` names. Raises ValueError for what the user can mend, JobFailedError for the rest."""
+    """Runs the command that `options` names. Raises ValueError for what the user can mend, else JobFailedError."""
     launch = prepare(options)
     print(COMMANDS[options.job](launch, options))
     return 0

@@ -11,7 +11,6 @@ BATCH = 32  # images that the VAE and captions that the text encoder are given a
 
 def run(dataset: str, shards: list[int]) -> None:
     """Encodes shards one after the other; those that the ledger has, made from the same captions, are left alone."""
-    from pixart.data.sources import open_source
 
     from pixart.data import manifest as manifests
     from pixart.data.text import TextEncoder
@@ -22,7 +21,7 @@ def run(dataset: str, shards: list[int]) -> None:
     todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
     if not todo:
         return
-    source = open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size)
+    source = manifests.open_images(manifest)
     vae = load_vae(data.vae)
     text = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
     for_each_shard(todo, lambda shard: encode_shard(manifest, shard, source, vae, text))

@@ -61,7 +61,7 @@ class Run:
     jobs: list[submitit.Job]
 
     def results(self) -> list[Any]:
-        """Each job's result. Raises ValueError for what the user can mend, else JobFailedError, of the first that failed."""
+        """Each job's result. Raises ValueError for what the user can mend, JobFailedError for the rest."""
         return [outcome for job in self.jobs for outcome in job_results(job)]
 
 

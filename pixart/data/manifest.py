@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart.config import DataConfig
+from pixart.data.sources import Source, open_source
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -48,9 +49,15 @@ class Manifest:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def open_images(manifest: Manifest) -> Source:
+    """The dataset's source; what it finds out of its files is kept beside the manifest."""
+    data = manifest.data
+    counts = Path(data.path) / "source-files.json"
+    return open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size, counts=counts)
+
+
 def make(data: DataConfig) -> Manifest:
     """Looks at source, VAE and text encoder. Raises ValueError for one that is not there."""
-    from pixart.data.sources import open_source
     from pixart.data.text import text_dim
     from pixart.data.vae import latent_shape
 

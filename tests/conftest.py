@@ -1,0 +1,37 @@
+"""Fixtures: the shared test data where it is there, and a small finished dataset of rendered scenes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pixart.config import Recipe, to_json
+from pixart.recipes import demo
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared test data beside the repository, at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """64 scenes in 4 shards, through the caption and latents jobs, with a model that steps in milliseconds."""
+    from jobs import caption, init, latents
+
+    recipe = demo(str(tmp_path_factory.mktemp("home")))
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, images=64, shards=4),
+        model=dataclasses.replace(recipe.model, dim=32, cond_dim=32, num_heads=2, num_blocks=2),
+        stage1=dataclasses.replace(recipe.stage1, steps=6, batch=8, warmup=2, save_every=3, log_every=1),
+        stage2=dataclasses.replace(recipe.stage2, steps=6, batch=8, warmup=2, save_every=3, log_every=1),
+    )
+    init.run(to_json(recipe))
+    caption.run(recipe.data.path, [0, 1, 2, 3])
+    latents.run(recipe.data.path, [0, 1, 2, 3])
+    return recipe

@@ -1,0 +1,94 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pixart.config import DataConfig
+from pixart.data import manifest as manifests
+from pixart.data import store as stores
+from pixart.data.manifest import Manifest
+from pixart.data.store import Store
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Manifest:
+    data = DataConfig(path=str(tmp_path), shards=3, images=10, text_tokens=5, text_states=True)
+    made = Manifest(data=data, images=10, rows_per_shard=4, class_names=("a",), latent_shape=(2, 3, 3), text_dim=6)
+    stores.create(made)
+    manifests.write(made)
+    return made
+
+
+def columns(manifest: Manifest, shard: int, seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    start, stop = manifest.shard(shard)
+    rows = stop - start
+    made = {
+        name: random.integers(0, 50, size=(rows, *shape)).astype(dtype)
+        for name, (shape, dtype) in stores.layout(manifest).items()
+    }
+    return {**made, "valid": random.random(rows) < 0.7}
+
+
+def test_shards_read_back_whole_in_any_order(manifest):
+    written = {shard: columns(manifest, shard, shard) for shard in (2, 0, 1)}
+    for shard, values in written.items():
+        stores.write_shard(manifest, shard, values)
+    store = Store(manifest)
+    rows = np.array([9, 0, 5, 4, 1])
+    for name in stores.layout(manifest):
+        whole = np.concatenate([written[shard][name] for shard in range(3)])
+        assert (store.read(name, rows) == whole[rows]).all(), name
+    valid = np.concatenate([written[shard]["valid"] for shard in range(3)])
+    assert store.valid_rows().tolist() == np.flatnonzero(valid).tolist()
+
+
+def test_unwritten_and_half_written_shards_are_invalid(manifest, monkeypatch):
+    stores.write_shard(manifest, 1, {**columns(manifest, 1, 0), "valid": np.ones(4, bool)})
+    assert Store(manifest).valid_rows().tolist() == [4, 5, 6, 7]
+    broken = columns(manifest, 1, 1)
+    broken["token_ids"] = broken["token_ids"][:2]
+    with pytest.raises(ValueError, match="token_ids"):
+        stores.write_shard(manifest, 1, broken)
+    assert Store(manifest).valid_rows().tolist() == []  # what it replaced is gone, and nothing is taken for data
+
+
+def test_statistics_are_of_valid_rows_only(manifest):
+    written = [columns(manifest, shard, shard) for shard in range(3)]
+    for shard, values in enumerate(written):
+        stores.write_shard(manifest, shard, values)
+        stores.write_shard(manifest, shard, values)  # a retry must not count twice
+    latents = np.concatenate([values["latents"][values["valid"]] for values in written]).astype(np.float64)
+    mean, std = Store(manifest).channel_statistics()
+    assert np.allclose(mean, latents.mean((0, 2, 3)))
+    assert np.allclose(std, latents.std((0, 2, 3)))
+
+
+def test_columns_must_be_complete(manifest):
+    values = columns(manifest, 0, 0)
+    del values["label"]
+    with pytest.raises(ValueError, match="label"):
+        stores.write_shard(manifest, 0, values)
+
+
+def test_rows_keep_their_place(manifest):
+    assert [manifest.shard(shard) for shard in range(3)] == [(0, 4), (4, 8), (8, 10)]
+    assert manifest.rows == 12
+    with pytest.raises(ValueError, match="shards 0 to 2"):
+        manifest.shard(3)
+
+
+def test_more_shards_than_images(manifest):
+    many = dataclasses.replace(manifest, data=dataclasses.replace(manifest.data, shards=256), rows_per_shard=1)
+    assert many.shard(9) == (9, 10)
+    assert many.shard(255) == (10, 10)
+
+
+def test_manifest_round_trip_and_hash(manifest, tmp_path):
+    assert manifests.read(tmp_path) == manifest
+    moved = dataclasses.replace(manifest, data=dataclasses.replace(manifest.data, path="/elsewhere"))
+    assert moved.hash == manifest.hash
+    other = dataclasses.replace(manifest, data=dataclasses.replace(manifest.data, image_size=512))
+    assert other.hash != manifest.hash
+    with pytest.raises(ValueError, match="no dataset"):
+        manifests.read(tmp_path / "nowhere")

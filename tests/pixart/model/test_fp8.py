@@ -1,0 +1,197 @@
+"""FP8: every code of both formats, products against a naive reference, scales, histories, state."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pixart.model import fp8
+from pixart.model.fp8 import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Plan
+
+
+def all_codes(fmt: fp8.Format) -> torch.Tensor:
+    values = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).float()
+    return values[values.isfinite()]
+
+
+def naive(x: torch.Tensor, scale: torch.Tensor, fmt: fp8.Format) -> torch.Tensor:
+    """Quantized and scaled back, by a real cast."""
+    return (x * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype).float() / scale
+
+
+def sqnr(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """Signal to quantization noise, in dB."""
+    return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=["E4M3", "E5M2"])
+def test_every_code_is_its_own_rounding(fmt):
+    codes = all_codes(fmt)
+    assert len(codes) in (254, 248)
+    assert codes.max() == fmt.max
+    assert torch.equal(fp8.round_to_format(codes, fmt), codes)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=["E4M3", "E5M2"])
+def test_rounding_is_the_cast(fmt):
+    """Every midpoint and its neighbours, subnormals among them, and every bfloat16 in range."""
+    codes = all_codes(fmt).unique().double()
+    midpoints = ((codes[1:] + codes[:-1]) / 2).float()
+    infinity = torch.full_like(midpoints, torch.inf)
+    bfloat = torch.arange(65536).to(torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    values = torch.cat([midpoints, midpoints.nextafter(infinity), midpoints.nextafter(-infinity), bfloat])
+    values = values[values.isfinite() & (values.abs() <= fmt.max)]
+    assert len(values) > 30_000
+    assert torch.equal(fp8.round_to_format(values, fmt), values.to(fmt.dtype).float())
+
+
+def test_quantize_saturates():
+    big = torch.tensor([1e6, -1e6, 1.0])
+    assert fp8.quantize(big, torch.tensor(1.0), E4M3).tolist() == [448, -448, 1]
+    assert fp8.quantize(big, torch.tensor(1.0), E5M2).tolist() == [57344, -57344, 1]
+
+
+@pytest.mark.parametrize("amax", [0.0, float("inf"), float("nan"), 1e-45])
+def test_unusable_amax_keeps_the_scale(amax):
+    assert fp8.scale_from_amax(torch.tensor(amax), torch.tensor(3.0), 448.0) == 3
+
+
+def test_scale_brings_amax_to_the_maximum():
+    scale = fp8.scale_from_amax(torch.tensor(0.5), torch.tensor(1.0), E4M3.max)
+    assert scale == 896
+    assert fp8.scale_from_amax(torch.tensor(0.5), torch.tensor(1.0), E4M3.max, margin=2) == 224
+
+
+def small_network(plan: Plan) -> nn.Sequential:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 16))
+    fp8.swap_linears(network, plan)
+    return network
+
+
+PLAN = Plan(linears=("0", "2"), history=4)
+
+
+def test_swap_shares_parameters_and_keeps_keys():
+    network = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 16))
+    weight, keys = network[0].weight, list(network.state_dict())
+    fp8.swap_linears(network, PLAN)
+    assert network[0].weight is weight
+    assert list(network.state_dict()) == keys
+    assert [name for name, _ in fp8.float8_linears(network)] == ["0", "2"]
+
+
+@pytest.mark.parametrize("name", ["1", "7", "0.weight"])
+def test_swap_refuses_what_is_no_linear(name):
+    with pytest.raises(ValueError, match=name):
+        fp8.swap_linears(nn.Sequential(nn.Linear(2, 2), nn.SiLU()), Plan(linears=(name,)))
+
+
+def test_the_three_products_against_real_casts():
+    network = small_network(PLAN)
+    linear = network[0]
+    x = torch.randn(64, 32, requires_grad=True)
+    grad = torch.randn(64, 48) * 1e-6
+    amax = torch.stack([x.detach().abs().max(), linear.weight.detach().abs().max(), grad.abs().max()])
+    fp8.set_amax(network, {"0": amax, "2": torch.ones(3)}, PLAN)
+    linear(x).backward(grad)
+
+    x8, weight8 = (
+        naive(x.detach(), linear.scale[INPUT], E4M3),
+        naive(linear.weight.detach(), linear.scale[WEIGHT], E4M3),
+    )
+    grad8 = naive(grad, linear.scale[GRAD_OUTPUT], E5M2)
+    assert torch.allclose(linear(x), F.linear(x8, weight8, linear.bias), atol=1e-5)
+    assert torch.allclose(x.grad, grad8 @ weight8, rtol=1e-4, atol=1e-12)
+    assert torch.allclose(linear.weight.grad, grad8.t() @ x8, rtol=1e-4, atol=1e-11)
+    assert torch.equal(linear.bias.grad, grad.sum(0))  # the bias is no product
+    assert sqnr(F.linear(x, linear.weight, linear.bias), linear(x)) > 25
+    assert sqnr(grad.t() @ x.detach(), linear.weight.grad) > 20
+
+
+def test_gradients_underflow_without_their_scale():
+    """What calibration of grad_output is for: 1e-6 is below E5M2's smallest subnormal, 1.5e-5."""
+    network = small_network(PLAN)
+    network[0](torch.randn(64, 32)).backward(torch.randn(64, 48) * 1e-6)
+    assert network[0].weight.grad.abs().max() == 0
+
+
+def test_bfloat16_stays_bfloat16():
+    network = small_network(PLAN).bfloat16()
+    x = torch.randn(4, 32, dtype=torch.bfloat16, requires_grad=True)
+    out = network[0](x)
+    out.sum().backward()
+    assert (out.dtype, x.grad.dtype, network[0].weight.grad.dtype) == (torch.bfloat16,) * 3
+
+
+def test_amax_is_recorded_in_training_only_and_history_moves():
+    network = small_network(PLAN)
+    x = torch.randn(8, 32)
+    with torch.no_grad():
+        network(x)
+    assert network[0].amax_history.abs().max() == 0
+    for step in range(1, 6):
+        network(x * step).sum().backward()
+        assert network[0].amax_history[0, INPUT] == (x * step).abs().max()
+        fp8.update_scales(network, PLAN)
+        assert network[0].amax_history[-1, INPUT] == (x * step).abs().max()  # newest last
+        assert network[0].amax_history[0].abs().max() == 0
+    kept = [(x * step).abs().max() for step in (3, 4, 5)]
+    assert torch.equal(network[0].amax_history[1:, INPUT], torch.stack(kept))
+    assert network[0].scale[INPUT] == 448 / kept[-1]
+    fp8.update_scales(network, PLAN)
+    fp8.update_scales(network, PLAN)
+    fp8.update_scales(network, PLAN)
+    assert network[0].scale[INPUT] == 448 / kept[-1]  # nothing was seen: the scale stays
+
+
+def test_scales_of_a_step_do_not_change_before_its_backward_pass():
+    torch.manual_seed(1)
+    x, grad = torch.randn(8, 32), torch.randn(8, 48)
+    results = []
+    for update_between in (False, True):
+        network = small_network(PLAN)
+        fp8.set_amax(network, {"0": torch.full((3,), 4.0), "2": torch.ones(3)}, PLAN)
+        out = network[0](x)
+        if update_between:
+            network[0].scale *= 7
+        out.backward(grad)
+        results.append(network[0].weight.grad)
+    assert torch.equal(*results)
+
+
+def test_observing_records_without_rounding():
+    network = small_network(PLAN)
+    network[0].observe = True
+    x, grad = torch.randn(8, 32), torch.randn(8, 48)
+    out = network[0](x)
+    out.backward(grad)
+    assert torch.allclose(out, F.linear(x, network[0].weight, network[0].bias), atol=1e-6)
+    expected = torch.stack([x.abs().max(), network[0].weight.detach().abs().max(), grad.abs().max()])
+    assert torch.equal(network[0].amax_history[0], expected)
+
+
+def test_state_round_trip_and_refusal():
+    network = small_network(PLAN)
+    fp8.set_amax(network, {"0": torch.tensor([1.0, 2.0, 0.0]), "2": torch.ones(3)}, PLAN)
+    state = fp8.scale_state(network)
+    assert set(state) == {f"{name}.{kind}" for name in ("0", "2") for kind in ("scale", "amax_history")}
+    assert state["0.scale"].tolist() == [448, 224, 1]  # nothing was measured in the last slot
+    assert state["0.amax_history"].shape == (4, len(SLOTS))
+    again = small_network(PLAN)
+    fp8.load_scale_state(again, state)
+    for key, value in fp8.scale_state(again).items():
+        assert torch.equal(value, state[key])
+    with pytest.raises(ValueError, match="missing"):
+        fp8.load_scale_state(again, {"0.scale": state["0.scale"]})
+    with pytest.raises(ValueError, match="shape"):
+        fp8.load_scale_state(again, {**state, "0.scale": torch.ones(2)})
+
+
+def test_gradient_scales_follow_the_batch():
+    network = small_network(PLAN)
+    fp8.set_amax(network, {"0": torch.tensor([1.0, 1.0, 2.0]), "2": torch.tensor([1.0, 1.0, 0.0])}, PLAN)
+    fp8.rescale_gradients(network, 4.0)
+    assert network[0].scale.tolist() == [448, 448, 57344 / 8]
+    assert network[0].amax_history[1:, GRAD_OUTPUT].tolist() == [8.0] * 3
+    assert network[2].scale[GRAD_OUTPUT] == 1
