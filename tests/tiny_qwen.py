@@ -16,15 +16,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
 WORDS = (
     "a photo of an animal on the grass beside a tree with its shadow in the light of the morning "
     "the painting shows two people at a table in front of a window and behind them stands a tall red house "
@@ -49,7 +41,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+        vocab_size=600,
+        special_tokens=[f"<|{name}|>" for name in SPECIAL],
+        initial_alphabet=alphabet,
+        show_progress=False,
+        min_frequency=1,
     )
     tokenizer.train_from_iterator([WORDS], trainer)
     return PreTrainedTokenizerFast(

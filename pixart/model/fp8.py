@@ -53,19 +53,20 @@ def scale_from_amax(amax: Tensor, previous: Tensor, format_max: Tensor | float, 
 
 def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """x * scale, saturated and rounded to `fmt`: an FP8 tensor on a GPU, its exact float32 values on a CPU."""
-    scaled = (x.float() * scale).clamp(-fmt.max, fmt.max)
-    return scaled.to(fmt.dtype) if x.is_cuda else round_to_format(scaled, fmt)
+    if x.is_cuda:
+        return (x.float() * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt)
 
 
-def round_to_format(x: Tensor, fmt: Format) -> Tensor:
-    """Rounds float32 values within the format's range to its grid, half to even, as a cast there and back would.
+def round_to_format_(x: Tensor, fmt: Format) -> Tensor:
+    """Rounds float32 values within the format's range to its grid, half to even, as a cast there and back; in place.
 
     Adding and subtracting 1.5 * 2**(e + 23 - m), for a value of exponent e and a format of m mantissa bits, leaves
-    just those m bits. A cast to FP8 on a CPU takes two to three times as long.
+    just those m bits. A cast to FP8 on a CPU takes three times as long.
     """
-    exponent = (x.contiguous().view(torch.int32) & 0x7F80_0000).clamp_(min=(fmt.min_exponent + 127) << 23)
+    exponent = (x.view(torch.int32) & 0x7F80_0000).clamp_(min=(fmt.min_exponent + 127) << 23)
     magic = exponent.add_(((23 - fmt.mantissa_bits) << 23) | 0x0040_0000).view(torch.float32)
-    return (x + magic).sub_(magic)
+    return x.add_(magic).sub_(magic)
 
 
 def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:

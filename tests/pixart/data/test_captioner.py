@@ -1,0 +1,155 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pixart.data.captioner import article, class_caption, make_captioner, normalize
+from pixart.data.sources import Item, open_source
+
+ROOT = Path(__file__).parents[3]
+PYTHON = ROOT / ".venv-vllm/bin/python"
+PHOTOS = ROOT / "../shared/data/photos"
+
+needs_vllm = pytest.mark.skipif(
+    not PYTHON.exists(), reason="no vLLM: make its environment by `sh tests/vllm_environment.sh .venv-vllm`"
+)
+
+
+def item(text: str, text_is_class: bool = False) -> Item:
+    return Item(id="0", data=b"", label=0, text=text, text_is_class=text_is_class)
+
+
+def test_labels_are_the_items_own_texts():
+    captioner = make_captioner("labels", model="")
+    items = [item("a red circle on the left"), item(""), item("brown bear", True), item("airliner", True)]
+    captions = captioner.caption([Image.new("RGB", (8, 8))] * 4, items)
+    assert captions == ["a red circle on the left", "", "a photo of a brown bear", "a photo of an airliner"]
+    assert captioner.name == "labels"
+
+
+def test_labels_of_the_demo_are_its_captions():
+    items = list(open_source("demo", images=5, image_size=16).read(0, 5))
+    captions = make_captioner("labels", model="").caption([Image.new("RGB", (8, 8))] * 5, items)
+    assert captions == [item.text for item in items]
+    assert all(caption.count(" ") > 4 for caption in captions)
+
+
+def test_article_follows_the_sound():
+    vowels = "acorn American_alligator Indian_cobra eft echidna umbrella upright hourglass honest_man unimportant_thing"
+    consonants = (
+        "brown_bear European_gallinule unicycle uniform ukulele one-armed_bandit horse yurt ewer x-ray used_car"
+    )
+    assert [word for word in vowels.split() if article(word) != "an"] == []
+    assert [word for word in consonants.split() if article(word) != "a"] == []
+
+
+def test_first_of_several_names_is_taken():
+    assert class_caption("ox, Bos taurus") == "a photo of an ox"
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "expected"),
+    [
+        ("  A dog \n runs.\tIt", False, "A dog runs. It"),
+        ("A dog runs 3.5 m. It is", True, "A dog runs 3.5 m."),
+        ("A dog runs.", True, "A dog runs."),
+        ("A dog that runs", True, "A dog that runs"),
+        (" \n", False, ""),
+    ],
+)
+def test_normalize(text, cut, expected):
+    assert normalize(text, cut) == expected
+
+
+def test_unknown_captioner_is_an_error():
+    with pytest.raises(ValueError, match=r"^captioner 'blip': must be labels or vllm$"):
+        make_captioner("blip", model="")
+
+
+def test_missing_vllm_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # makes its import fail
+    with pytest.raises(ValueError, match=r"^captioner 'vllm': .*install vllm, or choose the captioner labels$"):
+        make_captioner("vllm", model="x")
+
+
+SCRIPT = """
+import json, sys
+from PIL import Image
+from pixart.data.captioner import Sampling, make_captioner
+
+if __name__ == "__main__":
+    model, *paths = sys.argv[1:]
+    images = [Image.open(path).convert("RGB") for path in paths]
+    captioner = make_captioner(
+        "vllm", model=model, sampling=Sampling(max_tokens=16), enforce_eager=True, dtype="float32"
+    )
+    result = {
+        "name": captioner.name,
+        "captions": captioner.caption(images, []),
+        "again": captioner.caption(images, []),
+        "reversed": captioner.caption(images[::-1], [])[::-1],
+        "none": captioner.caption([], []),
+    }
+    with open("result.json", "w") as file:
+        json.dump(result, file)
+"""
+SIZES = [(64, 64), (256, 256), (640, 480), (300, 20), (4, 1000), (1, 1), (2000, 1500)]
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Scenes of all sizes that an image may have, and some photos where there are any."""
+    paths = [folder / f"{index}.png" for index in range(len(SIZES))]
+    for path, size, scene in zip(paths, SIZES, open_source("demo", images=len(SIZES)).read(0, len(SIZES)), strict=True):
+        path.write_bytes(scene.data)
+        Image.open(path).resize(size).save(path)
+    return paths + sorted(PHOTOS.glob("*/*.jpg"))[:5]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """What the real captioner makes of `picture_files`, by a tiny model in vLLM's own environment."""
+    folder = tmp_path_factory.mktemp("vllm")
+    (folder / "captions.py").write_text(SCRIPT)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    files = picture_files(folder)
+    for command in [ROOT / "tests/tiny_qwen.py", "model"], ["captions.py", "model", *files]:
+        done = subprocess.run(
+            [PYTHON, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "result.json").read_text()) | {"files": len(files)}
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_captions_every_image_whatever_its_size(result):
+    assert len(result["captions"]) == result["files"] >= len(SIZES)
+    assert all(isinstance(caption, str) and caption for caption in result["captions"])
+    assert all(caption == " ".join(caption.split()) for caption in result["captions"])
+    assert result["none"] == []
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_captions_depend_on_the_image_alone(result):
+    assert result["again"] == result["captions"]
+    assert len(set(result["captions"])) > result["files"] / 2  # random weights, but they see the image
+    beginnings = [caption[:8] for caption in result["captions"]]  # as rounding depends on the batch
+    assert [caption[:8] for caption in result["reversed"]] == beginnings
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_name_says_what_captions_depend_on(result):
+    assert result["name"].startswith("model, vllm 0.")
+    assert "temperature 0.0, max_tokens 16, seed 0, instruction " in result["name"]
