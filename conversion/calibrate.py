@@ -30,6 +30,9 @@ class CalibrationBatch:
 def dataset_batches(path: str, normalization: Normalization, batches: int, batch: int) -> list[CalibrationBatch]:
     """`batches` batches of `batch` rows drawn from a finished dataset, with the text states that training reads."""
     manifest = manifests.read(path)
+    channels, wanted = manifest.latent_shape[0], len(normalization.mean)
+    if channels != wanted:
+        raise ValueError(f"dataset {path} has latents of {channels} channels, the model reads {wanted}")
     store = Store(manifest)
     valid = store.valid_rows()
     if len(valid) == 0:

@@ -87,7 +87,8 @@ def convert(
         drawn = dataset_batches(data, start.normalization, batches, batch)
     else:
         drawn = synthetic_batches(start.config, wide, batches, batch)
-    check_batches(drawn[0], start, wide, stage)
+    if stage == 2 and drawn[0].text.shape[-1] != wide:
+        raise ValueError(f"--data: text states are {drawn[0].text.shape[-1]} wide, the model reads {wide}")
 
     result, fates = start, dict.fromkeys(start.model, "carried")
     errors: dict[str, list[float]] = {}
@@ -139,14 +140,6 @@ def check_output(output: Path, source: Path) -> None:
         earlier = None
     if earlier != str(source.absolute()):
         raise ValueError(f"{output} exists and is no earlier conversion of {source}: name another --output")
-
-
-def check_batches(batch: CalibrationBatch, start: Checkpoint, text_dim: int, stage: int) -> None:
-    channels = batch.latents.shape[1]
-    if channels != start.config["in_dim"]:
-        raise ValueError(f"--data: latents have {channels} channels, the model reads {start.config['in_dim']}")
-    if stage == 2 and batch.text.shape[-1] != text_dim:
-        raise ValueError(f"--data: text states are {batch.text.shape[-1]} wide, the model reads {text_dim}")
 
 
 def measure_error(start: Checkpoint, attempt: Checkpoint, batch: CalibrationBatch) -> list[float]:

@@ -2,7 +2,7 @@
 
 import re
 
-PART = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+PART = re.compile(r"([0-9]+)(?:-([0-9]+)(?::([0-9]+))?)?")
 
 
 def parse_array(text: str) -> tuple[list[int], int | None]:
@@ -12,7 +12,7 @@ def parse_array(text: str) -> tuple[list[int], int | None]:
     """
     wanted = "write shards as 0-255, 3,7,9-12, 0-999:10 or 0-255%32"
     shards, _, limit = text.partition("%")
-    if "%" in text and not (limit.isdecimal() and int(limit) > 0):
+    if "%" in text and not (limit.isascii() and limit.isdecimal() and int(limit) > 0):
         raise ValueError(f"--array {text!r}: the limit after % must be a positive number")
     found: set[int] = set()
     for part in shards.split(","):

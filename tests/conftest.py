@@ -7,6 +7,7 @@ import pytest
 
 from pixart.config import Recipe, to_json
 from pixart.recipes import demo
+from tests.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -1,0 +1,65 @@
+import torch
+from torch import nn
+
+from conversion.calibrate import batch_loss, measure_amax, synthetic_batches
+from conversion.plan import make_plan
+from conversion.reparameterize import load_model, to_stage2
+from pixart.model.fp8 import Plan
+
+
+def stage2_model(stage1):
+    latents = torch.randn(8, 4, 8, 8)
+    result, _ = to_stage2(stage1, "paper", 48, latents)
+    return load_model(result.config, result.model)
+
+
+def test_plan_gives_every_linear_and_a_reason(stage1):
+    model = stage2_model(stage1)
+    plan = make_plan(model, batch=8)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(plan.linears) | set(plan.kept) == linears | {"patchify"}
+    assert not set(plan.linears) & set(plan.kept)
+    per_block = {name.removeprefix("dit_blocks.1.") for name in plan.linears if name.startswith("dit_blocks.1.")}
+    attention = {f"attention.attention.{part}_proj" for part in ("q", "k", "v", "out")}
+    assert per_block == attention | {"cross_attention.q_proj", "cross_attention.out_proj", "mlp.linear1", "mlp.linear2"}
+
+
+def test_unaligned_linears_stay():
+    model = nn.Sequential(nn.Linear(32, 40), nn.Linear(48, 64))
+    plan = make_plan(model, batch=1)
+    assert plan.linears == ("1",)
+    assert "40" in plan.kept["0"]
+
+
+def test_amax_against_hooks(stage1):
+    """Measured again by hooks on plain linears: the largest of all batches, gradients through the true loss."""
+    batches = synthetic_batches(stage1.config, 48, batches=3, batch=4)
+    model = stage2_model(stage1)
+    plan = make_plan(model, batch=4)
+    seen = {name: torch.zeros(3) for name in plan.linears}
+
+    def watch(name: str, linear: nn.Linear) -> None:
+        def forward(module, inputs, output):
+            seen[name][0] = max(seen[name][0], inputs[0].detach().abs().max())
+            output.register_hook(backward)
+
+        def backward(grad):
+            seen[name][2] = max(seen[name][2], grad.abs().max())
+
+        seen[name][1] = linear.weight.detach().abs().max()
+        linear.register_forward_hook(forward)
+
+    for name in plan.linears:
+        watch(name, model.get_submodule(name))
+    for seed, batch in enumerate(batches):
+        batch_loss(model, batch, seed).backward()
+    measured = measure_amax(stage2_model(stage1), plan, batches)
+    for name, expected in seen.items():
+        assert torch.allclose(measured[name], expected, rtol=1e-4), name
+        zero = name.endswith("cross_attention.q_proj")  # behind a projection that is still zero
+        assert bool(measured[name][2] == 0) is zero, name
+
+
+def test_no_plan_no_scales(stage1):
+    model = stage2_model(stage1)
+    assert measure_amax(model, Plan(linears=()), synthetic_batches(stage1.config, 48, 1, 2)) == {}

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from conversion import formats
+from pixart import checkpoint as checkpoints
+from tests.checkpoints import CONFIG, legacy_content
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_legacy_file_by_content(stage1, tmp_path, prefix, dtype):
+    path = tmp_path / "any.name"
+    torch.save(legacy_content(stage1, prefix, dtype), path)
+    read = formats.read(path, base_image_size=8)
+    assert (read.stage, read.step, read.config) == (1, 8, CONFIG)
+    for name, tensor in read.model.items():
+        assert torch.equal(tensor, stage1.model[name].to(dtype).float()), name
+    for name, tensor in stage1.optimizer.items():
+        assert torch.equal(read.optimizer[name], tensor), name
+    assert read.normalization.std[0] == pytest.approx(1 / 1.5305)
+    assert read.normalization.apply(torch.ones(1, 4, 1, 1))[0, 0, 0, 0] == pytest.approx(1.5305 - 0.177456)
+
+
+def test_original_files(shared_data):
+    for name in ("dev_stage1", "dev_stage1_bf16"):
+        expected = torch.load(shared_data / f"legacy/{name}.expected.pt", weights_only=True)
+        read = formats.read(shared_data / f"legacy/{name}.pt", base_image_size=16)
+        assert read.config == expected["config"]
+        assert read.step == 8
+        assert {float(read.optimizer[key]) for key in read.optimizer if key.endswith(".step")} == {8.0}
+
+
+def test_without_optimizer_and_average(stage1, tmp_path):
+    content = legacy_content(stage1)
+    torch.save({"model": content["model"]}, tmp_path / "m.pt")
+    read = formats.read(tmp_path / "m.pt", base_image_size=8)
+    assert read.step == 0
+    assert torch.equal(read.ema["patchify.weight"], stage1.model["patchify.weight"])
+    assert read.optimizer["patchify.weight.exp_avg"].abs().max() == 0
+
+
+def test_own_directory_and_run(stage1, tmp_path):
+    checkpoints.save(stage1, tmp_path / "run/checkpoints/step-00000008")
+    for path in (tmp_path / "run", tmp_path / "run/checkpoints/step-00000008"):
+        assert torch.equal(formats.read(path).model["patchify.weight"], stage1.model["patchify.weight"])
+    with pytest.raises(ValueError, match="--base-image-size"):
+        formats.read(tmp_path / "run", base_image_size=8)
+
+
+def broken(kind: str, content: dict) -> object:
+    model, moments = content["model"], content["optimizer"]["state"]
+    key = next(name for name in model if name.endswith("linear1.weight"))
+    match kind:
+        case "list":
+            return [1, 2]
+        case "no model":
+            return {"weights": model}
+        case "no tensors":
+            return {"model": {"patchify.weight": 3}}
+        case "foreign":
+            return {"model": {"conv.weight": torch.zeros(3, 3)}}
+        case "shape":
+            model[key] = model[key][:, :-1]
+        case "heads":
+            model[key.replace("mlp.linear1", "attention.attention.q_norm")] = torch.zeros(7)
+        case "missing":
+            del model[key]
+        case "moments":
+            moments[3]["exp_avg"] = moments[3]["exp_avg"][:-1]
+        case "count":
+            del moments[3]
+    return content
+
+
+@pytest.mark.parametrize(
+    "kind", ["list", "no model", "no tensors", "foreign", "shape", "heads", "missing", "moments", "count"]
+)
+def test_broken_content_is_one_clear_line(stage1, tmp_path, kind):
+    path = tmp_path / "c.pt"
+    torch.save(broken(kind, legacy_content(stage1)), path)
+    with pytest.raises(ValueError, match=r"c\.pt") as caught:
+        formats.read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + b"\0" * 99])
+def test_no_checkpoint_at_all(tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="no PyTorch checkpoint"):
+        formats.read(path)
+
+
+def test_truncated_and_missing(legacy_file):
+    whole = legacy_file.read_bytes()
+    for share in (0.2, 0.7, 0.999):
+        legacy_file.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(ValueError, match="truncated"):
+            formats.read(legacy_file)
+    with pytest.raises(ValueError, match="no such file"):
+        formats.read(legacy_file.with_name("other.pt"))
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    torch.save({"model": {"a": Evil()}}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        formats.read(tmp_path / "c.pt")
+    assert not (tmp_path / "written").exists()

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from conversion import reparameterize
+from conversion.reparameterize import absorbed_scales, load_model, output_error, to_stage2
+from pixart.model.dit import DiT
+
+TEXT_DIM = 24
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def errors(start, result, latents, t) -> torch.Tensor:
+    text, mask = torch.randn(len(latents), 6, TEXT_DIM), torch.rand(len(latents), 6) < 0.7
+    mask[:, 0] = True
+    stage1, stage2 = load_model(start.config, start.model), load_model(result.config, result.model)
+    return output_error(stage1, stage2, latents, text, mask, torch.tensor(t))
+
+
+def test_paper_is_exact_at_its_t_whatever_the_text(stage1, latents):
+    result, _ = to_stage2(stage1, "paper", TEXT_DIM, latents)
+    assert errors(stage1, result, latents, [0.5]) < 2e-6
+    assert errors(stage1, result, latents, [0.05]) > 1e-3
+
+
+def test_fitted_is_several_times_better_over_t(stage1, latents):
+    t = [0.1, 0.25, 0.4, 0.6, 0.75, 0.9]
+    paper, fitted = (
+        errors(stage1, to_stage2(stage1, way, TEXT_DIM, latents)[0], latents, t).square().mean().sqrt()
+        for way in reparameterize.WAYS
+    )
+    assert fitted < paper / 3
+
+
+def test_model_with_one_modulation_converts_exactly(stage1, latents):
+    """Blocks whose modulations are scaled and shifted copies of one are just what stage 2 can say."""
+    first = "dit_blocks.0."
+    generator = torch.Generator().manual_seed(5)
+    for state in (stage1.model, stage1.ema):
+        for index in (1, 2):
+            for layer in ("adaLN1.weight", "adaLN1.bias"):
+                state[f"dit_blocks.{index}.{layer}"] = state[first + layer].clone()
+            s = torch.tensor([0.5, -1.5, 2.0])[torch.randint(3, (6, 32), generator=generator)]
+            s[1], s[3] = s[0], s[2]  # gamma and beta of one input share theirs
+            shift = 0.1 * torch.randn(6, 32, generator=generator)
+            # 1 + gamma = s (1 + gamma_0) + shift: the constant is absorbed with the rest
+            state[f"dit_blocks.{index}.adaLN2.weight"] = state[f"{first}adaLN2.weight"] * s.flatten()[:, None]
+            state[f"dit_blocks.{index}.adaLN2.bias"] = state[f"{first}adaLN2.bias"] * s.flatten() + shift.flatten()
+    result, _ = to_stage2(stage1, "fitted", TEXT_DIM, latents)
+    assert errors(stage1, result, latents, [0.1, 0.5, 0.9]).max() < 2e-3
+    paper, _ = to_stage2(stage1, "paper", TEXT_DIM, latents)
+    assert errors(stage1, paper, latents, [0.1, 0.9]).min() > 0.02
+
+
+@pytest.mark.parametrize("way", reparameterize.WAYS)
+def test_every_tensor_has_its_fate(stage1, latents, way):
+    result, fates = to_stage2(stage1, way, TEXT_DIM, latents)
+    model = DiT(**result.config)
+    assert fates.keys() == model.state_dict().keys() == result.model.keys() == result.ema.keys()
+    for name, fate in fates.items():
+        if fate == "carried":
+            assert torch.equal(result.model[name], stage1.model[name]), name
+            assert torch.equal(result.ema[name], stage1.ema[name]), name
+    carried = {name for name, fate in fates.items() if fate == "carried"}
+    assert {"patchify.weight", "linear_out.weight", "adaLN1.weight", "adaLN2.weight", "adaLN2.bias"} <= carried
+    assert {name for name, fate in fates.items() if fate == "new"} == {
+        name for name in fates if "cross_attention" in name
+    }
+    shared = {name for name in fates if name in stage1.model and name != "adaLN1.bias"}
+    if way == "paper":
+        assert shared == carried
+    for name, _ in model.named_parameters():
+        moment, step = result.optimizer[f"{name}.exp_avg"], result.optimizer[f"{name}.step"]
+        if fates[name] == "carried":
+            assert torch.equal(moment, stage1.optimizer[f"{name}.exp_avg"])
+        zero = name not in shared
+        assert step == (0 if zero else 8), name
+        assert bool(moment.abs().max() == 0) is zero, name
+
+
+def test_moments_of_scaled_weights_follow_the_gradient(stage1, latents):
+    """W' = s W has gradient g / s: its first moment is m / s, its second v / s^2."""
+    result, fates = to_stage2(stage1, "fitted", TEXT_DIM, latents)
+    name = "dit_blocks.1.mlp.linear2.weight"
+    assert fates[name] == "derived"
+    s = result.model[name] / stage1.model[name]
+    assert torch.allclose(s, s[:, :1].expand_as(s), rtol=1e-4)  # one scale a row
+    assert (s[:, 0] - 1).abs().max() > 0.01
+    assert torch.allclose(result.optimizer[f"{name}.exp_avg"], stage1.optimizer[f"{name}.exp_avg"] / s, rtol=1e-4)
+    assert torch.allclose(
+        result.optimizer[f"{name}.exp_avg_sq"], stage1.optimizer[f"{name}.exp_avg_sq"] / s**2, rtol=1e-4
+    )
+    column = "dit_blocks.1.attention.attention.q_proj.weight"
+    s = result.model[column] / stage1.model[column]
+    assert torch.allclose(s, s[:1].expand_as(s), rtol=1e-4)  # one scale a column
+    average = result.ema[column] / stage1.ema[column]
+    assert torch.allclose(average, s, rtol=1e-4)  # the average has the weights' own scales
+
+
+def test_absorbed_scales_are_broadcast_to_rows_and_columns():
+    scales = torch.arange(6 * 4.0)
+    found = dict(absorbed_scales(2, scales))
+    assert found["dit_blocks.2.attention.attention.q_proj.weight"].tolist() == [0, 1, 2, 3]
+    assert found["dit_blocks.2.mlp.linear1.weight"].tolist() == [8, 9, 10, 11]
+    assert found["dit_blocks.2.attention.attention.out_proj.weight"].tolist() == [[16], [17], [18], [19]]
+    assert found["dit_blocks.2.mlp.linear2.bias"].tolist() == [20, 21, 22, 23]
+    assert "dit_blocks.2.attention.attention.q_proj.bias" not in found

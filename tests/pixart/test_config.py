@@ -1,0 +1,42 @@
+import pytest
+
+from pixart.config import from_json, override, to_json
+from pixart.recipes import RECIPES
+
+DEMO = RECIPES["demo"]("home")
+
+
+def test_overrides_by_dotted_key():
+    changed = override(
+        DEMO, ["stage1.steps=7", "data.images=none", "data.text_states=False", "stage2.lr=3e-4", "data.captioner=vllm"]
+    )
+    assert (changed.stage1.steps, changed.data.images, changed.data.text_states) == (7, None, False)
+    assert (changed.stage2.lr, changed.data.captioner) == (3e-4, "vllm")
+    assert override(DEMO, ["data.images=12"]).data.images == 12
+    assert override(DEMO, ["data.source=s3://bucket/a=b"]).data.source == "s3://bucket/a=b"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("stage1.stepz=7", r"'stage1.stepz'.*steps, batch"),
+        ("nothing=1", "'nothing'.*data, model"),
+        ("stage1=7", "is a group; set one of stage1.steps"),
+        ("name.x=7", "has no parts"),
+        ("stage1.steps", "write it as key=value"),
+        ("stage1.steps=many", "stage1.steps='many': must be of type int"),
+        ("stage1.steps=1.5", "must be of type int"),
+        ("stage2.fp8=yes", "must be true or false"),
+        ("stage1.precision=fp16", "must be one of bf16, fp32"),
+    ],
+)
+def test_mistakes_name_the_key(assignment, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        override(DEMO, [assignment])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name):
+    recipe = RECIPES[name]("home")
+    assert from_json(to_json(recipe)) == recipe
