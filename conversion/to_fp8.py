@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -222,8 +222,15 @@ def describe(report: Report, output: Path) -> str:
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m conversion.to_fp8", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m conversion.to_fp8", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a training .pt file, a checkpoint directory or a run folder")
     parser.add_argument("--output", help="directory to write (default: beside the checkpoint, with .fp8)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="1 keeps stage 1 (default: 2)")

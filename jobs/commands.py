@@ -76,7 +76,7 @@ def require_captions(launch: Launch, shards: list[int]) -> None:
         )
 
 
-def prepare_dataset(launch: Launch, overrides: list[str]) -> None:
+def prepare_dataset(launch: Launch, overrides: list[str]) -> dict[str, Any]:
     """Runs what is missing of the two data jobs, so that training on the embedded default needs no step before it."""
     manifest = use_dataset(launch, overrides)
     shards = check_shards(launch, manifest, None)
@@ -93,6 +93,7 @@ def prepare_dataset(launch: Launch, overrides: list[str]) -> None:
                 flush=True,
             )
             run_array(launch, job, missing, None)
+    return manifest
 
 
 def train_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -126,7 +127,13 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
     names_data = options.dataset or any(item.startswith("data.") for item in options.overrides)
     if record and record["dataset"] and not names_data and Path(record["dataset"]).exists():
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
-    prepare_dataset(launch, options.overrides)
+    manifest = prepare_dataset(launch, options.overrides)
+    classes = len(manifest["class_names"])
+    if stage == 1 and not start and classes >= launch.recipe.model.num_classes:
+        raise ValueError(
+            f"model.num_classes={launch.recipe.model.num_classes}: the dataset has {classes} classes, and one more "
+            f"index means no class; give --set model.num_classes={classes + 1}"
+        )
     last = submit_training(launch, stage, options.nodes, start=None if resumed else start, folder=resumed)
     if last is None:
         return "submitted"
@@ -138,8 +145,6 @@ def submit_training(
     launch: Launch, stage: int, nodes: int, *, start: Path | None, folder: Path | None = None
 ) -> str | None:
     config = launch.recipe.train(stage)
-    tags = {"pixart.parent_checkpoint": str(start)} if start else {}
-    launch.tags.update(tags)
     _, last = run_ranks(
         launch,
         "train",
@@ -153,12 +158,11 @@ def submit_training(
             **{name: getattr(config, name) for name in ("steps", "batch", "lr", "precision", "fp8", "ema", "drop")},
             **{name: getattr(launch.recipe.model, name) for name in ("dim", "num_blocks")},
         },
+        tags={"pixart.parent_checkpoint": str(start)} if start else {},
         total=config.steps,
         nodes=nodes,
         folder=folder,
     )
-    for tag in tags:
-        del launch.tags[tag]
     return last
 
 
@@ -218,6 +222,7 @@ def submit_conversion(launch: Launch, source: Path, output: str | None = None, *
         "convert",
         lambda run: functools.partial(convert.run, str(source), str(target), str(run), options),
         parameters={"source": str(source)},
+        tags={"pixart.parent_checkpoint": str(source)},
         total=1,
         ranks_per_node=1,
     )
@@ -241,6 +246,7 @@ def submit_sampling(launch: Launch, checkpoint: Path, prompts: list[str]) -> dic
         "sample",
         lambda run: functools.partial(sample.run, to_json(launch.recipe), str(checkpoint), str(run), prompts),
         parameters={"checkpoint": str(checkpoint), "guidance": launch.recipe.sample.guidance},
+        tags={"pixart.parent_checkpoint": str(checkpoint)},
         total=1,
         ranks_per_node=1,
     )

@@ -1,6 +1,7 @@
 """`python -m jobs.launch JOB`: submits the suite's jobs to a Slurm cluster, or runs them on this machine."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -70,8 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jobs import commands
     from jobs.submission import JobFailedError
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, jobs on this machine end with the launcher
     try:
         return commands.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Launch:
     recipe: Recipe
     profile: Profile
     parent: str | None = None  # MLflow run that this command's runs belong to
-    tags: dict[str, str] = field(default_factory=dict)
     wait: bool = True
 
     @functools.cached_property
@@ -90,14 +89,20 @@ def new_folder(home: Path, kind: str) -> Path:
     return folder
 
 
-def begin(launch: Launch, kind: str, parameters: dict[str, Any], folder: Path | None = None) -> Path:
+def begin(
+    launch: Launch,
+    kind: str,
+    parameters: dict[str, Any],
+    tags: dict[str, str] | None = None,
+    folder: Path | None = None,
+) -> Path:
     """Makes the run folder and its MLflow run."""
     folder = folder or new_folder(launch.home, kind)
     (folder / "config.json").write_text(to_json(launch.recipe) + "\n")
     (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
     (folder / "profile.json").write_text(json.dumps(asdict(launch.profile), indent=2) + "\n")
     if run_id(folder) is None:
-        launch.tracker.start(folder, folder.name, parameters, {**launch.tags, "pixart.job": kind}, launch.parent)
+        launch.tracker.start(folder, folder.name, parameters, {**(tags or {}), "pixart.job": kind}, launch.parent)
     return folder
 
 
@@ -189,13 +194,14 @@ def run_ranks(
     function: Callable[[Path], Callable[[], Any]],
     *,
     parameters: dict[str, Any],
+    tags: dict[str, str],
     total: int,
     nodes: int = 1,
     ranks_per_node: int | None = None,
     folder: Path | None = None,
 ) -> tuple[Run, Any]:
     """One job of one or more ranks; `function` is given the run folder. Returns rank 0's result too, if waited for."""
-    folder = begin(launch, kind, parameters, folder)
+    folder = begin(launch, kind, parameters, tags, folder)
     cluster = Cluster(launch.profile, folder / "logs")
     job = cluster.submit_ranks(kind, nodes, function(folder), ranks_per_node)
     run = Run(kind=kind, folder=folder, jobs=[job])

@@ -52,10 +52,10 @@ class Tracker:
     def __init__(self, home: str | Path) -> None:
         import logging
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # announces each migration of a new store
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow.tracking import MlflowClient
 
+        for name in ("mlflow", "alembic"):  # they announce each migration of a new store
+            logging.getLogger(name).setLevel(logging.WARNING)
         home = Path(home).absolute()
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
         home.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,10 @@ class DataConfig:
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"  # read by the vllm captioner
     caption_batch: int = 64  # images that the captioner is given at a time
 
+    def __post_init__(self) -> None:
+        require_at_least(1, shards=self.shards, image_size=self.image_size, text_tokens=self.text_tokens)
+        require_at_least(1, caption_batch=self.caption_batch, images=1 if self.images is None else self.images)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -72,6 +76,13 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 1000
 
+    def __post_init__(self) -> None:
+        require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
+        require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
+        for name in ("final_lr", "ema", "drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
@@ -81,6 +92,9 @@ class SampleConfig:
     guidance: float = 4.5
     seed: int = 0
     count: int = 64  # prompts taken from the dataset where none are given
+
+    def __post_init__(self) -> None:
+        require_at_least(1, steps=self.steps, count=self.count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +110,13 @@ class Recipe:
 
     def train(self, stage: int) -> TrainConfig:
         return self.stage1 if stage == 1 else self.stage2
+
+
+def require_at_least(least: int, **values: float) -> None:
+    """Raises ValueError for the first value that is smaller."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
@@ -124,7 +145,11 @@ def _replace(config: Any, path: list[str], text: str, key: str) -> Any:
         return dataclasses.replace(config, **{name: _replace(value, rest, text, key)})
     if rest:
         raise ValueError(f"unknown configuration key {key!r}: {name!r} has no parts")
-    return dataclasses.replace(config, **{name: parse_value(get_type_hints(type(config))[name], text, key)})
+    parsed = parse_value(get_type_hints(type(config))[name], text, key)
+    try:
+        return dataclasses.replace(config, **{name: parsed})
+    except ValueError as error:
+        raise ValueError(f"{key.removesuffix(name)}{error}") from None
 
 
 def parse_value(kind: Any, text: str, key: str) -> Any:

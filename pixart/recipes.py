@@ -20,7 +20,7 @@ def demo(home: str) -> Recipe:
             path=f"{home}/datasets/demo",
             source="demo",
             shards=256,
-            images=8192,
+            images=4096,
             image_size=64,
             text_tokens=32,
             text_scale=1 / MINILM_STATE_STD,
@@ -28,10 +28,10 @@ def demo(home: str) -> Recipe:
         ),
         model=ModelConfig(dim=128, cond_dim=128, num_heads=4, num_blocks=6, base_image_size=8, num_classes=5),
         stage1=TrainConfig(
-            steps=350, batch=64, lr=2e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", log_every=5
+            steps=400, batch=32, lr=2e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", log_every=5
         ),
         stage2=TrainConfig(
-            steps=1000, batch=64, lr=2e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", fp8=True, log_every=5
+            steps=1200, batch=32, lr=2e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", fp8=True, log_every=5
         ),
         sample=SampleConfig(steps=20, guidance=3.0, count=64),
     )

@@ -61,8 +61,6 @@ def make(data: DataConfig) -> Manifest:
     from pixart.data.text import text_dim
     from pixart.data.vae import latent_shape
 
-    if data.shards < 1:
-        raise ValueError(f"data.shards={data.shards}: must be at least 1")
     source = open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size)
     return Manifest(
         data=data,

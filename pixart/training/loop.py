@@ -135,15 +135,16 @@ def train(
             interval.add(*training.step(batch))
             step = training.steps_done
             if step % config.log_every == 0 or step == config.steps:
-                report(step, interval.metrics(step))
+                metrics = interval.metrics(step)
+                if ranks.first:
+                    report(step, metrics)
             if step % config.save_every == 0 or step == config.steps:
                 saved = run / "checkpoints" / f"step-{step:08d}"
                 state = training.checkpoint()
                 if ranks.first:
                     checkpoints.save(state, saved)
                 dist.barrier()
-        if saved is None:
-            raise ValueError(f"steps={config.steps}: there is nothing to train")
+        assert saved is not None  # a configuration has one step at least, and the last is saved
         return saved
 
 
@@ -199,6 +200,7 @@ class TextCondition:
         data = dataset.data
         encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
         self.null_states, self.null_mask = (tensor.to(device) for tensor in encoder.encode([""]))
+        self.null_length = int(self.null_mask.sum())
         self.encoder = None if data.text_states else encoder
 
     def __call__(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
@@ -208,7 +210,8 @@ class TextCondition:
         else:
             assert batch.text_states is not None  # the manifest says that the store keeps them
             states = batch.text_states.to(dropped.device).float()
-        longest = int(mask.sum(1).max())  # padding is on the right: keys that no caption has are left out
+        # Padding is on the right, and keys that no caption has are left out: counted on the CPU, without a wait.
+        longest = max(int(batch.token_mask.sum(1).max()), self.null_length)
         states = torch.where(dropped[:, None, None], self.null_states, states)
         return {"text": states[:, :longest], "text_mask": mask[:, :longest]}
 

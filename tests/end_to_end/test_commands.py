@@ -1,14 +1,17 @@
 """The three commands as they are written, and bad input to each, as a user gives them."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from jobs import ledger
+from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
 
 
@@ -44,9 +47,11 @@ def test_the_three_commands_as_written(folder, shared_data):
     assert done.returncode == 0, done.stdout + done.stderr
     last = next(line for line in done.stdout.splitlines() if "checkpoint" in line).split()[-1]
     saved = checkpoints.load(last)
-    assert (saved.stage, saved.step) == (1, 350)
+    assert (saved.stage, saved.step) == (1, 400)
     logs = list((Path(last).parents[1] / "logs").glob("*_log.out"))
     assert len(logs) == 4  # ranks
+    lines, _ = read_journal(Path(last).parents[1])
+    assert [line["step"] for line in lines] == list(range(5, 401, 5))  # rank 0's alone
 
 
 def tree(folder: Path) -> list[str]:
@@ -83,14 +88,69 @@ def tree(folder: Path) -> list[str]:
         ("python -m conversion.to_fp8 broken.pt", "broken.pt"),
     ],
 )
-def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, stage1, command, message):
+def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch, capfd, stage1, command, message):
+    """In this process, as `python -m` would call it: the imports of each would take longer than the test."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PIXART_HOME", "PIXART_CLUSTER"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "broken.pt").write_text("no checkpoint")
     weights = checkpoints.save(stage1, tmp_path / "truncated") / "transformer" / checkpoints.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
     before = tree(tmp_path)
-    done = run(tmp_path, command)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: ")
+    module, *arguments = command.removeprefix("python -m ").split(" ")
+    try:
+        code = importlib.import_module(module).main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    errors = capfd.readouterr().err
+    assert code == 2, errors
+    assert message in errors
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("error: ")
     assert tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_demo_links_its_runs_and_ends_with_a_picture(tmp_path):
+    """The whole demo, too short to learn anything; `make demo` is the long one."""
+    from mlflow.tracking import MlflowClient
+
+    settings = ["data.images=64", "data.shards=4", "sample.count=4", "sample.steps=2"]
+    settings += [f"stage{stage}.{value}" for stage in (1, 2) for value in ("steps=4", "batch=8", "warmup=2")]
+    done = run(tmp_path, "python -m jobs.launch demo " + " ".join(f"--set {value}" for value in settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "main colour right in" in done.stdout
+    sheet = Path(next(line for line in done.stdout.splitlines() if line.startswith("sampled: ")).split()[1])
+    assert sheet.stat().st_size > 1000
+    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    stored = client.search_runs([client.get_experiment_by_name("pixart").experiment_id])
+    jobs = {run.data.tags["pixart.job"]: run for run in stored}
+    assert set(jobs) == {"demo", "caption", "latents", "train", "convert", "sample"}
+    assert len(stored) == 7
+    parents = {run.data.tags.get("mlflow.parentRunId") for run in stored if run.data.tags["pixart.job"] != "demo"}
+    assert parents == {jobs["demo"].info.run_id}
+    assert {run.info.status for run in stored} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_interrupting_ends_the_jobs_too(tmp_path):
+    """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
+    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=4000", "--set", "data.shards=40"]
+    launcher = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    dataset = tmp_path / "outputs/datasets/demo"
+    deadline = time.monotonic() + 60
+    while not list(dataset.glob("ledger/caption/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.terminate()
+    _, errors = launcher.communicate(timeout=30)
+    assert launcher.returncode == 130
+    assert errors == "interrupted\n"
+    time.sleep(2)
+    done = len(list(dataset.glob("ledger/caption/*.json")))
+    time.sleep(1)
+    assert 0 < len(list(dataset.glob("ledger/caption/*.json"))) == done < 40
+    again = run(tmp_path, "python -m jobs.launch caption")
+    assert again.returncode == 0, again.stderr
+    assert len(list(dataset.glob("ledger/caption/*.json"))) == 40
+    assert not list(dataset.rglob(".*"))

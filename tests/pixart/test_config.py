@@ -28,6 +28,12 @@ def test_overrides_by_dotted_key():
         ("stage1.steps=1.5", "must be of type int"),
         ("stage2.fp8=yes", "must be true or false"),
         ("stage1.precision=fp16", "must be one of bf16, fp32"),
+        ("stage1.steps=0", "^stage1.steps=0: must be at least 1"),
+        ("stage2.batch=-4", "^stage2.batch=-4: must be at least 1"),
+        ("stage1.lr=nan", "^stage1.lr=nan: must be at least 0"),
+        ("stage1.drop=1.5", r"^stage1.drop=1.5: must lie between 0 and 1"),
+        ("data.images=0", "^data.images=0: must be at least 1"),
+        ("sample.count=0", "^sample.count=0: must be at least 1"),
     ],
 )
 def test_mistakes_name_the_key(assignment, message):

@@ -106,7 +106,6 @@ def test_bf16_trains_with_float32_masters(small_recipe, tmp_path):
     [
         (1, {"batch": 7, "fp8": True}, "conversion.to_fp8"),
         (2, {}, "conversion.to_fp8"),
-        (1, {"steps": 0}, "nothing to train"),
     ],
 )
 def test_refusals(small_recipe, tmp_path, stage, changes, message):
