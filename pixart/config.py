@@ -26,6 +26,7 @@ class DataConfig:
     seed: int = 0  # of the demo's scenes
     image_size: int = 256  # pixels, both sides, after resize and centre crop
     vae: str = "demo"  # `demo`, or a folder or hub name of a diffusers AutoencoderKL
+    normalization: Literal["channel", "scalar"] = "channel"  # of latents: each channel's mean and deviation, or one
     text_encoder: str = "minilm"  # `minilm`, or a folder or hub name of a transformers encoder
     text_tokens: int = 120
     text_scale: float = 1.0  # multiplies the encoder's states

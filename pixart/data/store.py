@@ -98,12 +98,12 @@ class Store:
         """-> (len(rows), ...) in the order of `rows`."""
         return self.arrays[name][rows].read().result()
 
-    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per latent channel over all valid rows."""
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the valid latents by channel; all the same if the dataset says `scalar`."""
         totals = np.asarray(zarr.open_group(self.path, mode="r")["channel_sums"]).sum(0)
-        channels = self.manifest.latent_shape[0]
         if totals[0] == 0:
             raise ValueError(f"dataset {self.manifest.data.path} has no valid row")
-        mean = totals[1 : 1 + channels] / totals[0]
-        variance = totals[1 + channels :] / totals[0] - mean**2
-        return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
+        mean, square = totals[1:].reshape(2, -1) / totals[0]
+        if self.manifest.data.normalization == "scalar":
+            mean, square = np.full_like(mean, mean.mean()), np.full_like(square, square.mean())
+        return tuple(mean.tolist()), tuple(np.sqrt(square - mean**2).tolist())

@@ -223,7 +223,7 @@ def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
 
 
 def statistics(store: Store) -> dict[str, tuple[float, ...]]:
-    mean, std = store.channel_statistics()
+    mean, std = store.statistics()
     return {"mean": mean, "std": std}
 
 

@@ -59,9 +59,13 @@ def test_statistics_are_of_valid_rows_only(manifest):
         stores.write_shard(manifest, shard, values)
         stores.write_shard(manifest, shard, values)  # a retry must not count twice
     latents = np.concatenate([values["latents"][values["valid"]] for values in written]).astype(np.float64)
-    mean, std = Store(manifest).channel_statistics()
+    mean, std = Store(manifest).statistics()
     assert np.allclose(mean, latents.mean((0, 2, 3)))
     assert np.allclose(std, latents.std((0, 2, 3)))
+    scalar = dataclasses.replace(manifest, data=dataclasses.replace(manifest.data, normalization="scalar"))
+    mean, std = Store(scalar).statistics()
+    assert np.allclose(mean, [latents.mean()] * 2)
+    assert np.allclose(std, [latents.std()] * 2)
 
 
 def test_columns_must_be_complete(manifest):
