@@ -145,7 +145,8 @@ def test_interrupting_ends_the_jobs_too(tmp_path):
     launcher.terminate()
     _, errors = launcher.communicate(timeout=30)
     assert launcher.returncode == 130
-    assert errors == "interrupted\n"
+    assert "interrupted\n" in errors
+    assert "jobs/launch.py" not in errors  # submitit's own controller shows where it was stopped, the launcher does not
     time.sleep(2)
     done = len(list(dataset.glob("ledger/caption/*.json")))
     time.sleep(1)
