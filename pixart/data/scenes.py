@@ -21,12 +21,14 @@ COLORS = {
     "pink": (255, 135, 195),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (135, 135, 135), "black": (20, 20, 20), "brown": (95, 60, 35)}
-POSITIONS = {  # offset of the main shape from the middle, and the caption's words
+# Offset of the main shape from the middle, and the caption's words: a patch of the VAE, so that a shape moved is the
+# same latents moved.
+POSITIONS = {
     "center": (0.0, 0.0, "in the center"),
-    "left": (-10 / 64, 0.0, "on the left"),
-    "right": (10 / 64, 0.0, "on the right"),
-    "top": (0.0, -10 / 64, "at the top"),
-    "bottom": (0.0, 10 / 64, "at the bottom"),
+    "left": (-8 / 64, 0.0, "on the left"),
+    "right": (8 / 64, 0.0, "on the right"),
+    "top": (0.0, -8 / 64, "at the top"),
+    "bottom": (0.0, 8 / 64, "at the bottom"),
 }
 
 # Corners, inner radius over outer radius, and the clockwise angle from "up" to a corner.
@@ -93,7 +95,7 @@ def make_scene(seed: int, index: int) -> Scene:
             x=0.5 + _CORNER * float(-np.sign(offset_x) or side_x),  # away from the main shape
             y=0.5 + _CORNER * float(-np.sign(offset_y) or side_y),
         )
-    shift_x, shift_y = generator.uniform(-1, 1, size=2) / 64
+    shift_x, shift_y = generator.uniform(-0.25, 0.25, size=2) / 64
     return Scene(
         shape=shape,
         color=color,
@@ -101,7 +103,7 @@ def make_scene(seed: int, index: int) -> Scene:
         position=position,
         dot=dot,
         small=small,
-        radius=float(generator.uniform(14, 18)) / 64,
+        radius=float(generator.uniform(16, 17.5)) / 64,
         x=float(0.5 + offset_x + shift_x),
         y=float(0.5 + offset_y + shift_y),
         brightness=float(generator.uniform(0.9, 1)),
