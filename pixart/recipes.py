@@ -27,12 +27,12 @@ def demo(home: str) -> Recipe:
             text_scale=1 / MINILM_STATE_STD,
             text_states=True,
         ),
-        model=ModelConfig(dim=128, cond_dim=128, num_heads=4, num_blocks=6, base_image_size=8, num_classes=5),
+        model=ModelConfig(dim=128, cond_dim=128, num_heads=4, num_blocks=4, base_image_size=8, num_classes=5),
         stage1=TrainConfig(
-            steps=300, batch=64, lr=2e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", log_every=5
+            steps=300, batch=64, lr=6e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", log_every=5
         ),
         stage2=TrainConfig(
-            steps=800, batch=64, lr=2e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", fp8=True, log_every=5
+            steps=700, batch=64, lr=6e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", fp8=True, log_every=5
         ),
         sample=SampleConfig(steps=20, guidance=3.0, count=64),
     )

@@ -73,7 +73,7 @@ class Scene:
 def make_scene(seed: int, index: int) -> Scene:
     """Returns scene `index` of the endless series `seed`; negative numbers raise ValueError.
 
-    A quarter of the scenes have a dot and, independently, a quarter have a small shape.
+    A quarter of the scenes have a dot, and an eighth have a small shape instead.
     """
     generator = np.random.default_rng((seed, index))
 
@@ -83,17 +83,17 @@ def make_scene(seed: int, index: int) -> Scene:
     shape, color, position = choose(list(SHAPES)), choose(list(COLORS)), choose(list(POSITIONS))
     background = choose(list(BACKGROUNDS))
     other_colors = [name for name in COLORS if name != color]
-    dot = choose(other_colors) if generator.random() < 0.25 else None
     offset_x, offset_y, _ = POSITIONS[position]
+    extra = generator.random()
+    dot = choose(other_colors) if extra < 0.25 else None
     small = None
-    if generator.random() < 0.25:
-        side_x, side_y = generator.choice((-1, 1), size=2)
+    if extra >= 0.875:
         small = SmallShape(
             shape=choose(list(SHAPES)),
             color=choose(other_colors),
             radius=float(generator.uniform(5, 6)) / 64,
-            x=0.5 + _CORNER * float(-np.sign(offset_x) or side_x),  # away from the main shape
-            y=0.5 + _CORNER * float(-np.sign(offset_y) or side_y),
+            x=0.5 + _CORNER * (-1 if offset_x > 0 else 1),  # away from the main shape, or at the top right
+            y=0.5 + _CORNER * (1 if offset_y < 0 else -1),
         )
     shift_x, shift_y = generator.uniform(-0.25, 0.25, size=2) / 64
     return Scene(
@@ -114,7 +114,7 @@ def make_scene(seed: int, index: int) -> Scene:
 def caption(scene: Scene) -> str:
     """Describes the scene in one noun phrase; scenes of the same content have the same caption."""
     dot = f" with {_with_article(scene.dot)} dot" if scene.dot else ""
-    small = f", and a small {scene.small.color} {scene.small.shape}" if scene.small else ""
+    small = f" and a small {scene.small.color} {scene.small.shape}" if scene.small else ""
     where = POSITIONS[scene.position][2]
     return f"{_with_article(scene.color)} {scene.shape}{dot} {where} of a {scene.background} background{small}"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -69,51 +70,71 @@ def round_to_format_(x: Tensor, fmt: Format) -> Tensor:
     return x.add_(magic).sub_(magic)
 
 
-def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
-    """Quantized a (m, k) times quantized b (n, k) transposed, scales divided out -> (m, n).
+def scaled_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, bias: Tensor | None, fast: bool
+) -> Tensor:
+    """Quantized a (m, k) times quantized b (n, k) transposed, scales divided out, plus bias (n,) -> (m, n).
 
     `fast` accumulates in fewer bits on a GPU, which is customary forward and not backward.
     """
     if not a.is_cuda:
-        return (a @ b.t()).div_(scale_a * scale_b).to(dtype)
-    return torch._scaled_mm(
+        start, beta = (a.new_zeros(()), 0) if bias is None else (bias.float(), 1)
+        return torch.addmm(start, a, b.t(), beta=beta, alpha=1 / float(scale_a * scale_b)).to(dtype)
+    fused = bias is not None and dtype != torch.float32  # cuBLAS has no bias for a float32 result
+    product = torch._scaled_mm(
         a.contiguous(),
         b.contiguous().t(),
         scale_a=scale_a.reciprocal(),
         scale_b=scale_b.reciprocal(),
+        bias=bias if fused else None,
         out_dtype=dtype,
         use_fast_accum=fast,
     )
+    return product if fused or bias is None else product + bias
 
 
 class _Float8Product(torch.autograd.Function):
-    """x (rows, in) times weight (out, in) transposed, all three products of a training step in FP8."""
+    """x (rows, in) times weight (out, in) transposed plus bias (out,); all three products of a step in FP8."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, staged: Tensor, record: bool, observe: bool) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        staged: Tensor,
+        record: bool,
+        observe: bool,
+    ) -> Tensor:
         if record:
             record_amax(staged, INPUT, x)
             record_amax(staged, WEIGHT, weight)
         ctx.staged, ctx.observe, ctx.dtypes = staged, observe, (x.dtype, weight.dtype)
         if observe:
             ctx.save_for_backward(x, weight, scale)
-            return x @ weight.t()
+            return F.linear(x, weight, bias)
         x8, weight8 = quantize(x, scale[INPUT], E4M3), quantize(weight, scale[WEIGHT], E4M3)
         # The scales are copied: by the time of the backward pass they may be those of the next step.
         ctx.save_for_backward(x8, weight8, scale.clone())
-        return scaled_matmul(x8, weight8, scale[INPUT], scale[WEIGHT], x.dtype, fast=True)
+        return scaled_matmul(x8, weight8, scale[INPUT], scale[WEIGHT], x.dtype, bias=bias, fast=True)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         record_amax(ctx.staged, GRAD_OUTPUT, grad)
+        wants_x, _, wants_bias, *_ = ctx.needs_input_grad  # nobody asks for the text's
+        grad_bias = grad.sum(0) if wants_bias else None
         if ctx.observe:
-            return grad @ weight, grad.t() @ x, None, None, None, None
-        grad8 = quantize(grad, scale[GRAD_OUTPUT], E5M2)
+            return grad @ weight if wants_x else None, grad.t() @ x, grad_bias, None, None, None, None
+        input_scale, weight_scale, grad_scale = scale
+        grad8 = quantize(grad, grad_scale, E5M2)
         x_dtype, weight_dtype = ctx.dtypes
-        grad_x = scaled_matmul(grad8, weight.t(), scale[GRAD_OUTPUT], scale[WEIGHT], x_dtype, fast=False)
-        grad_weight = scaled_matmul(grad8.t(), x.t(), scale[GRAD_OUTPUT], scale[INPUT], weight_dtype, fast=False)
-        return grad_x, grad_weight, None, None, None, None
+        grad_x = None
+        if wants_x:
+            grad_x = scaled_matmul(grad8, weight.t(), grad_scale, weight_scale, x_dtype, bias=None, fast=False)
+        grad_weight = scaled_matmul(grad8.t(), x.t(), grad_scale, input_scale, weight_dtype, bias=None, fast=False)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def record_amax(staged: Tensor, slot: int, x: Tensor) -> None:
@@ -146,10 +167,11 @@ class Float8Linear(nn.Linear):
         return module
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        product = _Float8Product.apply(
-            x.flatten(0, -2), self.weight, self.scale, self.amax_history[0], torch.is_grad_enabled(), self.observe
-        ).unflatten(0, x.shape[:-1])
-        return product if self.bias is None else product + self.bias
+        rows = x.flatten(0, -2)
+        record = torch.is_grad_enabled()
+        staged = self.amax_history[0]
+        product = _Float8Product.apply(rows, self.weight, self.bias, self.scale, staged, record, self.observe)
+        return product.unflatten(0, x.shape[:-1])
 
 
 def swap_linears(model: nn.Module, plan: Plan) -> None:
