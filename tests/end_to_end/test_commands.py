@@ -14,12 +14,14 @@ from jobs import ledger
 from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
 from pixart.recipes import demo
+from tests.environment import bare_environment
 
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIXART_", "MLFLOW_"))}
     words = command.replace("python", sys.executable, 1).split(" ")
-    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        words, capture_output=True, text=True, cwd=folder, env=bare_environment(), stdin=subprocess.DEVNULL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,10 @@ def tree(folder: Path) -> list[str]:
 def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch, capfd, stage1, command, message):
     """In this process, as `python -m` would call it: the imports of each would take longer than the test."""
     monkeypatch.chdir(tmp_path)
-    for name in ("PIXART_HOME", "PIXART_CLUSTER"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ.keys() - bare_environment().keys():
+        monkeypatch.delenv(name)
+    for name, value in bare_environment().items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "broken.pt").write_text("no checkpoint")
     weights = checkpoints.save(stage1, tmp_path / "truncated") / "transformer" / checkpoints.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -138,7 +142,9 @@ def test_demo_links_its_runs_and_ends_with_a_picture(tmp_path):
 def test_interrupting_ends_the_jobs_too(tmp_path):
     """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
     words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=20000", "--set", "data.shards=200"]
-    launcher = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        words, cwd=tmp_path, env=bare_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     dataset = tmp_path / "outputs/datasets/demo"
     deadline = time.monotonic() + 60
     while not list(dataset.glob("ledger/caption/*.json")):

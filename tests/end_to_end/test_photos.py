@@ -1,7 +1,6 @@
 """Real photos and a real VAE through every job: captions, latents, stage 1, conversion, stage 2 in FP8, pictures."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from pixart.data.screening import decode, resize_and_crop
 from pixart.data.store import Store
 from pixart.data.vae import decode as decode_latents
 from pixart.data.vae import encode, load_vae
+from tests.environment import bare_environment
 
 pytestmark = pytest.mark.slow
 SIZE = 128
@@ -46,8 +46,7 @@ SETTINGS = {
 def launch(home: Path, *arguments: str, settings: dict | None = None) -> str:
     overrides = [word for key, value in (settings or SETTINGS).items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "jobs.launch", *arguments, "--home", str(home), *overrides]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIXART_", "MLFLOW_"))}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=bare_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
