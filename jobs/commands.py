@@ -124,7 +124,7 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
         raise ValueError(
             f"{start} has done {record['step']} steps, stage{stage}.steps={config.steps} leaves none to train"
         )
-    names_data = options.dataset or any(item.startswith(("data.path=", "data.source=")) for item in options.overrides)
+    names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and Path(record["dataset"]).exists():
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
     manifest = prepare_dataset(launch, options.overrides)
