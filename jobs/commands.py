@@ -4,37 +4,61 @@ import argparse
 import functools
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import convert, ledger, sample, train
+from jobs import ledger, runs
 from jobs.arrays import parse_array
-from jobs.submission import Launch, begin, run_array, run_ranks, use_dataset
+from jobs.checkpoints import MARKER, converted, find_checkpoint
+from jobs.runs import Run
+from jobs.submission import (
+    Launch,
+    NothingSubmitted,
+    begin_group,
+    resubmit,
+    run_array,
+    run_ranks,
+    use_dataset,
+)
 from jobs.tracking import run_id
-from pixart.config import override, to_json
+from pixart.config import Recipe, from_json, override, to_json
 from pixart.recipes import RECIPES
 from slurm import profile as profiles
-
-MARKER = "training.json"  # of a checkpoint directory
+from slurm.cluster import Cluster, Shape
+from slurm.profile import Profile
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command that `options` names. Raises ValueError for what the user can mend, else JobFailedError."""
     launch = prepare(options)
-    print(COMMANDS[options.job](launch, options))
+    try:
+        print(COMMANDS[options.job](launch, options))
+    except NothingSubmitted as plan:
+        print(plan)
     return 0
 
 
 def prepare(options: argparse.Namespace) -> Launch:
+    home = Path(options.home or os.environ.get("PIXART_HOME") or "outputs").absolute()
+    profile = profiles.load(options.cluster or profiles.default_name())
+    if options.gpus_per_node:
+        profile = replace(profile, gpus_per_node=options.gpus_per_node)
+    wait = profile.executor == "local" or options.wait or options.job == "demo"
+    return Launch(home=home, recipe=read_recipe(home, options), profile=profile, wait=wait, dry_run=options.dry_run)
+
+
+def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:
+    if options.job == "retry":
+        run = runs.find(home, options.run)
+        return from_json((run.folder / "config.json").read_text())
     if options.recipe not in RECIPES:
         raise ValueError(f"unknown recipe {options.recipe!r}: it must be one of {', '.join(RECIPES)}")
-    home = Path(options.home or os.environ.get("PIXART_HOME") or "outputs").absolute()
     recipe = override(RECIPES[options.recipe](str(home)), options.overrides)
     if options.dataset:
         recipe = override(recipe, [f"data.path={Path(options.dataset).absolute()}"])
-    profile = profiles.load(options.cluster or profiles.default_name())
-    wait = profile.executor == "local" or not getattr(options, "no_wait", False)
-    return Launch(home=home, recipe=recipe, profile=profile, wait=wait)
+    return recipe
 
 
 def array_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -44,9 +68,9 @@ def array_command(launch: Launch, options: argparse.Namespace) -> str:
     shards = check_shards(launch, manifest, asked)
     if job == "latents":
         require_captions(launch, shards)
-    submitted = run_array(launch, job, shards, limit)
+    run = run_array(launch, job, shards, limit)
     if not launch.wait:
-        return f"submitted {len(shards)} shards; run folder {submitted.folder}"
+        return describe_submission(run)
     entries = ledger.entries(launch.dataset, job, shards)
     rows, valid = sum(entry.rows for entry in entries.values()), sum(entry.valid for entry in entries.values())
     place = {"caption": "captions", "latents": "latents.zarr"}[job]
@@ -76,27 +100,44 @@ def require_captions(launch: Launch, shards: list[int]) -> None:
         )
 
 
-def prepare_dataset(launch: Launch, overrides: list[str]) -> dict[str, Any]:
-    """Runs what is missing of the two data jobs, so that training on the embedded default needs no step before it."""
+def describe_submission(run: Run) -> str:
+    return (
+        f"submitted {run.kind} as {', '.join(run.job_ids)}; run folder {run.folder}\n"
+        f"next: python -m jobs.launch status {run.folder.name}"
+    )
+
+
+def prepare_dataset(
+    launch: Launch, overrides: list[str], *, any_source: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Runs what is missing of the two data jobs, so that training on the embedded default needs no step before it.
+
+    Returns the manifest and the jobs to wait for.
+    """
     manifest = use_dataset(launch, overrides)
     shards = check_shards(launch, manifest, None)
+    after: list[str] = []
     for job in ("caption", "latents"):
-        there = ledger.entries(launch.dataset, job, shards)
+        there = ledger.shards(launch.dataset, job)
         missing = [shard for shard in shards if shard not in there]
-        if missing and launch.recipe.data.source != "demo":
+        if missing and not any_source and launch.recipe.data.source != "demo":
             raise ValueError(
                 f"dataset {launch.dataset} is not whole: {job} lacks {len(missing)} of {len(shards)} shards"
             )
         if missing:
-            print(
-                f"{job} first: {len(missing)} of {len(shards)} shards of the demo's dataset are not there yet",
-                flush=True,
-            )
-            run_array(launch, job, missing, None)
-    return manifest
+            print(f"{job} first: {len(missing)} of {len(shards)} shards of the dataset are not there yet", flush=True)
+        if missing and not launch.dry_run:
+            after = waited(launch, run_array(launch, job, missing, None, after))
+    return manifest, after
+
+
+def waited(launch: Launch, run: Run) -> list[str]:
+    """The jobs that what comes after a run has to wait for: none, where the launcher itself has waited."""
+    return [] if launch.wait else run.job_ids
 
 
 def train_command(launch: Launch, options: argparse.Namespace) -> str:
+    Cluster(launch.profile, launch.home).check(training_shape(launch, options.nodes))
     start = find_checkpoint(options.start) if options.start else None
     if options.start and options.resume:
         raise ValueError("--from begins a run and --resume continues one: give one of them")
@@ -127,30 +168,35 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and Path(record["dataset"]).exists():
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
-    manifest = prepare_dataset(launch, options.overrides)
+    manifest, after = prepare_dataset(launch, options.overrides)
     classes = len(manifest["class_names"])
     if stage == 1 and not start and classes >= launch.recipe.model.num_classes:
         raise ValueError(
             f"model.num_classes={launch.recipe.model.num_classes}: the dataset has {classes} classes, and one more "
             f"index means no class; give --set model.num_classes={classes + 1}"
         )
-    last = submit_training(launch, stage, options.nodes, start=None if resumed else start, folder=resumed)
-    if last is None:
-        return "submitted"
+    run = submit_training(launch, stage, options.nodes, start=None if resumed else start, folder=resumed, after=after)
+    if not launch.wait:
+        return describe_submission(run)
+    last = runs.result(run)
     following = f"python -m conversion.to_fp8 {last}" if stage == 1 else f"python -m jobs.launch sample {last}"
     return f"trained stage {stage}: checkpoint {last}\nnext: {following}"
 
 
 def submit_training(
-    launch: Launch, stage: int, nodes: int, *, start: Path | None, folder: Path | None = None
-) -> str | None:
+    launch: Launch,
+    stage: int,
+    nodes: int,
+    *,
+    start: Path | None,
+    folder: Path | None = None,
+    after: Sequence[str] = (),
+) -> Run:
     config = launch.recipe.train(stage)
-    _, last = run_ranks(
+    return run_ranks(
         launch,
-        "train",
-        lambda run: functools.partial(
-            train.run, to_json(launch.recipe), stage, str(run), str(start) if start else None
-        ),
+        training_shape(launch, nodes),
+        {"stage": stage, "start": str(start) if start else None},
         parameters={
             "stage": stage,
             "nodes": nodes,
@@ -160,41 +206,18 @@ def submit_training(
         },
         tags={"pixart.parent_checkpoint": str(start)} if start else {},
         total=config.steps,
-        nodes=nodes,
         folder=folder,
+        after=after,
     )
-    return last
 
 
-def find_checkpoint(name: str) -> Path:
-    """A checkpoint directory, or the newest of a run folder; looks at names, marker and the length of the weights."""
-    path = Path(name).absolute()
-    found = (
-        [path]
-        if (path / MARKER).exists()
-        else sorted(item.parent for item in path.glob(f"checkpoints/step-*/{MARKER}"))
-    )
-    if not path.exists():
-        raise ValueError(f"checkpoint {name}: no such file or directory")
-    if not found:
-        hint = "; a .pt file goes through `python -m conversion.to_fp8` first" if path.is_file() else ""
-        raise ValueError(f"{name} is no checkpoint directory and no run with one{hint}")
-    for file in sorted(found[-1].rglob("*.safetensors")):
-        check_length(file)
-    return found[-1]
+def training_shape(launch: Launch, nodes: int) -> Shape:
+    return Cluster(launch.profile, launch.home).ranks_shape("train", nodes, None)
 
 
-def check_length(file: Path) -> None:
-    """Raises ValueError unless a safetensors file is as long as its header says."""
-    with file.open("rb") as stream:
-        header_length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(header_length))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged or truncated") from error
-    end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
-    if file.stat().st_size != 8 + header_length + end:
-        raise ValueError(f"{file} is damaged or truncated")
+def last_checkpoint(launch: Launch, stage: int, run: Run) -> Path:
+    """Where a training run puts its last checkpoint, known before it has begun."""
+    return run.folder / "checkpoints" / f"step-{launch.recipe.train(stage).steps:08d}"
 
 
 def convert_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -203,30 +226,23 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
         raise ValueError(f"checkpoint {options.checkpoint}: no such file or directory")
     if source.is_dir():
         source = find_checkpoint(str(source))
-    directory = submit_conversion(launch, source, options.output)
-    return (
-        f"converted: {directory}\nnext: python -m jobs.launch train --stage 2 --from {directory}"
-        if directory
-        else "submitted"
-    )
+    target = Path(options.output).absolute() if options.output else converted(source)
+    run = submit_conversion(launch, source, target)
+    if not launch.wait:
+        return describe_submission(run)
+    return f"converted: {target}\nnext: python -m jobs.launch train --stage 2 --from {target}"
 
 
-def submit_conversion(launch: Launch, source: Path, output: str | None = None, **options: Any) -> str | None:
-    target = (
-        Path(output).absolute()
-        if output
-        else source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")
-    )
-    _, directory = run_ranks(
+def submit_conversion(launch: Launch, source: Path, target: Path, after: Sequence[str] = (), **options: Any) -> Run:
+    return run_ranks(
         launch,
-        "convert",
-        lambda run: functools.partial(convert.run, str(source), str(target), str(run), options),
+        Cluster(launch.profile, launch.home).ranks_shape("convert", 1, 1),
+        {"source": str(source), "output": str(target), "options": options},
         parameters={"source": str(source)},
         tags={"pixart.parent_checkpoint": str(source)},
         total=1,
-        ranks_per_node=1,
+        after=after,
     )
-    return directory
 
 
 def sample_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -236,21 +252,20 @@ def sample_command(launch: Launch, options: argparse.Namespace) -> str:
         raise ValueError(f"{checkpoint} names no dataset, so its VAE and text encoder are not known: train it first")
     launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
     use_dataset(launch, [])
-    result = submit_sampling(launch, checkpoint, options.prompt)
-    return describe_samples(result) if result else "submitted"
+    run = submit_sampling(launch, checkpoint, options.prompt)
+    return describe_samples(runs.result(run)) if launch.wait else describe_submission(run)
 
 
-def submit_sampling(launch: Launch, checkpoint: Path, prompts: list[str]) -> dict[str, Any] | None:
-    _, result = run_ranks(
+def submit_sampling(launch: Launch, checkpoint: Path, prompts: list[str], after: Sequence[str] = ()) -> Run:
+    return run_ranks(
         launch,
-        "sample",
-        lambda run: functools.partial(sample.run, to_json(launch.recipe), str(checkpoint), str(run), prompts),
+        Cluster(launch.profile, launch.home).ranks_shape("sample", 1, 1),
+        {"checkpoint": str(checkpoint), "prompts": prompts},
         parameters={"checkpoint": str(checkpoint), "guidance": launch.recipe.sample.guidance},
         tags={"pixart.parent_checkpoint": str(checkpoint)},
         total=1,
-        ranks_per_node=1,
+        after=after,
     )
-    return result
 
 
 def describe_samples(result: dict[str, Any]) -> str:
@@ -263,22 +278,69 @@ def describe_samples(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def demo_command(launch: Launch, options: argparse.Namespace) -> str:
-    """All jobs in turn, their runs under one parent in MLflow."""
-    folder = begin(launch, "demo", {"recipe": launch.recipe.name})
+def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
+    """All jobs in turn, their runs under one parent in MLflow; each waits for those before it."""
+    submitted = run_pipeline(launch, options)
+    if launch.wait:
+        return describe_pipeline(launch, submitted)
+    lines = [f"{run.kind:<8} {', '.join(run.job_ids):<12} {run.folder}" for run in submitted]
+    return "\n".join(["submitted, each to begin when the one before it has succeeded:", *lines])
+
+
+def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
+    if launch.dry_run:
+        raise NothingSubmitted(describe_plan(launch, options))
+    folder = begin_group(launch, options.job)
     launch.parent = run_id(folder)
     succeeded = False
     try:
-        prepare_dataset(launch, options.overrides)
-        stage1 = submit_training(launch, 1, 1, start=None)
-        converted = submit_conversion(launch, Path(str(stage1)), batch=launch.recipe.stage2.batch)
-        stage2 = submit_training(launch, 2, 1, start=Path(str(converted)))
-        result = submit_sampling(launch, Path(str(stage2)), [])
+        _, after = prepare_dataset(launch, options.overrides, any_source=True)
+        stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
+        source = last_checkpoint(launch, 1, stage1)
+        batch = launch.recipe.stage2.batch
+        conversion = submit_conversion(launch, source, converted(source), waited(launch, stage1), batch=batch)
+        start = converted(source)
+        stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
+        last = last_checkpoint(launch, 2, stage2)
+        samples = submit_sampling(launch, last, [], waited(launch, stage2))
         succeeded = True
     finally:
         launch.tracker.finish(folder, succeeded)
-    assert result is not None
-    return f"{describe_samples(result)}\ncheckpoint: {stage2}\nruns: mlflow ui --backend-store-uri {launch.tracker.uri}"
+    return [stage1, conversion, stage2, samples]
+
+
+def describe_pipeline(launch: Launch, submitted: list[Run]) -> str:
+    _, _, stage2, samples = submitted
+    return (
+        f"{describe_samples(runs.result(samples))}\ncheckpoint: {last_checkpoint(launch, 2, stage2)}\n"
+        f"runs: mlflow ui --backend-store-uri {launch.tracker.uri}"
+    )
+
+
+def describe_plan(launch: Launch, options: argparse.Namespace) -> str:
+    cluster = Cluster(launch.profile, launch.home / "runs" / "RUN", after=["BEFORE"])
+    shards = range(launch.recipe.data.shards)
+    shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
+    training, single = (
+        cluster.ranks_shape("train", options.nodes, None),
+        functools.partial(cluster.ranks_shape, nodes=1),
+    )
+    shapes += [training, single("convert", ranks_per_node=1), training, single("sample", ranks_per_node=1)]
+    for shape in shapes:
+        cluster.check(shape)
+    return "\n".join(cluster.describe(shape) for shape in shapes) + "\n" + to_json(launch.recipe)
+
+
+def retry_command(launch: Launch, options: argparse.Namespace) -> str:
+    run = runs.find(launch.home, options.run)
+    if not options.cluster:
+        launch.profile = Profile(**json.loads((run.folder / "profile.json").read_text()))
+        launch.wait = launch.profile.executor == "local" or options.wait
+    run, missing = resubmit(launch, run)
+    if not missing:
+        return f"nothing to do: all of {run.folder.name} is done or under way"
+    what = f"{len(missing)} of {run.total} shards" if run.elements else run.kind
+    return f"submitted {what} again as {run.jobs[-1][0].partition('_')[0]}" if not launch.wait else f"{what} done"
 
 
 COMMANDS = {
@@ -287,5 +349,7 @@ COMMANDS = {
     "train": train_command,
     "convert": convert_command,
     "sample": sample_command,
-    "demo": demo_command,
+    "demo": pipeline_command,
+    "pipeline": pipeline_command,
+    "retry": retry_command,
 }

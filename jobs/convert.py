@@ -6,7 +6,7 @@ from typing import Any
 from jobs.tracking import Journal
 
 
-def run(source: str, output: str, run_folder: str, options: dict[str, Any]) -> str:
+def run(run_folder: str, *, source: str, output: str, options: dict[str, Any]) -> str:
     """Returns the converted checkpoint's directory; `options` are those of `conversion.to_fp8.convert`."""
     from conversion.to_fp8 import REPORT, convert, describe
 

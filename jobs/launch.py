@@ -1,9 +1,11 @@
 """`python -m jobs.launch JOB`: submits the suite's jobs to a Slurm cluster, or runs them on this machine."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from pixart.recipes import RECIPES
@@ -14,7 +16,15 @@ JOBS = {
     "train": "trains stage 1 or stage 2",
     "convert": "brings a checkpoint into FP8, stage 1 into stage 2 on the way",
     "sample": "samples pictures from a checkpoint",
+    "pipeline": "submits all of them, each to begin when the one before it has succeeded",
     "demo": "runs all of them, from rendered scenes to counted pictures",
+}
+AFTERWARDS = {
+    "status": "shows how a run stands, by its data and by Slurm",
+    "logs": "prints what a run's tasks have said",
+    "retry": "submits just what a run has not finished",
+    "cancel": "ends a run's jobs",
+    "sync": "brings a run's journal into MLflow, from a machine that reaches it",
 }
 OVERRIDES = "configuration by dotted key, such as stage1.steps=100 or data.source=s3://bucket/photos; repeatable"
 
@@ -29,22 +39,23 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m jobs.launch", description=__doc__)
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", parser_class=Parser)
-    for name, summary in JOBS.items():
+    for name, summary in {**JOBS, **AFTERWARDS}.items():
         job = jobs.add_parser(name, help=summary, description=f"{name}: {summary}.")
-        job.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=OVERRIDES)
-        job.add_argument("--recipe", default="demo", help=f"one of {', '.join(RECIPES)} (default: demo)")
-        job.add_argument(
-            "--cluster", help="profile by name or path (default: $PIXART_CLUSTER, else local without Slurm)"
-        )
-        job.add_argument("--dataset", help="the dataset's directory, short for data.path=DIRECTORY")
         job.add_argument("--home", help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)")
+        if name in AFTERWARDS:
+            job.add_argument("run", nargs="?", metavar="RUN", help="folder, name or part of it (default: the newest)")
+        else:
+            add_settings(job)
+        if name in JOBS or name == "retry":
+            add_submission(job)
         if name in ("caption", "latents"):
             job.add_argument("--array", help="shards: 0-255, 3,7,9-12, 0-999:10, and %%N for N at once (default: all)")
+        if name in ("train", "pipeline", "demo"):
+            job.add_argument("--nodes", type=positive, default=1, help="nodes; on this machine, ranks (default: 1)")
         if name == "train":
             job.add_argument(
                 "--stage", type=int, choices=(1, 2), help="1: classes, 2: text (default: the checkpoint's, else 1)"
             )
-            job.add_argument("--nodes", type=positive, default=1, help="nodes; on this machine, ranks (default: 1)")
             job.add_argument("--from", dest="start", help="checkpoint or run to go on from")
             job.add_argument("--resume", help="run folder to continue in")
         if name == "convert":
@@ -55,9 +66,25 @@ def make_parser() -> argparse.ArgumentParser:
             job.add_argument(
                 "--prompt", action="append", default=[], help="may be given several times (default: the dataset's)"
             )
-        if name != "demo":
-            job.add_argument("--no-wait", action="store_true", help="on a cluster: return once submitted")
+        if name == "logs":
+            job.add_argument("--shard", type=int, metavar="N", help="of this shard only")
+            job.add_argument("-f", dest="follow", action="store_true", help="go on as more is written")
     return parser
+
+
+def add_settings(job: argparse.ArgumentParser) -> None:
+    job.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=OVERRIDES)
+    job.add_argument("--recipe", default="demo", help=f"one of {', '.join(RECIPES)} (default: demo)")
+    job.add_argument("--dataset", help="the dataset's directory, short for data.path=DIRECTORY")
+
+
+def add_submission(job: argparse.ArgumentParser) -> None:
+    job.add_argument("--cluster", help="profile by name or path (default: $PIXART_CLUSTER, else local without Slurm)")
+    job.add_argument(
+        "--gpus-per-node", type=positive, metavar="N", help="ranks of a training node (default: the profile's)"
+    )
+    job.add_argument("--wait", action="store_true", help="on a cluster: stay until the end, with a progress line")
+    job.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
 
 
 def positive(text: str) -> int:
@@ -68,6 +95,8 @@ def positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
+    if options.job in AFTERWARDS and options.job != "retry":
+        return look(options)
     from jobs import commands
     from jobs.submission import JobFailedError
 
@@ -83,6 +112,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except JobFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+
+
+def look(options: argparse.Namespace) -> int:
+    """The commands that submit nothing: most need no MLflow, whose import takes its time."""
+    from jobs import status
+
+    home = Path(options.home or os.environ.get("PIXART_HOME") or "outputs").absolute()
+    try:
+        return status.COMMANDS[options.job](home, options)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -39,6 +39,15 @@ def read(dataset: str | Path, job: str, shard: int) -> Entry | None:
         return None
 
 
+def shards(dataset: str | Path, job: str) -> set[int]:
+    """The shards that have an entry, unread: one listing, however many there are."""
+    try:
+        names = os.listdir(path(dataset, job, 0).parent)  # noqa: PTH208 - ten thousand names
+    except FileNotFoundError:
+        return set()
+    return {int(name.removesuffix(".json")) for name in names if name.endswith(".json") and not name.startswith(".")}
+
+
 def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry]:
     """The entries that are there, by shard."""
     found = {shard: read(dataset, job, shard) for shard in shards}

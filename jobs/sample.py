@@ -11,7 +11,7 @@ from pixart.config import from_json
 UNSEEN = 1  # added to the dataset's seed: the demo's scenes that training has not had
 
 
-def run(recipe: str, checkpoint: str, run_folder: str, prompts: list[str]) -> dict[str, Any]:
+def run(run_folder: str, *, checkpoint: str, prompts: list[str]) -> dict[str, Any]:
     """Returns the sheet's path and, where the prompts are the demo's own scenes, the shares that came out right."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -20,7 +20,7 @@ def run(recipe: str, checkpoint: str, run_folder: str, prompts: list[str]) -> di
     from pixart.data.scenes import caption, make_scene
     from pixart.sheet import contact_sheet
 
-    configuration = from_json(recipe)
+    configuration = from_json((Path(run_folder) / "config.json").read_text())
     directory = checkpoints.find(checkpoint)
     scenes = []
     if not prompts and configuration.data.source == "demo":

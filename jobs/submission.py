@@ -13,23 +13,31 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import submitit
-
-from jobs import caption, init, latents, ledger
+from jobs import caption, convert, init, latents, ledger, runs, sample, train
 from jobs.progress import ProgressLine
-from jobs.tracking import Tracker, read_journal, run_id
+from jobs.runs import Element, Run
+from jobs.snapshot import copy_code, record_git
+from jobs.tracking import Tracker, run_id
 from pixart.config import DataConfig, Recipe, to_json
-from slurm.cluster import Cluster
+from slurm import profile as profiles
+from slurm import queue
+from slurm.cluster import Cluster, Shape
 from slurm.profile import Profile
+from slurm.task import RESULT
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = {"local": 0.5, "slurm": 2.0}  # Slurm's controller serves many
 SYNC_SECONDS = 5.0
 CHANGEABLE = ("path", "caption_batch")  # settings of a dataset that its manifest does not fix
 ARRAY_JOBS = {"caption": caption.run, "latents": latents.run}
+RANK_JOBS: dict[str, Callable[..., Any]] = {"train": train.run, "convert": convert.run, "sample": sample.run}
 
 
 class JobFailedError(Exception):
     """A job ended without its result; the message names it and its log."""
+
+
+class NothingSubmitted(Exception):  # noqa: N818 - no error
+    """A dry run has come to its end; the message is what would have been submitted."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +49,7 @@ class Launch:
     profile: Profile
     parent: str | None = None  # MLflow run that this command's runs belong to
     wait: bool = True
+    dry_run: bool = False
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -49,37 +58,6 @@ class Launch:
     @property
     def dataset(self) -> str:
         return self.recipe.data.path
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A submission: its folder and its jobs."""
-
-    kind: str
-    folder: Path
-    jobs: list[submitit.Job]
-
-    def results(self) -> list[Any]:
-        """Each job's result. Raises ValueError for what the user can mend, JobFailedError for the rest."""
-        return [outcome for job in self.jobs for outcome in job_results(job)]
-
-
-def job_results(job: submitit.Job) -> list[Any]:
-    tasks = job._sub_jobs or [job]
-    outcomes = []
-    for task in tasks:
-        try:
-            status, value = task._get_outcome_and_result()
-        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-            raise JobFailedError(f"job {task.job_id} ended without a result; its log is {task.paths.stderr}") from error
-        if status == "error":
-            last = str(value).strip().splitlines()[-1]
-            name, _, message = last.partition(": ")
-            if name == "ValueError":
-                raise ValueError(message)
-            raise JobFailedError(f"job {task.job_id} failed with {last}; its log is {task.paths.stderr}")
-        outcomes.append(value)
-    return outcomes
 
 
 def new_folder(home: Path, kind: str) -> Path:
@@ -91,46 +69,105 @@ def new_folder(home: Path, kind: str) -> Path:
 
 def begin(
     launch: Launch,
-    kind: str,
+    shape: Shape,
     parameters: dict[str, Any],
     tags: dict[str, str] | None = None,
     folder: Path | None = None,
-) -> Path:
-    """Makes the run folder and its MLflow run."""
-    folder = folder or new_folder(launch.home, kind)
-    (folder / "config.json").write_text(to_json(launch.recipe) + "\n")
-    (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
-    (folder / "profile.json").write_text(json.dumps(asdict(launch.profile), indent=2) + "\n")
+    after: Sequence[str] = (),
+) -> Cluster:
+    """Makes the run folder, with all that was asked for, and its MLflow run.
+
+    Raises ValueError, with nothing made, for what the cluster would never run.
+    """
+    planned = Cluster(launch.profile, launch.home / "runs" / "RUN", after=after)
+    planned.check(shape)
+    if launch.dry_run:
+        raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
+    folder = folder or new_folder(launch.home, shape.kind)
+    write_settings(launch, folder)
+    commit = record_git(folder)
     if run_id(folder) is None:
-        launch.tracker.start(folder, folder.name, parameters, {**(tags or {}), "pixart.job": kind}, launch.parent)
+        about = {"pixart.job": shape.kind, "pixart.cluster": launch.profile.name, "pixart.commit": commit or "none"}
+        launch.tracker.start(folder, folder.name, parameters, {**(tags or {}), **about}, launch.parent)
+    return prepared(launch, folder, shape, after)
+
+
+def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = ()) -> Cluster:
+    """The cluster, ready for a submission into a run folder: on Slurm, with a copy of the code."""
+    if launch.profile.executor != "slurm":
+        return Cluster(launch.profile, folder)
+    code = folder / f"code-{len(list(folder.glob('code-*'))) + 1}"
+    copy_code(code)
+    cluster = Cluster(launch.profile, folder, code=code, after=after)
+    (folder / "sbatch.txt").write_text(cluster.sbatch_text(shape))
+    return cluster
+
+
+def begin_group(launch: Launch, name: str) -> Path:
+    """Makes the folder and the MLflow run that the runs of one command belong to."""
+    folder = new_folder(launch.home, name)
+    write_settings(launch, folder)
+    launch.tracker.start(folder, folder.name, {"recipe": launch.recipe.name}, {"pixart.job": name}, launch.parent)
     return folder
 
 
-def follow(launch: Launch, run: Run, total: int, progress: Callable[[], tuple[int, str]]) -> list[Any]:
-    """Waits for the run's end with a progress line, replays its journal, and returns the results."""
-    (run.folder / "jobs.json").write_text(json.dumps([job.job_id for job in run.jobs]) + "\n")
-    if not launch.wait:
-        return []
+def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
+    """Submits just what is neither done nor under way, into the same run; returns its elements too."""
+    missing = [number for number, element in runs.elements(run).items() if element.state == "failed"]
+    if not missing:
+        return run, []
+    planned = Cluster(launch.profile, run.folder)
+    if run.elements:
+        shape = planned.array_shape(run.kind, missing)
+    else:
+        shape = planned.ranks_shape(run.kind, run.nodes, run.ranks_per_node)
+    planned.check(shape)
+    if launch.dry_run:
+        raise NothingSubmitted(planned.describe(shape))
+    cluster = prepared(launch, run.folder, shape)
+    return (submit_array if run.elements else submit_ranks)(launch, cluster, shape, run), missing
+
+
+def write_settings(launch: Launch, folder: Path) -> None:
+    (folder / "config.json").write_text(to_json(launch.recipe) + "\n")
+    (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+    (folder / "profile.json").write_text(json.dumps(asdict(launch.profile), indent=2) + "\n")
+
+
+def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tuple[int, str]]) -> None:
+    """Waits for the run's end with a progress line and replays its journal.
+
+    Raises ValueError for what the user can mend, JobFailedError for the rest.
+    """
     succeeded = False
     try:
-        with ProgressLine(run.kind, total) as line:
+        with ProgressLine(run.kind, run.total) as line:
             synced = time.monotonic()
-            while not all(job.done() for job in run.jobs):
-                line.update(*progress())
-                time.sleep(POLL_SECONDS)
+            while runs.under_way(found := runs.elements(run)):
+                line.update(*progress(found))
+                time.sleep(POLL_SECONDS[run.executor])
                 if time.monotonic() - synced > SYNC_SECONDS:
                     launch.tracker.sync(run.folder)
                     synced = time.monotonic()
-            results = run.results()
-            line.update(*progress())
+            line.update(*progress(found))
+            raise_first_failure(run, found)
         succeeded = True
-        return results
     except KeyboardInterrupt:
-        for job in run.jobs:
-            job.cancel()
+        queue.cancel(run.executor, run.job_ids)
         raise
     finally:
         launch.tracker.finish(run.folder, succeeded)
+
+
+def raise_first_failure(run: Run, found: dict[int, Element]) -> None:
+    failed = {number: element for number, element in found.items() if element.state == "failed"}
+    for number, element in failed.items():
+        name, _, message = element.note.partition(": ")
+        if name == "ValueError":
+            raise ValueError(message)
+        what = f"{run.kind} shard {number}" if run.elements else run.kind
+        others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
+        raise JobFailedError(f"{what}{others} failed: {element.note}; its log is {run.log(element.job)}")
 
 
 def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
@@ -139,6 +176,8 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
     Raises ValueError where the recipe asks for another dataset than the one that is there.
     """
     manifest = ledger.manifest(launch.dataset)
+    if manifest is None and launch.dry_run:
+        return {"data": asdict(launch.recipe.data), "class_names": []}
     if manifest is None:
         make_dataset(launch)
         manifest = ledger.manifest(launch.dataset)
@@ -160,61 +199,71 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
 
 def make_dataset(launch: Launch) -> None:
     """Runs the init job on this machine: it only looks at the source and writes one small file."""
-    with tempfile.TemporaryDirectory() as folder:
-        cluster = Cluster(Profile(name="local", executor="local"), Path(folder))
-        job = cluster.submit_ranks("init", 1, functools.partial(init.run, to_json(launch.recipe)))
-        while not job.done():
-            time.sleep(POLL_SECONDS / 5)
-        job_results(job)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cluster = Cluster(profiles.load("local"), folder)
+        job = cluster.submit_ranks(Shape(kind="init"), functools.partial(init.run, to_json(launch.recipe)))
+        run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
+        while runs.under_way(found := runs.elements(run)):
+            time.sleep(POLL_SECONDS["local"] / 5)
+        raise_first_failure(run, found)
 
 
-def run_array(launch: Launch, kind: str, shards: list[int], limit: int | None) -> Run:
+def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:
     """One task per shard, of those in `shards`."""
-    profile = replace(launch.profile, array_parallelism=limit) if limit else launch.profile
+    launch.profile = replace(launch.profile, array_parallelism=limit or launch.profile.array_parallelism)
+    shape = Cluster(launch.profile, launch.home).array_shape(kind, shards)
     parameters = {"dataset": launch.dataset, "shards": len(shards), "source": launch.recipe.data.source}
-    folder = begin(launch, kind, parameters)
-    cluster = Cluster(profile, folder / "logs")
-    jobs = cluster.submit_array(kind, functools.partial(ARRAY_JOBS[kind], launch.dataset), shards)
-    run = Run(kind=kind, folder=folder, jobs=jobs)
-    done = set(ledger.entries(launch.dataset, kind, shards))
+    cluster = begin(launch, shape, parameters, after=after)
+    run = new_run(launch, cluster, shape, total=len(shards))
+    return submit_array(launch, cluster, shape, run)
 
-    def progress() -> tuple[int, str]:
-        done.update(
-            shard for shard in shards if shard not in done and ledger.path(launch.dataset, kind, shard).exists()
-        )
-        return len(done), ""
 
-    follow(launch, run, len(shards), progress)
+def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
+    function = functools.partial(ARRAY_JOBS[run.kind], run.dataset)
+    run = run.added(cluster.submit_array(shape, function))
+    if launch.wait:
+        follow(launch, run, lambda found: (sum(element.state == "done" for element in found.values()), ""))
     return run
 
 
 def run_ranks(
     launch: Launch,
-    kind: str,
-    function: Callable[[Path], Callable[[], Any]],
+    shape: Shape,
+    request: dict[str, Any],
     *,
     parameters: dict[str, Any],
     tags: dict[str, str],
     total: int,
-    nodes: int = 1,
-    ranks_per_node: int | None = None,
     folder: Path | None = None,
-) -> tuple[Run, Any]:
-    """One job of one or more ranks; `function` is given the run folder. Returns rank 0's result too, if waited for."""
-    folder = begin(launch, kind, parameters, tags, folder)
-    cluster = Cluster(launch.profile, folder / "logs")
-    job = cluster.submit_ranks(kind, nodes, function(folder), ranks_per_node)
-    run = Run(kind=kind, folder=folder, jobs=[job])
-    offset, step, note = 0, 0, ""
+    after: Sequence[str] = (),
+) -> Run:
+    """One job of one or more ranks; `request` are the arguments of its function but for the run folder."""
+    cluster = begin(launch, shape, parameters, tags, folder, after)
+    run = new_run(launch, cluster, shape, total=total, request=request)
+    return submit_ranks(launch, cluster, shape, run)
 
-    def progress() -> tuple[int, str]:
-        nonlocal offset, step, note
-        lines, offset = read_journal(folder, offset)
-        for line in lines:
-            step = max(step, line.get("step", 0))
-            if "train/loss" in line.get("metrics", {}):
-                note = f"loss {line['metrics']['train/loss']:.4f}"
-        return min(step, total), note
 
-    results = follow(launch, run, total, progress)
-    return run, results[0] if results else None
+def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
+    (run.folder / RESULT).unlink(missing_ok=True)
+    function = functools.partial(RANK_JOBS[run.kind], str(run.folder), **run.request)
+    run = run.added([cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+    if launch.wait:
+        follow(launch, run, lambda found: runs.progress(run))
+    return run
+
+
+def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request: dict[str, Any] | None = None) -> Run:
+    before = runs.load(cluster.run).jobs if (cluster.run / runs.RECORD).exists() else ()
+    return Run(
+        folder=cluster.run,
+        kind=shape.kind,
+        executor=launch.profile.executor,
+        dataset=launch.dataset,
+        total=total,
+        nodes=0 if shape.elements else shape.nodes,
+        ranks_per_node=shape.ranks_per_node,
+        elements=shape.elements,
+        request=request or {},
+        jobs=before,
+    )

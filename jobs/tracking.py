@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jobs.ledger import write_atomically
+
 JOURNAL = "journal.jsonl"
 STATE = "mlflow.json"
 EXPERIMENT = "pixart"
@@ -73,22 +75,24 @@ class Tracker:
         made = self.client.create_run(self.experiment, run_name=name, tags={**tags, **nested, "pixart.run": str(run)})
         for key, value in parameters.items():
             self.client.log_param(made.info.run_id, key, value)
-        (run / STATE).write_text(json.dumps({"run_id": made.info.run_id, "uri": self.uri, "offset": 0}))
+        write_atomically(run / STATE, json.dumps({"run_id": made.info.run_id, "uri": self.uri, "offset": 0}))
         return made.info.run_id
 
     def sync(self, run: Path) -> None:
-        """Replays what the journal has gained since the last time."""
+        """Replays what the journal has gained since the last time; a step done twice, after a requeue, counts once."""
         from mlflow.entities import Metric
 
         state = json.loads((run / STATE).read_text())
         lines, offset = read_journal(run, state["offset"])
         if not lines:
             return
-        points = [
-            Metric(key, value, int(line["time"] * 1000), line["step"])
-            for line in lines
-            for key, value in line.get("metrics", {}).items()
-        ]
+        last_steps: dict[str, int] = state.get("last_steps", {})
+        points = []
+        for line in lines:
+            for key, value in line.get("metrics", {}).items():
+                if line["step"] > last_steps.get(key, -1):
+                    last_steps[key] = line["step"]
+                    points.append(Metric(key, value, int(line["time"] * 1000), line["step"]))
         for begin in range(0, len(points), 1000):  # MLflow's limit for one batch
             self.client.log_batch(state["run_id"], metrics=points[begin : begin + 1000])
         for line in lines:
@@ -96,7 +100,7 @@ class Tracker:
                 self.client.set_tag(state["run_id"], key, value)
             if "artifact" in line:
                 self.client.log_artifact(state["run_id"], line["artifact"])
-        (run / STATE).write_text(json.dumps({**state, "offset": offset}))
+        write_atomically(run / STATE, json.dumps({**state, "offset": offset, "last_steps": last_steps}))
 
     def finish(self, run: Path, succeeded: bool) -> None:
         self.sync(run)

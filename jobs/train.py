@@ -1,25 +1,48 @@
 """The train job: one rank of a training run."""
 
+import os
+from pathlib import Path
+
 from jobs.tracking import Journal
 from pixart.config import from_json
 
 
-def run(recipe: str, stage: int, run_folder: str, start: str | None) -> str:
-    """Called on every rank; returns the last checkpoint's directory."""
+def run(run_folder: str, *, stage: int, start: str | None) -> str:
+    """Called on every rank; returns the last checkpoint's directory.
+
+    Raises Left where the cluster has asked for the nodes, once all ranks have saved together.
+    """
+    join_ranks()
+
+    from pixart.training.loop import Stopped, train
+    from slurm.task import Left, stop_level
+
+    recipe = from_json((Path(run_folder) / "config.json").read_text())
+    try:
+        last = train(
+            stage=stage,
+            model=recipe.model,
+            config=recipe.train(stage),
+            dataset=recipe.data.path,
+            run=run_folder,
+            start=start,
+            report=Journal(run_folder).metrics,
+            stop=stop_level,
+        )
+    except Stopped as stopped:
+        raise Left(stopped.level) from stopped
+    return str(last)
+
+
+def join_ranks() -> None:
+    """Sets the variables that torch.distributed reads; a profile's MASTER_ADDR goes before the first node's name."""
     from submitit.helpers import TorchDistributedEnvironment
 
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-
-    from pixart.training.loop import train
-
-    configuration = from_json(recipe)
-    last = train(
-        stage=stage,
-        model=configuration.model,
-        config=configuration.train(stage),
-        dataset=configuration.data.path,
-        run=run_folder,
-        start=start,
-        report=Journal(run_folder).metrics,
+    found = TorchDistributedEnvironment()
+    found.master_addr = os.environ.get("MASTER_ADDR", found.master_addr)
+    found.export(set_cuda_visible_devices=False, overwrite=True)
+    print(
+        f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size}, "
+        f"master {found.master_addr}:{found.master_port}",
+        flush=True,
     )
-    return str(last)

@@ -176,8 +176,8 @@ def check_shapes(state: State, config: dict[str, Any], name: str) -> None:
 
 
 def steps(run: str | Path) -> list[Path]:
-    """The checkpoints of a training run, oldest first."""
-    return sorted(marker.parent for marker in Path(run).glob(f"checkpoints/step-*/{MARKER}"))
+    """The checkpoints of a training run, oldest first; not those that were converted beside them."""
+    return sorted(marker.parent for marker in Path(run).glob(f"checkpoints/step-{8 * '[0-9]'}/{MARKER}"))
 
 
 def find(path: str | Path) -> Path:

@@ -2,103 +2,197 @@
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.slurm.slurm import _make_sbatch_string
 
+from slurm import queue
 from slurm.profile import Profile
+from slurm.task import Task
 
 LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes unless told otherwise
 
 
-class Cluster:
-    """`folder` receives submitit's pickles and the tasks' logs."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a submission asks for; `elements` of an array, else nodes and ranks."""
 
-    def __init__(self, profile: Profile, folder: Path) -> None:
-        self.profile, self.folder = profile, folder
+    kind: str
+    elements: tuple[int, ...] = ()
+    nodes: int = 1
+    ranks_per_node: int = 1
+    gpus_per_node: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submitted:
+    """A job of submitit's and the array elements that are its own."""
+
+    job: submitit.Job
+    elements: tuple[int, ...]
+
+
+class Cluster:
+    """Submits for the run in folder `run`, whose `logs` receive submitit's pickles and what the tasks print.
+
+    Tasks import the suite from `code`. Jobs wait until those of `after` have succeeded.
+    """
+
+    def __init__(self, profile: Profile, run: Path, *, code: Path | None = None, after: Sequence[str] = ()) -> None:
+        self.profile, self.run, self.code, self.after = profile, run, code, after
+        self.folder = run / "logs"
 
     @property
-    def parallelism(self) -> int:
-        return self.profile.array_parallelism or os.cpu_count() or 1
+    def is_slurm(self) -> bool:
+        return self.profile.executor == "slurm"
 
-    def ranks_per_node(self) -> int:
-        return max(1, self.profile.gpus_per_node)
+    def array_shape(self, kind: str, elements: Sequence[int]) -> Shape:
+        return Shape(kind=kind, elements=tuple(elements), gpus_per_node=min(1, self.profile.gpus_per_node))
 
-    def submit_array(
-        self, kind: str, function: Callable[[list[int]], Any], elements: Sequence[int]
-    ) -> list[submitit.Job]:
-        """One task per element on Slurm; on this machine, as many processes as may run at once share the elements."""
-        if self.profile.executor == "slurm":
-            executor = self.executor(kind, nodes=1, tasks_per_node=1, gpus=min(1, self.profile.gpus_per_node))
-            return executor.map_array(function, [[element] for element in elements])
-        lanes = min(self.parallelism, len(elements))
-        executor = self.executor(kind, nodes=1, tasks_per_node=1, gpus=0)
-        threads = max(1, (os.cpu_count() or 1) // lanes)
-        with environment({**self.profile.environment, "OMP_NUM_THREADS": str(threads)}):
-            return [executor.submit(function, list(elements[lane::lanes])) for lane in range(lanes)]
+    def ranks_shape(self, kind: str, nodes: int, ranks_per_node: int | None) -> Shape:
+        """One rank for each GPU; one a node where there are none."""
+        ranks = ranks_per_node or max(1, self.profile.gpus_per_node)
+        gpus = ranks if self.profile.gpus_per_node else 0
+        return Shape(kind=kind, nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus)
 
-    def submit_ranks(
-        self, kind: str, nodes: int, function: Callable[[], Any], ranks_per_node: int | None = None
-    ) -> submitit.Job:
-        """One job of as many ranks a node as it has GPUs (one without); on this machine, that many processes."""
-        per_node = ranks_per_node or self.ranks_per_node()
-        gpus = self.profile.gpus_per_node and per_node
-        if self.profile.executor == "slurm":
-            return self.executor(kind, nodes=nodes, tasks_per_node=per_node, gpus=gpus).submit(function)
-        ranks = nodes * per_node
-        threads = max(1, (os.cpu_count() or 1) // ranks)
-        with environment({**self.profile.environment, "OMP_NUM_THREADS": str(threads)}):
-            return self.executor(kind, nodes=1, tasks_per_node=ranks, gpus=0).submit(function)
-
-    def executor(self, kind: str, *, nodes: int, tasks_per_node: int, gpus: int) -> submitit.Executor:
-        profile = self.profile
-        python = profile.python.get(kind)
-        if profile.executor == "local":
-            local = submitit.LocalExecutor(folder=self.folder, python=python)
-            local.update_parameters(
-                timeout_min=LOCAL_MINUTES,
-                nodes=nodes,
-                tasks_per_node=tasks_per_node,
-                gpus_per_node=profile.gpus_per_node,  # submitit hides those that are not asked for
+    def check(self, shape: Shape) -> None:
+        """Raises ValueError for what this cluster would never run."""
+        if not self.is_slurm:
+            return
+        profile, allowed = self.profile, queue.partition(self.profile.partition)
+        name = profile.partition or "the default partition"
+        minutes = profile.minutes.get(shape.kind)
+        if minutes and allowed.minutes and minutes > allowed.minutes:
+            raise ValueError(f"{shape.kind}: {minutes} minutes, but {name} allows {allowed.minutes}")
+        if shape.gpus_per_node > allowed.gpus_per_node:
+            raise ValueError(
+                f"{shape.kind}: {shape.gpus_per_node} GPUs a node, but the nodes of {name} have {allowed.gpus_per_node}"
             )
-            return local
-        executor = submitit.SlurmExecutor(folder=self.folder, python=python)
-        executor.update_parameters(**slurm_parameters(profile, kind, nodes, tasks_per_node, gpus, self.parallelism))
+        if shape.nodes > allowed.nodes:
+            raise ValueError(f"{shape.kind}: {shape.nodes} nodes, but {name} has {allowed.nodes}")
+
+    def sbatch_text(self, shape: Shape) -> str:
+        """Just what sbatch is given; of an array that is split, its first part."""
+        check_line("run folder", str(self.run))
+        parameters = slurm_parameters(self.profile, shape, code=self.code, after=self.after)
+        python = self.profile.python.get(shape.kind) or shlex.quote(sys.executable)
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
+        count = len(shape.elements) if len(shape.elements) > 1 else None
+        return _make_sbatch_string(command=command, folder=self.folder, **parameters, map_count=count)
+
+    def describe(self, shape: Shape) -> str:
+        """What a submission of this shape would be."""
+        if self.is_slurm:
+            return self.sbatch_text(shape)
+        if shape.elements:
+            return f"{shape.kind}: {len(shape.elements)} shards in {self.lanes(shape)} processes on this machine"
+        return f"{shape.kind}: {shape.nodes * shape.ranks_per_node} ranks on this machine"
+
+    def lanes(self, shape: Shape) -> int:
+        return min(self.profile.array_parallelism or os.cpu_count() or 1, len(shape.elements))
+
+    def submit_array(self, shape: Shape, function: Callable[[list[int]], Any]) -> list[Submitted]:
+        """One task per element on Slurm; on this machine, as many processes as may run at once share the elements."""
+        elements, task = shape.elements, Task(function=function, run=str(self.run))
+        if not self.is_slurm:
+            shares = [elements[lane :: self.lanes(shape)] for lane in range(self.lanes(shape))]
+            with environment(self.local_environment(processes=len(shares))):
+                local = self.local_executor(shape)
+                return [Submitted(job=local.submit(task, list(share)), elements=share) for share in shares]
+        executor, largest = self.slurm_executor(shape), queue.max_array_size()
+        parts = [elements[begin : begin + largest] for begin in range(0, len(elements), largest)]
+        jobs = [job for part in parts for job in executor.map_array(task, [[element] for element in part])]
+        return [Submitted(job=job, elements=(element,)) for job, element in zip(jobs, elements, strict=True)]
+
+    def submit_ranks(self, shape: Shape, function: Callable[[], Any], *, cooperative: bool = False) -> Submitted:
+        """One job of `nodes * ranks_per_node` ranks; on this machine, that many processes."""
+        task = Task(function=function, run=str(self.run), ranks=True, cooperative=cooperative)
+        if self.is_slurm:
+            return Submitted(job=self.slurm_executor(shape).submit(task), elements=())
+        with environment(self.local_environment(processes=shape.nodes * shape.ranks_per_node)):
+            return Submitted(job=self.local_executor(shape).submit(task), elements=())
+
+    def slurm_executor(self, shape: Shape) -> submitit.SlurmExecutor:
+        executor = submitit.SlurmExecutor(folder=self.folder, python=self.profile.python.get(shape.kind))
+        executor.update_parameters(**slurm_parameters(self.profile, shape, code=self.code, after=self.after))
         return executor
+
+    def local_executor(self, shape: Shape) -> submitit.LocalExecutor:
+        executor = submitit.LocalExecutor(folder=self.folder, python=self.profile.python.get(shape.kind))
+        executor.update_parameters(
+            timeout_min=LOCAL_MINUTES,
+            nodes=1,
+            tasks_per_node=shape.nodes * shape.ranks_per_node,
+            gpus_per_node=self.profile.gpus_per_node,  # submitit hides those that are not asked for
+        )
+        return executor
+
+    def local_environment(self, processes: int) -> dict[str, str]:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        return {**self.profile.environment, "OMP_NUM_THREADS": str(threads)}
 
 
 def slurm_parameters(
-    profile: Profile, kind: str, nodes: int, tasks_per_node: int, gpus: int, parallelism: int
+    profile: Profile, shape: Shape, *, code: Path | None = None, after: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A profile in the words of submitit's SlurmExecutor; a pure function."""
-    additional = {"mail_user": profile.mail_user, "mail_type": profile.mail_type}
-    gres = f"gpu:{profile.gpu_type}:{gpus}" if profile.gpu_type else f"gpu:{gpus}"
+    """A profile and a shape in the words of submitit's SlurmExecutor; a pure function.
+
+    Raises ValueError for a value with a line break, which no quoting keeps within its line.
+    """
+    gpu = f"gpu:{profile.gpu_type}" if profile.gpu_type else "gpu"
+    additional = {
+        "chdir": code and str(code),
+        "requeue" if profile.requeue else "no-requeue": True,
+        "kill-on-invalid-dep": "yes" if after else None,
+    }
+    # Slurm 22.05 to 23.02 does not hand cpus-per-task on to srun.
+    srun = [f"--cpus-per-task={profile.cpus_per_task}", "--kill-on-bad-exit=1", *profile.srun_args]
+    if profile.container:
+        srun.append(f"--container-image={profile.container}")
+    if profile.container_mounts:
+        srun.append(f"--container-mounts={','.join(profile.container_mounts)}")
     parameters = {
-        "job_name": f"pixart-{kind}",
+        "job_name": f"pixart-{shape.kind}",
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
         "exclude": profile.exclude,
-        "nodes": nodes,
-        "ntasks_per_node": tasks_per_node,
+        "mail_user": profile.mail_user,
+        "mail_type": profile.mail_type,
+        "nodes": shape.nodes,
+        "ntasks_per_node": shape.ranks_per_node,
         "cpus_per_task": profile.cpus_per_task,
-        # Slurm 22.05 to 23.02 does not hand cpus-per-task on to srun.
-        "srun_args": [f"--cpus-per-task={profile.cpus_per_task}"],
-        "gres": gres if gpus else None,
+        "gres": f"{gpu}:{shape.gpus_per_node}" if shape.gpus_per_node else None,
         "mem": f"{profile.memory_gb}GB" if profile.memory_gb else None,
-        "time": profile.minutes.get(kind),
-        "array_parallelism": parallelism,
+        "time": profile.minutes.get(shape.kind),
+        "signal_delay_s": profile.signal_seconds,
+        "dependency": f"afterok:{':'.join(after)}" if after else None,
+        "array_parallelism": profile.array_parallelism or len(shape.elements) or 1,
+        "srun_args": srun,
         "setup": [
+            *(f"module load {shlex.quote(name)}" for name in profile.modules),
             *profile.setup,
             *(f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()),
         ],
         "additional_parameters": {key: value for key, value in additional.items() if value},
     }
-    return {key: value for key, value in parameters.items() if value is not None}
+    found = {key: value for key, value in parameters.items() if value is not None}
+    for key, value in found.items():
+        if key != "setup":
+            check_line(key, str(value))
+    return found
+
+
+def check_line(what: str, value: str) -> None:
+    if not value.isprintable():
+        raise ValueError(f"{what} {value!r}: Slurm's scripts cannot hold a line break or another control character")
 
 
 @contextmanager

@@ -35,11 +35,17 @@ class Profile:
     gpu_type: str | None = None
     cpus_per_task: int = 1
     memory_gb: int | None = None  # per node; None: the partition's default
-    array_parallelism: int = 0  # array elements that run at once; 0: as many as there are processors
+    requeue: bool = True  # after preemption and the failure of a node
+    signal_seconds: int = 120  # ahead of the time limit, for a last save
+    array_parallelism: int = 0  # array elements that run at once; 0: all, or on this machine one a processor
     minutes: dict[str, int] = field(default_factory=dict)  # time limit by job kind
     python: dict[str, str] = field(default_factory=dict)  # interpreter by job kind; the launcher's own by default
-    setup: list[str] = field(default_factory=list)  # shell lines before the task, such as `module load`
+    modules: list[str] = field(default_factory=list)  # `module load` of each
+    setup: list[str] = field(default_factory=list)  # shell lines before the task
     environment: dict[str, str] = field(default_factory=dict)
+    srun_args: list[str] = field(default_factory=list)
+    container: str | None = None  # image for srun's --container-image (pyxis)
+    container_mounts: list[str] = field(default_factory=list)
 
 
 def default_name() -> str:

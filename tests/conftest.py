@@ -8,6 +8,7 @@ import pytest
 from pixart.config import Recipe, to_json
 from pixart.recipes import demo
 from tests.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
+from tests.slurm.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -18,10 +18,19 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    cpu_group: dist.ProcessGroup | None = None  # for words between the ranks that no GPU should wait for
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def agree(self, value: int) -> int:
+        """The largest value of any rank; every rank must call it."""
+        if self.world == 1:
+            return value
+        word = torch.tensor(value)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return int(word)
 
 
 @contextmanager
@@ -38,7 +47,8 @@ def process_group() -> Iterator[Ranks]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Ranks(rank=rank, world=world, device=device)
+        cpu_group = dist.new_group(backend="gloo") if cuda else None
+        yield Ranks(rank=rank, world=world, device=device, cpu_group=cpu_group)
     finally:
         dist.destroy_process_group()
 

@@ -26,6 +26,14 @@ from pixart.training.optimizer import learning_rate, load_optimizer_state, make_
 Report = Callable[[int, dict[str, float]], None]
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """Training has ended early, saved at a step boundary; `level` is the largest that any rank was asked with."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(f"stopped by request of level {level}")
+        self.level = level
+
+
 class Training:
     """Model, optimizer, average and scales of a run that `step` and `save` act on."""
 
@@ -116,11 +124,13 @@ def train(
     run: str | Path,
     start: str | Path | None = None,
     report: Report = lambda step, metrics: None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> Path:
     """Trains to `config.steps` and returns the last checkpoint's directory.
 
     A run folder that has checkpoints is resumed from the newest; else training goes on from `start`, or begins
-    afresh. Every rank calls this; rank 0 reports and saves. Raises ValueError for what the user can mend.
+    afresh. Every rank calls this; rank 0 reports and saves. Where `stop` is not 0 on any rank, all save after the
+    same step and raise Stopped. Raises ValueError for what the user can mend.
     """
     run = Path(run)
     with process_group() as ranks:
@@ -138,12 +148,15 @@ def train(
                 metrics = interval.metrics(step)
                 if ranks.first:
                     report(step, metrics)
-            if step % config.save_every == 0 or step == config.steps:
+            level = ranks.agree(stop())
+            if step % config.save_every == 0 or step == config.steps or level:
                 saved = run / "checkpoints" / f"step-{step:08d}"
                 state = training.checkpoint()
                 if ranks.first:
                     checkpoints.save(state, saved)
                 dist.barrier()
+            if level and step < config.steps:
+                raise Stopped(level)
         assert saved is not None  # a configuration has one step at least, and the last is saved
         return saved
 

@@ -114,7 +114,7 @@ def test_stored_latents_decode_to_the_photos(home, shared_data):
     print(f"PSNR of the VAE {own:.2f} dB, of stored latents {read:.2f} dB")
     assert own > 20
     assert abs(own - read) < 0.1
-    assert np.array_equal(direct, stored)
+    assert np.mean([psnr(a, b) for a, b in zip(direct, stored, strict=True)]) > 50  # other batches, other last bits
 
 
 def test_both_losses_fall(home):

@@ -58,6 +58,21 @@ def test_a_line_cut_off_by_a_kill_is_left_for_later(home):
     assert [line["step"] for line in read_journal(run, offset)[0]] == [2]
 
 
+def test_a_step_done_twice_counts_once(home):
+    """After a requeue the steps since the last checkpoint are done again, whether or not they were sent before."""
+    tracker, run = begin(home, "a")
+    journal = Journal(run)
+    for step in (1, 2, 3):
+        journal.metrics(step, {"loss": step / 10})
+    tracker.sync(run)
+    for step in (2, 3, 4, 3, 4, 5):
+        journal.metrics(step, {"loss": step / 10})
+    tracker.sync(run)
+    tracker.sync(run)
+    points = MlflowClient(tracker.uri).get_metric_history(run_id(run), "loss")
+    assert [(point.step, point.value) for point in points] == [(step, step / 10) for step in range(1, 6)]
+
+
 def test_runs_are_linked_to_their_parent(home):
     tracker, parent = begin(home, "demo")
     _, child = begin(home, "train", parent=run_id(parent))

@@ -74,6 +74,7 @@ def test_find_takes_the_newest_whole_one(tmp_path):
     for step in (3, 12, 7):
         checkpoints.save(make_checkpoint(step), tmp_path / "checkpoints" / f"step-{step:08d}")
     (tmp_path / "checkpoints" / "step-00000020").mkdir()  # has no marker
+    checkpoints.save(make_checkpoint(12), tmp_path / "checkpoints" / "step-00000012.fp8")  # is no step of the run
     assert checkpoints.find(tmp_path).name == "step-00000012"
     assert checkpoints.find(tmp_path / "checkpoints/step-00000003").name == "step-00000003"
     with pytest.raises(ValueError, match="neither"):

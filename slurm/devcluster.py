@@ -1,0 +1,379 @@
+"""A real Slurm on this one machine: `python -m slurm.devcluster up`, `status`, `down`.
+
+For tests, and for people who want to see how a job behaves in a queue: munge, slurmctld and a slurmd per node, with
+GPUs that are empty device files, and accounting by slurmdbd and MariaDB on request. Everything lies in one folder and
+listens on its own ports, so that several can run side by side. Needs root on Debian or Ubuntu, whose packages it
+installs where they are missing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+DEFAULT_FOLDER = "/var/tmp/pixart-devcluster"
+PARTITION, URGENT = "main", "urgent"  # jobs of the second preempt those of the first
+PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge"}
+ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
+SECONDS = 30  # that a daemon is given to answer
+GPU_MEMORY_DEVICE = (1, 3)  # the null device's numbers: a GPU that is only a file
+PATH = "/usr/sbin:/sbin:/usr/bin:/bin:" + os.environ.get("PATH", "")
+
+SLURM_CONF = """\
+ClusterName={name}
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmctldPort={ports[controller]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/logs/slurmctld.log
+SlurmdLogFile={folder}/logs/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SchedulerParameters=batch_sched_delay=0,bf_interval=2,sched_min_interval=100000
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
+GresTypes=gpu
+MaxArraySize=1001
+MaxJobCount=20000
+KillWait=5
+MinJobAge=300
+ReturnToService=2
+SlurmdTimeout=20
+UnkillableStepTimeout=30
+{accounting}
+{nodes}
+PartitionName={partition} Nodes=ALL Default=YES MaxTime=1-0 PriorityTier=1 State=UP
+PartitionName={urgent} Nodes=ALL MaxTime=1-0 PriorityTier=10 State=UP
+"""
+
+ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={ports[accounting]}
+AccountingStoragePass={folder}/munge.socket"""
+
+SLURMDBD_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdPort={ports[accounting]}
+SlurmUser=root
+LogFile={folder}/logs/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={ports[database]}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DevCluster:
+    """A cluster in `folder`; what it was started with lies there in cluster.json."""
+
+    folder: Path
+    nodes: int
+    gpus_per_node: int
+    accounting: bool
+    ports: dict[str, int]
+
+    @property
+    def names(self) -> list[str]:
+        return [f"n{index}" for index in range(1, self.nodes + 1)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that a process needs to talk to this cluster."""
+        return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PIXART_CLUSTER": "dev"}
+
+    def command(self, *words: str) -> str:
+        """Runs a program against this cluster and returns its output. Raises ValueError with its complaint."""
+        done = subprocess.run(
+            words, capture_output=True, text=True, env={**os.environ, **self.environment, "PATH": PATH}
+        )
+        if done.returncode:
+            raise ValueError(f"{words[0]} failed: {done.stderr.strip()}")
+        return done.stdout
+
+    def start(self, name: str, *words: str) -> None:
+        """Starts a daemon that stays when this process ends; its output goes to its log."""
+        with (self.folder / "logs" / f"{name}.out").open("ab") as log:
+            subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.environment, "PATH": PATH},
+                start_new_session=True,
+            )
+
+    def start_controller(self) -> None:
+        self.start("slurmctld", "slurmctld", "-D")
+        self.wait_for("slurmctld", lambda: "UP" in self.command("scontrol", "ping"))
+
+    def restart_controller(self) -> None:
+        """As a crash and a new start: jobs go on meanwhile."""
+        os.kill(int((self.folder / "slurmctld.pid").read_text()), signal.SIGKILL)
+        self.start_controller()
+
+    def start_node(self, name: str) -> None:
+        self.start(f"slurmd-{name}", "slurmd", "-D", "-N", name)
+
+    def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS
+        answer = "no answer"
+        while True:
+            try:
+                if ready():
+                    return
+            except (ValueError, OSError) as error:
+                answer = str(error)
+            if time.monotonic() > deadline:
+                raise ValueError(f"{what} did not come up in {SECONDS} s ({answer}); logs are in {self.folder}/logs")
+            time.sleep(0.1)
+
+
+def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = False) -> DevCluster:
+    """Starts a cluster and returns when all its nodes are idle. Raises ValueError where it cannot run."""
+    folder = folder.absolute()
+    if nodes < 1 or gpus_per_node < 0:
+        raise ValueError(f"--nodes {nodes} --gpus-per-node {gpus_per_node}: a cluster has a node at least")
+    if (folder / "cluster.json").exists():
+        raise ValueError(f"there is a cluster in {folder} already: `python -m slurm.devcluster down` ends it")
+    check_path(folder)
+    install(accounting)
+    for name in ("state", "spool", "logs", "devices"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)
+    services = ["controller", "accounting", "database", *(f"n{index}" for index in range(1, nodes + 1))]
+    ports = dict(zip(services, free_ports(len(services)), strict=True))
+    cluster = DevCluster(folder=folder, nodes=nodes, gpus_per_node=gpus_per_node, accounting=accounting, ports=ports)
+    (folder / "cluster.json").write_text(json.dumps({**asdict(cluster), "folder": str(folder)}, indent=2) + "\n")
+    try:
+        write_configuration(cluster)
+        start_munge(cluster)
+        if accounting:
+            start_accounting(cluster)
+        cluster.start_controller()
+        for name in cluster.names:
+            cluster.start_node(name)
+        cluster.wait_for(
+            "the nodes", lambda: cluster.command("sinfo", "-h", "-N", "-o", "%t").split().count("idle") == 2 * nodes
+        )
+    except BaseException:
+        down(folder, keep=True)
+        raise
+    return cluster
+
+
+def check_path(folder: Path) -> None:
+    """Raises ValueError where the cluster cannot run."""
+    if os.geteuid() != 0:
+        raise ValueError("the dev cluster's daemons need root: try sudo, or a container")
+    if any(character.isspace() or character in ",=%#\\" for character in str(folder)):
+        raise ValueError(f"--folder {str(folder)!r}: Slurm's configuration has no way to write this path")
+    if len(str(folder)) > 80:
+        raise ValueError(f"--folder {folder}: too long, a socket's path has 107 characters at most")
+
+
+def install(accounting: bool) -> None:
+    """Installs the Debian packages that are missing."""
+    wanted = {**PACKAGES, **(ACCOUNTING_PACKAGES if accounting else {})}
+    missing = [package for program, package in wanted.items() if not shutil.which(program, path=PATH)]
+    if not missing:
+        return
+    if not shutil.which("apt-get"):
+        raise ValueError(f"the dev cluster needs {', '.join(missing)}, and there is no apt-get to install them with")
+    print(f"installing {' '.join(missing)}", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *missing]):
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise ValueError(f"apt-get could not install {' '.join(missing)}: {done.stderr.strip()}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+def write_configuration(cluster: DevCluster) -> None:
+    folder, ports = cluster.folder, cluster.ports
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    gres = f" Gres=gpu:b200:{cluster.gpus_per_node}" if cluster.gpus_per_node else ""
+    nodes = [
+        f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[name]} "
+        f"CPUs=16 RealMemory={memory}{gres} State=UNKNOWN"
+        for name in cluster.names
+    ]
+    values = {
+        "folder": folder,
+        "ports": ports,
+        "name": f"dev{ports['controller']}",
+        "host": socket.gethostname(),
+        "accounting": ACCOUNTING.format(folder=folder, ports=ports) if cluster.accounting else "",
+        "nodes": "\n".join(nodes),
+        "partition": PARTITION,
+        "urgent": URGENT,
+    }
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
+    devices = []
+    for index in range(cluster.gpus_per_node):
+        device = folder / "devices" / f"gpu{index}"
+        if not device.exists():
+            os.mknod(device, 0o666 | 0o020000, os.makedev(*GPU_MEMORY_DEVICE))
+        devices.append(f"Name=gpu Type=b200 File={device}\n")
+    (folder / "gres.conf").write_text("".join(devices))
+    if cluster.accounting:
+        configuration = folder / "slurmdbd.conf"
+        configuration.touch(mode=0o600)
+        configuration.write_text(SLURMDBD_CONF.format(**values))
+
+
+def start_munge(cluster: DevCluster) -> None:
+    folder = cluster.folder
+    key = folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(1024))
+    places = {
+        "socket": folder / "munge.socket",
+        "key-file": key,
+        "pid-file": folder / "munged.pid",
+        "log-file": folder / "logs" / "munged.log",
+        "seed-file": folder / "munge.seed",
+    }
+    options = [f"--{name}={path}" for name, path in places.items()]
+    cluster.start("munged", "munged", "--foreground", "--force", *options)
+    cluster.wait_for("munged", lambda: bool(cluster.command("munge", "-n", "-S", str(folder / "munge.socket"))))
+
+
+def start_accounting(cluster: DevCluster) -> None:
+    data = cluster.folder / "database"
+    data.mkdir()
+    cluster.command("mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-test-db")
+    options = [f"--datadir={data}", f"--socket={data}/socket", f"--port={cluster.ports['database']}"]
+    options += ["--bind-address=127.0.0.1", "--user=root", f"--pid-file={data}/mariadbd.pid"]
+    cluster.start("mariadbd", "mariadbd", "--no-defaults", *options)
+    grant = "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm'; GRANT ALL ON slurm_acct.* TO slurm@'127.0.0.1'"
+    client = ("mariadb", "--no-defaults", f"--socket={data}/socket")
+    cluster.wait_for("mariadbd", lambda: bool(cluster.command(*client, "-e", "SELECT 1")))
+    cluster.command(*client, "-e", grant)
+    # slurmdbd reads the configuration that lies beside SLURM_CONF.
+    cluster.start("slurmdbd", "slurmdbd", "-D")
+    cluster.wait_for("slurmdbd", lambda: answers(cluster.ports["accounting"]))
+    name = f"dev{cluster.ports['controller']}"
+    cluster.wait_for("accounting", lambda: bool(cluster.command("sacctmgr", "-i", "add", "cluster", name)))
+
+
+def answers(port: int) -> bool:
+    with socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+
+
+def load(folder: Path) -> DevCluster:
+    """The cluster that was started in a folder. Raises ValueError where there is none."""
+    try:
+        values = json.loads((folder.absolute() / "cluster.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no cluster in {folder}: `python -m slurm.devcluster up` starts one") from None
+    return DevCluster(**{**values, "folder": Path(values["folder"])})
+
+
+def down(folder: Path, *, keep: bool = False) -> None:
+    """Ends a cluster with its jobs and removes its folder, but for the logs where `keep` asks for it."""
+    cluster = load(folder)
+    for number, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 10)):  # slurmstepd heeds the second alone
+        deadline = time.monotonic() + seconds
+        while found := processes(cluster):
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+    (cluster.folder / "cluster.json").unlink()
+    if not keep:
+        shutil.rmtree(cluster.folder)
+
+
+def processes(cluster: DevCluster) -> list[int]:
+    """Daemons of the cluster and what its jobs have started: whatever was given its SLURM_CONF by one of them."""
+    mark = f"SLURM_CONF={cluster.folder}/slurm.conf".encode()
+    daemons = {b"munged", b"slurmctld", b"slurmd", b"slurmdbd", b"mariadbd", b"slurmstepd", b"slurmstepd:"}
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (path / "environ").read_bytes().split(b"\0")
+            program = (path / "cmdline").read_bytes().split(b"\0")[0].split(b" ")[0].rpartition(b"/")[2]
+        except OSError:
+            continue  # it has ended
+        in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
+        if mark in variables and (in_job or program in daemons) and int(path.name) != os.getpid():
+            found.append(int(path.name))
+    return found
+
+
+def describe(cluster: DevCluster) -> str:
+    exports = " ".join(f"{key}={value}" for key, value in cluster.environment.items())
+    return f"export {exports}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m slurm.devcluster", description=__doc__)
+    parser.add_argument("command", choices=("up", "down", "status"))
+    parser.add_argument("--folder", type=Path, default=Path(DEFAULT_FOLDER), help=f"(default: {DEFAULT_FOLDER})")
+    parser.add_argument("--nodes", type=int, default=4, help="slurmd processes (default: 4)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that are only files (default: 8)")
+    parser.add_argument("--accounting", action="store_true", help="with slurmdbd and a MariaDB of its own")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "up":
+            print(describe(up(options.folder, options.nodes, options.gpus_per_node, options.accounting)))
+        elif options.command == "down":
+            down(options.folder)
+        else:
+            cluster = load(options.folder)
+            print(describe(cluster), cluster.command("sinfo"), cluster.command("squeue"), sep="\n", end="")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""What Slurm says of jobs, and what it is told: squeue, sacct where there is accounting, scontrol, scancel.
+
+Jobs of this machine are processes, asked of the kernel.
+"""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS = 60  # that a Slurm command is given
+# A job of these states is over; those of squeue that are not named here have it in the queue or on a node.
+OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED"}
+OVER |= {"SPECIAL_EXIT", "TIMEOUT"}
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}
+
+
+class SlurmError(ValueError):
+    """A Slurm command failed; the message is its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobState:
+    """`state` is Slurm's word; `reason` why a job waits, or how it ended."""
+
+    state: str
+    reason: str = ""
+
+    @property
+    def waiting(self) -> bool:
+        return self.state in WAITING
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
+
+def command(*words: str) -> str:
+    """Output of a Slurm command. Raises SlurmError with its complaint."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+    except FileNotFoundError:
+        raise SlurmError(f"{words[0]}: this machine has no Slurm") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]} did not answer in {SECONDS} s") from None
+    if done.returncode:
+        complaint = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SlurmError(f"{words[0]}: {complaint[-1]}")
+    return done.stdout
+
+
+def states(executor: str, jobs: Sequence[str]) -> dict[str, JobState]:
+    """States by job id, `123` or `123_4`; a job that nothing is known of is not in it. Raises SlurmError."""
+    if executor == "local":
+        return {job: JobState(state="RUNNING") for job in jobs if is_running(job)}
+    mains = sorted({job.partition("_")[0] for job in jobs})
+    if not mains:
+        return {}
+    found = parse(command("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "--me"))
+    if missing := sorted({job.partition("_")[0] for job in jobs if job not in found}):
+        with suppress(SlurmError):  # without accounting, squeue's memory is all there is
+            listing = ["--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason"]
+            found = parse(command("sacct", *listing, f"--jobs={','.join(missing)}")) | found
+    wanted = set(jobs)
+    return {job: state for job, state in found.items() if job in wanted}
+
+
+def parse(listing: str) -> dict[str, JobState]:
+    """Lines of `id|state|reason`; sacct writes `CANCELLED by 0` and the elements that wait as `12_[3-5%2]`."""
+    found = {}
+    for line in listing.splitlines():
+        job, state, reason = line.split("|", 2)
+        for name in expand(job):
+            found[name] = JobState(state=state.split(" ")[0], reason="" if reason == "None" else reason)
+    return found
+
+
+def expand(job: str) -> Iterable[str]:
+    """`12_[3-5,9%2]` -> 12_3, 12_4, 12_5, 12_9; any other id as it is."""
+    match = re.fullmatch(r"([0-9]+)_\[([^%\]]*)(?:%[0-9]+)?\]", job)
+    if match is None:
+        yield job
+        return
+    for part in match[2].split(","):
+        first, _, last = part.partition("-")
+        yield from (f"{match[1]}_{index}" for index in range(int(first), int(last or first) + 1))
+
+
+def is_running(job: str) -> bool:
+    """Whether a local job, a process of submitit's, is there."""
+    with suppress(OSError):
+        status = Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[0]
+        return status != "Z" and b"submitit" in Path(f"/proc/{job}/cmdline").read_bytes()
+    return False
+
+
+def cancel(executor: str, jobs: Sequence[str]) -> None:
+    """Ends jobs that wait or run. Raises SlurmError."""
+    if executor == "local":
+        for job in filter(is_running, jobs):
+            with suppress(ProcessLookupError):
+                os.kill(int(job), signal.SIGTERM)
+    elif jobs:
+        command("scancel", *sorted({job for job in jobs}))
+
+
+def requeue(job: str) -> None:
+    """Puts a running job back into the queue; Slurm ends its tasks. Raises SlurmError."""
+    command("scontrol", "requeue", job)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    minutes: int | None  # longest time of a job; None: no limit
+    nodes: int
+    gpus_per_node: int  # of the node that has most
+
+
+def partition(name: str | None) -> Partition:
+    """What a partition, or the default one, allows. Raises SlurmError for one that is not there."""
+    listing = command("sinfo", "--noheader", "--Node", "--format=%P|%l|%N|%G")
+    rows = [line.split("|", 3) for line in listing.splitlines()]
+    names = sorted({row[0].rstrip("*") for row in rows})
+    if name is not None and name not in names:
+        raise SlurmError(f"partition {name!r}: the cluster has no such partition, it has {', '.join(names)}")
+    own = [row for row in rows if (row[0].rstrip("*") == name if name else row[0].endswith("*"))]
+    if not own:
+        raise SlurmError("the cluster has no default partition: set the profile's `partition`")
+    gpus = [sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:([0-9]+)", row[3])) for row in own]
+    return Partition(minutes=parse_minutes(own[0][1]), nodes=len({row[2] for row in own}), gpus_per_node=max(gpus))
+
+
+def parse_minutes(text: str) -> int | None:
+    """Slurm's `days-hours:minutes:seconds`, `hours:minutes:seconds` or `minutes:seconds` -> minutes."""
+    if text == "infinite":
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0])
+    return int(days or 0) * 24 * 60 + hours * 60 + minutes
+
+
+def max_array_size() -> int:
+    """The largest number of elements of one array. Raises SlurmError."""
+    match = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", command("scontrol", "show", "config"), re.MULTILINE)
+    return int(match[1]) if match else 1001

@@ -1,0 +1,350 @@
+"""Jobs on a real Slurm: the commands as written, the ranks' environment, retry, status, and every fault there is."""
+
+import functools
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import launch, ledger, runs
+from jobs.runs import Run
+from jobs.tracking import read_journal
+from pixart import checkpoint as checkpoints
+from pixart.data import manifest as manifests
+from pixart.data.store import Store
+from slurm.devcluster import URGENT, DevCluster
+from slurm.task import attempts
+from tests.slurm.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+SHARDS = 4
+PROFILE = """
+executor = "slurm"
+partition = "main"
+gpus_per_node = 1
+cpus_per_task = 1
+signal_seconds = 30
+
+[environment]
+OMP_NUM_THREADS = "1"
+MASTER_ADDR = "127.0.0.1"
+
+[minutes]
+caption = 30
+latents = 30
+train = 30
+"""
+SMALL = {
+    "data.shards": SHARDS,
+    "model.dim": 32,
+    "model.cond_dim": 32,
+    "model.num_heads": 2,
+    "model.num_blocks": 2,
+    "stage1.steps": 60,
+    "stage1.batch": 8,
+    "stage1.warmup": 4,
+    "stage1.save_every": 20,
+    "stage1.log_every": 1,
+}
+IMAGES = {"caption": 8000, "latents": 1600, "train": 64}
+
+
+@pytest.fixture(scope="module")
+def profile(dev_cluster: DevCluster, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "small.toml"
+    path.write_text(PROFILE)
+    return path
+
+
+def submit(home: Path, *words: str, settings: dict | None = None, code: int = 0) -> None:
+    overrides = [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
+    assert launch.main([*words, "--home", str(home), *overrides]) == code
+
+
+def newest(home: Path, kind: str) -> Run:
+    return runs.load(sorted(path for path in (home / "runs").iterdir() if f"-{kind}-" in path.name)[-1])
+
+
+def settle(run: Run, seconds: float = 240) -> dict[int, str]:
+    """Waits for the run's end and returns the state of its elements."""
+    wait_until(lambda: not runs.under_way(runs.elements(run)), seconds, f"the end of {run.folder.name}")
+    return {number: element.state for number, element in runs.elements(run).items()}
+
+
+# The commands as they are written
+
+
+def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch, capsys):
+    """Two hundred and fifty-six elements, then four nodes of one rank each, by the shipped profile `dev`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PIXART_HOME", raising=False)
+    assert launch.main(["caption", "--array", "0-255"]) == 0
+    home = tmp_path / "outputs"
+    run = newest(home, "caption")
+    assert len(run.jobs) == 256
+    assert set(settle(run, 900).values()) == {"done"}
+    assert ledger.shards(home / "datasets/demo", "caption") == set(range(256))
+    assert {tuple(line["arguments"][0]) for line in attempts(run.folder)} == {(shard,) for shard in range(256)}
+
+    capsys.readouterr()
+    assert launch.main(["train", "--nodes", "4", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "#SBATCH --nodes=4" in plan
+    assert '"steps": 300' in plan
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_four_nodes(profile, small_data, tmp_path, ranks: int):
+    submit(
+        tmp_path,
+        *("train", "--nodes", "4", "--gpus-per-node", str(ranks), "--cluster", str(profile)),
+        *("--dataset", str(small_data["train"])),
+        settings={**SMALL, "stage1.steps": 2},
+    )
+    run = newest(tmp_path, "train")
+    assert settle(run) == {0: "done"}, runs.elements(run)
+    nodes = {line["rank"]: line["node"] for line in attempts(run.folder)}
+    assert nodes == {rank: f"n{rank // ranks + 1}" for rank in range(4 * ranks)}
+    told = [log.read_text() for log in run.logs(run.job_ids[0], "out")]
+    words = [re.search(r"rank ([0-9]+) of ([0-9]+), local rank ([0-9]+) of ([0-9]+), master (.*)", log) for log in told]
+    found = [tuple(int(number) for number in match.groups()[:4]) for match in words]
+    assert found == [(rank, 4 * ranks, rank % ranks, ranks) for rank in range(4 * ranks)]
+    assert len({match[5] for match in words}) == 1
+
+
+# Faults
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a fault is tried: one kind of job, what it makes when nothing happens, and how to begin it."""
+
+    kind: str
+    home: Path
+    profile: Path
+    dataset: Path
+
+    def begin(self) -> Run:
+        words = [self.kind, "--cluster", str(self.profile), "--dataset", str(self.dataset)]
+        settings = {"train": SMALL, "caption": {"data.shards": SHARDS, "data.images": IMAGES["caption"]}}
+        nodes = ["--nodes", "4"] if self.kind == "train" else []
+        submit(self.home, *words, *nodes, settings=settings.get(self.kind))
+        return newest(self.home, self.kind)
+
+    def retry(self, run: Run) -> None:
+        submit(self.home, "retry", run.folder.name)
+
+
+def job_under_way(run: Run) -> str:
+    """Waits until the work itself, not just its imports, has begun; returns its job."""
+    job = run.jobs[-1][0]
+    if run.kind == "train":
+        wait_until(lambda: runs.progress(run)[0] >= 25, what="step 25")
+        return job
+    wait_until(lambda: any(line["job"] == job for line in attempts(run.folder)), what="the first task")
+    time.sleep(1.5 if run.kind == "caption" else 4)  # of its shard's seconds
+    return job
+
+
+def kill_a_task(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    os.kill(task_processes(job)[-1], signal.SIGKILL)
+    settle(run)
+    bench.retry(run)
+
+
+def requeue(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    slurm("scontrol", "requeue", job)
+
+
+def node_down(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    """Down for Slurm alone: what ran there goes on until the node is back, beside its own next start."""
+    node = attempts(run.folder)[-1]["node"]
+    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    wait_until(lambda: node_is_up(node) or accepted("scontrol", "update", f"nodename={node}", "state=resume"))
+
+
+def node_is_up(node: str) -> bool:
+    return slurm("sinfo", "--noheader", "-n", node, "-o", "%t").split()[0] in ("idle", "mix", "alloc", "comp")
+
+
+def time_limit(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    """The task stands still until Slurm has told it, ahead of the limit, that its time is nearly up."""
+    slurm("scontrol", "update", f"jobid={job}", "timelimit=1")
+    pids = task_processes(job)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(was_told(pid, signal.SIGUSR2) for pid in pids), 90, "the signal")
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    # The next start may take its time.
+    wait_until(lambda: accepted("scontrol", "update", f"jobid={job}", "timelimit=30"))
+
+
+def preempt(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    slurm("sbatch", "-p", URGENT, "-N4", "--exclusive", "--wait", "-o", "/dev/null", "--wrap", "sleep 1")
+
+
+def cancel(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    submit(bench.home, "cancel", run.folder.name)
+    assert "failed" in settle(run).values()
+    bench.retry(run)
+
+
+def restart_controller(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    cluster.restart_controller()
+
+
+FAULTS = (kill_a_task, requeue, node_down, time_limit, preempt, cancel, restart_controller)
+MATRIX: dict[str, dict[str, float]] = {}
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> dict[str, Path]:
+    """For each kind of job, a dataset that lacks just its own part, made on this machine."""
+    home = tmp_path_factory.mktemp("data")
+    found = {}
+    for kind, images in IMAGES.items():
+        found[kind] = home / kind
+        for job in {"caption": [], "latents": ["caption"], "train": ["caption", "latents"]}[kind]:
+            settings = {"data.shards": SHARDS, "data.images": images}
+            submit(home, job, "--cluster", "local", "--dataset", str(found[kind]), settings=settings)
+    return found
+
+
+def contents(bench: Bench, run: Run) -> dict[str, object]:
+    """All that a run has made, in a form that is compared bit for bit."""
+    if bench.kind == "caption":
+        parts = [bench.dataset / f"captions/{shard:05d}.parquet" for shard in range(SHARDS)]
+        return {part.name: pq.read_table(part).to_pydict() for part in parts}
+    if bench.kind == "latents":
+        store = Store(manifests.read(bench.dataset))
+        rows = np.arange(IMAGES["latents"])
+        return {name: store.read(name, rows).tobytes() for name in store.arrays}
+    saved = checkpoints.load(runs.result(run))
+    tensors = {
+        f"{field}.{name}": tensor.numpy().tobytes()
+        for field in ("model", "ema", "optimizer", "scales")
+        for name, tensor in getattr(saved, field).items()
+    }
+    losses = {
+        line["step"]: line["metrics"]["train/loss"]
+        for line in read_journal(run.folder)[0]
+        if "train/loss" in line.get("metrics", {})
+    }
+    return {**tensors, "losses": losses}
+
+
+@pytest.fixture(scope="module")
+def make_bench(profile, small_data, tmp_path_factory) -> Callable[[str], Bench]:
+    def make(kind: str) -> Bench:
+        home = tmp_path_factory.mktemp(kind)
+        dataset = small_data[kind]
+        if kind == "latents":
+            dataset = home / "dataset"
+            shutil.copytree(small_data[kind], dataset)
+        if kind == "caption":
+            dataset = home / "dataset"
+        return Bench(kind=kind, home=home, profile=profile, dataset=dataset)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_bench) -> Callable[[str], dict[str, object]]:
+    @functools.cache
+    def run_it(kind: str) -> dict[str, object]:
+        bench = make_bench(kind)
+        run = bench.begin()
+        assert set(settle(run).values()) == {"done"}, runs.elements(run)
+        return contents(bench, run)
+
+    return run_it
+
+
+@pytest.mark.parametrize("kind", list(IMAGES))
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, kind: str, fault) -> None:
+    expected = undisturbed(kind)
+    bench = make_bench(kind)
+    run = bench.begin()
+    job = job_under_way(run)
+    begun = time.monotonic()
+    fault(bench, run, job, dev_cluster)
+    run = runs.load(run.folder)
+    states = settle(run)
+    assert set(states.values()) == {"done"}, runs.elements(run)
+    MATRIX.setdefault(fault.__name__, {})[kind] = time.monotonic() - begun
+    found = contents(bench, run)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in expected)
+    assert not list(bench.dataset.rglob(".*"))
+    if fault not in (kill_a_task, cancel, restart_controller):
+        assert max(line["restart"] for line in attempts(run.folder)) >= 1
+
+
+def test_print_the_matrix(capsys):
+    """Seconds from the fault until all of the data is there."""
+    assert MATRIX
+    with capsys.disabled():
+        print(f"\n{'fault':<20}" + "".join(f"{kind:>12}" for kind in IMAGES))
+        for fault, cells in MATRIX.items():
+            print(f"{fault:<20}" + "".join(f"{cells.get(kind, float('nan')):>10.0f} s" for kind in IMAGES))
+
+
+# Afterwards
+
+
+def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
+    """Five of 64 elements are killed; status names them, and retry submits those five."""
+    dataset = tmp_path / "dataset"
+    settings = {"data.shards": 64, "data.images": 64}
+    words = ["caption", "--cluster", str(profile), "--dataset", str(dataset)]
+    submit(tmp_path, *words, "--array", "0-63%4", settings=settings)
+    run = newest(tmp_path, "caption")
+    killed = [3, 17, 18, 40, 63]
+    job_of = run.job_of()
+    slurm("scancel", *(job_of[shard] for shard in killed))
+    states = settle(run, 400)
+    missing = sorted(shard for shard, state in states.items() if state == "failed")
+    assert set(missing) <= set(killed)
+    assert missing, "all were done before they were killed"
+    capsys.readouterr()
+    submit(tmp_path, "status", run.folder.name, code=1)
+    told = capsys.readouterr().out
+    assert f"failed shard {missing[0]}" in told.replace(":", "")
+    submit(tmp_path, "retry", run.folder.name)
+    again = runs.load(run.folder)
+    assert sorted(shard for _, shards in again.jobs[len(run.jobs) :] for shard in shards) == missing
+    assert set(settle(again).values()) == {"done"}
+    submit(tmp_path, "retry", run.folder.name)
+    assert len(runs.load(run.folder).jobs) == len(again.jobs)
+
+
+def test_refusals_come_before_anything_is_written(dev_cluster, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    profile = tmp_path / "odd.toml"
+    before = {line.split()[0] for line in slurm("squeue", "--noheader").splitlines()}
+    for text, message in (
+        ('executor = "slurm"\npartition = "nowhere"\n', "no such partition"),
+        ('executor = "slurm"\npartition = "main"\ngpus_per_node = 9\n', "9 GPUs a node"),
+        ('executor = "slurm"\npartition = "main"\n[minutes]\ntrain = 2000\n', "2000 minutes"),
+        ('executor = "slurm"\npartition = "main"\n', "5 nodes"),
+    ):
+        profile.write_text(text)
+        assert launch.main(["train", "--nodes", "5", "--cluster", str(profile)]) == 2
+        errors = capfd.readouterr().err
+        assert message in errors
+        assert errors.count("\n") == 1
+        assert list(tmp_path.iterdir()) == [profile]
+    assert {line.split()[0] for line in slurm("squeue", "--noheader").splitlines()} <= before
