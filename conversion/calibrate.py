@@ -1,22 +1,28 @@
 """Scales from data: amax of input, weight and grad_output of every FP8 linear, through the true loss, both ways."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from conversion.options import Statistic
 from pixart.checkpoint import Normalization
 from pixart.data import manifest as manifests
 from pixart.data.store import Store
 from pixart.data.text import TextEncoder
 from pixart.model.dit import DiT, no_class
 from pixart.model.flow import flow_loss, interpolate, stratified_time
-from pixart.model.fp8 import Plan, float8_linears, swap_linears
+from pixart.model.fp8 import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, round_to_format_
 
 SYNTHETIC_TEXT_TOKENS = 32
+PERCENTILE = 0.9999
+SAMPLED = 1 << 20  # values of a tensor that a percentile or an error is taken over
+CLIPPINGS = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])  # of the largest magnitude, that MSE-best tries
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +34,10 @@ class CalibrationBatch:
 
 
 def dataset_batches(path: str, normalization: Normalization, batches: int, batch: int) -> list[CalibrationBatch]:
-    """`batches` batches of `batch` rows drawn from a finished dataset, with the text states that training reads."""
+    """`batches` batches of `batch` rows drawn from a finished dataset, with the text states that training reads.
+
+    No row is drawn twice where there are enough of them.
+    """
     manifest = manifests.read(path)
     channels, wanted = manifest.latent_shape[0], len(normalization.mean)
     if channels != wanted:
@@ -60,14 +69,14 @@ def dataset_batches(path: str, normalization: Normalization, batches: int, batch
     return drawn
 
 
-def synthetic_batches(config: dict, text_dim: int, batches: int, batch: int) -> list[CalibrationBatch]:
+def synthetic_batches(config: Mapping, text_dim: int, batches: int, batch: int) -> list[CalibrationBatch]:
     """Latents and text of zero mean and unit variance, for a checkpoint whose data is not at hand."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config["in_dim"], config["base_image_size"], config["base_image_size"])
     return [
         CalibrationBatch(
             latents=torch.randn(shape, generator=generator),
-            label=torch.randint(config.get("num_classes", 1), (batch,), generator=generator),
+            label=torch.randint(config.get("num_classes") or 1, (batch,), generator=generator),
             text=torch.randn(batch, SYNTHETIC_TEXT_TOKENS, text_dim, generator=generator),
             text_mask=torch.ones(batch, SYNTHETIC_TEXT_TOKENS, dtype=torch.bool),
         )
@@ -81,30 +90,108 @@ def without_class(model: DiT, batch: CalibrationBatch) -> CalibrationBatch:
 
 def batch_loss(model: DiT, batch: CalibrationBatch, seed: int) -> Tensor:
     """The training loss at stratified t, with noise by seed -> ()."""
+    device = model.adaLN1.weight.device
     generator = torch.Generator().manual_seed(seed)
-    t = stratified_time(len(batch.latents), generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    condition = {"label": batch.label} if model.stage == 1 else {"text": batch.text, "text_mask": batch.text_mask}
-    return flow_loss(model(interpolate(batch.latents, noise, t), t, **condition), batch.latents, noise)
+    t = stratified_time(len(batch.latents), generator).to(device)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+    data = batch.latents.to(device)
+    if model.stage == 1:
+        label = batch.label.to(device)
+        condition = {"label": torch.where(label < 0, model.config.num_classes - 1, label)}
+    else:
+        condition = {"text": batch.text.to(device), "text_mask": batch.text_mask.to(device)}
+    noised = interpolate(data, noise, t)
+    if torch.is_grad_enabled():
+        noised.requires_grad_()  # so that gradients reach every layer, whether or not its weights ask for them
+    return flow_loss(model(noised, t, **condition), data, noise)
 
 
 @torch.no_grad()
-def mean_loss(model: DiT, batches: Sequence[CalibrationBatch]) -> float:
-    return float(torch.stack([batch_loss(model, batch, seed) for seed, batch in enumerate(batches)]).mean())
+def mean_loss(model: DiT, batches: Sequence[CalibrationBatch], precision: torch.dtype = torch.float32) -> float:
+    device = model.adaLN1.weight.device.type
+    with torch.autocast(device, precision, enabled=precision != torch.float32):
+        return float(torch.stack([batch_loss(model, batch, seed) for seed, batch in enumerate(batches)]).mean())
 
 
-def measure_amax(model: DiT, plan: Plan, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
-    """Largest magnitude per linear of the plan and slot (3,) over all batches; the model's linears are swapped.
+Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (rows, features)
+
+
+def watch(model: DiT, linears: Sequence[str], batches: Sequence[CalibrationBatch], visit: Visit) -> None:
+    """Shows `visit` every linear's input, weight and grad_output, batch by batch, in full precision.
+
+    A linear that no gradient reaches is shown no grad_output.
+    """
+    model.requires_grad_(False)
+    handles = []
+
+    def forward(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        visit(name, INPUT, inputs[0].detach().flatten(0, -2))
+        visit(name, WEIGHT, module.weight.detach())
+        if output.requires_grad:
+            output.register_hook(lambda grad: visit(name, GRAD_OUTPUT, grad.flatten(0, -2)))
+
+    for name in linears:
+        handles.append(model.get_submodule(name).register_forward_hook(partial(forward, name)))
+    try:
+        for seed, batch in enumerate(batches):
+            batch_loss(model, batch, seed).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def largest(x: Tensor, fmt: Format) -> Tensor:
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high)
+
+
+def percentile(x: Tensor, fmt: Format) -> Tensor:
+    """The magnitude that all but one in ten thousand values stay below."""
+    values = thinned(x).abs().float()
+    return values.kthvalue(max(1, round(PERCENTILE * len(values)))).values
+
+
+def mse_best(x: Tensor, fmt: Format) -> Tensor:
+    """Of the largest magnitude's CLIPPINGS the one with which values are cast at the smallest squared error."""
+    values, top = thinned(x).float(), largest(x, fmt).float()
+    if not torch.isfinite(top) or top == 0:
+        return top
+    errors = []
+    for clipping in CLIPPINGS:
+        scale = fmt.max / (top * clipping)
+        cast = round_to_format_((values * scale).clamp_(-fmt.max, fmt.max), fmt) / scale
+        errors.append((cast - values).square().sum())
+    return top * CLIPPINGS[int(torch.stack(errors).argmin())]
+
+
+def thinned(x: Tensor) -> Tensor:
+    flat = x.flatten()
+    return flat[:: max(1, len(flat) // SAMPLED)]
+
+
+STATISTICS: dict[Statistic, Callable[[Tensor, Format], Tensor]] = {
+    "max": largest,
+    "percentile": percentile,
+    "mse": mse_best,
+}
+
+
+def measure_amax(
+    model: DiT, linears: Sequence[str], batches: Sequence[CalibrationBatch], statistic: Statistic = "max"
+) -> dict[str, Tensor]:
+    """The statistic of each linear's slots (3,), the largest of all batches and, where there are several, ranks.
 
     A slot that no value reaches is 0: behind a zero-initialized projection there is no gradient yet.
     """
-    swap_linears(model, plan)
-    linears = dict(float8_linears(model))
-    for module in linears.values():
-        module.observe = True
-    for seed, batch in enumerate(batches):
-        batch_loss(model, batch, seed).backward()
-        model.zero_grad(set_to_none=True)
-    for module in linears.values():
-        module.observe = False
-    return {name: module.amax_history[0].clone() for name, module in linears.items()}
+    amax = {name: torch.zeros(len(SLOTS)) for name in linears}
+    measure = STATISTICS[statistic]
+
+    def visit(name: str, slot: int, x: Tensor) -> None:
+        amax[name][slot] = torch.maximum(amax[name][slot], measure(x, FORMATS[slot]).float().cpu())
+
+    watch(model, linears, batches, visit)
+    if dist.is_initialized() and amax:
+        together = torch.stack(list(amax.values())).to(model.adaLN1.weight.device)
+        dist.all_reduce(together, op=dist.ReduceOp.MAX)
+        amax = dict(zip(amax, together.cpu(), strict=True))
+    return amax

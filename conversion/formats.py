@@ -1,82 +1,215 @@
 """Reading training checkpoints, whatever wrote them, recognized by content.
 
-Known are our own checkpoint directories and the `.pt` file of the original stage-1 and stage-2 training:
-`{"model", "model_ema", "optimizer", "step"}`, keys with or without `_orig_mod.` and `module.`, float32 or bfloat16.
+    a directory with training.json   our own, or a run folder with one
+    a directory with .metadata       torch.distributed.checkpoint: {"model", "model_ema", "optimizer", "step"}
+    a directory with config.json     weights alone, as `DiT.save_pretrained` writes them
+    a zip archive                    the `.pt` of the original training: the same four, or weights alone
+    a safetensors file               weights alone
+
+Names may carry `_orig_mod.` and `module.`, tensors may be float32 or bfloat16. Tensors are mapped from their files and
+made float32 when they are asked for; nothing that a file holds is ever run.
 """
 
 import hashlib
-import pickle
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from conversion import distributed_checkpoint
+from conversion.options import BASE_IMAGE_SIZE
 from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint, Normalization, State, check_shapes
+from pixart.checkpoint import Checkpoint, Lazy, Normalization, State, check_shapes
 from pixart.model.dit import DiT, parameter_groups
 from pixart.training.optimizer import MOMENTS
 
 PREFIXES = ("_orig_mod.", "module.")
 # The original training's normalization: latent * scaling_factor - shift, of the SD3 VAE's latents.
 LEGACY_SCALE, LEGACY_SHIFT = 1.5305, 0.177456
-BASE_IMAGE_SIZE = 32  # of the original training; a legacy file does not say
+CHUNK = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What a file holds, under its own names; moments by `NAME.exp_avg`, or by a parameter's number in its place."""
+
+    kind: str
+    model: Mapping[str, Any]
+    ema: Mapping[str, Any] | None = None
+    moments: Mapping[str, Any] | None = None
+    step: int = -1  # index of the last step done
+    config: dict[str, Any] | None = None  # inferred where the file has none
 
 
 def read(path: str | Path, *, base_image_size: int | None = None) -> Checkpoint:
     """Reads a checkpoint by its content.
 
     Raises ValueError in one line for a path that does not exist, is no checkpoint, is truncated, or has tensors of
-    shapes that make no model.
+    shapes that make no model; and, when the tensor is asked for, for one with a value that is not finite.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory")
-    if path.is_dir():
+    if path.is_dir() and (path / distributed_checkpoint.METADATA).exists():
+        content = from_groups(distributed_checkpoint.read(path), path, "torch.distributed.checkpoint")
+    elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
+        content = read_diffusers(path)
+    elif path.is_dir():
         if base_image_size is not None:
             raise ValueError(f"--base-image-size: {path} says its own, the option is for files that do not")
-        return checkpoints.load(checkpoints.find(path))
-    return read_legacy(path, base_image_size or BASE_IMAGE_SIZE)
+        return read_own(checkpoints.find(path))
+    elif is_safetensors(path):
+        content = Content(kind="safetensors", model=load_safetensors(path))
+    else:
+        content = read_pt(path)
+    return assemble(content, path, base_image_size)
 
 
-def read_legacy(path: Path, base_image_size: int) -> Checkpoint:
+def read_own(path: Path) -> Checkpoint:
+    read = checkpoints.load(path)
+    read.provenance = {**read.provenance, "source_format": "checkpoint directory"}
+    for field in ("model", "ema", "optimizer"):
+        setattr(read, field, checked(getattr(read, field), f"{path}: {field}"))
+    return read
+
+
+def read_diffusers(path: Path) -> Content:
+    config = json_object(path / "config.json")
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    return Content(kind="diffusers folder", model=load_safetensors(path / checkpoints.WEIGHTS), config=own)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: it is no safetensors file, or a truncated one") from error
+
+
+def read_pt(path: Path) -> Content:
+    check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged archive fails in as many ways as its reader has lines
         raise ValueError(f"{path} cannot be read: it is no PyTorch checkpoint, or a truncated one") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is no training checkpoint: it has no 'model' with tensors by name")
-    model = clean(content["model"], path)
-    config = infer_config(model, base_image_size, path)
-    ema = clean(content["model_ema"], path) if content.get("model_ema") else model
+    if "model" not in content and content and all(isinstance(value, Tensor) for value in content.values()):
+        return Content(kind=".pt of weights alone", model=content)
+    return from_groups(content, path, ".pt of the original training")
+
+
+def check_archive(path: Path) -> None:
+    """Refuses what torch.save never writes: entries that are compressed, or that claim more than the file has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: it is no PyTorch checkpoint, or a truncated one") from error
+    claimed = sum(entry.file_size for entry in entries)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or claimed > path.stat().st_size:
+        raise ValueError(f"{path} cannot be read: its entries are compressed or overlap, as in no PyTorch checkpoint")
+
+
+def from_groups(content: Mapping[str, Any], path: Path, kind: str) -> Content:
+    """`{"model", "model_ema", "optimizer", "step"}`; all but the first may be missing."""
+    model, ema, step = content.get("model"), content.get("model_ema"), content.get("step", -1)
+    optimizer = content.get("optimizer") or {}
+    states = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+    if not isinstance(model, Mapping) or not model:
+        raise ValueError(f"{path} is no training checkpoint: it has no 'model' with tensors by name")
+    if ema is not None and not isinstance(ema, Mapping):
+        raise ValueError(f"{path}: 'model_ema' holds no tensors by name")
+    if optimizer and not (isinstance(states, Mapping) and all(isinstance(own, Mapping) for own in states.values())):
+        raise ValueError(f"{path}: 'optimizer' is no state of AdamW")
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if not isinstance(step, int) or step < -1:
+        raise ValueError(f"{path}: 'step' is no number of a step")
+    moments = {f"{key}.{name}": value for key, own in (states or {}).items() for name, value in own.items()}
+    return Content(kind=kind, model=model, ema=ema or None, moments=moments or None, step=step)
+
+
+def assemble(content: Content, path: Path, base_image_size: int | None) -> Checkpoint:
+    model = clean(content.model, f"{path}: model")
+    config = content.config or infer_config(model, base_image_size or BASE_IMAGE_SIZE, path)
+    ema = clean(content.ema, f"{path}: model_ema") if content.ema else model
     for name, state in (("model", model), ("model_ema", ema)):
         check_shapes(state, config, f"{path}: {name}")
     channels = config["in_dim"]
     return Checkpoint(
-        stage=1 if "num_classes" in config else 2,
-        step=int(content.get("step", -1)) + 1,  # the file has the index of the last step done
+        stage=1 if config.get("num_classes") else 2,
+        step=content.step + 1,
         config=config,
-        model=model,
-        ema=ema,
-        optimizer=name_moments(content.get("optimizer"), config, path),
+        model=checked(model, f"{path}: model"),
+        ema=checked(ema, f"{path}: model_ema"),
+        optimizer=checked(name_moments(content.moments, config, path), f"{path}: optimizer"),
         normalization=Normalization(mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels, std=(1 / LEGACY_SCALE,) * channels),
-        provenance={"source": str(path), "source_format": "legacy"},
+        provenance={
+            "source": str(path),
+            "source_format": content.kind,
+            "source_config": "its own" if content.config else "inferred from shapes",
+        },
     )
 
 
-def clean(state: dict[str, Any], path: Path) -> State:
-    """Key prefixes of torch.compile and DDP removed, tensors in float32."""
+def clean(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Without the key prefixes of torch.compile and DDP."""
     cleaned = {}
     for key, tensor in state.items():
         while key.startswith(PREFIXES):
             key = key.split(".", 1)[1]
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {key!r} is no tensor but {type(tensor).__name__}")
-        cleaned[key] = tensor.float()
+            raise ValueError(f"{name}: {key!r} is no tensor but {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: {key!r} is of {tensor.dtype}, not a floating-point tensor")
+        cleaned[key] = tensor
     return cleaned
 
 
-def infer_config(state: State, base_image_size: int, path: Path) -> dict[str, Any]:
+def checked(state: State, name: str) -> Lazy:
+    """The tensors in float32; to ask for one that has a value it cannot have raises ValueError."""
+
+    def maker(key: str) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            tensor = state[key].float()
+            low, high = torch.aminmax(tensor) if tensor.numel() else (tensor.new_zeros(()),) * 2
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise ValueError(f"{name}: {key} has a value that is infinite or not a number")
+            if key.endswith(MOMENTS[1]) and low < 0:
+                raise ValueError(f"{name}: {key}, a mean of squares, has a negative value")
+            return tensor
+
+        return make
+
+    return Lazy({key: maker(key) for key in state})
+
+
+def infer_config(state: Mapping[str, Tensor], base_image_size: int, path: Path) -> dict[str, Any]:
     """The configuration that the shapes imply; `base_image_size` is not among what they say."""
     try:
         dim, in_dim, patch_size, _ = state["patchify.weight"].shape
@@ -87,7 +220,7 @@ def infer_config(state: State, base_image_size: int, path: Path) -> dict[str, An
             "cond_dim": state["adaLN1.weight"].shape[1],
             "num_heads": dim // state[f"{first}attention.attention.q_norm.weight"].shape[0],
             "mlp_ratio": state[f"{first}mlp.linear1.weight"].shape[0] // dim,
-            "num_blocks": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("dit_blocks.")),
+            "num_blocks": len({key.split(".")[1] for key in state if key.startswith("dit_blocks.")}),
             "patch_size": patch_size,
             "base_image_size": base_image_size,
         }
@@ -97,42 +230,68 @@ def infer_config(state: State, base_image_size: int, path: Path) -> dict[str, An
             config["text_dim"] = state[f"{first}cross_attention.k_proj.weight"].shape[1]
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: its tensors are not those of a stage-1 or stage-2 model ({error})") from error
-    if dim % config["num_heads"] or not config["mlp_ratio"]:
+    if not dim or dim % (config["num_heads"] or dim + 1) or not config["mlp_ratio"]:
         raise ValueError(f"{path}: its tensors have shapes that make no model ({dim=}, heads {config['num_heads']})")
     return config
 
 
-def name_moments(optimizer: dict[str, Any] | None, config: dict[str, Any], path: Path) -> State:
+def name_moments(moments: Mapping[str, Any] | None, config: dict[str, Any], path: Path) -> State:
     """AdamW's moments by parameter name; zeros where the file has no optimizer.
 
-    The file counts parameters through the decayed group, then the other, each in the order of its modules.
+    A file that counts parameters goes through the decayed group, then the other, each in the order of its modules.
     """
     with torch.device("meta"):
         model = DiT(**config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    fields = {field: shapes for field in MOMENTS} | {"step": dict.fromkeys(shapes, ())}
+    if moments is None:
+        return Lazy({f"{n}.{f}": zeros(shape[n]) for f, shape in fields.items() for n in shapes})
     decayed, undecayed = parameter_groups(model)
-    saved = optimizer["state"] if optimizer else {}
-    if saved and len(saved) != len(shapes):
-        raise ValueError(f"{path}: the optimizer has state for {len(saved)} parameters, the model has {len(shapes)}")
+    own_names = dict(enumerate(decayed + undecayed))
+    own_key = {name: f"{number}" for number, name in own_names.items()}
+    cleaned = {strip(key): value for key, value in moments.items()}
+    if f"{own_names[0]}.{MOMENTS[0]}" in cleaned:
+        own_key = {name: name for name in shapes}
+    count = len({key.rpartition(".")[0] for key in cleaned})
+    if count != len(shapes):
+        raise ValueError(f"{path}: the optimizer has state for {count} parameters, the model has {len(shapes)}")
     state = {}
-    for index, name in enumerate(decayed + undecayed):
-        for moment in MOMENTS:
-            tensor = saved[index][moment].float() if saved else torch.zeros(shapes[name])
-            if tensor.shape != shapes[name]:
+    for field, shape_of in fields.items():
+        for name in shapes:
+            found = cleaned.get(f"{own_key[name]}.{field}")
+            if field == "step" and isinstance(found, int | float):
+                found = torch.tensor(float(found))
+            if (
+                not isinstance(found, Tensor)
+                or tuple(found.shape) != shape_of[name]
+                or (field in MOMENTS and not found.is_floating_point())
+            ):
+                what = f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(
-                    f"{path}: {moment} number {index} has shape {tuple(tensor.shape)}, {name} has {tuple(shapes[name])}"
+                    f"{path}: {field} of parameter {own_key[name]} is {what}, {name} needs {shape_of[name]} of floats"
                 )
-            state[f"{name}.{moment}"] = tensor
-        state[f"{name}.step"] = torch.as_tensor(saved[index]["step"] if saved else 0.0).float()
+            state[f"{name}.{field}"] = found
     return state
 
 
+def strip(key: str) -> str:
+    while key.startswith(PREFIXES):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def zeros(shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    return lambda: torch.zeros(shape)
+
+
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, or of a checkpoint directory's files in order of their names."""
+    """SHA-256 of a file, or of the hashes of a directory's files in order of their names."""
     path = Path(path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*")):
         if file.is_file():
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(file_hash(file)))
     return digest.hexdigest()

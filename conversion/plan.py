@@ -1,11 +1,15 @@
 """Which linears run in FP8, and why the others stay in BF16."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
 from torch import nn
 
+from conversion.options import STATEFUL, Recipe
 from pixart.model.dit import DiT
 from pixart.model.fp8 import Plan
 
-ALIGNMENT = 16  # dimensions of an FP8 matrix product must be multiples of it
+ALIGNMENT: dict[Recipe, int] = {"delayed": 16, "current": 16, "rowwise": 16, "mxfp8": 32}  # of a product's dimensions
 KEPT = {
     "adaLN": "modulation: its leading dimension is the batch",
     "cross_attention.k_proj": "entry of the text",
@@ -14,18 +18,28 @@ KEPT = {
 }
 
 
-def make_plan(model: DiT, *, history: int = 16, margin: int = 0, batch: int) -> Plan:
-    """Every aligned linear of the blocks in FP8, except those in KEPT; `batch` as in `Plan`."""
+def make_plan(
+    model: DiT, *, recipe: Recipe = STATEFUL, keep: Sequence[str] = (), history: int = 16, margin: int = 0, batch: int
+) -> Plan:
+    """Every aligned linear of the blocks in FP8, except those in KEPT and those that a pattern of `keep` names.
+
+    `batch` as in `Plan`. Raises ValueError for a pattern that names no linear.
+    """
+    alignment = ALIGNMENT[recipe]
+    names = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for pattern in keep:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"--keep-bf16 {pattern!r}: the model has no such linear, it has {next(iter(names))} ...")
     linears, kept = [], {"patchify": "entry of the latents"}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
+    for name, module in names.items():
         reason = next((why for pattern, why in KEPT.items() if pattern in name), None)
-        odd = [size for size in (module.in_features, module.out_features) if size % ALIGNMENT]
+        odd = [size for size in (module.in_features, module.out_features) if size % alignment]
         if reason:
             kept[name] = reason
         elif odd:
-            kept[name] = f"dimension {odd[0]} is no multiple of {ALIGNMENT}"
+            kept[name] = f"dimension {odd[0]} is no multiple of {alignment}"
+        elif asked := next((pattern for pattern in keep if fnmatch(name, pattern)), None):
+            kept[name] = f"asked for by {asked}"
         else:
             linears.append(name)
-    return Plan(linears=tuple(linears), kept=kept, history=history, margin=margin, batch=batch)
+    return Plan(linears=tuple(linears), kept=kept, recipe=recipe, history=history, margin=margin, batch=batch)

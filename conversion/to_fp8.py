@@ -1,224 +1,262 @@
 """`python -m conversion.to_fp8 CHECKPOINT`: a BF16 training checkpoint goes on in FP8, with calibrated scales.
 
 Stage 1 becomes stage 2 on the way, unless told to keep it. The result is a checkpoint directory that training
-goes on from: weights, average, moments, plan and scales, and a report of what became of each.
+goes on from: weights, average, moments, plan and scales, and a report of what became of each. The exit code is 0,
+2 for bad input, with nothing written, and 3 where the result is written but does not pass its own checks.
 """
 
 import argparse
 import dataclasses
 import json
+import platform
+import signal
 import sys
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from conversion import formats, reparameterize
-from conversion.calibrate import (
-    CalibrationBatch,
-    batch_loss,
-    dataset_batches,
-    mean_loss,
-    measure_amax,
-    synthetic_batches,
-    without_class,
-)
+from conversion import formats, reparameterize, verify
+from conversion.calibrate import CalibrationBatch, dataset_batches, measure_amax, synthetic_batches
+from conversion.exports import EXPORTS, check_exports
+from conversion.options import AUTO, STATEFUL, TEXT_DIM, Options, add_options, from_arguments
+from conversion.page import page
 from conversion.plan import make_plan
+from conversion.progress import Progress
+from conversion.reparameterize import load_model
+from conversion.report import PAGE, REPORT, describe
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
 from pixart.data import manifest as manifests
 from pixart.model import fp8
+from pixart.model.dit import DiT
+from pixart.model.fp8 import Plan
 
-TEXT_DIM = 2048  # T5Gemma-XL, the text encoder of the real run
-ERROR_T = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
-REPORT = "conversion.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What a conversion did and measured; `output_error` is relative, by way and t."""
-
-    source: str
-    source_sha256: str
-    stages: tuple[int, int]
-    step: int
-    config: dict[str, Any]
-    data: str
-    way: str | None
-    output_error: dict[str, list[float]]
-    fates: dict[str, str]
-    linears: int
-    kept: dict[str, str]
-    unmeasured: list[str]  # slots that no value reached
-    losses: dict[str, float]
-    gradient_cosine: float  # of the first step's weight gradients, FP8 against BF16 weights in float32
+HELD_OUT = 4  # batches that verification has for itself
+SENSITIVE_DECIBELS = 15.0  # an output with less than this has outliers that FP8 cannot hold: the layer stays in BF16
+ERROR_LOGITS = torch.linspace(-3, 3, 13)  # of the values of t that errors are shown at
+STEPS = 6
 
 
-def convert(
-    source: str | Path,
-    output: str | Path | None = None,
-    *,
-    stage: int | None = None,
-    way: reparameterize.Way = "fitted",
-    data: str | None = None,
-    text_dim: int | None = None,
-    base_image_size: int | None = None,
-    batches: int = 8,
-    batch: int = 16,
-    history: int = 16,
-    margin: int = 0,
-) -> tuple[Path, Report]:
-    """Converts and writes; `stage` 1 keeps a stage-1 model of stage 1. Raises ValueError, with nothing written."""
-    source = Path(source)
-    start = formats.read(source, base_image_size=base_image_size)
-    output = Path(output) if output else source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")
-    check_output(output, source)
-    stage = stage or 2
-    if start.stage > stage:
-        raise ValueError(f"--stage {stage}: {source} is of stage {start.stage} already")
+def convert(source: str | Path, output: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
+    """Converts, writes, and returns the report, whose `output` is the directory.
+
+    Raises ValueError, with nothing written, for what the user can mend.
+    """
+    source, options = Path(source), with_device(options or Options())
+    output = Path(output) if output else default_output(source)
+    with Progress(STEPS) as progress, ThreadPoolExecutor(1) as background:
+        progress.begin(f"reading {source}")
+        start, batches, data = prepare(source, output, options)
+        digest = background.submit(formats.file_hash, source)
+        progress.begin("stage 1 to stage 2" if start.stage < options.stage else "no change of stage")
+        result, fates, ways = change_stage(start, options, batches[0])
+        model = load_model(result.config, result.model, options.device)
+        progress.begin(f"calibrating on {options.batches} batches")
+        result, layers, unmeasured = calibrate(result, model, batches, options)
+        progress.begin("verifying")
+        loss, cosine = measure(start, model, result, batches[options.batches :], options)
+        checks = verify.gate(layers, loss)
+        plan = result.plan
+        assert plan is not None
+        report = {
+            "source": str(source),
+            "source_format": start.provenance.get("source_format"),
+            "inferred": start.provenance.get("source_config") == "inferred from shapes",
+            "output": str(output),
+            "stages": [start.stage, result.stage],
+            "step": start.step,
+            "config": result.config,
+            "data": data or "synthetic: unit-variance latents and text",
+            "reparameterization": ways,
+            **{name: getattr(options, name) for name in ("recipe", "statistic", "margin", "history")},
+            "batches": options.batches,
+            "batch": options.batch,
+            "layers": layers,
+            "linears": len(plan.linears),
+            "kept": dict(plan.kept),
+            "unmeasured": unmeasured,
+            "losses": loss,
+            "gradient_cosine": cosine,
+            "fates": {fate: list(fates.values()).count(fate) for fate in ("carried", "derived", "new")},
+            "tensors": fates,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+        del model
+        progress.begin("hashing the source")
+        report["source_sha256"] = digest.result()
+        progress.begin(f"writing {output}")
+        write(start, result, report, checks, fates, output, options)
+    report["seconds"] = progress.seconds
+    return report
+
+
+def with_device(options: Options) -> Options:
+    there = torch.cuda.is_available()
+    if options.device == "cuda" and not there:
+        raise ValueError("--device cuda: this machine has none")
+    return dataclasses.replace(options, device="cuda" if there and options.device != "cpu" else "cpu")
+
+
+def default_output(source: Path) -> Path:
+    return source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")
+
+
+def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, list[CalibrationBatch], str | None]:
+    """The source, batches to calibrate and to verify on, and the dataset that they are from, if it is there."""
+    start = formats.read(source, base_image_size=options.base_image_size)
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"{output} exists: name another --output, or give --overwrite")
+    if output.exists() and not (output / checkpoints.MARKER).exists():
+        raise ValueError(f"{output} exists and is no checkpoint: it is not overwritten")
+    if output.resolve() == source.resolve():
+        raise ValueError(f"{output} is the source itself: name another --output")
+    if start.stage > options.stage:
+        raise ValueError(f"--stage {options.stage}: {source} is of stage {start.stage} already")
     if start.plan is not None:
         raise ValueError(f"{source} is an FP8 checkpoint already")
-
-    data = data or (start.dataset if start.dataset and (Path(start.dataset) / manifests.FILE).exists() else None)
-    wide = start.config.get("text_dim") or text_dim or (manifests.read(data).text_dim if data else TEXT_DIM)
+    data = options.data
+    if data is None and start.dataset and (Path(start.dataset) / manifests.FILE).exists():
+        data = start.dataset
+    dataset_dim = manifests.read(data).text_dim if data else None
+    text_dim = start.config.get("text_dim") or options.text_dim or dataset_dim or TEXT_DIM
+    count = options.batches + HELD_OUT
     if data:
-        drawn = dataset_batches(data, start.normalization, batches, batch)
+        batches = dataset_batches(data, start.normalization, count, options.batch)
     else:
-        drawn = synthetic_batches(start.config, wide, batches, batch)
-    if stage == 2 and drawn[0].text.shape[-1] != wide:
-        raise ValueError(f"--data: text states are {drawn[0].text.shape[-1]} wide, the model reads {wide}")
-
-    result, fates = start, dict.fromkeys(start.model, "carried")
-    errors: dict[str, list[float]] = {}
-    if start.stage < stage:
-        for candidate in reparameterize.WAYS:
-            attempt, attempt_fates = reparameterize.to_stage2(start, candidate, wide, drawn[0].latents)
-            errors[candidate] = measure_error(start, attempt, drawn[0])
-            if candidate == way:
-                result, fates = attempt, attempt_fates
-    result, unmeasured = calibrate(result, drawn, history=history, margin=margin, batch=batch)
-    losses, cosine = verify(start, result, drawn)
-
-    digest = formats.file_hash(source)
-    report = Report(
-        source=str(source),
-        source_sha256=digest,
-        stages=(start.stage, result.stage),
-        step=start.step,
-        config=result.config,
-        data=data or "synthetic: unit-variance latents and text",
-        way=way if start.stage < stage else None,
-        output_error=errors,
-        fates=fates,
-        linears=len(result.plan.linears) if result.plan else 0,
-        kept=dict(result.plan.kept) if result.plan else {},
-        unmeasured=unmeasured,
-        losses=losses,
-        gradient_cosine=cosine,
-    )
-    result.provenance = {
-        **result.provenance,
-        "converted_from": str(source.absolute()),
-        "source_sha256": digest,
-        "calibration_data": report.data,
-        "torch": torch.__version__,
-    }
-    checkpoints.save(result, output)
-    (output / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    return output, report
+        batches = synthetic_batches(start.config, text_dim, count, options.batch)
+    if options.stage == 2 and batches[0].text.shape[-1] != text_dim:
+        raise ValueError(f"--data: text states are {batches[0].text.shape[-1]} wide, the model reads {text_dim}")
+    return start, batches, data
 
 
-def check_output(output: Path, source: Path) -> None:
-    """Only an earlier conversion of the same source is replaced."""
-    if not output.exists():
-        return
-    try:
-        earlier = checkpoints.read_record(output)["provenance"].get("converted_from")
-    except ValueError:
-        earlier = None
-    if earlier != str(source.absolute()):
-        raise ValueError(f"{output} exists and is no earlier conversion of {source}: name another --output")
-
-
-def measure_error(start: Checkpoint, attempt: Checkpoint, batch: CalibrationBatch) -> list[float]:
-    stage1 = reparameterize.load_model(start.config, start.model)
-    stage2 = reparameterize.load_model(attempt.config, attempt.model)
-    t = torch.tensor(ERROR_T)
-    return reparameterize.output_error(stage1, stage2, batch.latents, batch.text, batch.text_mask, t).tolist()
+def change_stage(
+    start: Checkpoint, options: Options, batch: CalibrationBatch
+) -> tuple[Checkpoint, dict[str, str], dict[str, Any] | None]:
+    """The training state in the stage that is asked for, the fate of every tensor, and each way's error."""
+    if start.stage == options.stage:
+        return start, dict.fromkeys(start.model, "carried"), None
+    stage1 = load_model(start.config, start.model, options.device)
+    latents = reparameterize.affordable(stage1, batch.latents).to(options.device)
+    text_dim = batch.text.shape[-1]
+    t = ERROR_LOGITS.sigmoid()
+    found: dict[str, Any] = {"way": options.way, "t": t.tolist(), "output_error": {}, "mean_error": {}}
+    found["sample_error"] = {}
+    for way in dict.fromkeys(("paper", "fitted", options.way)):
+        own, average = reparameterize.find_modulations(start, way, text_dim, batch.latents, options.device)
+        attempt = reparameterize.to_stage2(start, own, average, text_dim)
+        stage2 = load_model(attempt.config, attempt.model, options.device)
+        found["output_error"][way], found["mean_error"][way] = reparameterize.output_error(stage1, stage2, latents, t)
+        found["sample_error"][way] = reparameterize.sample_error(stage1, stage2, latents)
+        if way == options.way:
+            result, fates = attempt, reparameterize.fates(start, attempt.config, own)
+            result.provenance["reparameterization"] = way
+    return result, fates, found
 
 
 def calibrate(
-    checkpoint: Checkpoint, batches: list[CalibrationBatch], *, history: int, margin: int, batch: int
-) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint with a plan and measured scales, and the names of the slots that nothing reached."""
-    model = reparameterize.load_model(checkpoint.config, checkpoint.model)
-    plan = make_plan(model, history=history, margin=margin, batch=batch)
-    amax = measure_amax(model, plan, batches)
-    fp8.set_amax(model, amax, plan)
+    checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
+) -> tuple[Checkpoint, list[dict[str, Any]], list[str]]:
+    """The checkpoint with plan and scales, figures of each layer, and the names of slots that nothing reached.
+
+    Layers whose output FP8 cannot hold are taken out of the plan where `keep_bf16` has `auto`.
+    """
+    patterns = [pattern for pattern in options.keep_bf16 if pattern != AUTO]
+    sizes = {name: getattr(options, name) for name in ("recipe", "history", "margin", "batch")}
+    plan = make_plan(model, keep=patterns, **sizes)
+    check_exports(options.exports, plan)
+    amax: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
+    if plan.recipe == STATEFUL:
+        amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
+        scales = fp8.calibrated_state(amax, plan)
+    layers = verify.layer_figures(model, plan, scales, batches[options.batches :])
+    if AUTO in options.keep_bf16:
+        plan = keep_sensitive(plan, layers)
+        scales = {key: value for key, value in scales.items() if key.rpartition(".")[0] in plan.linears}
+        layers = [layer for layer in layers if layer["name"] in plan.linears]
     unmeasured = [
         f"{name}.{slot}"
-        for name, values in amax.items()
-        for slot, value in zip(fp8.SLOTS, values, strict=True)
+        for name in plan.linears
+        for slot, value in zip(fp8.SLOTS, amax.get(name, ()), strict=False)
         if not value
     ]
-    return dataclasses.replace(checkpoint, plan=plan, scales=fp8.scale_state(model)), unmeasured
+    return dataclasses.replace(checkpoint, plan=plan, scales=scales), layers, unmeasured
 
 
-def verify(start: Checkpoint, result: Checkpoint, batches: list[CalibrationBatch]) -> tuple[dict[str, float], float]:
-    """Losses on the same batches before, after and in FP8, and the cosine of the first step's gradients."""
-    before = reparameterize.load_model(start.config, start.model)
-    compared = [without_class(before, batch) for batch in batches] if before.stage == 1 else batches
-    after = reparameterize.load_model(result.config, result.model)
-    quantized = reparameterize.load_model(result.config, result.model)
+def keep_sensitive(plan: Plan, layers: Sequence[dict[str, Any]]) -> Plan:
+    kept = dict(plan.kept)
+    for layer in layers:
+        decibels = layer["sqnr"]["output"]
+        if decibels is not None and not decibels >= SENSITIVE_DECIBELS:
+            kept[layer["name"]] = f"sensitive: its output would have less than {SENSITIVE_DECIBELS:.0f} dB"
+    return dataclasses.replace(plan, linears=tuple(name for name in plan.linears if name not in kept), kept=kept)
+
+
+def measure(
+    start: Checkpoint, model: DiT, result: Checkpoint, held_out: Sequence[CalibrationBatch], options: Options
+) -> tuple[dict[str, float], float | None]:
+    """Losses before and after on batches that calibration has not seen, and the cosine of a first step's gradients."""
     assert result.plan is not None
-    fp8.swap_linears(quantized, result.plan)
-    fp8.load_scale_state(quantized, result.scales)
-    losses = {
-        f"stage {start.stage}, as given": mean_loss(before, compared),
-        f"stage {result.stage}, before FP8": mean_loss(after, compared),
-        f"stage {result.stage}, FP8": mean_loss(quantized, compared),
+    before = load_model(start.config, start.model, options.device)
+    copy = verify.quantized(model, result.plan, result.scales)
+    loss = verify.losses(before, model, copy, held_out)
+    return loss, verify.gradient_cosine(model, copy, result.plan.linears, held_out[0])
+
+
+def write(
+    start: Checkpoint,
+    result: Checkpoint,
+    report: dict[str, Any],
+    checks: list[verify.Check],
+    fates: dict[str, str],
+    output: Path,
+    options: Options,
+) -> None:
+    """Writes all of it whole or not at all; what was carried is read back and compared before it appears."""
+    result.provenance = {
+        **result.provenance,
+        "converted_from": report["source"],
+        "source_sha256": report["source_sha256"],
+        "calibration_data": report["data"],
+        "versions": report["versions"],
     }
-    gradients = []
-    for model in (after, quantized):
-        batch_loss(model, compared[0], seed=0).backward()
-        names = result.plan.linears
-        gradients.append(torch.cat([model.get_submodule(name).weight.grad.flatten() for name in names]))
-    return losses, torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+
+    def also(partial: Path) -> None:
+        written = {
+            "model": checkpoints.load_tensors(partial / "transformer" / checkpoints.WEIGHTS),
+            "ema": checkpoints.load_tensors(partial / "ema" / checkpoints.WEIGHTS),
+            "optimizer": checkpoints.load_tensors(partial / "optimizer.safetensors"),
+        }
+        report["gate"] = verify.as_report([*checks, verify.carried_check(start, written, fates)])
+        result.provenance["gate"] = "PASS" if report["gate"]["passed"] else "FAIL"
+        checkpoints.write(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+        checkpoints.write(partial / PAGE, page(report).encode())
+        for name in options.exports:
+            EXPORTS[name](result, partial)
+
+    checkpoints.save(result, output, also)
 
 
-def describe(report: Report, output: Path) -> str:
-    """The report as lines for a terminal."""
-    counts = Counter(report.fates.values())
-    sizes = ", ".join(f"{key} {value}" for key, value in report.config.items())
+def dry_run(source: Path, output: Path | None, options: Options) -> str:
+    """What a conversion would do, of what can be said without measuring."""
+    start, _, data = prepare(source, output or default_output(source), options)
+    with torch.device("meta"):
+        config = start.config
+        if start.stage < options.stage:
+            config = reparameterize.stage2_config(config, options.text_dim or TEXT_DIM)
+        plan = make_plan(
+            DiT(**config), recipe=options.recipe, keep=[p for p in options.keep_bf16 if p != AUTO], batch=options.batch
+        )
+    check_exports(options.exports, plan)
     lines = [
-        f"read        {report.source} (stage {report.stages[0]}, step {report.step})",
-        f"model       stage {report.stages[1]}: {sizes}",
-        f"data        {report.data}",
-        "tensors     " + ", ".join(f"{count} {fate}" for fate, count in sorted(counts.items())),
+        f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
+        f"would calibrate on {data or 'synthetic data'}",
+        f"would write {output or default_output(source)}: {len(plan.linears)} linears in FP8 by {plan.recipe}",
+        *(f"would keep {name} in BF16: {reason}" for name, reason in plan.kept.items()),
     ]
-    if report.data.startswith("synthetic"):
-        lines.append(
-            "WARNING     scales come from synthetic data: name the run's own dataset by --data for scales that fit it"
-        )
-    if report.output_error:
-        lines.append(
-            "error over t " + " ".join(f"{t:>8.2f}" for t in ERROR_T) + "   (relative, against stage 1 without a class)"
-        )
-        for way, errors in report.output_error.items():
-            mark = "  <- written" if way == report.way else ""
-            lines.append(f"  {way:<10} " + " ".join(f"{error:>8.2%}" for error in errors) + mark)
-    reasons = Counter(report.kept.values())
-    kept = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-    lines.append(f"FP8         {report.linears} linears by delayed scaling; BF16: {kept}")
-    if report.unmeasured:
-        zero = len(report.unmeasured)
-        lines.append(f"no scale    {zero} gradients are zero until the text is used; their scales follow in training")
-    lines += [f"loss        {loss:.5f}  {name}" for name, loss in report.losses.items()]
-    lines.append(f"gradient    cosine {report.gradient_cosine:.4f} of FP8 against full precision, first step")
-    lines.append(f"written     {output}")
-    lines.append(f"next        python -m jobs.launch train --stage {report.stages[1]} --from {output}")
     return "\n".join(lines)
 
 
@@ -229,51 +267,31 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m conversion.to_fp8", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a training .pt file, a checkpoint directory or a run folder")
-    parser.add_argument("--output", help="directory to write (default: beside the checkpoint, with .fp8)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="1 keeps stage 1 (default: 2)")
-    parser.add_argument("--reparam", choices=reparameterize.WAYS, default="fitted", help="from stage 1 to stage 2")
-    parser.add_argument("--data", help="dataset to calibrate on (default: the checkpoint's own, else synthetic)")
-    parser.add_argument(
-        "--text-dim", type=int, help=f"width of the text states (default: the dataset's, else {TEXT_DIM})"
-    )
-    parser.add_argument(
-        "--base-image-size", type=int, help=f"latent side of a .pt file's model (default: {formats.BASE_IMAGE_SIZE})"
-    )
-    parser.add_argument("--batches", type=int, default=8, help="calibration batches")
-    parser.add_argument("--batch", type=int, default=16, help="images in each")
-    parser.add_argument("--history", type=int, default=16, help="rows of amax history")
-    parser.add_argument("--margin", type=int, default=0, help="powers of two of headroom")
-    options = parser.parse_args(arguments)
-    for name, least in (("batches", 1), ("batch", 1), ("history", 2), ("margin", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}")
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    assert __doc__
+    parser = Parser(prog="python -m conversion.to_fp8", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "checkpoint", type=Path, help="training checkpoint: .pt, safetensors, a directory, a run folder"
+    )
+    parser.add_argument("--output", type=Path, help="directory to write (default: beside the checkpoint, with .fp8)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    add_options(parser)
+    parsed = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        output, report = convert(
-            options.checkpoint,
-            options.output,
-            stage=options.stage,
-            way=options.reparam,
-            data=options.data,
-            text_dim=options.text_dim,
-            base_image_size=options.base_image_size,
-            batches=options.batches,
-            batch=options.batch,
-            history=options.history,
-            margin=options.margin,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        options = from_arguments(parsed)
+        if parsed.dry_run:
+            print(dry_run(parsed.checkpoint, parsed.output, options))
+            return 0
+        report = convert(parsed.checkpoint, parsed.output, options)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(describe(report, output))
-    return 0
+    print(describe(report))
+    return 0 if report["gate"]["passed"] else 3
 
 
 if __name__ == "__main__":

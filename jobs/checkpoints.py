@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 MARKER = "training.json"  # written last
+INFERENCE = "inference.json"  # of FP8 weights for inference
 
 
 def find_checkpoint(name: str) -> Path:
@@ -19,9 +21,23 @@ def find_checkpoint(name: str) -> Path:
     if not found:
         hint = "; a .pt file goes through `python -m conversion.to_fp8` first" if path.is_file() else ""
         raise ValueError(f"{name} is no checkpoint directory and no run with one{hint}")
-    for file in sorted(found[-1].rglob("*.safetensors")):
-        check_length(file)
+    check_lengths(found[-1])
     return found[-1]
+
+
+def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
+    """What can be sampled from, a checkpoint or FP8 weights for inference, with its record."""
+    path = Path(name).absolute()
+    if (path / INFERENCE).exists():
+        check_lengths(path)
+        return path, json.loads((path / INFERENCE).read_text())
+    path = find_checkpoint(name)
+    return path, json.loads((path / MARKER).read_text())
+
+
+def check_lengths(directory: Path) -> None:
+    for file in sorted(directory.rglob("*.safetensors")):
+        check_length(file)
 
 
 def check_length(file: Path) -> None:

@@ -5,13 +5,14 @@ import functools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from conversion.options import Options, from_arguments
 from jobs import ledger, runs
 from jobs.arrays import parse_array
-from jobs.checkpoints import MARKER, converted, find_checkpoint
+from jobs.checkpoints import MARKER, converted, find_checkpoint, find_weights
 from jobs.runs import Run
 from jobs.submission import (
     Launch,
@@ -22,7 +23,7 @@ from jobs.submission import (
     run_ranks,
     use_dataset,
 )
-from jobs.tracking import run_id
+from jobs.tracking import set_status, sync_in_background
 from pixart.config import Recipe, from_json, override, to_json
 from pixart.recipes import RECIPES
 from slurm import profile as profiles
@@ -37,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
         print(COMMANDS[options.job](launch, options))
     except NothingSubmitted as plan:
         print(plan)
+    finally:
+        if launch.folders and not launch.wait:
+            sync_in_background(launch.home, launch.folders)
     return 0
 
 
@@ -53,9 +57,9 @@ def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:
     if options.job == "retry":
         run = runs.find(home, options.run)
         return from_json((run.folder / "config.json").read_text())
-    if options.recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {options.recipe!r}: it must be one of {', '.join(RECIPES)}")
-    recipe = override(RECIPES[options.recipe](str(home)), options.overrides)
+    if options.settings not in RECIPES:
+        raise ValueError(f"unknown recipe {options.settings!r}: it must be one of {', '.join(RECIPES)}")
+    recipe = override(RECIPES[options.settings](str(home)), options.overrides)
     if options.dataset:
         recipe = override(recipe, [f"data.path={Path(options.dataset).absolute()}"])
     return recipe
@@ -152,6 +156,12 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
         raise ValueError(
             f"{start} is of stage {record['stage']}, not {stage}: convert it first, or give --stage {record['stage']}"
         )
+    failed = options.start and record and record["provenance"].get("gate") == "FAIL"
+    if failed and not options.accept_failed_conversion:
+        raise ValueError(
+            f"{start} comes from a conversion that failed its checks (see its report.html): mend that, or give "
+            "--accept-failed-conversion"
+        )
     config = launch.recipe.train(stage)
     if config.fp8 and not (record and record["plan"]):
         raise ValueError(
@@ -227,18 +237,23 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
     if source.is_dir():
         source = find_checkpoint(str(source))
     target = Path(options.output).absolute() if options.output else converted(source)
-    run = submit_conversion(launch, source, target)
+    how = from_arguments(options)
+    if target.exists() and not how.overwrite:
+        raise ValueError(f"{target} exists: name another --output, or give --overwrite")
+    run = submit_conversion(launch, source, target, how)
     if not launch.wait:
         return describe_submission(run)
-    return f"converted: {target}\nnext: python -m jobs.launch train --stage 2 --from {target}"
+    return f"converted: {target}\nnext: python -m jobs.launch train --stage {how.stage} --from {target}"
 
 
-def submit_conversion(launch: Launch, source: Path, target: Path, after: Sequence[str] = (), **options: Any) -> Run:
+def submit_conversion(launch: Launch, source: Path, target: Path, how: Options, after: Sequence[str] = ()) -> Run:
+    """The job replaces what it finds: it may be run again where it was cut short."""
+    options = {**asdict(how), "overwrite": True}
     return run_ranks(
         launch,
         Cluster(launch.profile, launch.home).ranks_shape("convert", 1, 1),
         {"source": str(source), "output": str(target), "options": options},
-        parameters={"source": str(source)},
+        parameters={"source": str(source), **options},
         tags={"pixart.parent_checkpoint": str(source)},
         total=1,
         after=after,
@@ -246,8 +261,7 @@ def submit_conversion(launch: Launch, source: Path, target: Path, after: Sequenc
 
 
 def sample_command(launch: Launch, options: argparse.Namespace) -> str:
-    checkpoint = find_checkpoint(options.checkpoint)
-    record = json.loads((checkpoint / MARKER).read_text())
+    checkpoint, record = find_weights(options.checkpoint)
     if not record["dataset"]:
         raise ValueError(f"{checkpoint} names no dataset, so its VAE and text encoder are not known: train it first")
     launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
@@ -291,21 +305,23 @@ def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options))
     folder = begin_group(launch, options.job)
-    launch.parent = run_id(folder)
+    launch.parent = folder
     succeeded = False
     try:
         _, after = prepare_dataset(launch, options.overrides, any_source=True)
         stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
         source = last_checkpoint(launch, 1, stage1)
-        batch = launch.recipe.stage2.batch
-        conversion = submit_conversion(launch, source, converted(source), waited(launch, stage1), batch=batch)
+        how = Options(batch=launch.recipe.stage2.batch)
+        conversion = submit_conversion(launch, source, converted(source), how, waited(launch, stage1))
         start = converted(source)
         stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
         last = last_checkpoint(launch, 2, stage2)
         samples = submit_sampling(launch, last, [], waited(launch, stage2))
         succeeded = True
     finally:
-        launch.tracker.finish(folder, succeeded)
+        set_status(folder, "FINISHED" if succeeded else "FAILED")
+        if launch.wait:
+            launch.tracker.sync(folder)
     return [stage1, conversion, stage2, samples]
 
 

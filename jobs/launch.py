@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from conversion.options import add_options
 from pixart.recipes import RECIPES
 
 JOBS = {
@@ -26,6 +27,7 @@ AFTERWARDS = {
     "cancel": "ends a run's jobs",
     "sync": "brings a run's journal into MLflow, from a machine that reaches it",
 }
+DEFAULT_RECIPE = "demo"
 OVERRIDES = "configuration by dotted key, such as stage1.steps=100 or data.source=s3://bucket/photos; repeatable"
 
 
@@ -44,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         job.add_argument("--home", help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)")
         if name in AFTERWARDS:
             job.add_argument("run", nargs="?", metavar="RUN", help="folder, name or part of it (default: the newest)")
-        else:
+        elif name != "convert":
             add_settings(job)
         if name in JOBS or name == "retry":
             add_submission(job)
@@ -58,11 +60,16 @@ def make_parser() -> argparse.ArgumentParser:
             )
             job.add_argument("--from", dest="start", help="checkpoint or run to go on from")
             job.add_argument("--resume", help="run folder to continue in")
+            job.add_argument(
+                "--accept-failed-conversion", action="store_true", help="go on from a checkpoint that failed its checks"
+            )
         if name == "convert":
             job.add_argument("checkpoint", help="checkpoint, run folder or .pt file")
             job.add_argument("--output", help="directory to write (default: beside the checkpoint)")
+            add_options(job)
+            job.set_defaults(overrides=[], settings=DEFAULT_RECIPE, dataset=None)
         if name == "sample":
-            job.add_argument("checkpoint", help="checkpoint or run folder")
+            job.add_argument("checkpoint", help="checkpoint, run folder or a conversion's inference/")
             job.add_argument(
                 "--prompt", action="append", default=[], help="may be given several times (default: the dataset's)"
             )
@@ -74,7 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_settings(job: argparse.ArgumentParser) -> None:
     job.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=OVERRIDES)
-    job.add_argument("--recipe", default="demo", help=f"one of {', '.join(RECIPES)} (default: demo)")
+    job.add_argument(
+        "--recipe", dest="settings", default=DEFAULT_RECIPE, help=f"one of {', '.join(RECIPES)} (default: demo)"
+    )
     job.add_argument("--dataset", help="the dataset's directory, short for data.path=DIRECTORY")
 
 
@@ -94,6 +103,16 @@ def positive(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def run(arguments: Sequence[str] | None) -> int:
     options = make_parser().parse_args(arguments)
     if options.job in AFTERWARDS and options.job != "retry":
         return look(options)
@@ -115,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def look(options: argparse.Namespace) -> int:
-    """The commands that submit nothing: most need no MLflow, whose import takes its time."""
+    """The commands that submit nothing."""
     from jobs import status
 
     home = Path(options.home or os.environ.get("PIXART_HOME") or "outputs").absolute()

@@ -15,13 +15,13 @@ def run(run_folder: str, *, checkpoint: str, prompts: list[str]) -> dict[str, An
     """Returns the sheet's path and, where the prompts are the demo's own scenes, the shares that came out right."""
     from PIL.PngImagePlugin import PngInfo
 
-    from pixart import checkpoint as checkpoints
+    from pixart import inference
     from pixart.data.scene_counter import count
     from pixart.data.scenes import caption, make_scene
     from pixart.sheet import contact_sheet
 
     configuration = from_json((Path(run_folder) / "config.json").read_text())
-    directory = checkpoints.find(checkpoint)
+    directory = inference.find(checkpoint)
     scenes = []
     if not prompts and configuration.data.source == "demo":
         seed = configuration.data.seed + UNSEEN
@@ -74,17 +74,18 @@ def pictures(configuration, directory: Path, prompts: list[str]) -> list:
     from PIL import Image
 
     from pixart import checkpoint as checkpoints
+    from pixart import inference
     from pixart.data import manifest as manifests
     from pixart.data.text import TextEncoder
     from pixart.data.vae import decode, load_vae
-    from pixart.model.dit import DiT, no_class
+    from pixart.model.dit import no_class
     from pixart.sampling import sample
 
-    record = checkpoints.read_record(directory)
+    model, record = inference.load(directory)
     manifest = manifests.read(record["dataset"] or configuration.data.path)
     data, options = manifest.data, configuration.sample
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DiT.from_pretrained(directory / "ema", low_cpu_mem_usage=False).eval().to(device)
+    model = model.to(device)
     normalization = checkpoints.normalization(record)
     if model.stage == 2:
         encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)

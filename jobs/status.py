@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs import ledger, runs
 from jobs.runs import Element, Run
+from jobs.tracking import Tracker, set_status
 from slurm import queue
 from slurm.task import attempts
 
@@ -45,7 +46,7 @@ def print_table(run: Run, found: dict[int, Element]) -> None:
         if counts[state]:
             table.add_row(Text(state, style), str(counts[state]), Text(notes.get(state, "")))
     console.print(table)
-    if run.ranks:
+    if run.kind == "train":
         step, note = runs.progress(run)
         console.print(f"step {step} of {run.total}{', ' if note else ''}{note}", markup=False)
     failed = [(number, element) for number, element in found.items() if element.state == "failed"]
@@ -110,13 +111,11 @@ def cancel_command(home: Path, options: argparse.Namespace) -> int:
 
 def sync_command(home: Path, options: argparse.Namespace) -> int:
     """Replays a run's journal into MLflow, and says there how the run has ended."""
-    from jobs.tracking import Tracker
-
     run, tracker = runs.find(home, options.run), Tracker(home)
     found = runs.elements(run)
-    tracker.sync(run.folder)
     if not runs.under_way(found):
-        tracker.finish(run.folder, all(element.state == "done" for element in found.values()))
+        set_status(run.folder, "FINISHED" if all(item.state == "done" for item in found.values()) else "FAILED")
+    tracker.sync(run.folder)
     print(f"synchronized {run.folder.name} with {tracker.uri}")
     return 0
 

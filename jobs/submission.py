@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jobs import caption, convert, init, latents, ledger, runs, sample, train
 from jobs.progress import ProgressLine
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
-from jobs.tracking import Tracker, run_id
+from jobs.tracking import Tracker, describe, set_status
 from pixart.config import DataConfig, Recipe, to_json
 from slurm import profile as profiles
 from slurm import queue
@@ -47,9 +47,10 @@ class Launch:
     home: Path
     recipe: Recipe
     profile: Profile
-    parent: str | None = None  # MLflow run that this command's runs belong to
+    parent: Path | None = None  # folder of the run that this command's runs belong to
     wait: bool = True
     dry_run: bool = False
+    folders: list[Path] = field(default_factory=list)  # of all runs that it has begun
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -75,7 +76,7 @@ def begin(
     folder: Path | None = None,
     after: Sequence[str] = (),
 ) -> Cluster:
-    """Makes the run folder, with all that was asked for, and its MLflow run.
+    """Makes the run folder, with all that was asked for.
 
     Raises ValueError, with nothing made, for what the cluster would never run.
     """
@@ -86,9 +87,9 @@ def begin(
     folder = folder or new_folder(launch.home, shape.kind)
     write_settings(launch, folder)
     commit = record_git(folder)
-    if run_id(folder) is None:
-        about = {"pixart.job": shape.kind, "pixart.cluster": launch.profile.name, "pixart.commit": commit or "none"}
-        launch.tracker.start(folder, folder.name, parameters, {**(tags or {}), **about}, launch.parent)
+    about = {"pixart.job": shape.kind, "pixart.cluster": launch.profile.name, "pixart.commit": commit or "none"}
+    describe(folder, parameters, {**(tags or {}), **about}, launch.parent)
+    launch.folders.append(folder)
     return prepared(launch, folder, shape, after)
 
 
@@ -104,10 +105,11 @@ def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = 
 
 
 def begin_group(launch: Launch, name: str) -> Path:
-    """Makes the folder and the MLflow run that the runs of one command belong to."""
+    """Makes the folder that the runs of one command belong to."""
     folder = new_folder(launch.home, name)
     write_settings(launch, folder)
-    launch.tracker.start(folder, folder.name, {"recipe": launch.recipe.name}, {"pixart.job": name}, launch.parent)
+    describe(folder, {"recipe": launch.recipe.name}, {"pixart.job": name}, launch.parent)
+    launch.folders.append(folder)
     return folder
 
 
@@ -125,6 +127,8 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     if launch.dry_run:
         raise NothingSubmitted(planned.describe(shape))
     cluster = prepared(launch, run.folder, shape)
+    set_status(run.folder, "RUNNING")
+    launch.folders.append(run.folder)
     return (submit_array if run.elements else submit_ranks)(launch, cluster, shape, run), missing
 
 
@@ -156,7 +160,8 @@ def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tu
         queue.cancel(run.executor, run.job_ids)
         raise
     finally:
-        launch.tracker.finish(run.folder, succeeded)
+        set_status(run.folder, "FINISHED" if succeeded else "FAILED")
+        launch.tracker.sync(run.folder)
 
 
 def raise_first_failure(run: Run, found: dict[int, Element]) -> None:

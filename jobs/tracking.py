@@ -1,19 +1,35 @@
-"""Tracking: tasks append to a journal in their run folder, and the launcher replays it into MLflow.
+"""Tracking: all that is to be told is written into the run folder first, and brought into MLflow from there.
 
-Tasks need no way to the tracking server, and an embedded store has one writer.
+Tasks append to a journal, so they need no way to the tracking server; the launcher describes the run and how it ended.
+Bringing it into MLflow takes as long as it takes, may fail, and may be done again: nothing counts twice.
 """
 
+import fcntl
+import functools
 import json
+import logging
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.ledger import write_atomically
 
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
 JOURNAL = "journal.jsonl"
-STATE = "mlflow.json"
+DESCRIPTION = "tracking.json"  # what the launcher says
+STATE = "mlflow.json"  # what MLflow has of it
+LOG = "tracking.log"
+LOCK = ".mlflow.lock"
 EXPERIMENT = "pixart"
+Status = Literal["RUNNING", "FINISHED", "FAILED"]
+BATCH = 1000  # metrics that MLflow takes at once
 
 
 class Journal:
@@ -21,6 +37,9 @@ class Journal:
 
     def __init__(self, run: str | Path) -> None:
         self.path = Path(run) / JOURNAL
+        with suppress(FileNotFoundError):
+            if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # what a kill has cut off stays a line of its own
+                self.path.open("a").write("\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.append({"step": step, "metrics": values})
@@ -37,7 +56,7 @@ class Journal:
 
 
 def read_journal(run: str | Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from byte `offset` on, and where the next read begins."""
+    """The whole lines from byte `offset` on, and where the next read begins; what a kill has cut off is left out."""
     path = Path(run) / JOURNAL
     if not path.exists():
         return [], offset
@@ -45,67 +64,130 @@ def read_journal(run: str | Path, offset: int = 0) -> tuple[list[dict[str, Any]]
         file.seek(offset)
         content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+    lines = []
+    for line in whole.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines, offset + len(whole)
+
+
+def describe(
+    run: Path, parameters: dict[str, Any], tags: dict[str, str] | None = None, parent: Path | None = None
+) -> None:
+    """What MLflow is to say of a run; one that goes on keeps its description."""
+    if (run / DESCRIPTION).exists():
+        set_status(run, "RUNNING")
+        return
+    about = {"parameters": parameters, "tags": tags or {}, "parent": str(parent) if parent else None}
+    write_atomically(run / DESCRIPTION, json.dumps({**about, "status": "RUNNING"}) + "\n")
+
+
+def set_status(run: Path, status: Status) -> None:
+    """How a run stands, as MLflow is to say it."""
+    description = json.loads((run / DESCRIPTION).read_text())
+    write_atomically(run / DESCRIPTION, json.dumps({**description, "status": status}) + "\n")
 
 
 class Tracker:
-    """MLflow runs of one home folder: the server that MLFLOW_TRACKING_URI names, else an embedded sqlite store."""
+    """The MLflow store of a home folder: the server that MLFLOW_TRACKING_URI names, else an embedded sqlite file."""
 
     def __init__(self, home: str | Path) -> None:
-        import logging
+        self.home = Path(home).absolute()
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home}/mlflow.db"
 
+    @functools.cached_property
+    def client(self) -> "MlflowClient":
         from mlflow.tracking import MlflowClient
 
         for name in ("mlflow", "alembic"):  # they announce each migration of a new store
             logging.getLogger(name).setLevel(logging.WARNING)
-        home = Path(home).absolute()
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
-        home.mkdir(parents=True, exist_ok=True)
-        self.client = MlflowClient(self.uri)
-        experiment = self.client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            location = (home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
-            self.experiment = self.client.create_experiment(EXPERIMENT, artifact_location=location)
-        else:
-            self.experiment = experiment.experiment_id
+        return MlflowClient(self.uri)
 
-    def start(self, run: Path, name: str, parameters: dict[str, Any], tags: dict[str, str], parent: str | None) -> str:
-        """Makes the run before its tasks start; its id is kept in the run folder."""
-        nested = {"mlflow.parentRunId": parent} if parent else {}
-        made = self.client.create_run(self.experiment, run_name=name, tags={**tags, **nested, "pixart.run": str(run)})
-        for key, value in parameters.items():
-            self.client.log_param(made.info.run_id, key, value)
-        write_atomically(run / STATE, json.dumps({"run_id": made.info.run_id, "uri": self.uri, "offset": 0}))
-        return made.info.run_id
+    @functools.cached_property
+    def experiment(self) -> str:
+        with locked(self.home):  # a new sqlite store takes one client at a time
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+            if found is not None:
+                return found.experiment_id
+            location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
+            return self.client.create_experiment(EXPERIMENT, artifact_location=location)
 
     def sync(self, run: Path) -> None:
-        """Replays what the journal has gained since the last time; a step done twice, after a requeue, counts once."""
+        """Brings into MLflow what it lacks of a run; a step done twice, after a requeue, counts once."""
+        experiment = self.experiment
+        with locked(run):
+            description = json.loads((run / DESCRIPTION).read_text())
+            state = self.state(run, description, experiment)
+            state = self.replay(run, state)
+            if state["status"] == description["status"]:
+                return
+            if description["status"] == "RUNNING":
+                self.client.update_run(state["run_id"], status="RUNNING")
+            else:
+                self.client.set_terminated(state["run_id"], description["status"])
+            write_atomically(run / STATE, json.dumps({**state, "status": description["status"]}))
+
+    def state(self, run: Path, description: dict[str, Any], experiment: str) -> dict[str, Any]:
+        """What MLflow has of the run, which is made there if it has nothing; its parent comes first."""
+        if (run / STATE).exists():
+            return json.loads((run / STATE).read_text())
+        tags = {**description["tags"], "pixart.run": str(run)}
+        if description["parent"]:
+            parent = Path(description["parent"])
+            if run_id(parent) is None:
+                self.sync(parent)
+            tags["mlflow.parentRunId"] = run_id(parent)
+        identifier = self.client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
+        for key, value in description["parameters"].items():
+            self.client.log_param(identifier, key, value)
+        state = {"run_id": identifier, "uri": self.uri, "offset": 0, "last_steps": {}, "status": "RUNNING"}
+        write_atomically(run / STATE, json.dumps(state))
+        return state
+
+    def replay(self, run: Path, state: dict[str, Any]) -> dict[str, Any]:
         from mlflow.entities import Metric
 
-        state = json.loads((run / STATE).read_text())
         lines, offset = read_journal(run, state["offset"])
         if not lines:
-            return
-        last_steps: dict[str, int] = state.get("last_steps", {})
+            return state
+        last_steps: dict[str, int] = dict(state["last_steps"])
         points = []
         for line in lines:
             for key, value in line.get("metrics", {}).items():
                 if line["step"] > last_steps.get(key, -1):
                     last_steps[key] = line["step"]
                     points.append(Metric(key, value, int(line["time"] * 1000), line["step"]))
-        for begin in range(0, len(points), 1000):  # MLflow's limit for one batch
-            self.client.log_batch(state["run_id"], metrics=points[begin : begin + 1000])
+        for begin in range(0, len(points), BATCH):
+            self.client.log_batch(state["run_id"], metrics=points[begin : begin + BATCH])
         for line in lines:
             for key, value in line.get("tags", {}).items():
                 self.client.set_tag(state["run_id"], key, value)
             if "artifact" in line:
                 self.client.log_artifact(state["run_id"], line["artifact"])
-        write_atomically(run / STATE, json.dumps({**state, "offset": offset, "last_steps": last_steps}))
+        state = {**state, "offset": offset, "last_steps": last_steps}
+        write_atomically(run / STATE, json.dumps(state))
+        return state
 
-    def finish(self, run: Path, succeeded: bool) -> None:
-        self.sync(run)
-        run_id = json.loads((run / STATE).read_text())["run_id"]
-        self.client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sync_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Popen[bytes]:
+    """Brings runs into MLflow by a process that outlives this one: importing MLflow takes longer than submitting."""
+    with (folders[0] / LOG).open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs.tracking", str(home), *map(str, folders)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def run_id(run: str | Path) -> str | None:
@@ -114,3 +196,8 @@ def run_id(run: str | Path) -> str | None:
         return json.loads((Path(run) / STATE).read_text())["run_id"]
     except FileNotFoundError:
         return None
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[2:]:
+        Tracker(sys.argv[1]).sync(Path(folder))

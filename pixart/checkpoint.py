@@ -7,7 +7,8 @@
       fp8.safetensors         NAME.scale and NAME.amax_history, in a checkpoint of FP8 training
       training.json           stage, step, normalization, plan, provenance; written last
 
-A checkpoint is written under a temporary name and renamed, so that one which has its final name is whole.
+A checkpoint is written under a temporary name and renamed, so that one which has its final name is whole. Tensors
+are mapped from their files and written one at a time: a checkpoint may be larger than memory.
 """
 
 import dataclasses
@@ -15,13 +16,15 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pixart.model.dit import DiT
@@ -30,7 +33,26 @@ from pixart.model.fp8 import Plan
 FORMAT = 1
 MARKER = "training.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
-State = dict[str, Tensor]
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for and kept by nobody."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,20 +92,19 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
-    """Writes `directory` whole or not at all, in place of one that is already there."""
+def save(checkpoint: Checkpoint, directory: str | Path, also: Callable[[Path], None] = lambda partial: None) -> Path:
+    """Writes `directory` whole or not at all, in place of one that is already there.
+
+    `also` adds files of its own, once all but the record is written.
+    """
     directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with appearing(directory) as partial:
         for name, state in (("transformer", checkpoint.model), ("ema", checkpoint.ema)):
-            (partial / name).mkdir(parents=True)
-            config = {"_class_name": DiT.__name__, **checkpoint.config}
-            (partial / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            save_tensors(state, partial / name / WEIGHTS)
+            save_weights(state, checkpoint.config, partial / name)
         save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
         if checkpoint.plan is not None:
             save_tensors(checkpoint.scales, partial / "fp8.safetensors")
+        also(partial)
         record = {
             "format": FORMAT,
             "stage": checkpoint.stage,
@@ -93,10 +114,18 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
             "dataset": checkpoint.dataset,
             "provenance": checkpoint.provenance,
         }
-        with (partial / MARKER).open("w") as file:
-            json.dump(record, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        write(partial / MARKER, (json.dumps(record, indent=2) + "\n").encode())
+    return directory
+
+
+@contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """A hidden directory beside it that takes the name, and the place of what has it, when all is written."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        yield partial
         if directory.exists():
             old = partial.with_suffix(".old")
             directory.replace(old)
@@ -107,11 +136,47 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return directory
+
+
+def save_weights(state: State, config: Mapping[str, Any], folder: Path) -> None:
+    """A diffusers folder."""
+    folder.mkdir(parents=True)
+    write(folder / "config.json", (json.dumps({"_class_name": DiT.__name__, **config}, indent=2) + "\n").encode())
+    save_tensors(state, folder / WEIGHTS)
 
 
 def save_tensors(state: State, path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    """The safetensors format: the header's length, the header, the tensors, of which one at a time is in memory.
+
+    The header comes first and is not known before the last tensor is, so room is left for it, filled up by spaces.
+    """
+    room = 256 + sum(len(name) + 160 for name in state)
+    room += -room % 8
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for name, tensor in state.items():
+            begin = file.tell() - 8 - room
+            write_tensor(tensor.detach().cpu(), file)
+            end = file.tell() - 8 - room
+            entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        assert len(header) <= room
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + header.ljust(room))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
+    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
@@ -155,7 +220,7 @@ def load(directory: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def load_tensors(path: Path) -> State:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

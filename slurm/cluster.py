@@ -98,17 +98,23 @@ class Cluster:
         return min(self.profile.array_parallelism or os.cpu_count() or 1, len(shape.elements))
 
     def submit_array(self, shape: Shape, function: Callable[[list[int]], Any]) -> list[Submitted]:
-        """One task per element on Slurm; on this machine, as many processes as may run at once share the elements."""
+        """One task per element on Slurm; on this machine, as many processes as may run at once share the elements.
+
+        An array beyond Slurm's largest is submitted in parts, one after the other where so many may run at once.
+        """
         elements, task = shape.elements, Task(function=function, run=str(self.run))
         if not self.is_slurm:
             shares = [elements[lane :: self.lanes(shape)] for lane in range(self.lanes(shape))]
             with environment(self.local_environment(processes=len(shares))):
                 local = self.local_executor(shape)
                 return [Submitted(job=local.submit(task, list(share)), elements=share) for share in shares]
-        executor, largest = self.slurm_executor(shape), queue.max_array_size()
-        parts = [elements[begin : begin + largest] for begin in range(0, len(elements), largest)]
-        jobs = [job for part in parts for job in executor.map_array(task, [[element] for element in part])]
-        return [Submitted(job=job, elements=(element,)) for job, element in zip(jobs, elements, strict=True)]
+        largest, submitted = queue.max_array_size(), list[Submitted]()
+        for begin in range(0, len(elements), largest):
+            part = elements[begin : begin + largest]
+            before = submitted[-1].job.job_id.partition("_")[0] if submitted and self.profile.array_parallelism else ""
+            jobs = self.slurm_executor(shape, before).map_array(task, [[element] for element in part])
+            submitted += [Submitted(job=job, elements=(element,)) for job, element in zip(jobs, part, strict=True)]
+        return submitted
 
     def submit_ranks(self, shape: Shape, function: Callable[[], Any], *, cooperative: bool = False) -> Submitted:
         """One job of `nodes * ranks_per_node` ranks; on this machine, that many processes."""
@@ -118,9 +124,13 @@ class Cluster:
         with environment(self.local_environment(processes=shape.nodes * shape.ranks_per_node)):
             return Submitted(job=self.local_executor(shape).submit(task), elements=())
 
-    def slurm_executor(self, shape: Shape) -> submitit.SlurmExecutor:
+    def slurm_executor(self, shape: Shape, before: str = "") -> submitit.SlurmExecutor:
+        """The jobs begin when `before` has ended, in whatever way."""
         executor = submitit.SlurmExecutor(folder=self.folder, python=self.profile.python.get(shape.kind))
-        executor.update_parameters(**slurm_parameters(self.profile, shape, code=self.code, after=self.after))
+        parameters = slurm_parameters(self.profile, shape, code=self.code, after=self.after)
+        if before:
+            parameters["dependency"] = ",".join(filter(None, [parameters.get("dependency"), f"afterany:{before}"]))
+        executor.update_parameters(**parameters)
         return executor
 
     def local_executor(self, shape: Shape) -> submitit.LocalExecutor:

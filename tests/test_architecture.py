@@ -23,7 +23,8 @@ ALLOWED = {
     "slurm": {"slurm"},
     "jobs": {"jobs", "slurm", "pixart", "conversion"},
 }
-HEAVY = {"torch", "vllm", "diffusers", "transformers", "pixart.data", "pixart.model", "pixart.training", "conversion"}
+HEAVY = {"torch", "vllm", "diffusers", "transformers", "pixart.data", "pixart.model", "pixart.training"}
+HEAVY |= {"conversion.to_fp8", "conversion.calibrate"}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:

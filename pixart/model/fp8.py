@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -105,36 +104,30 @@ class _Float8Product(torch.autograd.Function):
         scale: Tensor,
         staged: Tensor,
         record: bool,
-        observe: bool,
     ) -> Tensor:
         if record:
             record_amax(staged, INPUT, x)
             record_amax(staged, WEIGHT, weight)
-        ctx.staged, ctx.observe, ctx.dtypes = staged, observe, (x.dtype, weight.dtype)
-        if observe:
-            ctx.save_for_backward(x, weight, scale)
-            return F.linear(x, weight, bias)
+        ctx.staged, ctx.dtypes = staged, (x.dtype, weight.dtype)
         x8, weight8 = quantize(x, scale[INPUT], E4M3), quantize(weight, scale[WEIGHT], E4M3)
         # The scales are copied: by the time of the backward pass they may be those of the next step.
         ctx.save_for_backward(x8, weight8, scale.clone())
         return scaled_matmul(x8, weight8, scale[INPUT], scale[WEIGHT], x.dtype, bias=bias, fast=True)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None, None, None]:
-        x, weight, scale = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x8, weight8, scale = ctx.saved_tensors
         record_amax(ctx.staged, GRAD_OUTPUT, grad)
-        wants_x, _, wants_bias, *_ = ctx.needs_input_grad  # nobody asks for the text's
-        grad_bias = grad.sum(0) if wants_bias else None
-        if ctx.observe:
-            return grad @ weight if wants_x else None, grad.t() @ x, grad_bias, None, None, None, None
+        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad  # nobody asks for the text's
         input_scale, weight_scale, grad_scale = scale
         grad8 = quantize(grad, grad_scale, E5M2)
         x_dtype, weight_dtype = ctx.dtypes
-        grad_x = None
+        grad_x = grad_weight = None
         if wants_x:
-            grad_x = scaled_matmul(grad8, weight.t(), grad_scale, weight_scale, x_dtype, bias=None, fast=False)
-        grad_weight = scaled_matmul(grad8.t(), x.t(), grad_scale, input_scale, weight_dtype, bias=None, fast=False)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+            grad_x = scaled_matmul(grad8, weight8.t(), grad_scale, weight_scale, x_dtype, bias=None, fast=False)
+        if wants_weight:
+            grad_weight = scaled_matmul(grad8.t(), x8.t(), grad_scale, input_scale, weight_dtype, bias=None, fast=False)
+        return grad_x, grad_weight, grad.sum(0) if wants_bias else None, None, None, None
 
 
 def record_amax(staged: Tensor, slot: int, x: Tensor) -> None:
@@ -147,8 +140,7 @@ class Float8Linear(nn.Linear):
     """A linear whose products run in FP8; parameters and state-dict keys are those of the nn.Linear it replaces.
 
     `scale` (3,) and `amax_history` (history, 3) are float32, by slot of SLOTS. Row 0 of the history is staged by the
-    current step, rows 1 to the last run from oldest to newest (TransformerEngine's layout). With `observe` set, the
-    products run in the input's precision and only amax is recorded.
+    current step, rows 1 to the last run from oldest to newest (TransformerEngine's layout).
     """
 
     scale: Tensor
@@ -160,7 +152,6 @@ class Float8Linear(nn.Linear):
             module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         module.weight, module.bias = linear.weight, linear.bias
         device = linear.weight.device
-        module.observe = False
         module.register_buffer("scale", torch.ones(len(SLOTS), device=device), persistent=False)
         history = torch.zeros(plan.history, len(SLOTS), device=device)
         module.register_buffer("amax_history", history, persistent=False)
@@ -170,7 +161,7 @@ class Float8Linear(nn.Linear):
         rows = x.flatten(0, -2)
         record = torch.is_grad_enabled()
         staged = self.amax_history[0]
-        product = _Float8Product.apply(rows, self.weight, self.bias, self.scale, staged, record, self.observe)
+        product = _Float8Product.apply(rows, self.weight, self.bias, self.scale, staged, record)
         return product.unflatten(0, x.shape[:-1])
 
 
@@ -189,6 +180,14 @@ def swap_linears(model: nn.Module, plan: Plan) -> None:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"FP8 plan names {name!r}, which is no linear of this model")
         setattr(parent, child, Float8Linear.from_linear(linear, plan))
+
+
+def check_recipe(plan: Plan) -> None:
+    """Raises ValueError for a recipe that these linears do not follow."""
+    if plan.recipe != "delayed":
+        raise ValueError(
+            f"FP8 recipe {plan.recipe!r} is for other backends: convert with --recipe delayed to train here"
+        )
 
 
 def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:
@@ -214,17 +213,19 @@ def update_scales(model: nn.Module, plan: Plan) -> None:
         module.amax_history.copy_(history)
 
 
-@torch.no_grad()
-def set_amax(model: nn.Module, amax: Mapping[str, Tensor], plan: Plan) -> None:
-    """Fills history rows 1 to the last with `amax[name]` (3,) and sets the scales that follow from it.
+def calibrated_state(amax: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The `scale_state` of a model whose linears have measured `amax[name]` (3,), in every row but the staging one.
 
-    A zero keeps a slot's scale at 1 until a step has seen its tensor.
+    A zero leaves a slot's scale at 1 until a step has seen its tensor.
     """
-    for name, module in float8_linears(model):
-        module.amax_history[0] = 0
-        module.amax_history[1:] = amax[name]
-        format_max = torch.tensor([fmt.max for fmt in FORMATS])
-        module.scale.copy_(scale_from_amax(amax[name].cpu(), torch.ones(len(SLOTS)), format_max, plan.margin))
+    format_max = torch.tensor([fmt.max for fmt in FORMATS])
+    state = {}
+    for name in plan.linears:
+        history = torch.zeros(plan.history, len(SLOTS))
+        history[1:] = amax[name]
+        state[f"{name}.scale"] = scale_from_amax(amax[name], torch.ones(len(SLOTS)), format_max, plan.margin)
+        state[f"{name}.amax_history"] = history
+    return state
 
 
 @torch.no_grad()

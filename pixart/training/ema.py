@@ -1,5 +1,7 @@
 """Exponential moving average of the weights, sharded as they are."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -25,5 +27,5 @@ class Ema:
         """Whole tensors on the CPU; every rank must call it."""
         return {name: whole(average) for name, average in self.averages.items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         self.averages = {name: like(state[name], average) for name, average in self.averages.items()}

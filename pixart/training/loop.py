@@ -57,6 +57,7 @@ class Training:
             self.model.load_state_dict(start.model, strict=True)
         self.model.train().to(ranks.device)
         if start and self.plan:
+            fp8.check_recipe(self.plan)
             fp8.swap_linears(self.model, self.plan)
             fp8.load_scale_state(self.model, start.scales)
             local_batch = config.batch // ranks.world

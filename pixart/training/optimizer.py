@@ -1,6 +1,7 @@
 """AdamW with two parameter groups, its learning rate, and its state by parameter name."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def optimizer_state(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str,
     return state
 
 
-def load_optimizer_state(optimizer: torch.optim.AdamW, model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_optimizer_state(optimizer: torch.optim.AdamW, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts back what `optimizer_state` gave. Raises ValueError for a parameter without moments of its shape."""
     for name, parameter in model.named_parameters():
         for moment in MOMENTS:

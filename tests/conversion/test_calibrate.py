@@ -1,15 +1,16 @@
+import pytest
 import torch
 from torch import nn
 
-from conversion.calibrate import batch_loss, measure_amax, synthetic_batches
+from conversion.calibrate import STATISTICS, batch_loss, largest, measure_amax, mse_best, synthetic_batches
 from conversion.plan import make_plan
-from conversion.reparameterize import load_model, to_stage2
-from pixart.model.fp8 import Plan
+from conversion.reparameterize import find_modulations, load_model, to_stage2
+from pixart.model.fp8 import E4M3
 
 
 def stage2_model(stage1):
     latents = torch.randn(8, 4, 8, 8)
-    result, _ = to_stage2(stage1, "paper", 48, latents)
+    result = to_stage2(stage1, *find_modulations(stage1, "paper", 48, latents), 48)
     return load_model(result.config, result.model)
 
 
@@ -53,7 +54,7 @@ def test_amax_against_hooks(stage1):
         watch(name, model.get_submodule(name))
     for seed, batch in enumerate(batches):
         batch_loss(model, batch, seed).backward()
-    measured = measure_amax(stage2_model(stage1), plan, batches)
+    measured = measure_amax(stage2_model(stage1), plan.linears, batches)
     for name, expected in seen.items():
         assert torch.allclose(measured[name], expected, rtol=1e-4), name
         zero = name.endswith("cross_attention.q_proj")  # behind a projection that is still zero
@@ -62,4 +63,27 @@ def test_amax_against_hooks(stage1):
 
 def test_no_plan_no_scales(stage1):
     model = stage2_model(stage1)
-    assert measure_amax(model, Plan(linears=()), synthetic_batches(stage1.config, 48, 1, 2)) == {}
+    assert measure_amax(model, (), synthetic_batches(stage1.config, 48, 1, 2)) == {}
+
+
+def test_statistics_on_a_heavy_tail():
+    """One value in a hundred thousand is huge: the percentile does not see it, the smallest error keeps it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, generator=generator)
+    x[[5, 70_000]] = torch.tensor([900.0, -1000.0])
+    found = {name: float(statistic(x, E4M3)) for name, statistic in STATISTICS.items()}
+    assert found["max"] == 1000
+    assert 3.5 < found["percentile"] < 5
+    assert found["mse"] == pytest.approx(1000, rel=0.05)
+    uniform = torch.rand(10_000, generator=generator)
+    assert float(mse_best(uniform, E4M3)) > 0.8
+    assert float(largest(torch.tensor([1.0, float("nan")]), E4M3)) != 1
+
+
+def test_patterns_keep_linears(stage1):
+    model = stage2_model(stage1)
+    plan = make_plan(model, keep=["dit_blocks.0.*", "*linear2"], batch=1)
+    assert not [name for name in plan.linears if name.startswith("dit_blocks.0.") or name.endswith("linear2")]
+    assert plan.kept["dit_blocks.1.mlp.linear2"] == "asked for by *linear2"
+    with pytest.raises(ValueError, match="no such linear"):
+        make_plan(model, keep=["encoder.*"], batch=1)

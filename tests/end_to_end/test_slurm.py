@@ -21,6 +21,7 @@ from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store import Store
+from slurm import devcluster
 from slurm.devcluster import URGENT, DevCluster
 from slurm.task import attempts
 from tests.slurm.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
@@ -84,42 +85,56 @@ def settle(run: Run, seconds: float = 240) -> dict[int, str]:
 # The commands as they are written
 
 
-def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch, capsys):
-    """Two hundred and fifty-six elements, then four nodes of one rank each, by the shipped profile `dev`."""
+def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
+    """By the shipped profile `dev`: 256 elements, then four nodes of one rank and of two."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PIXART_HOME", raising=False)
-    assert launch.main(["caption", "--array", "0-255"]) == 0
     home = tmp_path / "outputs"
+    assert launch.main(["caption", "--array", "0-255"]) == 0
     run = newest(home, "caption")
     assert len(run.jobs) == 256
     assert set(settle(run, 900).values()) == {"done"}
     assert ledger.shards(home / "datasets/demo", "caption") == set(range(256))
     assert {tuple(line["arguments"][0]) for line in attempts(run.folder)} == {(shard,) for shard in range(256)}
 
-    capsys.readouterr()
-    assert launch.main(["train", "--nodes", "4", "--dry-run"]) == 0
-    plan = capsys.readouterr().out
-    assert "#SBATCH --nodes=4" in plan
-    assert '"steps": 300' in plan
+    assert launch.main(["latents", "--cluster", "local"]) == 0
+    assert launch.main(["train", "--nodes", "4"]) == 0
+    run = newest(home, "train")
+    wait_until(lambda: runs.progress(run)[0] >= 20, what="step 20 of 300")
+    check_ranks(run, per_node=1)
+    assert launch.main(["cancel"]) == 0
+    assert settle(run) == {0: "failed"}
+
+    submit(home, "train", "--nodes", "4", "--gpus-per-node", "2", settings={"stage1.steps": 10})
+    run = newest(home, "train")
+    assert settle(run, 900) == {0: "done"}, runs.elements(run)
+    assert runs.progress(run)[0] == 10
+    check_ranks(run, per_node=2)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_of_four_nodes(profile, small_data, tmp_path, ranks: int):
-    submit(
-        tmp_path,
-        *("train", "--nodes", "4", "--gpus-per-node", str(ranks), "--cluster", str(profile)),
-        *("--dataset", str(small_data["train"])),
-        settings={**SMALL, "stage1.steps": 2},
-    )
-    run = newest(tmp_path, "train")
-    assert settle(run) == {0: "done"}, runs.elements(run)
+def check_ranks(run: Run, *, per_node: int) -> None:
+    """Four nodes' ranks, each where it belongs, in a group of all."""
     nodes = {line["rank"]: line["node"] for line in attempts(run.folder)}
-    assert nodes == {rank: f"n{rank // ranks + 1}" for rank in range(4 * ranks)}
+    assert nodes == {rank: f"n{rank // per_node + 1}" for rank in range(4 * per_node)}
     told = [log.read_text() for log in run.logs(run.job_ids[0], "out")]
     words = [re.search(r"rank ([0-9]+) of ([0-9]+), local rank ([0-9]+) of ([0-9]+), master (.*)", log) for log in told]
     found = [tuple(int(number) for number in match.groups()[:4]) for match in words]
-    assert found == [(rank, 4 * ranks, rank % ranks, ranks) for rank in range(4 * ranks)]
+    assert found == [(rank, 4 * per_node, rank % per_node, per_node) for rank in range(4 * per_node)]
     assert len({match[5] for match in words}) == 1
+
+
+def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, monkeypatch):
+    """One after the other, so that no more run at once than was asked for; each element keeps its shard."""
+    monkeypatch.setattr("slurm.queue.max_array_size", lambda: 2)
+    submit(
+        *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1"),
+        settings={"data.shards": 8, "data.images": 64},
+    )
+    run = newest(tmp_path, "caption")
+    assert len(run.job_ids) == 3
+    assert settle(run) == dict.fromkeys((1, 3, 4, 6, 7), "done")
+    starts = attempts(run.folder)
+    assert [(line["job"], line["arguments"]) for line in starts] == [(job, [list(own)]) for job, own in run.jobs]
 
 
 # Faults
@@ -202,6 +217,9 @@ def cancel(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
 
 
 def restart_controller(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
+    """Once it has saved the job, as it does every few seconds: what it has not saved, Slurm forgets."""
+    submitted = (run.folder / runs.RECORD).stat().st_mtime
+    wait_until(lambda: (cluster.folder / "state/job_state").stat().st_mtime > submitted, what="a saved state")
     cluster.restart_controller()
 
 
@@ -306,29 +324,84 @@ def test_print_the_matrix(capsys):
 
 
 def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
-    """Five of 64 elements are killed; status names them, and retry submits those five."""
-    dataset = tmp_path / "dataset"
-    settings = {"data.shards": 64, "data.images": 64}
-    words = ["caption", "--cluster", str(profile), "--dataset", str(dataset)]
-    submit(tmp_path, *words, "--array", "0-63%4", settings=settings)
+    """Five of 64 elements are killed, two as they run; status names them, and retry submits those five."""
+    words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
+    submit(tmp_path, *words, "--array", "0-63%4", settings={"data.shards": 64, "data.images": 64_000})
     run = newest(tmp_path, "caption")
-    killed = [3, 17, 18, 40, 63]
-    job_of = run.job_of()
-    slurm("scancel", *(job_of[shard] for shard in killed))
-    states = settle(run, 400)
-    missing = sorted(shard for shard, state in states.items() if state == "failed")
-    assert set(missing) <= set(killed)
-    assert missing, "all were done before they were killed"
+    slurm("scancel", *(run.job_of()[shard] for shard in (40, 55, 63)))
+    wait_until(lambda: len(attempts(run.folder)) >= 2, what="two tasks")
+    running = [line for line in attempts(run.folder)][:2]
+    for line in running:
+        os.kill(task_processes(line["job"])[-1], signal.SIGKILL)
+    killed = sorted([line["arguments"][0][0] for line in running] + [40, 55, 63])
+    states = settle(run, 600)
+    assert sorted(shard for shard, state in states.items() if state == "failed") == killed
     capsys.readouterr()
     submit(tmp_path, "status", run.folder.name, code=1)
     told = capsys.readouterr().out
-    assert f"failed shard {missing[0]}" in told.replace(":", "")
+    assert re.findall("failed: shard ([0-9]+)", told) == [str(shard) for shard in killed]
     submit(tmp_path, "retry", run.folder.name)
     again = runs.load(run.folder)
-    assert sorted(shard for _, shards in again.jobs[len(run.jobs) :] for shard in shards) == missing
+    assert sorted(shard for _, shards in again.jobs[len(run.jobs) :] for shard in shards) == killed
     assert set(settle(again).values()) == {"done"}
     submit(tmp_path, "retry", run.folder.name)
     assert len(runs.load(run.folder).jobs) == len(again.jobs)
+
+
+@pytest.mark.parametrize("accounting", [False, True])
+def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, accounting: bool):
+    """At every look while an array waits, runs, fails and ends, as squeue and, where there is one, sacct have it."""
+    cluster = dev_cluster
+    if accounting:
+        cluster = devcluster.up(tmp_path / "accounting", nodes=1, accounting=True)
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        submit(
+            *(tmp_path, "caption", "--cluster", str(profile), "--array", "0-5%2"),
+            settings={"data.shards": 6, "data.images": 6000},
+        )
+        run = newest(tmp_path, "caption")
+        slurm("scancel", run.job_of()[5])
+        killed, seen = "", set[str]()
+        while (found := look(run))[1] or not killed:
+            told, _ = found
+            seen |= set(told.values())
+            if not killed and attempts(run.folder):
+                killed = attempts(run.folder)[0]["job"]
+                os.kill(task_processes(killed)[-1], signal.SIGKILL)
+        assert seen == {"pending", "running", "done", "failed"}
+        states = {element.job: element.state for element in runs.elements(run).values()}
+        assert {job for job, state in states.items() if state == "failed"} == {killed, run.job_of()[5]}
+        if accounting:
+            slurm("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
+            listed = slurm("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", run.job_ids[0]).splitlines()
+            words = dict(line.split("|") for line in listed)
+            assert {job for job, word in words.items() if word == "COMPLETED"} == set(states) - {
+                killed,
+                run.job_of()[5],
+            }
+    finally:
+        if accounting:
+            devcluster.down(cluster.folder)
+
+
+def look(run: Run) -> tuple[dict[str, str], bool]:
+    """Our states by job, compared with squeue's where nothing has changed meanwhile; and whether some are active."""
+    words = {"PENDING": "pending", "RUNNING": "running", "COMPLETING": "running", "CONFIGURING": "running"}
+
+    def listed() -> dict[str, str]:
+        lines = slurm("squeue", "--me", "--noheader", "-r", "-o", "%i %T").splitlines()
+        return {job: words[state] for job, state in (line.split() for line in lines) if job in run.job_of().values()}
+
+    before = listed()
+    told = {element.job: element.state for element in runs.elements(run).values()}
+    if before == listed():
+        for job, state in told.items():
+            # What the data shows as done may still have a process that ends.
+            assert state == before.get(job, state) or (state == "done" and before[job] == "running"), (told, before)
+            assert job in before or state in ("done", "failed")
+    return told, bool(before)
 
 
 def test_refusals_come_before_anything_is_written(dev_cluster, tmp_path, monkeypatch, capfd):

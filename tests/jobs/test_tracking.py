@@ -1,11 +1,11 @@
 """Tracking against a real MLflow store."""
 
-import json
+from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from jobs.tracking import Journal, Tracker, read_journal, run_id
+from jobs.tracking import Journal, Tracker, describe, read_journal, run_id, set_status, sync_in_background
 
 
 @pytest.fixture
@@ -14,12 +14,11 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def begin(home, name: str, parent: str | None = None):
+def begin(home, name: str, parent: Path | None = None):
     run = home / "runs" / name
     run.mkdir(parents=True)
-    tracker = Tracker(home)
-    tracker.start(run, name, {"lr": 0.1}, {"pixart.job": "train"}, parent)
-    return tracker, run
+    describe(run, {"lr": 0.1}, {"pixart.job": "train"}, parent)
+    return Tracker(home), run
 
 
 def test_journal_is_replayed_once(home):
@@ -33,8 +32,8 @@ def test_journal_is_replayed_once(home):
     picture.write_bytes(b"png")
     journal.artifact(picture)
     journal.tags({"pixart.source": "there"})
+    set_status(run, "FINISHED")
     tracker.sync(run)
-    tracker.finish(run, succeeded=True)
     client = MlflowClient(tracker.uri)
     points = client.get_metric_history(run_id(run), "train/loss")
     assert [(point.step, point.value) for point in points] == [(step, 1.0 / (step + 1)) for step in range(5)]
@@ -45,7 +44,8 @@ def test_journal_is_replayed_once(home):
     assert [file.path for file in client.list_artifacts(run_id(run))] == ["samples.png"]
 
 
-def test_a_line_cut_off_by_a_kill_is_left_for_later(home):
+def test_a_line_cut_off_by_a_kill_is_left_out(home):
+    """Be it still being written, or the last word of an attempt that another has followed."""
     _, run = begin(home, "a")
     journal = Journal(run)
     journal.metrics(1, {"a": 1.0})
@@ -53,8 +53,7 @@ def test_a_line_cut_off_by_a_kill_is_left_for_later(home):
         file.write('{"step": 2, "metr')
     lines, offset = read_journal(run)
     assert [line["step"] for line in lines] == [1]
-    with journal.path.open("a") as file:
-        file.write('ics": {"a": 2.0}}\n')
+    Journal(run).metrics(2, {"a": 2.0})
     assert [line["step"] for line in read_journal(run, offset)[0]] == [2]
 
 
@@ -74,10 +73,30 @@ def test_a_step_done_twice_counts_once(home):
 
 
 def test_runs_are_linked_to_their_parent(home):
+    """Also where the child is brought into MLflow first."""
     tracker, parent = begin(home, "demo")
-    _, child = begin(home, "train", parent=run_id(parent))
-    tags = MlflowClient(tracker.uri).get_run(run_id(child)).data.tags
-    assert tags["mlflow.parentRunId"] == run_id(parent)
-    tracker.finish(child, succeeded=False)
-    assert MlflowClient(tracker.uri).get_run(run_id(child)).info.status == "FAILED"
-    assert json.loads((child / "mlflow.json").read_text())["offset"] == 0
+    _, child = begin(home, "train", parent=parent)
+    set_status(child, "FAILED")
+    tracker.sync(child)
+    stored = MlflowClient(tracker.uri).get_run(run_id(child))
+    assert stored.data.tags["mlflow.parentRunId"] == run_id(parent)
+    assert stored.info.status == "FAILED"
+    describe(child, {"lr": 0.2})  # it goes on, with the parameters that it has
+    tracker.sync(child)
+    stored = MlflowClient(tracker.uri).get_run(run_id(child))
+    assert stored.info.status == "RUNNING"
+    assert stored.data.params == {"lr": "0.1"}
+
+
+def test_a_cold_store_takes_many_processes_at_once(home):
+    """Each makes its own run, and two that bring in the same one make it once."""
+    folders = [begin(home, f"run-{number}")[1] for number in range(4)]
+    for folder in folders:
+        Journal(folder).metrics(1, {"a": 1.0})
+    workers = [sync_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
+    assert [worker.wait() for worker in workers] == [0, 0, 0], (folders[0] / "tracking.log").read_text()
+    tracker = Tracker(home)
+    found = tracker.client.search_runs([tracker.experiment])
+    assert sorted(run.info.run_name for run in found) == sorted(folder.name for folder in folders)
+    for folder in folders:
+        assert len(tracker.client.get_metric_history(run_id(folder), "a")) == 1

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from conversion.options import Options
 from conversion.to_fp8 import convert
 from pixart import checkpoint as checkpoints
 from pixart.training.loop import train
@@ -40,7 +41,9 @@ def stage1(small_recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(stage1, tmp_path_factory):
-    return convert(stage1[0], tmp_path_factory.mktemp("converted") / "c.fp8", batches=2, batch=8)[0]
+    output = tmp_path_factory.mktemp("converted") / "c.fp8"
+    convert(stage1[0], output, Options(batches=2, batch=8))
+    return output
 
 
 def test_resume_is_exact(small_recipe, stage1, tmp_path):

@@ -1,0 +1,74 @@
+"""The few pieces of HTML that a page of figures is made of, readable in light and in dark; every value is escaped."""
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --soft: #5b6470; --rule: #d5dae0; --ground: #fff; --panel: #f5f7f9;
+  --good: #17733a; --bad: #b3261e; --warn: #8f4d00; --c0: #0b62b8; --c1: #b04a00; --c2: #17733a; --c3: #9a2a7e;
+  --c4: #6b4fc4; --c5: #00707a; --c6: #8a5a00; --c7: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #a0a9b4; --rule: #3a424b; --ground: #15181c;
+  --panel: #1e2329; --good: #5fd08a; --bad: #ff8a80; --warn: #ffb65c; --c0: #6db3f8; --c1: #ff9d57; --c2: #5fd08a;
+  --c3: #f08bd2; --c4: #b19cff; --c5: #4fd0dc; --c6: #e3c04e; --c7: #ff8a80; } }
+body { margin: 0 auto; max-width: 1160px; padding: 1rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--rule); }
+h3 { font-size: 1rem; }
+.badge { color: var(--ground); border-radius: .3em; padding: .05em .5em; font-weight: 700; font-size: .85em; }
+.pass { background: var(--good); } .fail { background: var(--bad); }
+.alarm { border-left: 5px solid var(--warn); background: var(--panel); padding: .6rem 1rem; }
+.alarm.failed { border-color: var(--bad); } .bad { color: var(--bad); } figcaption { color: var(--soft); }
+.scroll { overflow: auto; max-height: 80vh; margin: .6rem 0; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
+th { color: var(--soft); font-weight: 600; } thead { position: sticky; top: 0; background: var(--ground); }
+td { overflow-wrap: anywhere; } td:first-child { min-width: 11em; } .number { text-align: right; white-space: nowrap; }
+.wide td:first-child { position: sticky; left: 0; background: var(--ground); white-space: nowrap; }
+.wide td + td { text-align: right; white-space: nowrap; } .wide th + th { text-align: right; white-space: nowrap; }
+.wide th, .wide td { padding: .15rem .35rem; font-size: 12px; }
+summary { cursor: pointer; font-weight: 600; } figure { margin: 1rem 0 1.5rem; } figcaption { font-size: 13px; }
+svg { display: block; overflow: visible; } figure .scroll svg { width: 100%; min-width: 860px; height: auto; }
+svg text { fill: currentColor; font-size: 12px; } .grid { stroke: var(--rule); } .zero { stroke: var(--soft); }
+.line { fill: none; stroke: currentColor; stroke-width: 1.3; stroke-opacity: .55; } .dot { fill: currentColor; }
+.ring, .cross { fill: none; stroke: currentColor; stroke-width: 1.2; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0; margin: 0; font-size: 13px; }
+.legend svg { display: inline-block; width: 14px; height: 12px; vertical-align: -1px; }
+"""
+
+
+class Html(str):
+    """Markup, which `text` leaves as it is."""
+
+
+def text(value: object) -> str:
+    """A value of the report as HTML."""
+    if isinstance(value, Html):
+        return value
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if math.isfinite(value) else f'<b class="bad">{value}</b>'
+    return escape(str(value).encode(errors="replace").decode())  # a file's name need not be UTF-8
+
+
+def emphasis(value: float | None, bad: bool) -> Html:
+    return Html(f'<b class="bad">{text(value)}</b>' if bad else text(value))
+
+
+def badge(passed: bool) -> Html:
+    return Html('<span class="badge pass">PASS</span>' if passed else '<span class="badge fail">FAIL</span>')
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], groups: Sequence[tuple[str, int]] = ()) -> str:
+    """Rows under a head, if there is one, and under `groups` of so many columns each."""
+    above = "".join(f'<th colspan="{columns}">{text(name)}</th>' for name, columns in groups)
+    names = "".join(f"<th>{text(name)}</th>" for name in head)
+    heads = "".join(f"<tr>{cells}</tr>" for cells in (above, names) if cells)
+    body = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>\n" for row in rows)
+    wide = ' class="wide"' if groups else ""
+    return f'<div class="scroll"><table{wide}><thead>{heads}</thead><tbody>\n{body}</tbody></table></div>\n'
+
+
+def cell(value: object) -> str:
+    return f'<td class="number">{text(value)}</td>' if isinstance(value, float | int) else f"<td>{text(value)}</td>"

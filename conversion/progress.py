@@ -1,0 +1,50 @@
+"""The steps of a conversion: a bar on a terminal, a line each in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """`seconds` has what each step took, by its first word."""
+
+    def __init__(self, steps: int) -> None:
+        self.seconds: dict[str, float] = {}
+        self.name, self.since = "", 0.0
+        self.bar = None
+        if sys.stderr.isatty():
+            columns = (MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+            self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("", total=steps)
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self.name, self.since = name, time.perf_counter()
+        if self.bar:
+            self.bar.update(self.task, description=name)
+
+    def end(self) -> None:
+        if self.name:
+            self.seconds[self.name.split(" ")[0]] = time.perf_counter() - self.since
+            if self.bar:
+                self.bar.advance(self.task)
+            else:
+                print(f"{self.name}: {time.perf_counter() - self.since:.1f} s", file=sys.stderr, flush=True)
+        self.name = ""
+
+    def __enter__(self) -> "Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.end()
+        if self.bar:
+            self.bar.stop()
