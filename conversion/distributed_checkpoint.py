@@ -30,6 +30,7 @@ CLASSES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "strided", "_utils"},
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
 }
 
 
@@ -56,7 +57,7 @@ class Planner(DefaultLoadPlanner):
     """Reads what is no tensor, such as the step, without running it."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
 def read(path: Path) -> dict[str, Any]:

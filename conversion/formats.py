@@ -82,7 +82,7 @@ def read_own(path: Path) -> Checkpoint:
 
 def read_diffusers(path: Path) -> Content:
     config = json_object(path / "config.json")
-    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    own = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
     return Content(kind="diffusers folder", model=load_safetensors(path / checkpoints.WEIGHTS), config=own)
 
 

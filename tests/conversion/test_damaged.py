@@ -18,7 +18,8 @@ from conversion.to_fp8 import main
 from pixart import checkpoint as checkpoints
 from tests.checkpoints import legacy_content
 
-QUICK = ["--batches", "1", "--batch", "2", "--text-dim", "16", "--base-image-size", "8"]
+QUICK = ["--batches", "1", "--batch", "2", "--text-dim", "16", "--stage", "1"]
+OF_A_FILE = ["--base-image-size", "8"]  # a directory knows its own
 WEIGHT = "_orig_mod.dit_blocks.1.mlp.linear1.weight"
 TRUNCATIONS = 24
 NAN, INF = float("nan"), float("inf")
@@ -179,8 +180,9 @@ def test_directory_of_rubbish(tmp_path, capsys):
 
 def refused(path: Path, capsys: pytest.CaptureFixture) -> None:
     before = fingerprint(path.parent)
-    assert main([str(path), *QUICK]) == 2
+    assert main([str(path), *QUICK, *([] if path.is_dir() else OF_A_FILE)]) == 2
     captured = capsys.readouterr()
+    assert "--base-image-size" not in captured.err
     last = captured.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert path.name in last

@@ -1,8 +1,13 @@
 import pytest
 import torch
+import torch.distributed.checkpoint
+from safetensors.torch import save_file
 
 from conversion import formats
 from pixart import checkpoint as checkpoints
+from pixart.config import TrainConfig
+from pixart.model.dit import DiT
+from pixart.training.optimizer import load_optimizer_state, make_optimizer
 from tests.checkpoints import CONFIG, legacy_content
 
 
@@ -37,6 +42,80 @@ def test_without_optimizer_and_average(stage1, tmp_path):
     assert read.step == 0
     assert torch.equal(read.ema["patchify.weight"], stage1.model["patchify.weight"])
     assert read.optimizer["patchify.weight.exp_avg"].abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", [".pt of weights alone", "safetensors", "diffusers folder"])
+def test_weights_alone(stage1, tmp_path, kind):
+    """The average is the weights, the moments are zero."""
+    path = tmp_path / "weights"
+    match kind:
+        case ".pt of weights alone":
+            torch.save(stage1.model, path)
+        case "safetensors":
+            save_file(stage1.model, path)
+        case "diffusers folder":
+            model = DiT(**CONFIG)
+            model.load_state_dict(stage1.model)
+            model.save_pretrained(path)
+    read = formats.read(path, base_image_size=8)
+    assert read.provenance["source_format"] == kind
+    assert read.config == CONFIG
+    for state in (read.model, read.ema):
+        assert state.keys() == stage1.model.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in stage1.model.items())
+    assert read.optimizer.keys() == stage1.optimizer.keys()
+    assert not any(tensor.any() for tensor in read.optimizer.values())
+
+
+def test_distributed_checkpoint(stage1, tmp_path):
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in stage1.optimizer.items():
+        name, _, field = key.rpartition(".")
+        states.setdefault(name, {})[field] = tensor
+    content = {"model": stage1.model, "model_ema": stage1.ema, "optimizer": {"state": states}, "step": 7}
+    torch.distributed.checkpoint.save(content, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    read = formats.read(tmp_path / "dcp", base_image_size=8)
+    assert (read.step, read.config) == (8, CONFIG)
+    for field in ("model", "ema", "optimizer"):
+        found, expected = getattr(read, field), getattr(stage1, field)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), field
+
+
+@pytest.mark.parametrize("name", ["dev_stage1", "dev_stage1_bf16"])
+def test_a_step_goes_on_as_in_the_original_layout(shared_data, name):
+    """AdamW over two groups in the order of modules, with the file's own state, and ours with what was read of it."""
+    path = shared_data / f"legacy/{name}.pt"
+    content = torch.load(path, weights_only=True)
+    read = formats.read(path, base_image_size=16)
+    original, own = DiT(**read.config), DiT(**read.config)
+    weights = {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in content["model"].items()}
+    original.load_state_dict(weights)
+    own.load_state_dict(read.model)
+
+    groups: tuple[list, list] = [], []
+    for module in original.modules():
+        normalizes = isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.Embedding)
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            groups[parameter_name == "bias" or normalizes].append(parameter)
+    one = torch.optim.AdamW([{"params": group} for group in groups])
+    one.load_state_dict(content["optimizer"])
+    saved = content["optimizer"]["param_groups"][0]
+    names = {"lr": saved["lr"], "weight_decay": saved["weight_decay"], "eps": saved["eps"]}
+    config = TrainConfig(steps=9, batch=4, warmup=0, beta1=saved["betas"][0], beta2=saved["betas"][1], **names)
+    other = make_optimizer(own, config)
+    load_optimizer_state(other, own, read.optimizer)
+
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, read.config["in_dim"], 16, 16, generator=generator)
+    for model, optimizer in ((original, one), (own, other)):
+        velocity = model(latents, torch.full((4,), 0.3), label=torch.arange(4))
+        (velocity - latents).square().mean().backward()
+        optimizer.step()
+    before = {key: tensor.float() for key, tensor in weights.items()}
+    for key, parameter in original.named_parameters():
+        assert (parameter - own.get_parameter(key)).abs().max() < 1e-6, key
+        assert not torch.equal(parameter, before[key]), key
 
 
 def test_own_directory_and_run(stage1, tmp_path):

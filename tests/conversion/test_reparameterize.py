@@ -45,6 +45,7 @@ def test_paper_is_exact_at_its_t_whatever_the_text(stage1, latents):
     assert torch.equal(stage2(latents, t, text=text, text_mask=mask), silent)
 
 
+@pytest.mark.slow
 def test_the_ways_in_their_order(stage1, latents):
     """The error under t's training distribution, and that of pictures: each way is several times better."""
     t = torch.linspace(-2.5, 2.5, 9).sigmoid()

@@ -88,6 +88,7 @@ def test_runs_are_linked_to_their_parent(home):
     assert stored.data.params == {"lr": "0.1"}
 
 
+@pytest.mark.slow
 def test_a_cold_store_takes_many_processes_at_once(home):
     """Each makes its own run, and two that bring in the same one make it once."""
     folders = [begin(home, f"run-{number}")[1] for number in range(4)]
