@@ -11,14 +11,14 @@ import json
 import platform
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from conversion import formats, reparameterize, verify
+from conversion import formats, reparameterize, sensitivity, verify
 from conversion.calibrate import CalibrationBatch, dataset_batches, measure_amax, synthetic_batches
 from conversion.exports import EXPORTS, check_exports
 from conversion.options import AUTO, STATEFUL, TEXT_DIM, Options, add_options, from_arguments
@@ -35,7 +35,6 @@ from pixart.model.dit import DiT
 from pixart.model.fp8 import Plan
 
 HELD_OUT = 4  # batches that verification has for itself
-SENSITIVE_DECIBELS = 15.0  # an output with less than this has outliers that FP8 cannot hold: the layer stays in BF16
 ERROR_LOGITS = torch.linspace(-3, 3, 13)  # of the values of t that errors are shown at
 STEPS = 6
 
@@ -55,9 +54,9 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         result, fates, ways = change_stage(start, options, batches[0])
         model = load_model(result.config, result.model, options.device)
         progress.begin(f"calibrating on {options.batches} batches")
-        result, layers, unmeasured = calibrate(result, model, batches, options)
+        result, amax = calibrate(result, model, batches, options)
         progress.begin("verifying")
-        loss, cosine = measure(start, model, result, batches[options.batches :], options)
+        result, layers, loss, cosine = measure(start, model, result, batches, options)
         checks = verify.gate(layers, loss)
         plan = result.plan
         assert plan is not None
@@ -77,7 +76,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
             "layers": layers,
             "linears": len(plan.linears),
             "kept": dict(plan.kept),
-            "unmeasured": unmeasured,
+            "unmeasured": unmeasured(amax, plan),
             "losses": loss,
             "gradient_cosine": cosine,
             "fates": {fate: list(fates.values()).count(fate) for fate in ("carried", "derived", "new")},
@@ -158,52 +157,50 @@ def change_stage(
 
 def calibrate(
     checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
-) -> tuple[Checkpoint, list[dict[str, Any]], list[str]]:
-    """The checkpoint with plan and scales, figures of each layer, and the names of slots that nothing reached.
-
-    Layers whose output FP8 cannot hold are taken out of the plan where `keep_bf16` has `auto`.
-    """
+) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """The checkpoint with plan and scales, and the amax of each linear's slots; none for a recipe without scales."""
     patterns = [pattern for pattern in options.keep_bf16 if pattern != AUTO]
     sizes = {name: getattr(options, name) for name in ("recipe", "history", "margin", "batch")}
     plan = make_plan(model, keep=patterns, **sizes)
     check_exports(options.exports, plan)
-    amax: dict[str, torch.Tensor] = {}
-    scales: dict[str, torch.Tensor] = {}
-    if plan.recipe == STATEFUL:
-        amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
-        scales = fp8.calibrated_state(amax, plan)
-    layers = verify.layer_figures(model, plan, scales, batches[options.batches :])
-    if AUTO in options.keep_bf16:
-        plan = keep_sensitive(plan, layers)
-        scales = {key: value for key, value in scales.items() if key.rpartition(".")[0] in plan.linears}
-        layers = [layer for layer in layers if layer["name"] in plan.linears]
-    unmeasured = [
-        f"{name}.{slot}"
-        for name in plan.linears
-        for slot, value in zip(fp8.SLOTS, amax.get(name, ()), strict=False)
-        if not value
-    ]
-    return dataclasses.replace(checkpoint, plan=plan, scales=scales), layers, unmeasured
+    if plan.recipe != STATEFUL:
+        return dataclasses.replace(checkpoint, plan=plan, scales={}), {}
+    amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
+    return dataclasses.replace(checkpoint, plan=plan, scales=fp8.calibrated_state(amax, plan)), amax
 
 
-def keep_sensitive(plan: Plan, layers: Sequence[dict[str, Any]]) -> Plan:
-    kept = dict(plan.kept)
-    for layer in layers:
-        decibels = layer["sqnr"]["output"]
-        if decibels is not None and not decibels >= SENSITIVE_DECIBELS:
-            kept[layer["name"]] = f"sensitive: its output would have less than {SENSITIVE_DECIBELS:.0f} dB"
-    return dataclasses.replace(plan, linears=tuple(name for name in plan.linears if name not in kept), kept=kept)
+def unmeasured(amax: Mapping[str, torch.Tensor], plan: Plan) -> list[str]:
+    """Names of the slots that no value has reached."""
+    found = {name: (amax[name] == 0).nonzero().flatten().tolist() for name in plan.linears if name in amax}
+    return [f"{name}.{fp8.SLOTS[slot]}" for name, slots in found.items() for slot in slots]
 
 
 def measure(
-    start: Checkpoint, model: DiT, result: Checkpoint, held_out: Sequence[CalibrationBatch], options: Options
-) -> tuple[dict[str, float], float | None]:
-    """Losses before and after on batches that calibration has not seen, and the cosine of a first step's gradients."""
-    assert result.plan is not None
+    start: Checkpoint, model: DiT, result: Checkpoint, batches: Sequence[CalibrationBatch], options: Options
+) -> tuple[Checkpoint, list[dict[str, Any]], dict[str, float], float | None]:
+    """Figures of each layer, losses before and after, and the cosine of a first step's gradients, on batches held out.
+
+    Linears that lose too much are taken out of the plan of the checkpoint returned, where that is left to us.
+    """
+    held_out, chooses = batches[options.batches :], AUTO in options.keep_bf16
     before = load_model(start.config, start.model, options.device)
-    copy = verify.quantized(model, result.plan, result.scales)
-    loss = verify.losses(before, model, copy, held_out)
-    return loss, verify.gradient_cosine(model, copy, result.plan.linears, held_out[0])
+
+    def losses() -> tuple[DiT, dict[str, float]]:
+        assert result.plan is not None
+        copy = verify.quantized(model, result.plan, result.scales)
+        return copy, verify.losses(before, model, copy, held_out)
+
+    layers = verify.layer_figures(model, result, held_out)
+    if chooses:
+        result = sensitivity.without(result, sensitivity.by_output(layers))
+    copy, loss = losses()
+    if chooses and not verify.loss_gap(loss) <= verify.LOSS_GAP:
+        result = sensitivity.without(result, sensitivity.by_loss(result, model, batches))
+        copy, loss = losses()
+    assert result.plan is not None
+    linears = result.plan.linears
+    cosine = verify.gradient_cosine(model, copy, linears, held_out[0])
+    return result, [layer for layer in layers if layer["name"] in linears], loss, cosine
 
 
 def write(

@@ -122,8 +122,10 @@ def aligned_scale(tensor: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:
     return calibrated * torch.exp2(torch.floor(torch.log2(torch.where(ratio.isfinite(), ratio, 1.0))))
 
 
-def layer_figures(model: DiT, plan: Plan, scales: State, batches: Sequence[CalibrationBatch]) -> list[dict[str, Any]]:
-    """Of each linear of the plan that a gradient reaches."""
+def layer_figures(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBatch]) -> list[dict[str, Any]]:
+    """Of each linear of the checkpoint's plan that a gradient reaches."""
+    plan, scales = checkpoint.plan, checkpoint.scales
+    assert plan is not None
     inputs: dict[str, Tensor] = {}
     found: dict[str, LayerFigures] = {}
 
@@ -207,10 +209,16 @@ def gradient_cosine(after: DiT, copy: DiT, linears: Sequence[str], batch: Calibr
     return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
 
 
+def loss_gap(loss: Mapping[str, float]) -> float:
+    """By how much FP8 raises the loss of BF16, relatively."""
+    *_, bf16, in_fp8 = loss.values()
+    return in_fp8 / bf16 - 1
+
+
 def gate(layers: Sequence[Mapping[str, Any]], loss: Mapping[str, float]) -> list[Check]:
     """What has to hold, but for the bit-exactness of what was carried."""
-    before, full, bf16, in_fp8 = loss.values()
-    checks = [share("loss, BF16 to FP8", in_fp8 / bf16 - 1, LOSS_GAP)]
+    before, full, *_ = loss.values()
+    checks = [share("loss, BF16 to FP8", loss_gap(loss), LOSS_GAP)]
     if len({name.split(",")[0] for name in loss}) > 1:
         checks.insert(0, share("loss, stage 1 without a class to stage 2", full / before - 1, STAGE_GAP))
     figures = [

@@ -1,5 +1,6 @@
 """The three commands as they are written, and bad input to each, as a user gives them."""
 
+import dataclasses
 import importlib
 import os
 import shutil
@@ -85,8 +86,11 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from broken.pt", "no checkpoint directory"),
         ("python -m jobs.launch train --from truncated", "truncated"),
         ("python -m jobs.launch train --resume nowhere", "nowhere"),
+        ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
         ("python -m jobs.launch convert nowhere", "nowhere"),
+        ("python -m jobs.launch convert done", "--overwrite"),
+        ("python -m jobs.launch convert failed --batches 0", "--batches must be at least 1"),
         ("python -m jobs.launch sample nowhere", "nowhere"),
         ("python -m jobs.launch status", "no runs"),
         ("python -m jobs.launch status nowhere", "no runs"),
@@ -106,6 +110,9 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     (tmp_path / "broken.pt").write_text("no checkpoint")
     weights = checkpoints.save(stage1, tmp_path / "truncated") / "transformer" / checkpoints.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
+    for name in ("done", "done.fp8"):
+        checkpoints.save(stage1, tmp_path / name)
+    checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
     before = tree(tmp_path)
     module, *arguments = command.removeprefix("python -m ").split(" ")
     try:

@@ -62,7 +62,7 @@ def home(shared_data, tmp_path_factory) -> Path:
     launch(home, "latents", "--array", "0-3", *dataset, settings=settings)
     launch(home, "train", "--stage", "1", *dataset, settings=settings)
     stage1 = last_checkpoint(home)
-    launch(home, "convert", str(stage1))
+    launch(home, "convert", str(stage1), "--export", "inference")
     launch(home, "train", "--from", f"{stage1}.fp8", settings=settings)
     launch(home, "sample", str(last_checkpoint(home)), settings=settings)
     return home
@@ -155,7 +155,7 @@ def test_fp8_training_kept_its_plan_and_moved_its_scales(home):
 
 
 def test_pictures_are_there_and_say_where_they_come_from(home):
-    run = runs(home, "sample")[-1]
+    run = runs(home, "sample")[0]
     pictures = sorted((run / "samples").glob("*.png"))
     assert len(pictures) == 8
     image = Image.open(pictures[0])
@@ -166,13 +166,26 @@ def test_pictures_are_there_and_say_where_they_come_from(home):
     assert Image.open(run / "samples.png").width > 8 * 100
 
 
+def test_fp8_weights_give_pictures(home):
+    """Those of the average they were made of, but for FP8's rounding."""
+    converted = Path(f"{checkpoints.find(runs(home, 'train')[0])}.fp8")
+    pictures = []
+    for weights in (converted, converted / "inference"):
+        launch(home, "sample", str(weights), "--prompt", "a photo of a cup", settings={"sample.steps": 4})
+        run = runs(home, "sample")[-1]
+        pictures.append(np.asarray(Image.open(run / "samples/0000.png")))
+    print(f"PSNR of pictures by FP8 weights {psnr(*pictures):.1f} dB")
+    assert not np.array_equal(*pictures)
+    assert psnr(*pictures) > 20
+
+
 def test_runs_are_in_mlflow(home):
     from mlflow.tracking import MlflowClient
 
     from jobs.tracking import run_id
 
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    for kind, count in (("caption", 1), ("latents", 1), ("train", 2), ("convert", 1), ("sample", 1)):
+    for kind, count in (("caption", 1), ("latents", 1), ("train", 2), ("convert", 1), ("sample", 3)):
         found = runs(home, kind)
         assert len(found) == count
         for run in found:
