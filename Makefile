@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 install: .venv/.installed
 demo: install
-	@$(BIN)/python -m jobs.launch demo
+	@$(BIN)/python -m jobs.launch demo --cluster "$${PIXART_CLUSTER:-local}"
 
 # torch goes first and by exact version: asked for by range, package installers take the newest CUDA build.
 .venv/.installed: pyproject.toml
