@@ -33,7 +33,7 @@ from pixart.training.optimizer import MOMENTS
 PREFIXES = ("_orig_mod.", "module.")
 # The original training's normalization: latent * scaling_factor - shift, of the SD3 VAE's latents.
 LEGACY_SCALE, LEGACY_SHIFT = 1.5305, 0.177456
-CHUNK = 16 << 20
+OWN = "checkpoint directory"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ def read(path: str | Path, *, base_image_size: int | None = None) -> Checkpoint:
 
 def read_own(path: Path) -> Checkpoint:
     read = checkpoints.load(path)
-    read.provenance = {**read.provenance, "source_format": "checkpoint directory"}
+    read.provenance = {**read.provenance, "source_format": OWN}
     for field in ("model", "ema", "optimizer"):
         setattr(read, field, checked(getattr(read, field), f"{path}: {field}"))
     return read

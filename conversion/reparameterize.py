@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from conversion.distill import distilled
-from conversion.modulation import Fit, Modulation, absorbed_scales, paper, sensitivity
+from conversion import distill
+from conversion.modulation import NODES, Fit, Modulation, absorbed_scales, paper, sensitivity
 from conversion.options import Way
 from pixart.checkpoint import Checkpoint, Lazy, State
 from pixart.model.dit import DiT, no_class
@@ -26,9 +26,10 @@ from pixart.training.optimizer import MOMENTS
 # the output worse. So these are tried, |s| within [1 / max_scale, max_scale], and the output's error decides.
 ROUNDS = (1, 2, 4, 10)
 MAX_SCALES = (4.0, 16.0)
-FIT_IMAGES = 32
-FIT_OPERATIONS = {"cpu": 4e10, "cuda": 2e13}  # of one forward pass of a fit; beyond it, fewer and smaller images
-SMALLEST_GRID = 8
+CHOICE_IMAGES = 4  # at the least
+IMAGES = 32  # at the most, of whatever is measured here
+OPERATIONS = {"cpu": 3e11, "cuda": 1e14}  # that a measurement may take: beyond them, fewer and smaller images
+SMALLEST_GRID = 4
 SAMPLES = 4
 SAMPLE_STEPS = 20
 
@@ -153,61 +154,72 @@ def find_modulations(
     model = load_model(source.config, source.model, device)
     if way == "paper":
         return paper(model), paper(load_model(source.config, source.ema, device))
-    latents = affordable(model, latents).to(device)
-    omega = sensitivity(model, latents)
+    omega = sensitivity(model, affordable(model, latents, passes=3 * NODES).to(device))
     config = stage2_config(source.config, text_dim)
 
     def stage2(state: State, modulation: Modulation) -> DiT:
         return load_model(config, stage2_tensors(state, config, modulation), device)
 
-    fit = Fit(model, omega)
+    fit, candidates = Fit(model, omega), list(itertools.product(ROUNDS, MAX_SCALES))
+    noised, t = at_training_times(
+        affordable(model, latents, passes=1 + len(candidates), least=CHOICE_IMAGES).to(device)
+    )
+    wanted = stage1_velocity(model, noised, t)
     best: tuple[float, int, float, Modulation] | None = None
-    for rounds, max_scale in itertools.product(ROUNDS, MAX_SCALES):
+    for rounds, max_scale in candidates:
         modulation = fit.modulation(rounds, max_scale)
-        error = squared_error(model, stage2(source.model, modulation), latents)
+        got = stage2_velocity(stage2(source.model, modulation), noised, t)
+        error = float((got - wanted).square().mean())  # what it adds to the loss
         if best is None or error < best[0]:
             best = error, rounds, max_scale, modulation
     assert best is not None
     _, rounds, max_scale, own = best
+    latents = affordable(model, latents, passes=4 * distill.STEPS, least=CHOICE_IMAGES).to(device)
     if way == "distilled":
-        own = distilled(model, stage2(source.model, own), own, latents, free_scales=True)
+        own = distill.distilled(model, stage2(source.model, own), own, latents, free_scales=True)
     del model, fit
     average = load_model(source.config, source.ema, device)
     averaged = Fit(average, omega).modulation(rounds, max_scale, own.scales)
     if way == "distilled":
-        averaged = distilled(average, stage2(source.ema, averaged), averaged, latents, free_scales=False)
+        averaged = distill.distilled(average, stage2(source.ema, averaged), averaged, latents, free_scales=False)
     return own, averaged
 
 
-def affordable(model: DiT, latents: Tensor) -> Tensor:
-    """As many latents, up to FIT_IMAGES, as a forward pass of FIT_OPERATIONS can take; if need be, their corners."""
+def affordable(model: DiT, latents: Tensor, *, passes: int, least: int = 1) -> Tensor:
+    """As many latents as so many forward passes of each can take within OPERATIONS; if need be, their corners."""
     weights = sum(parameter.numel() for name, parameter in model.dit_blocks.named_parameters() if "adaLN" not in name)
     patch = model.config.patch_size
     while True:
         tokens = latents[0, 0].numel() // patch**2
-        images = int(FIT_OPERATIONS[model.adaLN1.weight.device.type] / (2 * weights * tokens))
+        images = int(OPERATIONS[model.adaLN1.weight.device.type] / (passes * 2 * weights * tokens))
         side = latents.shape[-1] // 2
-        if images > 0 or side < SMALLEST_GRID * patch:
-            return latents[: min(max(images, 1), FIT_IMAGES)]
+        if images >= least or side < SMALLEST_GRID * patch:
+            return latents[: min(max(images, least), IMAGES)]
         latents = latents[..., :side, :side]
 
 
-@torch.no_grad()
-def velocities(stage1: DiT, stage2: DiT, noised: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Stage 1's without a class, and stage 2's, whose text says nothing yet: cross-attention's output is zero."""
-    silent = torch.zeros(len(t), 1, stage2.config.text_dim, device=t.device)
-    mask = torch.ones(len(t), 1, dtype=torch.bool, device=t.device)
-    wanted = stage1(noised, t, label=no_class(stage1, len(t), t.device))
-    return wanted, stage2(noised, t, text=silent, text_mask=mask)
-
-
-def squared_error(stage1: DiT, stage2: DiT, latents: Tensor) -> float:
-    """Mean squared difference of the velocities under the training distribution of t: what it adds to the loss."""
+def at_training_times(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents with noise at stratified t -> (B, C, h, w), (B,)."""
     generator = torch.Generator().manual_seed(2)
     t = stratified_time(len(latents), generator).to(latents.device)
-    noised = interpolate(latents, torch.randn(latents.shape, generator=generator).to(latents.device), t)
-    wanted, got = velocities(stage1, stage2, noised, t)
-    return float((got - wanted).square().mean())
+    return interpolate(latents, torch.randn(latents.shape, generator=generator).to(latents.device), t), t
+
+
+@torch.no_grad()
+def stage1_velocity(model: DiT, noised: Tensor, t: Tensor) -> Tensor:
+    """Without a class."""
+    return model(noised, t, label=no_class(model, len(t), t.device))
+
+
+@torch.no_grad()
+def stage2_velocity(model: DiT, noised: Tensor, t: Tensor) -> Tensor:
+    """Of a model whose text says nothing yet: cross-attention's output is zero."""
+    return model(noised, t, **silent_text(model, len(t), t.device))
+
+
+def silent_text(model: DiT, count: int, device: torch.device) -> dict[str, Tensor]:
+    mask = torch.ones(count, 1, dtype=torch.bool, device=device)
+    return {"text": torch.zeros(count, 1, model.config.text_dim, device=device), "text_mask": mask}
 
 
 def output_error(stage1: DiT, stage2: DiT, latents: Tensor, t: Tensor) -> tuple[list[float], float]:
@@ -219,21 +231,21 @@ def output_error(stage1: DiT, stage2: DiT, latents: Tensor, t: Tensor) -> tuple[
     squares = []
     for value in t.float():
         time = value.expand(len(latents)).to(latents.device)
-        wanted, got = velocities(stage1, stage2, interpolate(latents, noise, time), time)
+        noised = interpolate(latents, noise, time)
+        wanted, got = stage1_velocity(stage1, noised, time), stage2_velocity(stage2, noised, time)
         squares.append(torch.stack([(got - wanted).square().mean(), wanted.square().mean()]))
     errors, sizes = torch.stack(squares).double().cpu().unbind(1)
     weight = torch.exp(-torch.logit(t.double()).square() / 2)
     return (errors / sizes).sqrt().tolist(), float(((weight * errors).sum() / (weight * sizes).sum()).sqrt())
 
 
-def sample_error(stage1: DiT, stage2: DiT, latents: Tensor) -> float:
-    """Relative root-mean-square difference of SAMPLES pictures' latents after SAMPLE_STEPS steps from one noise."""
-    device, side = latents.device, latents.shape[-1]
-    text = torch.zeros(SAMPLES, 1, stage2.config.text_dim, device=device)
-    mask = torch.ones(SAMPLES, 1, dtype=torch.bool, device=device)
-    conditions = {"label": no_class(stage1, SAMPLES, device)}, {"text": text, "text_mask": mask}
-    wanted, got = (
-        sample(model, condition, condition, side=side, steps=SAMPLE_STEPS, guidance=1, seed=0)
-        for model, condition in zip((stage1, stage2), conditions, strict=True)
-    )
+def samples(model: DiT, latents: Tensor) -> Tensor:
+    """At most SAMPLES latents of pictures, of the size of `latents`, after SAMPLE_STEPS steps from the same noise."""
+    count, device = min(SAMPLES, len(latents)), latents.device
+    condition = {"label": no_class(model, count, device)} if model.stage == 1 else silent_text(model, count, device)
+    side = latents.shape[-1]
+    return sample(model, condition, condition, side=side, steps=SAMPLE_STEPS, guidance=1, seed=0)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())

@@ -110,8 +110,9 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
         raise ValueError(f"{output} exists: name another --output, or give --overwrite")
     if output.exists() and not (output / checkpoints.MARKER).exists():
         raise ValueError(f"{output} exists and is no checkpoint: it is not overwritten")
-    if output.resolve() == source.resolve():
-        raise ValueError(f"{output} is the source itself: name another --output")
+    given = checkpoints.find(source) if start.provenance["source_format"] == formats.OWN else source
+    if output.resolve() in (given.resolve(), *given.resolve().parents):
+        raise ValueError(f"{output} is or holds the source: name another --output")
     if start.stage > options.stage:
         raise ValueError(f"--stage {options.stage}: {source} is of stage {start.stage} already")
     if start.plan is not None:
@@ -138,9 +139,10 @@ def change_stage(
     if start.stage == options.stage:
         return start, dict.fromkeys(start.model, "carried"), None
     stage1 = load_model(start.config, start.model, options.device)
-    latents = reparameterize.affordable(stage1, batch.latents).to(options.device)
-    text_dim = batch.text.shape[-1]
     t = ERROR_LOGITS.sigmoid()
+    latents = reparameterize.affordable(stage1, batch.latents, passes=4 * len(t)).to(options.device)
+    pictures = reparameterize.samples(stage1, latents)
+    text_dim = batch.text.shape[-1]
     found: dict[str, Any] = {"way": options.way, "t": t.tolist(), "output_error": {}, "mean_error": {}}
     found["sample_error"] = {}
     for way in dict.fromkeys(("paper", "fitted", options.way)):
@@ -148,7 +150,8 @@ def change_stage(
         attempt = reparameterize.to_stage2(start, own, average, text_dim)
         stage2 = load_model(attempt.config, attempt.model, options.device)
         found["output_error"][way], found["mean_error"][way] = reparameterize.output_error(stage1, stage2, latents, t)
-        found["sample_error"][way] = reparameterize.sample_error(stage1, stage2, latents)
+        got = reparameterize.samples(stage2, latents)
+        found["sample_error"][way] = reparameterize.relative_error(got, pictures)
         if way == options.way:
             result, fates = attempt, reparameterize.fates(start, attempt.config, own)
             result.provenance["reparameterization"] = way

@@ -46,7 +46,7 @@ def test_fp8_weights_are_the_average(converted):
 
 
 def test_torchao_trains_from_the_same_weights(converted):
-    torchao = pytest.importorskip("torchao.float8")
+    torchao = pytest.importorskip("torchao.float8", reason="needs the extra torchao")
     saved = checkpoints.load(converted)
     record = json.loads((converted / "torchao.json").read_text())
     model = DiT(**saved.config)

@@ -1,0 +1,146 @@
+"""Training that goes on after a conversion: BF16, FP8 with calibrated scales, FP8 with cold scales, FP8 from scratch.
+
+`python benchmarks/going_on.py HOME` takes the demo's dataset and stage-1 checkpoint from a home that `make demo` has
+filled, and writes a table and a plot to `benchmarks/results/`.
+"""
+
+import argparse
+import dataclasses
+from datetime import date
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from conversion.calibrate import dataset_batches, mean_loss
+from conversion.options import Options
+from conversion.to_fp8 import convert
+from jobs import caption, init, latents
+from pixart import checkpoint as checkpoints
+from pixart.checkpoint import Checkpoint
+from pixart.config import to_json
+from pixart.model.dit import DiT
+from pixart.model.fp8 import calibrated_state
+from pixart.recipes import demo
+from pixart.training.loop import train
+from pixart.training.optimizer import MOMENTS
+
+STEPS, EVERY, BATCH, SEEDS = 300, 50, 32, 3
+HELD_OUT_IMAGES = 512
+ARMS = {
+    "BF16 continued": "tab:blue",
+    "FP8, calibrated scales": "tab:orange",
+    "FP8, cold scales": "tab:green",
+    "FP8 from scratch": "tab:red",
+}
+
+
+def held_out(home: Path) -> str:
+    """A dataset of scenes that training has not seen."""
+    recipe = demo(str(home))
+    data = dataclasses.replace(
+        recipe.data, path=str(home / "datasets/held-out"), seed=1, images=HELD_OUT_IMAGES, shards=8
+    )
+    if not Path(data.path).exists():
+        init.run(to_json(dataclasses.replace(recipe, data=data)))
+        caption.run(data.path, list(range(8)))
+        latents.run(data.path, list(range(8)))
+    return data.path
+
+
+def cold(start: Checkpoint) -> Checkpoint:
+    """Scales 1 and empty histories."""
+    assert start.plan is not None
+    nothing = {name: torch.zeros(3) for name in start.plan.linears}
+    return dataclasses.replace(start, scales=calibrated_state(nothing, start.plan))
+
+
+def fresh(start: Checkpoint, seed: int) -> Checkpoint:
+    """A model that nothing was trained of, with cold scales."""
+    torch.manual_seed(seed)
+    model = DiT(**start.config)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = {
+        f"{name}.{field}": torch.zeros(parameter.shape if field in MOMENTS else ())
+        for name, parameter in model.named_parameters()
+        for field in (*MOMENTS, "step")
+    }
+    return dataclasses.replace(cold(start), model=state, ema=state, optimizer=moments)
+
+
+def curve(folder: Path, arm: str, seed: int, start: Checkpoint, home: Path, evaluation: str) -> list[float]:
+    """The held-out loss at every EVERY steps."""
+    recipe = demo(str(home))
+    begin = checkpoints.save(start, folder / "start")
+    config = dataclasses.replace(
+        recipe.stage2,
+        steps=STEPS,
+        batch=BATCH,
+        seed=seed,
+        save_every=EVERY,
+        precision="bf16",
+        fp8=arm.startswith("FP8"),
+    )
+    train(stage=2, model=recipe.model, config=config, dataset=recipe.data.path, run=folder, start=begin)
+    batches = dataset_batches(evaluation, start.normalization, HELD_OUT_IMAGES // 64, 64)
+    losses = []
+    for directory in [begin, *checkpoints.steps(folder)]:
+        saved = checkpoints.load(directory)
+        model = DiT(**saved.config)
+        model.load_state_dict(saved.model)
+        losses.append(mean_loss(model, batches, torch.bfloat16))
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("home", type=Path)
+    home = parser.parse_args().home.absolute()
+    stage1 = next(
+        directory
+        for run in sorted(home.glob("runs/*-train-*"))
+        for directory in checkpoints.steps(run)[-1:]
+        if checkpoints.read_record(directory)["stage"] == 1
+    )
+    work, evaluation = home / "going-on", held_out(home)
+    convert(stage1, work / "start.fp8", Options(batch=BATCH, overwrite=True))
+    start = checkpoints.load(work / "start.fp8")
+    found: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
+    for seed in range(SEEDS):
+        begin = [dataclasses.replace(start, plan=None, scales={}), start, cold(start), fresh(start, seed)]
+        for arm, checkpoint in zip(ARMS, begin, strict=True):
+            folder = work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+            found[arm].append(curve(folder, arm, seed, checkpoint, home, evaluation))
+            print(f"{arm}, seed {seed}: {' '.join(f'{loss:.4f}' for loss in found[arm][-1])}", flush=True)
+    write(found)
+
+
+def write(found: dict[str, list[list[float]]]) -> None:
+    results, steps = Path(__file__).parent / "results", range(0, STEPS + 1, EVERY)
+    finals = {arm: np.array(curves)[:, -1] for arm, curves in found.items()}
+    base = finals["BF16 continued"]
+    columns = " | ".join(f"step {step}" for step in steps)
+    lines = [f"| held-out loss, mean of {SEEDS} seeds | {columns} | last against BF16, by seed |"]
+    lines.append("|---" * (len(steps) + 2) + "|")
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for arm, curves in found.items():
+        mean = np.mean(curves, axis=0)
+        gaps = ", ".join(f"{gap:+.2%}" for gap in finals[arm] / base - 1)
+        lines.append(f"| {arm} | {' | '.join(f'{loss:.4f}' for loss in mean)} | {gaps} |")
+        axes.fill_between(
+            steps, np.min(curves, axis=0), np.max(curves, axis=0), color=ARMS[arm], alpha=0.2, linewidth=0
+        )
+        axes.plot(steps, mean, label=arm, color=ARMS[arm])
+    axes.set(xlabel="steps after the conversion", ylabel="held-out loss", title=f"The demo's stage 2, batch {BATCH}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(results / "going-on.png", bbox_inches="tight")
+    title = "# Training that goes on after the conversion, on two CPU cores, FP8 emulated\n\n"
+    text = title + "\n".join(lines) + "\n\n![Held-out loss by steps](going-on.png)\n"
+    (results / f"{date.today()}-going-on.md").write_text(text)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""An array of 256 submitted by the launcher and by bare sbatch, in turn, on a cluster of this machine. Needs root.
+
+`python benchmarks/submission.py` prints the table and writes it to `benchmarks/results/`.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+from slurm import devcluster
+
+REPEATS = 7
+ARRAY = "0-255"
+
+
+def seconds(*words: str, folder: Path) -> float:
+    begun = time.perf_counter()
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cluster = devcluster.up(folder / "dev")
+        os.environ.update(cluster.environment)
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+        launch = (sys.executable, "-m", "jobs.launch")
+        (folder / "script.sh").write_text("#!/bin/sh\nsleep 60\n")
+        measured: dict[str, list[float]] = {"bare sbatch": [], "launcher": []}
+        try:
+            seconds(*launch, "caption", "--array", "0", folder=folder)  # makes the dataset's manifest
+            for _ in range(REPEATS):
+                measured["bare sbatch"].append(seconds("sbatch", f"--array={ARRAY}", "script.sh", folder=folder))
+                subprocess.run(["scancel", "--me"], check=True)
+                measured["launcher"].append(seconds(*launch, "caption", "--array", ARRAY, folder=folder))
+                subprocess.run(["scancel", "--me"], check=True)
+                time.sleep(2)
+        finally:
+            devcluster.down(folder / "dev")
+    lines = ["| submission of 256 elements | median, s | fastest, s |", "|---|---|---|"]
+    lines += [f"| {way} | {statistics.median(own):.2f} | {min(own):.2f} |" for way, own in measured.items()]
+    gap = statistics.median(measured["launcher"]) - statistics.median(measured["bare sbatch"])
+    lines.append(f"\nThe launcher takes {gap:.2f} s longer, the start of Python and the copy of the code included.")
+    target = Path(__file__).parent / "results" / f"{date.today()}-submission.md"
+    target.write_text("# Submitting an array, on two CPU cores\n\n" + "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
