@@ -22,6 +22,7 @@ QUICK = ["--batches", "1", "--batch", "2", "--text-dim", "16", "--stage", "1"]
 OF_A_FILE = ["--base-image-size", "8"]  # a directory knows its own
 WEIGHT = "_orig_mod.dit_blocks.1.mlp.linear1.weight"
 TRUNCATIONS = 24
+pytestmark = pytest.mark.slow
 NAN, INF = float("nan"), float("inf")
 
 

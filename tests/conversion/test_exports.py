@@ -15,6 +15,8 @@ from pixart.checkpoint import WEIGHTS
 from pixart.model import fp8
 from pixart.model.dit import DiT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def converted(legacy_file) -> Path:

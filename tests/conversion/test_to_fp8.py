@@ -47,6 +47,7 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
     assert "<html" in (directory / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_output_that_exists_is_replaced_only_on_request(legacy_file, capsys):
     directory = legacy_file.with_name("ckpt.fp8")
     assert main([str(legacy_file), *KEEP]) == 0
@@ -88,6 +89,7 @@ def test_dry_run_writes_nothing(legacy_file, capsys):
     assert tree(legacy_file.parent) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["current", "rowwise", "mxfp8"])
 def test_recipes_without_scales_say_so(legacy_file, capsys, recipe):
     assert main([str(legacy_file), *KEEP, "--recipe", recipe]) == 0
@@ -101,6 +103,7 @@ def test_recipes_without_scales_say_so(legacy_file, capsys, recipe):
     assert not again.exists()
 
 
+@pytest.mark.slow
 def test_a_conversion_that_does_not_pass_is_kept_and_marked(legacy_file, capsys):
     """Calibrated, by one batch of two images and without headroom, for less than what is to come."""
     assert main([str(legacy_file), *QUICK, "--batches", "1", "--batch", "2", "--margin", "0"]) == 3
