@@ -137,6 +137,38 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
     assert [(line["job"], line["arguments"]) for line in starts] == [(job, [list(own)]) for job, own in run.jobs]
 
 
+PIPELINE = SMALL | {
+    "data.images": 64,
+    "stage1.steps": 6,
+    "stage2.steps": 6,
+    "stage2.batch": 8,
+    "stage2.warmup": 2,
+    "sample.count": 2,
+    "sample.steps": 2,
+}
+
+
+def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
+    """One command submits all jobs; each begins when those before it have succeeded."""
+    submit(tmp_path, "pipeline", "--cluster", str(profile), settings=PIPELINE)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == [
+        "train",
+        "convert",
+        "train",
+        "sample",
+    ]
+    last = newest(tmp_path, "sample")
+    assert settle(last, 600) == {0: "done"}
+    assert (last.folder / "samples.png").exists()
+    started = sorted((path.parent for path in tmp_path.glob("runs/*/attempts.jsonl")), key=first_start)
+    kinds = [folder.name.split("-")[2] for folder in started]
+    assert kinds == ["caption", "latents", "train", "convert", "train", "sample"]
+
+
+def first_start(folder: Path) -> str:
+    return attempts(folder)[0]["time"]
+
+
 # Faults
 
 
