@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from conversion.modulation import Modulation, absorbed_scales
-from pixart.model.dit import DiT, no_class
+from conversion.modulation import Modulation, absorbed_scales, silent
+from pixart.model.dit import DiT
 from pixart.model.flow import interpolate, stratified_time
 
 STEPS = 300
@@ -43,16 +43,13 @@ def distilled(
     optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(3)
-    condition = {
-        "text": torch.zeros(len(latents), 1, stage2.config.text_dim, device=device),
-        "text_mask": torch.ones(len(latents), 1, dtype=torch.bool, device=device),
-    }
+    wanted_of, got_of = (silent(model, len(latents), device) for model in (stage1, stage2))
     for _ in range(steps):
         t = stratified_time(len(latents), generator)[torch.randperm(len(latents), generator=generator)].to(device)
         noised = interpolate(latents, torch.randn(latents.shape, generator=generator).to(device), t)
         with torch.no_grad():
-            wanted = stage1(noised, t, label=no_class(stage1, len(latents), device))
-        got = functional_call(stage2, overrides(), (noised, t), condition)
+            wanted = stage1(noised, t, **wanted_of)
+        got = functional_call(stage2, overrides(), (noised, t), got_of)
         loss = (got - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -181,8 +181,7 @@ def clean(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """Without the key prefixes of torch.compile and DDP."""
     cleaned = {}
     for key, tensor in state.items():
-        while key.startswith(PREFIXES):
-            key = key.split(".", 1)[1]
+        key = strip(key)
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: {key!r} is no tensor but {type(tensor).__name__}")
         if not tensor.is_floating_point():
@@ -192,16 +191,20 @@ def clean(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def checked(state: State, name: str) -> Lazy:
-    """The tensors in float32; to ask for one that has a value it cannot have raises ValueError."""
+    """The tensors in float32; to ask for one that has a value it cannot have raises ValueError, the first time."""
+    seen: set[str] = set()
 
     def maker(key: str) -> Callable[[], Tensor]:
         def make() -> Tensor:
             tensor = state[key].float()
+            if key in seen:
+                return tensor
             low, high = torch.aminmax(tensor) if tensor.numel() else (tensor.new_zeros(()),) * 2
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise ValueError(f"{name}: {key} has a value that is infinite or not a number")
             if key.endswith(MOMENTS[1]) and low < 0:
                 raise ValueError(f"{name}: {key}, a mean of squares, has a negative value")
+            seen.add(key)
             return tensor
 
         return make

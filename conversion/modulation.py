@@ -63,6 +63,14 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return F.linear(x, layer.weight.to(x), layer.bias.to(x))
 
 
+def silent(model: DiT, count: int, device: torch.device) -> dict[str, Tensor]:
+    """No class in stage 1; in stage 2 a text that says nothing, as cross-attention begins with an output of zero."""
+    if model.stage == 1:
+        return {"label": no_class(model, count, device)}
+    mask = torch.ones(count, 1, dtype=torch.bool, device=device)
+    return {"text": torch.zeros(count, 1, model.config.text_dim, device=device), "text_mask": mask}
+
+
 def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
     """omega = E |d(v . output) / d modulation|^2 for random v at each node of t -> (blocks, T, 6 D), float64, CPU.
 
@@ -81,7 +89,7 @@ def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
     for value in nodes_of_t()[0].float():
         t = value.expand(len(latents)).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        output = model(interpolate(latents, noise, t), t, label=no_class(model, len(latents), latents.device))
+        output = model(interpolate(latents, noise, t), t, **silent(model, len(latents), latents.device))
         probe = torch.randn(output.shape, generator=generator).to(output)
         gradients = torch.autograd.grad((output * probe).sum(), captured)
         omega.append(torch.stack([gradient.double().square().mean(0).cpu() for gradient in gradients]))

@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
 
 Way = Literal["paper", "fitted", "distilled"]
 Recipe = Literal["delayed", "current", "rowwise", "mxfp8"]
@@ -43,6 +44,18 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {limit}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def default_output(source: Path) -> Path:
+    """Beside its source."""
+    return source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

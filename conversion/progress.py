@@ -10,10 +10,7 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """`seconds` has what each step took, by its first word."""
-
     def __init__(self, steps: int) -> None:
-        self.seconds: dict[str, float] = {}
         self.name, self.since = "", 0.0
         self.bar = None
         if sys.stderr.isatty():
@@ -29,7 +26,6 @@ class Progress:
 
     def end(self) -> None:
         if self.name:
-            self.seconds[self.name.split(" ")[0]] = time.perf_counter() - self.since
             if self.bar:
                 self.bar.advance(self.task)
             else:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from conversion import distill
-from conversion.modulation import NODES, Fit, Modulation, absorbed_scales, paper, sensitivity
+from conversion.modulation import NODES, Fit, Modulation, absorbed_scales, paper, sensitivity, silent
 from conversion.options import Way
 from pixart.checkpoint import Checkpoint, Lazy, State
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, load_model, state_shapes
 from pixart.model.flow import interpolate, stratified_time
 from pixart.sampling import sample
 from pixart.training.optimizer import MOMENTS
@@ -54,11 +54,6 @@ def stage2_config(config: Mapping, text_dim: int) -> dict:
     return {**{key: value for key, value in config.items() if key != "num_classes"}, "text_dim": text_dim}
 
 
-def stage2_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in DiT(**config).state_dict().items()}
-
-
 def fates(source: Checkpoint, config: Mapping, modulation: Modulation) -> dict[str, str]:
     """What becomes of each tensor, and so of its average and moments: carried, derived or new."""
     changed = {
@@ -68,7 +63,7 @@ def fates(source: Checkpoint, config: Mapping, modulation: Modulation) -> dict[s
         if (scale != 1).any()
     }
     found = {}
-    for name in stage2_shapes(config):
+    for name in state_shapes(config):
         is_derived = name in changed or name == "adaLN1.bias" or "_single" in name or name.endswith("adaLNembed")
         found[name] = "derived" if is_derived else "carried" if name in source.model else "new"
     return found
@@ -81,7 +76,7 @@ def stage2_tensors(source: State, config: Mapping, modulation: Modulation) -> La
         return (source[f"{layer}.bias"].double() + source[f"{layer}.weight"].double() @ none).float()
 
     makers: dict[str, Callable[[], Tensor]] = {}
-    for name, shape in stage2_shapes(config).items():
+    for name, shape in state_shapes(config).items():
         makers[name] = functools.partial(
             source.__getitem__ if name in source else functools.partial(fresh, shape), name
         )
@@ -116,7 +111,7 @@ def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) 
     absorbed = dict(pair for block, scales in enumerate(modulation.scales) for pair in absorbed_scales(block, scales))
     old = source.optimizer
     makers: dict[str, Callable[[], Tensor]] = {}
-    for name, shape in stage2_shapes(config).items():
+    for name, shape in state_shapes(config).items():
         known = f"{name}.step" in old and name != "adaLN1.bias"
         if not known and name in source.model and name != "adaLN1.bias":
             continue  # a buffer
@@ -133,15 +128,6 @@ def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) 
             functools.partial(old.__getitem__, f"{name}.step") if known else lambda: torch.zeros(())
         )
     return Lazy(makers)
-
-
-def load_model(config: Mapping, state: State, device: torch.device | str = "cpu") -> DiT:
-    """The model on the tensors that the state gives, which are not copied where they are on the device."""
-    with torch.device("meta"):
-        model = DiT(**config)
-    tensors = {name: state[name] for name in state}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.to(device)
 
 
 def find_modulations(
@@ -164,11 +150,11 @@ def find_modulations(
     noised, t = at_training_times(
         affordable(model, latents, passes=1 + len(candidates), least=CHOICE_IMAGES).to(device)
     )
-    wanted = stage1_velocity(model, noised, t)
+    wanted = velocity(model, noised, t)
     best: tuple[float, int, float, Modulation] | None = None
     for rounds, max_scale in candidates:
         modulation = fit.modulation(rounds, max_scale)
-        got = stage2_velocity(stage2(source.model, modulation), noised, t)
+        got = velocity(stage2(source.model, modulation), noised, t)
         error = float((got - wanted).square().mean())  # what it adds to the loss
         if best is None or error < best[0]:
             best = error, rounds, max_scale, modulation
@@ -206,20 +192,8 @@ def at_training_times(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def stage1_velocity(model: DiT, noised: Tensor, t: Tensor) -> Tensor:
-    """Without a class."""
-    return model(noised, t, label=no_class(model, len(t), t.device))
-
-
-@torch.no_grad()
-def stage2_velocity(model: DiT, noised: Tensor, t: Tensor) -> Tensor:
-    """Of a model whose text says nothing yet: cross-attention's output is zero."""
-    return model(noised, t, **silent_text(model, len(t), t.device))
-
-
-def silent_text(model: DiT, count: int, device: torch.device) -> dict[str, Tensor]:
-    mask = torch.ones(count, 1, dtype=torch.bool, device=device)
-    return {"text": torch.zeros(count, 1, model.config.text_dim, device=device), "text_mask": mask}
+def velocity(model: DiT, noised: Tensor, t: Tensor) -> Tensor:
+    return model(noised, t, **silent(model, len(t), t.device))
 
 
 def output_error(stage1: DiT, stage2: DiT, latents: Tensor, t: Tensor) -> tuple[list[float], float]:
@@ -232,7 +206,7 @@ def output_error(stage1: DiT, stage2: DiT, latents: Tensor, t: Tensor) -> tuple[
     for value in t.float():
         time = value.expand(len(latents)).to(latents.device)
         noised = interpolate(latents, noise, time)
-        wanted, got = stage1_velocity(stage1, noised, time), stage2_velocity(stage2, noised, time)
+        wanted, got = velocity(stage1, noised, time), velocity(stage2, noised, time)
         squares.append(torch.stack([(got - wanted).square().mean(), wanted.square().mean()]))
     errors, sizes = torch.stack(squares).double().cpu().unbind(1)
     weight = torch.exp(-torch.logit(t.double()).square() / 2)
@@ -242,8 +216,7 @@ def output_error(stage1: DiT, stage2: DiT, latents: Tensor, t: Tensor) -> tuple[
 def samples(model: DiT, latents: Tensor) -> Tensor:
     """At most SAMPLES latents of pictures, of the size of `latents`, after SAMPLE_STEPS steps from the same noise."""
     count, device = min(SAMPLES, len(latents)), latents.device
-    condition = {"label": no_class(model, count, device)} if model.stage == 1 else silent_text(model, count, device)
-    side = latents.shape[-1]
+    condition, side = silent(model, count, device), latents.shape[-1]
     return sample(model, condition, condition, side=side, steps=SAMPLE_STEPS, guidance=1, seed=0)
 
 

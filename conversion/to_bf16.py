@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from conversion.to_fp8 import Parser
+from conversion.options import Parser
 from pixart import checkpoint as checkpoints
 
 

@@ -5,7 +5,6 @@ goes on from: weights, average, moments, plan and scales, and a report of what b
 2 for bad input, with nothing written, and 3 where the result is written but does not pass its own checks.
 """
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -14,24 +13,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from conversion import formats, reparameterize, sensitivity, verify
 from conversion.calibrate import CalibrationBatch, dataset_batches, measure_amax, synthetic_batches
 from conversion.exports import EXPORTS, check_exports
-from conversion.options import AUTO, STATEFUL, TEXT_DIM, Options, add_options, from_arguments
+from conversion.options import AUTO, STATEFUL, TEXT_DIM, Options, Parser, add_options, default_output, from_arguments
 from conversion.page import page
 from conversion.plan import make_plan
 from conversion.progress import Progress
-from conversion.reparameterize import load_model
 from conversion.report import PAGE, REPORT, describe
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
 from pixart.data import manifest as manifests
 from pixart.model import fp8
-from pixart.model.dit import DiT
+from pixart.model.dit import DiT, load_model
 from pixart.model.fp8 import Plan
 
 HELD_OUT = 4  # batches that verification has for itself
@@ -88,7 +86,6 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         report["source_sha256"] = digest.result()
         progress.begin(f"writing {output}")
         write(start, result, report, checks, fates, output, options)
-    report["seconds"] = progress.seconds
     return report
 
 
@@ -97,10 +94,6 @@ def with_device(options: Options) -> Options:
     if options.device == "cuda" and not there:
         raise ValueError("--device cuda: this machine has none")
     return dataclasses.replace(options, device="cuda" if there and options.device != "cpu" else "cpu")
-
-
-def default_output(source: Path) -> Path:
-    return source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")
 
 
 def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, list[CalibrationBatch], str | None]:
@@ -158,14 +151,20 @@ def change_stage(
     return result, fates, found
 
 
-def calibrate(
-    checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
-) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
-    """The checkpoint with plan and scales, and the amax of each linear's slots; none for a recipe without scales."""
+def plan_by_rule(model: DiT, options: Options) -> Plan:
+    """Before anything is measured. Raises ValueError for patterns and exports that do not fit it."""
     patterns = [pattern for pattern in options.keep_bf16 if pattern != AUTO]
     sizes = {name: getattr(options, name) for name in ("recipe", "history", "margin", "batch")}
     plan = make_plan(model, keep=patterns, **sizes)
     check_exports(options.exports, plan)
+    return plan
+
+
+def calibrate(
+    checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
+) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """The checkpoint with plan and scales, and the amax of each linear's slots; none for a recipe without scales."""
+    plan = plan_by_rule(model, options)
     if plan.recipe != STATEFUL:
         return dataclasses.replace(checkpoint, plan=plan, scales={}), {}
     amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
@@ -242,15 +241,12 @@ def write(
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
     """What a conversion would do, of what can be said without measuring."""
-    start, _, data = prepare(source, output or default_output(source), options)
+    start, batches, data = prepare(source, output or default_output(source), options)
     with torch.device("meta"):
         config = start.config
         if start.stage < options.stage:
-            config = reparameterize.stage2_config(config, options.text_dim or TEXT_DIM)
-        plan = make_plan(
-            DiT(**config), recipe=options.recipe, keep=[p for p in options.keep_bf16 if p != AUTO], batch=options.batch
-        )
-    check_exports(options.exports, plan)
+            config = reparameterize.stage2_config(config, batches[0].text.shape[-1])
+        plan = plan_by_rule(DiT(**config), options)
     lines = [
         f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
         f"would calibrate on {data or 'synthetic data'}",
@@ -258,13 +254,6 @@ def dry_run(source: Path, output: Path | None, options: Options) -> str:
         *(f"would keep {name} in BF16: {reason}" for name, reason in plan.kept.items()),
     ]
     return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

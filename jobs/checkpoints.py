@@ -51,8 +51,3 @@ def check_length(file: Path) -> None:
     end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
     if file.stat().st_size != 8 + header_length + end:
         raise ValueError(f"{file} is damaged or truncated")
-
-
-def converted(source: Path) -> Path:
-    """Beside its source."""
-    return source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.options import Options, from_arguments
+from conversion.options import Options, default_output, from_arguments
 from jobs import ledger, runs
 from jobs.arrays import parse_array
-from jobs.checkpoints import MARKER, converted, find_checkpoint, find_weights
+from jobs.checkpoints import MARKER, find_checkpoint, find_weights
 from jobs.runs import Run
 from jobs.submission import (
     Launch,
@@ -236,7 +236,7 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
         raise ValueError(f"checkpoint {options.checkpoint}: no such file or directory")
     if source.is_dir():
         source = find_checkpoint(str(source))
-    target = Path(options.output).absolute() if options.output else converted(source)
+    target = Path(options.output).absolute() if options.output else default_output(source)
     how = from_arguments(options)
     if target.exists() and not how.overwrite:
         raise ValueError(f"{target} exists: name another --output, or give --overwrite")
@@ -312,8 +312,8 @@ def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
         stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
         source = last_checkpoint(launch, 1, stage1)
         how = Options(batch=launch.recipe.stage2.batch)
-        conversion = submit_conversion(launch, source, converted(source), how, waited(launch, stage1))
-        start = converted(source)
+        conversion = submit_conversion(launch, source, default_output(source), how, waited(launch, stage1))
+        start = default_output(source)
         stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
         last = last_checkpoint(launch, 2, stage2)
         samples = submit_sampling(launch, last, [], waited(launch, stage2))

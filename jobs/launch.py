@@ -6,9 +6,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from conversion.options import add_options
+from conversion.options import Parser, add_options
 from pixart.recipes import RECIPES
 
 JOBS = {
@@ -29,13 +28,6 @@ AFTERWARDS = {
 }
 DEFAULT_RECIPE = "demo"
 OVERRIDES = "configuration by dotted key, such as stage1.steps=100 or data.source=s3://bucket/photos; repeatable"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

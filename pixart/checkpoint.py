@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart.model.dit import DiT
+from pixart.model.dit import DiT, own_config, state_shapes
 from pixart.model.fp8 import Plan
 
 FORMAT = 1
@@ -199,8 +199,7 @@ def load(directory: str | Path) -> Checkpoint:
     """Reads a checkpoint directory. Raises ValueError naming what is missing, damaged or of the wrong shape."""
     directory = Path(directory)
     record = read_record(directory)
-    config = DiT.load_config(directory / "transformer")
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = own_config(DiT.load_config(directory / "transformer"))
     plan = record["plan"] and Plan(**{**record["plan"], "linears": tuple(record["plan"]["linears"])})
     checkpoint = Checkpoint(
         stage=record["stage"],
@@ -229,8 +228,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def check_shapes(state: State, config: dict[str, Any], name: str) -> None:
     """Raises ValueError unless `state` has just the tensors, of just the shapes, that the configuration asks for."""
-    with torch.device("meta"):
-        wanted = {key: tuple(tensor.shape) for key, tensor in DiT(**config).state_dict().items()}
+    wanted = state_shapes(config)
     if missing := sorted(wanted.keys() - state.keys()):
         raise ValueError(f"{name} lacks {len(missing)} tensors of the model, such as {missing[0]}")
     if unknown := sorted(state.keys() - wanted.keys()):

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import WEIGHTS, load_tensors
 from pixart.model import fp8
-from pixart.model.dit import DiT
+from pixart.model.dit import DiT, load_model, own_config
 from pixart.model.fp8 import E4M3, INPUT, WEIGHT, Plan
 
 RECORD = "inference.json"
@@ -43,10 +41,7 @@ def load_fp8(directory: Path, linears: Sequence[str]) -> DiT:
         name: tensor.float() / scales[name.removesuffix(".weight")] if tensor.dtype == E4M3.dtype else tensor.float()
         for name, tensor in state.items()
     }
-    config = {key: value for key, value in DiT.load_config(directory).items() if not key.startswith("_")}
-    with torch.device("meta"):
-        model = DiT(**config)
-    model.load_state_dict(weights, strict=True, assign=True)
+    model = load_model(own_config(DiT.load_config(directory)), weights)
     fp8.swap_linears(model, Plan(linears=tuple(linears)))
     for name, module in fp8.float8_linears(model):
         module.scale[INPUT], module.scale[WEIGHT] = inputs[name], scales[name]

@@ -1,5 +1,8 @@
 """PixArt's diffusion transformer: class-conditional (stage 1) and text-conditional (stage 2), one implementation."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -104,6 +107,24 @@ class DiT(ModelMixin, ConfigMixin):
         gamma, beta = self.adaLN2(F.silu(self.adaLN1(condition))).chunk(2, dim=-1)
         output = self.linear_out(modulate(layer_norm(tokens), gamma, beta))
         return rearrange(output, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
+
+
+def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what diffusers adds."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def state_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in DiT(**config).state_dict().items()}
+
+
+def load_model(config: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> DiT:
+    """The model on the tensors that the state gives, which are not copied where they are on the device."""
+    with torch.device("meta"):
+        model = DiT(**config)
+    model.load_state_dict(dict(state), strict=True, assign=True)
+    return model.to(device)
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:

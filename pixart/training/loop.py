@@ -17,7 +17,7 @@ from pixart.data import manifest as manifests
 from pixart.data.loader import Batch, Loader
 from pixart.data.store import Store
 from pixart.model import fp8
-from pixart.model.dit import DiT
+from pixart.model.dit import DiT, own_config
 from pixart.model.flow import flow_loss, interpolate, sample_time
 from pixart.training.distributed import Ranks, process_group, shard, whole
 from pixart.training.ema import Ema
@@ -104,7 +104,7 @@ class Training:
         return Checkpoint(
             stage=self.stage,
             step=self.steps_done,
-            config={key: value for key, value in self.model.config.items() if not key.startswith("_")},
+            config=own_config(self.model.config),
             model={**buffers, **parameters},
             ema={**buffers, **self.ema.state()},
             optimizer=optimizer_state(self.optimizer, self.model),

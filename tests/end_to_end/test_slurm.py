@@ -407,15 +407,17 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, 
         assert {job for job, state in states.items() if state == "failed"} == {killed, run.job_of()[5]}
         if accounting:
             slurm("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
-            listed = slurm("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", run.job_ids[0]).splitlines()
-            words = dict(line.split("|") for line in listed)
-            assert {job for job, word in words.items() if word == "COMPLETED"} == set(states) - {
-                killed,
-                run.job_of()[5],
-            }
+            completed = set(states) - {killed, run.job_of()[5]}
+            # The database hears of an end some time after squeue.
+            wait_until(lambda: completed_by_sacct(run) == completed, what=f"sacct to say COMPLETED of {completed}")
     finally:
         if accounting:
             devcluster.down(cluster.folder)
+
+
+def completed_by_sacct(run: Run) -> set[str]:
+    lines = slurm("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", run.job_ids[0]).splitlines()
+    return {job for job, word in (line.split("|") for line in lines) if word == "COMPLETED"}
 
 
 def look(run: Run) -> tuple[dict[str, str], bool]:
