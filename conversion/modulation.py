@@ -8,7 +8,10 @@ linear before, for (1 + gamma, beta), which share one s, into the columns of the
 Shapes: T nodes of t, D width; a modulation has 6 chunks of D: gamma1, beta1, gamma2, beta2, alpha1, alpha2.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,47 @@ class Modulation:
     scales: Tensor  # s (blocks, 6 D)
 
 
+def constants(width: int) -> Tensor:
+    """o: what a block adds to its modulation -> (6 D,)."""
+    one = torch.zeros(6, width)
+    one[[CHUNK["gamma1"], CHUNK["gamma2"]]] = 1
+    return one.flatten()
+
+
+@contextmanager
+def modulated(model: DiT, modulations: Sequence[Modulation | None]) -> Iterator[None]:
+    """Stage 1 with shared modulations in place of every block's own, each for its part of the batch, None for none.
+
+    That is what stage 2 computes, whose weights have absorbed s, before any text.
+    """
+    device = model.adaLN1.weight.device
+    own = [
+        None if m is None else Modulation(**{f.name: getattr(m, f.name).to(device) for f in fields(m)})
+        for m in modulations
+    ]
+    one = constants(model.config.dim).to(device)
+    shared: list[Tensor] = []
+
+    def replace(block: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        parts = list(output.chunk(len(own)))
+        if block == 0:
+            hidden = inputs[0].chunk(len(own))
+            shared[:] = [h if m is None else F.linear(h, m.weight, m.bias) for h, m in zip(hidden, own, strict=True)]
+        for part, m in enumerate(own):
+            if m is not None:
+                parts[part] = m.scales[block] * (shared[part] + m.offsets[block] + one) - one
+        return torch.cat(parts)
+
+    handles = [
+        block.adaLN2.register_forward_hook(partial(replace, index)) for index, block in enumerate(model.dit_blocks)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def nodes_of_t() -> tuple[Tensor, Tensor]:
     """Values of t and their weights under its training distribution -> (T,), (T,), float64."""
     logit = torch.linspace(-NODE_SPAN, NODE_SPAN, NODES, dtype=torch.float64)
@@ -71,6 +115,17 @@ def silent(model: DiT, count: int, device: torch.device) -> dict[str, Tensor]:
     return {"text": torch.zeros(count, 1, model.config.text_dim, device=device), "text_mask": mask}
 
 
+@torch.no_grad()
+def velocities(model: DiT, modulations: Sequence[Modulation | None], noised: Tensor, t: Tensor) -> Tensor:
+    """Of stage 1 without a class, with each of M modulations; noised (B or M B, C, h, w), t (B,) -> (M, B, C, h, w)."""
+    count, images = len(modulations), len(t)
+    noised = noised.repeat(count * images // len(noised), 1, 1, 1)
+    with modulated(model, modulations):
+        together = model(noised, t.repeat(count), **silent(model, count * images, t.device))
+    return together.unflatten(0, (count, images))
+
+
+@torch.enable_grad()
 def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
     """omega = E |d(v . output) / d modulation|^2 for random v at each node of t -> (blocks, T, 6 D), float64, CPU.
 
@@ -117,9 +172,7 @@ class Fit:
     def __init__(self, model: DiT, omega: Tensor) -> None:
         t, density = nodes_of_t()
         targets, self.hidden = modulations(model, t)  # (blocks, T, 6 D), (T, D)
-        one = torch.zeros(6, targets.shape[-1] // 6, dtype=torch.float64)
-        one[[CHUNK["gamma1"], CHUNK["gamma2"]]] = 1
-        self.one = one.flatten()
+        self.one = constants(model.config.dim).double()
         self.targets = targets + self.one
         self.trust = density[:, None] * omega.clamp(min=omega.mean() * 1e-6)
         first = model.dit_blocks[0].adaLN2

@@ -7,31 +7,15 @@ at zero, so that stage 2 says what stage 1 says whatever the text is.
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from conversion import distill
-from conversion.modulation import NODES, Fit, Modulation, absorbed_scales, paper, sensitivity, silent
-from conversion.options import Way
+from conversion.modulation import Modulation, absorbed_scales
 from pixart.checkpoint import Checkpoint, Lazy, State
-from pixart.model.dit import DiT, load_model, state_shapes
-from pixart.model.flow import interpolate, stratified_time
-from pixart.sampling import sample
+from pixart.model.dit import state_shapes
 from pixart.training.optimizer import MOMENTS
-
-# The fit minimizes errors channel by channel, but those of all blocks add up in the output: more rounds of it can make
-# the output worse. So these are tried, |s| within [1 / max_scale, max_scale], and the output's error decides.
-ROUNDS = (1, 2, 4, 10)
-MAX_SCALES = (4.0, 16.0)
-CHOICE_IMAGES = 4  # at the least
-IMAGES = 32  # at the most, of whatever is measured here
-OPERATIONS = {"cpu": 3e11, "cuda": 1e14}  # that a measurement may take: beyond them, fewer and smaller images
-SMALLEST_GRID = 4
-SAMPLES = 4
-SAMPLE_STEPS = 20
 
 
 def to_stage2(source: Checkpoint, modulation: Modulation, average: Modulation, text_dim: int) -> Checkpoint:
@@ -128,97 +112,3 @@ def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) 
             functools.partial(old.__getitem__, f"{name}.step") if known else lambda: torch.zeros(())
         )
     return Lazy(makers)
-
-
-def find_modulations(
-    source: Checkpoint, way: Way, text_dim: int, latents: Tensor, device: torch.device | str = "cpu"
-) -> tuple[Modulation, Modulation]:
-    """Of the weights and of their average, which shares its scales with them, so that it remains their average.
-
-    `latents` (B, C, h, w), normalized, weigh the channels of the fit: as many of them as take some seconds.
-    """
-    model = load_model(source.config, source.model, device)
-    if way == "paper":
-        return paper(model), paper(load_model(source.config, source.ema, device))
-    omega = sensitivity(model, affordable(model, latents, passes=3 * NODES).to(device))
-    config = stage2_config(source.config, text_dim)
-
-    def stage2(state: State, modulation: Modulation) -> DiT:
-        return load_model(config, stage2_tensors(state, config, modulation), device)
-
-    fit, candidates = Fit(model, omega), list(itertools.product(ROUNDS, MAX_SCALES))
-    noised, t = at_training_times(
-        affordable(model, latents, passes=1 + len(candidates), least=CHOICE_IMAGES).to(device)
-    )
-    wanted = velocity(model, noised, t)
-    best: tuple[float, int, float, Modulation] | None = None
-    for rounds, max_scale in candidates:
-        modulation = fit.modulation(rounds, max_scale)
-        got = velocity(stage2(source.model, modulation), noised, t)
-        error = float((got - wanted).square().mean())  # what it adds to the loss
-        if best is None or error < best[0]:
-            best = error, rounds, max_scale, modulation
-    assert best is not None
-    _, rounds, max_scale, own = best
-    latents = affordable(model, latents, passes=4 * distill.STEPS, least=CHOICE_IMAGES).to(device)
-    if way == "distilled":
-        own = distill.distilled(model, stage2(source.model, own), own, latents, free_scales=True)
-    del model, fit
-    average = load_model(source.config, source.ema, device)
-    averaged = Fit(average, omega).modulation(rounds, max_scale, own.scales)
-    if way == "distilled":
-        averaged = distill.distilled(average, stage2(source.ema, averaged), averaged, latents, free_scales=False)
-    return own, averaged
-
-
-def affordable(model: DiT, latents: Tensor, *, passes: int, least: int = 1) -> Tensor:
-    """As many latents as so many forward passes of each can take within OPERATIONS; if need be, their corners."""
-    weights = sum(parameter.numel() for name, parameter in model.dit_blocks.named_parameters() if "adaLN" not in name)
-    patch = model.config.patch_size
-    while True:
-        tokens = latents[0, 0].numel() // patch**2
-        images = int(OPERATIONS[model.adaLN1.weight.device.type] / (passes * 2 * weights * tokens))
-        side = latents.shape[-1] // 2
-        if images >= least or side < SMALLEST_GRID * patch:
-            return latents[: min(max(images, least), IMAGES)]
-        latents = latents[..., :side, :side]
-
-
-def at_training_times(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents with noise at stratified t -> (B, C, h, w), (B,)."""
-    generator = torch.Generator().manual_seed(2)
-    t = stratified_time(len(latents), generator).to(latents.device)
-    return interpolate(latents, torch.randn(latents.shape, generator=generator).to(latents.device), t), t
-
-
-@torch.no_grad()
-def velocity(model: DiT, noised: Tensor, t: Tensor) -> Tensor:
-    return model(noised, t, **silent(model, len(t), t.device))
-
-
-def output_error(stage1: DiT, stage2: DiT, latents: Tensor, t: Tensor) -> tuple[list[float], float]:
-    """Relative root-mean-square error of stage 2's velocity at each t (T,), and under t's training distribution.
-
-    For the latter, t must be at equal distances of its logit.
-    """
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents.device)
-    squares = []
-    for value in t.float():
-        time = value.expand(len(latents)).to(latents.device)
-        noised = interpolate(latents, noise, time)
-        wanted, got = velocity(stage1, noised, time), velocity(stage2, noised, time)
-        squares.append(torch.stack([(got - wanted).square().mean(), wanted.square().mean()]))
-    errors, sizes = torch.stack(squares).double().cpu().unbind(1)
-    weight = torch.exp(-torch.logit(t.double()).square() / 2)
-    return (errors / sizes).sqrt().tolist(), float(((weight * errors).sum() / (weight * sizes).sum()).sqrt())
-
-
-def samples(model: DiT, latents: Tensor) -> Tensor:
-    """At most SAMPLES latents of pictures, of the size of `latents`, after SAMPLE_STEPS steps from the same noise."""
-    count, device = min(SAMPLES, len(latents)), latents.device
-    condition, side = silent(model, count, device), latents.shape[-1]
-    return sample(model, condition, condition, side=side, steps=SAMPLE_STEPS, guidance=1, seed=0)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())

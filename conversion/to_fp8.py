@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from conversion import formats, reparameterize, sensitivity, verify
+from conversion import formats, reparameterize, sensitivity, verify, ways
 from conversion.calibrate import CalibrationBatch, dataset_batches, measure_amax, synthetic_batches
 from conversion.exports import EXPORTS, check_exports
 from conversion.options import AUTO, STATEFUL, TEXT_DIM, Options, Parser, add_options, default_output, from_arguments
@@ -132,23 +132,22 @@ def change_stage(
     if start.stage == options.stage:
         return start, dict.fromkeys(start.model, "carried"), None
     stage1 = load_model(start.config, start.model, options.device)
+    modulations, average = ways.find_modulations(start, stage1, options.way, batch.latents)
     t = ERROR_LOGITS.sigmoid()
-    latents = reparameterize.affordable(stage1, batch.latents, passes=4 * len(t)).to(options.device)
-    pictures = reparameterize.samples(stage1, latents)
-    text_dim = batch.text.shape[-1]
-    found: dict[str, Any] = {"way": options.way, "t": t.tolist(), "output_error": {}, "mean_error": {}}
-    found["sample_error"] = {}
-    for way in dict.fromkeys(("paper", "fitted", options.way)):
-        own, average = reparameterize.find_modulations(start, way, text_dim, batch.latents, options.device)
-        attempt = reparameterize.to_stage2(start, own, average, text_dim)
-        stage2 = load_model(attempt.config, attempt.model, options.device)
-        found["output_error"][way], found["mean_error"][way] = reparameterize.output_error(stage1, stage2, latents, t)
-        got = reparameterize.samples(stage2, latents)
-        found["sample_error"][way] = reparameterize.relative_error(got, pictures)
-        if way == options.way:
-            result, fates = attempt, reparameterize.fates(start, attempt.config, own)
-            result.provenance["reparameterization"] = way
-    return result, fates, found
+    latents = ways.affordable(stage1, batch.latents, passes=len(modulations) * 2 * len(t)).to(options.device)
+    tried = list(modulations.values())
+    curves, means = zip(*ways.output_errors(stage1, tried, latents, t), strict=True)
+    found = {
+        "way": options.way,
+        "t": t.tolist(),
+        "output_error": dict(zip(modulations, curves, strict=True)),
+        "mean_error": dict(zip(modulations, means, strict=True)),
+        "sample_error": dict(zip(modulations, ways.sample_errors(stage1, tried, latents), strict=True)),
+    }
+    own = modulations[options.way]
+    result = reparameterize.to_stage2(start, own, average, text_dim=batch.text.shape[-1])
+    result.provenance["reparameterization"] = options.way
+    return result, reparameterize.fates(start, result.config, own), found
 
 
 def plan_by_rule(model: DiT, options: Options) -> Plan:

@@ -4,13 +4,16 @@ from torch import nn
 
 from conversion.calibrate import STATISTICS, batch_loss, largest, measure_amax, mse_best, synthetic_batches
 from conversion.plan import make_plan
-from conversion.reparameterize import find_modulations, load_model, to_stage2
+from conversion.reparameterize import to_stage2
+from conversion.ways import find_modulations
+from pixart.model.dit import load_model
 from pixart.model.fp8 import E4M3
 
 
 def stage2_model(stage1):
     latents = torch.randn(8, 4, 8, 8)
-    result = to_stage2(stage1, *find_modulations(stage1, "paper", 48, latents), 48)
+    modulations, average = find_modulations(stage1, load_model(stage1.config, stage1.model), "paper", latents)
+    result = to_stage2(stage1, modulations["paper"], average, 48)
     return load_model(result.config, result.model)
 
 

@@ -3,12 +3,15 @@ from typing import get_args
 import pytest
 import torch
 
-from conversion.modulation import absorbed_scales
+from conversion.modulation import absorbed_scales, silent
 from conversion.options import Way
 from conversion.reparameterize import fates as fates_of
-from conversion.reparameterize import find_modulations, load_model, output_error, relative_error, samples, to_stage2
+from conversion.reparameterize import to_stage2
+from conversion.ways import SAMPLE_STEPS, SAMPLES, find_modulations, output_errors, relative_error, sample_errors
 from pixart.checkpoint import Checkpoint
-from pixart.model.dit import DiT
+from pixart.model.dit import DiT, load_model
+from pixart.model.flow import interpolate
+from pixart.sampling import sample
 
 TEXT_DIM = 24
 
@@ -19,17 +22,28 @@ def latents() -> torch.Tensor:
 
 
 def converted(start: Checkpoint, way: Way, latents) -> tuple[Checkpoint, dict[str, str]]:
-    own, average = find_modulations(start, way, TEXT_DIM, latents)
-    result = to_stage2(start, own, average, TEXT_DIM)
-    return result, fates_of(start, result.config, own)
+    modulations, average = find_modulations(start, load_model(start.config, start.model), way, latents)
+    result = to_stage2(start, modulations[way], average, TEXT_DIM)
+    return result, fates_of(start, result.config, modulations[way])
 
 
 def models(start: Checkpoint, result: Checkpoint) -> tuple[DiT, DiT]:
     return load_model(start.config, start.model), load_model(result.config, result.model)
 
 
-def errors(start, result, latents, t) -> torch.Tensor:
-    return torch.tensor(output_error(*models(start, result), latents, torch.tensor(t))[0])
+@torch.no_grad()
+def errors(start: Checkpoint, result: Checkpoint, latents, times) -> torch.Tensor:
+    """Of the model that a conversion results in, on noise of its own."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for value in times:
+        t = torch.full((len(latents),), value)
+        wanted, got = (
+            model(interpolate(latents, noise, t), t, **silent(model, len(latents), "cpu"))
+            for model in models(start, result)
+        )
+        found.append(relative_error(got, wanted))
+    return torch.tensor(found)
 
 
 @torch.no_grad()
@@ -48,16 +62,33 @@ def test_paper_is_exact_at_its_t_whatever_the_text(stage1, latents):
 @pytest.mark.slow
 def test_the_ways_in_their_order(stage1, latents):
     """The error under t's training distribution, and that of pictures: each way is several times better."""
-    t = torch.linspace(-2.5, 2.5, 9).sigmoid()
-    output, pictures = {}, {}
-    for way in get_args(Way):
-        both = models(stage1, converted(stage1, way, latents)[0])
-        output[way] = output_error(*both, latents, t)[1]
-        pictures[way] = relative_error(*(samples(model, latents) for model in reversed(both)))
+    model = load_model(stage1.config, stage1.model)
+    modulations, _ = find_modulations(stage1, model, "distilled", latents)
+    assert tuple(modulations) == get_args(Way)
+    tried, t = list(modulations.values()), torch.linspace(-2.5, 2.5, 9).sigmoid()
+    output = {way: mean for way, (_, mean) in zip(modulations, output_errors(model, tried, latents, t), strict=True)}
+    pictures = dict(zip(modulations, sample_errors(model, tried, latents), strict=True))
     assert output["fitted"] < output["paper"] / 3
     assert output["distilled"] < output["fitted"]
     assert output["distilled"] < output["paper"] / 6
     assert pictures["fitted"] < pictures["paper"] / 2
+
+
+@pytest.mark.parametrize("way", ["paper", "fitted"])
+def test_what_is_measured_is_true_of_the_result(stage1, latents, way):
+    """Errors are measured on stage 1 with other modulations; stage 2 itself has the same, and the same pictures."""
+    model, t = load_model(stage1.config, stage1.model), torch.tensor([0.05, 0.3, 0.9])
+    modulations, average = find_modulations(stage1, model, way, latents)
+    ((told, _),) = output_errors(model, [modulations[way]], latents, t)
+    result = to_stage2(stage1, modulations[way], average, TEXT_DIM)
+    assert torch.allclose(errors(stage1, result, latents, t.tolist()), torch.tensor(told), rtol=1e-3)
+    pictures = []
+    for each in models(stage1, result):
+        condition = silent(each, SAMPLES, "cpu")
+        pictures.append(sample(each, condition, condition, side=8, steps=SAMPLE_STEPS, guidance=1, seed=0))
+    assert relative_error(*reversed(pictures)) == pytest.approx(
+        sample_errors(model, [modulations[way]], latents)[0], rel=0.5
+    )
 
 
 def test_model_with_one_modulation_converts_exactly(stage1, latents):
