@@ -1,7 +1,8 @@
 """Scales from data: amax of input, weight and grad_output of every FP8 linear, through the true loss, both ways."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -116,28 +117,50 @@ def mean_loss(model: DiT, batches: Sequence[CalibrationBatch], precision: torch.
 Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (rows, features)
 
 
-def watch(model: DiT, linears: Sequence[str], batches: Sequence[CalibrationBatch], visit: Visit) -> None:
-    """Shows `visit` every linear's input, weight and grad_output, batch by batch, in full precision.
+def watch(
+    model: DiT,
+    linears: Sequence[str],
+    batches: Sequence[CalibrationBatch],
+    visit: Visit,
+    start: int = 0,
+    step: int = 1,
+) -> None:
+    """Shows `visit` every linear's input, weight and grad_output, of every `step`th batch, in full precision.
 
-    A linear that no gradient reaches is shown no grad_output.
+    A linear that no gradient reaches is shown no grad_output. One block's tensors are in memory at a time.
     """
     model.requires_grad_(False)
-    handles = []
+    backward, handles = False, []
 
     def forward(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        visit(name, INPUT, inputs[0].detach().flatten(0, -2))
-        visit(name, WEIGHT, module.weight.detach())
-        if output.requires_grad:
+        if backward or not name.startswith("dit_blocks."):
+            visit(name, INPUT, inputs[0].detach().flatten(0, -2))
+            visit(name, WEIGHT, module.weight.detach())
+        if output.requires_grad and not backward:
             output.register_hook(lambda grad: visit(name, GRAD_OUTPUT, grad.flatten(0, -2)))
 
     for name in linears:
         handles.append(model.get_submodule(name).register_forward_hook(partial(forward, name)))
     try:
-        for seed, batch in enumerate(batches):
-            batch_loss(model, batch, seed).backward()
+        with recomputed_blocks(model):
+            for seed in range(start, len(batches), step):
+                backward = False
+                loss = batch_loss(model, batches[seed], seed)
+                backward = True
+                loss.backward()
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def recomputed_blocks(model: DiT) -> Iterator[None]:
+    """Blocks run again on the way back, so that the tensors of one at a time are in memory."""
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
 
 
 def largest(x: Tensor, fmt: Format) -> Tensor:
@@ -179,7 +202,7 @@ STATISTICS: dict[Statistic, Callable[[Tensor, Format], Tensor]] = {
 def measure_amax(
     model: DiT, linears: Sequence[str], batches: Sequence[CalibrationBatch], statistic: Statistic = "max"
 ) -> dict[str, Tensor]:
-    """The statistic of each linear's slots (3,), the largest of all batches and, where there are several, ranks.
+    """The statistic of each linear's slots (3,), the largest of all batches, which several ranks share among them.
 
     A slot that no value reaches is 0: behind a zero-initialized projection there is no gradient yet.
     """
@@ -189,9 +212,12 @@ def measure_amax(
     def visit(name: str, slot: int, x: Tensor) -> None:
         amax[name][slot] = torch.maximum(amax[name][slot], measure(x, FORMATS[slot]).float().cpu())
 
-    watch(model, linears, batches, visit)
-    if dist.is_initialized() and amax:
-        together = torch.stack(list(amax.values())).to(model.adaLN1.weight.device)
+    if not dist.is_initialized():
+        watch(model, linears, batches, visit)
+        return amax
+    watch(model, linears, batches, visit, start=dist.get_rank(), step=dist.get_world_size())
+    if amax:
+        together = torch.stack(list(amax.values())).to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(together, op=dist.ReduceOp.MAX)
         amax = dict(zip(amax, together.cpu(), strict=True))
     return amax

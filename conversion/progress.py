@@ -10,10 +10,10 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    def __init__(self, steps: int) -> None:
-        self.name, self.since = "", 0.0
+    def __init__(self, steps: int, *, shown: bool = True) -> None:
+        self.name, self.since, self.shown = "", 0.0, shown
         self.bar = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             columns = (MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
             self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task("", total=steps)
@@ -28,7 +28,7 @@ class Progress:
         if self.name:
             if self.bar:
                 self.bar.advance(self.task)
-            else:
+            elif self.shown:
                 print(f"{self.name}: {time.perf_counter() - self.since:.1f} s", file=sys.stderr, flush=True)
         self.name = ""
 

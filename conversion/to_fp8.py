@@ -3,10 +3,14 @@
 Stage 1 becomes stage 2 on the way, unless told to keep it. The result is a checkpoint directory that training
 goes on from: weights, average, moments, plan and scales, and a report of what became of each. The exit code is 0,
 2 for bad input, with nothing written, and 3 where the result is written but does not pass its own checks.
+
+`torchrun --nproc-per-node N -m conversion.to_fp8 ...` shares the batches of calibration among N ranks.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import signal
 import sys
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from conversion import formats, reparameterize, sensitivity, verify, ways
 from conversion.calibrate import CalibrationBatch, dataset_batches, measure_amax, synthetic_batches
@@ -31,62 +36,77 @@ from pixart.data import manifest as manifests
 from pixart.model import fp8
 from pixart.model.dit import DiT, load_model
 from pixart.model.fp8 import Plan
+from pixart.training.distributed import process_group
 
 HELD_OUT = 4  # batches that verification has for itself
 ERROR_LOGITS = torch.linspace(-3, 3, 13)  # of the values of t that errors are shown at
-STEPS = 6
+STEPS = 7
 
 
 def convert(source: str | Path, output: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
     """Converts, writes, and returns the report, whose `output` is the directory.
 
-    Raises ValueError, with nothing written, for what the user can mend.
+    Within a process group every rank calls it and calibrates on its share of the batches; the first does the rest, and
+    the others return an empty report. Raises ValueError, with nothing written, for what the user can mend.
     """
     source, options = Path(source), with_device(options or Options())
     output = Path(output) if output else default_output(source)
-    with Progress(STEPS) as progress, ThreadPoolExecutor(1) as background:
+    with Progress(STEPS, shown=first_rank()) as progress, ThreadPoolExecutor(1) as background:
         progress.begin(f"reading {source}")
         start, batches, data = prepare(source, output, options)
+        plan = plan_by_rule(start, batches, options)
         digest = background.submit(formats.file_hash, source)
         progress.begin("stage 1 to stage 2" if start.stage < options.stage else "no change of stage")
-        result, fates, ways = change_stage(start, options, batches[0])
-        model = load_model(result.config, result.model, options.device)
-        progress.begin(f"calibrating on {options.batches} batches")
-        result, amax = calibrate(result, model, batches, options)
-        progress.begin("verifying")
-        result, layers, loss, cosine = measure(start, model, result, batches, options)
-        checks = verify.gate(layers, loss)
-        plan = result.plan
-        assert plan is not None
-        report = {
-            "source": str(source),
-            "source_format": start.provenance.get("source_format"),
-            "inferred": start.provenance.get("source_config") == "inferred from shapes",
-            "output": str(output),
-            "stages": [start.stage, result.stage],
-            "step": start.step,
-            "config": result.config,
-            "data": data or "synthetic: unit-variance latents and text",
-            "reparameterization": ways,
-            **{name: getattr(options, name) for name in ("recipe", "statistic", "margin", "history")},
-            "batches": options.batches,
-            "batch": options.batch,
-            "layers": layers,
-            "linears": len(plan.linears),
-            "kept": dict(plan.kept),
-            "unmeasured": unmeasured(amax, plan),
-            "losses": loss,
-            "gradient_cosine": cosine,
-            "fates": {fate: list(fates.values()).count(fate) for fate in ("carried", "derived", "new")},
-            "tensors": fates,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        }
-        del model
-        progress.begin("hashing the source")
-        report["source_sha256"] = digest.result()
-        progress.begin(f"writing {output}")
-        write(start, result, report, checks, fates, output, options)
+        result, fates, reparameterization = change_stage(start, options, batches[0])
+        result.plan = plan
+        if not first_rank():
+            calibrate(result, load_model(result.config, result.model, options.device), batches, options)
+            return {}
+        with checkpoints.appearing(output) as partial:
+            progress.begin("writing weights, average and moments")
+            checkpoints.write_state(result, partial)
+            result.model, result.ema, result.optimizer = checkpoints.load_state(partial)
+            model = load_model(result.config, result.model, options.device)
+            progress.begin(f"calibrating on {options.batches} batches")
+            result, amax = calibrate(result, model, batches, options)
+            progress.begin("verifying")
+            result, layers, loss, cosine = measure(start, model, result, batches, options)
+            checks = verify.gate(layers, loss)
+            progress.begin("comparing what was carried with its source")
+            checks.append(verify.carried_check(start, result, fates))
+            assert result.plan is not None
+            report = {
+                "source": str(source),
+                "source_format": start.provenance.get("source_format"),
+                "source_sha256": digest.result(),
+                "inferred": start.provenance.get("source_config") == "inferred from shapes",
+                "output": str(output),
+                "stages": [start.stage, result.stage],
+                "step": start.step,
+                "config": result.config,
+                "data": data or "synthetic: unit-variance latents and text",
+                "reparameterization": reparameterization,
+                **{name: getattr(options, name) for name in ("recipe", "statistic", "margin", "history")},
+                "batches": options.batches,
+                "batch": options.batch,
+                "layers": layers,
+                "linears": len(result.plan.linears),
+                "kept": dict(result.plan.kept),
+                "unmeasured": unmeasured(amax, result.plan),
+                "losses": loss,
+                "gradient_cosine": cosine,
+                "fates": {fate: list(fates.values()).count(fate) for fate in ("carried", "derived", "new")},
+                "tensors": fates,
+                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+                "gate": verify.as_report(checks),
+            }
+            progress.begin(f"writing {output}")
+            write(result, report, partial, options)
     return report
+
+
+def first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def with_device(options: Options) -> Options:
@@ -150,8 +170,13 @@ def change_stage(
     return result, reparameterize.fates(start, result.config, own), found
 
 
-def plan_by_rule(model: DiT, options: Options) -> Plan:
-    """Before anything is measured. Raises ValueError for patterns and exports that do not fit it."""
+def plan_by_rule(start: Checkpoint, batches: Sequence[CalibrationBatch], options: Options) -> Plan:
+    """Before anything is measured. Raises ValueError for patterns and exports that do not fit the model."""
+    config = start.config
+    if start.stage < options.stage:
+        config = reparameterize.stage2_config(config, batches[0].text.shape[-1])
+    with torch.device("meta"):
+        model = DiT(**config)
     patterns = [pattern for pattern in options.keep_bf16 if pattern != AUTO]
     sizes = {name: getattr(options, name) for name in ("recipe", "history", "margin", "batch")}
     plan = make_plan(model, keep=patterns, **sizes)
@@ -162,12 +187,13 @@ def plan_by_rule(model: DiT, options: Options) -> Plan:
 def calibrate(
     checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
 ) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
-    """The checkpoint with plan and scales, and the amax of each linear's slots; none for a recipe without scales."""
-    plan = plan_by_rule(model, options)
+    """The checkpoint with scales, and the amax of each linear's slots; none for a recipe without scales."""
+    plan = checkpoint.plan
+    assert plan is not None
     if plan.recipe != STATEFUL:
-        return dataclasses.replace(checkpoint, plan=plan, scales={}), {}
+        return dataclasses.replace(checkpoint, scales={}), {}
     amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
-    return dataclasses.replace(checkpoint, plan=plan, scales=fp8.calibrated_state(amax, plan)), amax
+    return dataclasses.replace(checkpoint, scales=fp8.calibrated_state(amax, plan)), amax
 
 
 def unmeasured(amax: Mapping[str, torch.Tensor], plan: Plan) -> list[str]:
@@ -204,48 +230,27 @@ def measure(
     return result, [layer for layer in layers if layer["name"] in linears], loss, cosine
 
 
-def write(
-    start: Checkpoint,
-    result: Checkpoint,
-    report: dict[str, Any],
-    checks: list[verify.Check],
-    fates: dict[str, str],
-    output: Path,
-    options: Options,
-) -> None:
-    """Writes all of it whole or not at all; what was carried is read back and compared before it appears."""
+def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Options) -> None:
+    """All but weights, average and moments, which are there."""
     result.provenance = {
         **result.provenance,
         "converted_from": report["source"],
         "source_sha256": report["source_sha256"],
         "calibration_data": report["data"],
         "versions": report["versions"],
+        "gate": "PASS" if report["gate"]["passed"] else "FAIL",
     }
-
-    def also(partial: Path) -> None:
-        written = {
-            "model": checkpoints.load_tensors(partial / "transformer" / checkpoints.WEIGHTS),
-            "ema": checkpoints.load_tensors(partial / "ema" / checkpoints.WEIGHTS),
-            "optimizer": checkpoints.load_tensors(partial / "optimizer.safetensors"),
-        }
-        report["gate"] = verify.as_report([*checks, verify.carried_check(start, written, fates)])
-        result.provenance["gate"] = "PASS" if report["gate"]["passed"] else "FAIL"
-        checkpoints.write(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
-        checkpoints.write(partial / PAGE, page(report).encode())
-        for name in options.exports:
-            EXPORTS[name](result, partial)
-
-    checkpoints.save(result, output, also)
+    checkpoints.write(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    checkpoints.write(partial / PAGE, page(report).encode())
+    for name in options.exports:
+        EXPORTS[name](result, partial)
+    checkpoints.write_record(result, partial)
 
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
     """What a conversion would do, of what can be said without measuring."""
     start, batches, data = prepare(source, output or default_output(source), options)
-    with torch.device("meta"):
-        config = start.config
-        if start.stage < options.stage:
-            config = reparameterize.stage2_config(config, batches[0].text.shape[-1])
-        plan = plan_by_rule(DiT(**config), options)
+    plan = plan_by_rule(start, batches, options)
     lines = [
         f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
         f"would calibrate on {data or 'synthetic data'}",
@@ -266,20 +271,24 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser)
     parsed = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        options = from_arguments(parsed)
-        if parsed.dry_run:
-            print(dry_run(parsed.checkpoint, parsed.output, options))
+    with process_group() if "RANK" in os.environ else contextlib.nullcontext():
+        try:
+            options = from_arguments(parsed)
+            if parsed.dry_run:
+                print(dry_run(parsed.checkpoint, parsed.output, options))
+                return 0
+            report = convert(parsed.checkpoint, parsed.output, options)
+        except KeyboardInterrupt:
+            print("interrupted: nothing is written", file=sys.stderr)
+            return 130
+        except (ValueError, OSError) as error:
+            if first_rank():
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        if not first_rank():
             return 0
-        report = convert(parsed.checkpoint, parsed.output, options)
-    except KeyboardInterrupt:
-        print("interrupted: nothing is written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(describe(report))
-    return 0 if report["gate"]["passed"] else 3
+        print(describe(report))
+        return 0 if report["gate"]["passed"] else 3
 
 
 if __name__ == "__main__":

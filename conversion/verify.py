@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conversion.calibrate import CalibrationBatch, batch_loss, largest, mean_loss, watch, without_class
+from conversion.calibrate import (
+    CalibrationBatch,
+    batch_loss,
+    largest,
+    mean_loss,
+    recomputed_blocks,
+    watch,
+    without_class,
+)
 from conversion.options import STATEFUL
 from pixart.checkpoint import Checkpoint, State
 from pixart.model import fp8
@@ -201,7 +209,8 @@ def gradient_cosine(after: DiT, copy: DiT, linears: Sequence[str], batch: Calibr
     for model in (after, copy):
         model.requires_grad_(False)
         weights = [model.get_submodule(name).weight.requires_grad_() for name in chosen]
-        found = torch.autograd.grad(batch_loss(model, batch, seed=0), weights)
+        with recomputed_blocks(model):
+            found = torch.autograd.grad(batch_loss(model, batch, seed=0), weights)
         gradients.append(torch.cat([gradient.flatten().float() for gradient in found]))
     if not gradients[0].any():
         return None
@@ -240,10 +249,11 @@ def share(name: str, value: float, limit: float) -> Check:  # not a number passe
     return Check(name=name, value=f"{value:+.3%}", limit=f"{limit:.2%}", passed=value <= limit)
 
 
-def carried_check(source: Checkpoint, written: Mapping[str, State], fates: Mapping[str, str]) -> Check:
-    """Whether every carried weight, average and moment has its source's bits; `written` by field, as read back."""
+def carried_check(source: Checkpoint, written: Checkpoint, fates: Mapping[str, str]) -> Check:
+    """Whether every carried weight, average and moment has its source's bits; `written` is mapped from its files."""
     count, different = 0, []
-    for field, state in written.items():
+    for field in ("model", "ema", "optimizer"):
+        state = getattr(written, field)
         for key in state:
             name = key if key in fates else key.rpartition(".")[0]
             if fates.get(name) == "carried":

@@ -92,30 +92,36 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def save(checkpoint: Checkpoint, directory: str | Path, also: Callable[[Path], None] = lambda partial: None) -> Path:
-    """Writes `directory` whole or not at all, in place of one that is already there.
-
-    `also` adds files of its own, once all but the record is written.
-    """
+def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
+    """Writes `directory` whole or not at all, in place of one that is already there."""
     directory = Path(directory)
     with appearing(directory) as partial:
-        for name, state in (("transformer", checkpoint.model), ("ema", checkpoint.ema)):
-            save_weights(state, checkpoint.config, partial / name)
-        save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
-        if checkpoint.plan is not None:
-            save_tensors(checkpoint.scales, partial / "fp8.safetensors")
-        also(partial)
-        record = {
-            "format": FORMAT,
-            "stage": checkpoint.stage,
-            "step": checkpoint.step,
-            "normalization": dataclasses.asdict(checkpoint.normalization),
-            "plan": None if checkpoint.plan is None else dataclasses.asdict(checkpoint.plan),
-            "dataset": checkpoint.dataset,
-            "provenance": checkpoint.provenance,
-        }
-        write(partial / MARKER, (json.dumps(record, indent=2) + "\n").encode())
+        write_state(checkpoint, partial)
+        write_record(checkpoint, partial)
     return directory
+
+
+def write_state(checkpoint: Checkpoint, partial: Path) -> None:
+    """Weights, their average and the optimizer's state."""
+    for name, state in (("transformer", checkpoint.model), ("ema", checkpoint.ema)):
+        save_weights(state, checkpoint.config, partial / name)
+    save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
+
+
+def write_record(checkpoint: Checkpoint, partial: Path) -> None:
+    """What is small; the record, which makes the directory a checkpoint, comes last."""
+    if checkpoint.plan is not None:
+        save_tensors(checkpoint.scales, partial / "fp8.safetensors")
+    record = {
+        "format": FORMAT,
+        "stage": checkpoint.stage,
+        "step": checkpoint.step,
+        "normalization": dataclasses.asdict(checkpoint.normalization),
+        "plan": None if checkpoint.plan is None else dataclasses.asdict(checkpoint.plan),
+        "dataset": checkpoint.dataset,
+        "provenance": checkpoint.provenance,
+    }
+    write(partial / MARKER, (json.dumps(record, indent=2) + "\n").encode())
 
 
 @contextmanager
@@ -201,13 +207,14 @@ def load(directory: str | Path) -> Checkpoint:
     record = read_record(directory)
     config = own_config(DiT.load_config(directory / "transformer"))
     plan = record["plan"] and Plan(**{**record["plan"], "linears": tuple(record["plan"]["linears"])})
+    model, ema, optimizer = load_state(directory)
     checkpoint = Checkpoint(
         stage=record["stage"],
         step=record["step"],
         config=config,
-        model=load_tensors(directory / "transformer" / WEIGHTS),
-        ema=load_tensors(directory / "ema" / WEIGHTS),
-        optimizer=load_tensors(directory / "optimizer.safetensors"),
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
         normalization=normalization(record),
         plan=plan,
         scales=load_tensors(directory / "fp8.safetensors") if plan else {},
@@ -217,6 +224,13 @@ def load(directory: str | Path) -> Checkpoint:
     check_shapes(checkpoint.model, config, f"{directory}/transformer")
     check_shapes(checkpoint.ema, config, f"{directory}/ema")
     return checkpoint
+
+
+def load_state(directory: Path) -> tuple[State, State, State]:
+    """The weights, average and optimizer's state that `write_state` wrote, mapped from the files."""
+    files = f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors"
+    model, ema, optimizer = (load_tensors(directory / file) for file in files)
+    return model, ema, optimizer
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """PixArt's diffusion transformer: class-conditional (stage 1) and text-conditional (stage 2), one implementation."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ class DiT(ModelMixin, ConfigMixin):
 
     Raises ValueError unless exactly one of `num_classes` and `text_dim` is given.
     """
+
+    _supports_gradient_checkpointing = True  # of the blocks: `enable_gradient_checkpointing`
 
     @register_to_config
     def __init__(
@@ -55,6 +58,7 @@ class DiT(ModelMixin, ConfigMixin):
         if text_dim is not None:
             self.adaLN1_single = nn.Linear(cond_dim, dim)
             self.adaLN2_single = nn.Linear(dim, 6 * dim)
+        self.gradient_checkpointing = False
         self.initialize()
 
     @property
@@ -101,8 +105,10 @@ class DiT(ModelMixin, ConfigMixin):
         else:
             block_condition = self.adaLN2_single(F.silu(self.adaLN1_single(condition)))
             text = text.to(dtype)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()  # on the way back
         for block in self.dit_blocks:
-            tokens = block(tokens, block_condition, text, text_mask)
+            run = functools.partial(self._gradient_checkpointing_func, block) if again else block
+            tokens = run(tokens, block_condition, text, text_mask)
 
         gamma, beta = self.adaLN2(F.silu(self.adaLN1(condition))).chunk(2, dim=-1)
         output = self.linear_out(modulate(layer_norm(tokens), gamma, beta))

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,26 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
     errors = report["reparameterization"]["mean_error"]
     assert errors["fitted"] < errors["paper"] / 2
     assert "<html" in (directory / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_batches(legacy_file):
+    """Two ranks with half of the batches each find what one finds; only the first of them writes and speaks."""
+    ended, saved = {}, {}
+    for ranks in (1, 2):
+        output = legacy_file.with_name(f"by-{ranks}")
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        words += ["-m", "conversion.to_fp8", str(legacy_file), *QUICK, "--stage", "1", "--output", str(output)]
+        words += ["--batches", "5"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended[ranks] = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert ended[ranks].returncode == 0, ended[ranks].stderr
+        saved[ranks] = checkpoints.load(output)
+    assert saved[1].scales
+    assert saved[1].scales.keys() == saved[2].scales.keys()
+    assert all(torch.equal(value, saved[2].scales[key]) for key, value in saved[1].scales.items())
+    assert ended[2].stdout.count("written  ") == 1
+    assert ended[2].stderr.count("calibrating on 5 batches") == 1
 
 
 @pytest.mark.slow
