@@ -2,7 +2,7 @@
 
 `python benchmarks/conversion_limits.py FOLDER` writes about 30 GB there; with `--memory BYTES`, as root where the
 memory controller of cgroups is mounted, the conversion also runs within that much memory. Latents are small and few:
-what is measured is everything but calibration and verification, whose time is that of the model's passes.
+what is compared is everything but the passes of the model, which fit, calibrate and verify.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pixart.config import ModelConfig
 from pixart.model.dit import DiT, parameter_groups
 
 CGROUP = Path("/sys/fs/cgroup/memory/conversion-limits")
-MEASURED = ("calibrating", "verifying")  # steps of the report that are passes of the model
+PASSES = ("stage", "calibrating", "verifying")  # steps of the report that are passes of the model
 
 
 def write_checkpoint(path: Path) -> int:
@@ -55,28 +55,31 @@ def copy_seconds(path: Path) -> float:
     return found
 
 
-def convert(path: Path, memory: int | None = None) -> tuple[dict[str, float], float]:
+def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str, float], float]:
     """Seconds of each step, and the peak of memory that is no mapped file, in bytes."""
     words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--overwrite", "--text-dim", "2048"]
     words += ["--base-image-size", "8", "--batches", "1", "--batch", "2", "--keep-bf16", "linear_out"]
+    words += ["--stage", str(stage)]
+    log = path.with_suffix(".log")
 
     def enter() -> None:
         (CGROUP / "cgroup.procs").write_text(str(os.getpid()))
 
-    process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=enter if memory else None
-    )
-    peak = 0.0
-    while process.poll() is None:
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                peak = max(peak, 1024 * float(line.split()[1]))
-        time.sleep(0.05)
-    assert process.stderr
-    told = process.stderr.read()
+    with log.open("w") as file:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=file, preexec_fn=enter if memory else None)
+        peak = 0.0
+        while process.poll() is None:
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    peak = max(peak, 1024 * float(line.split()[1]))
+            time.sleep(0.05)
+    told = log.read_text()
     assert process.returncode in (0, 3), told
-    steps = [re.fullmatch(r"(\w+).*: ([0-9.]+) s", line) for line in told.splitlines()]
-    return {step[1]: float(step[2]) for step in steps if step}, peak
+    seconds: dict[str, float] = {}
+    for line in told.splitlines():
+        if step := re.fullmatch(r"(\w+).*: ([0-9.]+) s", line):
+            seconds[step[1]] = seconds.get(step[1], 0) + float(step[2])
+    return seconds, peak
 
 
 def main() -> None:
@@ -88,26 +91,30 @@ def main() -> None:
     path = options.folder / "large.pt"
     parameters = write_checkpoint(path)
     subprocess.run(["sync"], check=True)
-    before, (seconds, peak), after = copy_seconds(path), convert(path), copy_seconds(path)
-    own = sum(value for name, value in seconds.items() if name not in MEASURED)
-    copied = (before + after) / 2
-    lines = [
-        f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB, "
-        f"copied and synced in {before:.0f} s before and {after:.0f} s after.",
-        "",
-        "| step | seconds |",
-        "|---|---|",
-        *(f"| {name} | {value:.1f} |" for name, value in seconds.items()),
-        f"| all but calibrating and verifying | {own:.1f} ({own / copied:.2f} of the copy) |",
-        "",
-        f"Peak of memory that is no mapped file: {peak / 1e9:.2f} GB; the model in BF16 has "
-        f"{2 * parameters / 1e9:.2f} GB.",
-    ]
+    lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB."]
+    for stage in (1, 2):
+        before, (seconds, peak), after = copy_seconds(path), convert(path, stage), copy_seconds(path)
+        own = sum(value for name, value in seconds.items() if name not in PASSES)
+        written = sum(file.stat().st_size for file in path.with_suffix(".fp8").rglob("*") if file.is_file())
+        lines += [
+            "",
+            f"To stage {stage}, {written / 1e9:.1f} GB. The source copied and synced: {before:.0f} s before, "
+            f"{after:.0f} s after.",
+            "",
+            "| step | seconds |",
+            "|---|---|",
+            *(f"| {name} | {value:.1f} |" for name, value in seconds.items()),
+            f"| all but the passes of the model | {own:.1f} ({2 * own / (before + after):.2f} of the copy) |",
+            "",
+            f"Peak of memory that is no mapped file: {peak / 1e9:.2f} GB; the model in BF16 has "
+            f"{2 * parameters / 1e9:.2f} GB.",
+        ]
+        print("\n".join(lines), flush=True)
     if options.memory:
         CGROUP.mkdir(exist_ok=True)
         (CGROUP / "memory.limit_in_bytes").write_text(str(options.memory))
         begun = time.perf_counter()
-        convert(path, options.memory)
+        convert(path, 1, options.memory)
         lines += ["", f"Within {options.memory / 1e9:.2f} GB of memory: {time.perf_counter() - begun:.0f} s."]
     target = Path(__file__).parent / "results" / f"{date.today()}-conversion-limits.md"
     target.write_text("# Converting a checkpoint of the real size, on two CPU cores\n\n" + "\n".join(lines) + "\n")

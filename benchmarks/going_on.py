@@ -69,7 +69,7 @@ def fresh(start: Checkpoint, seed: int) -> Checkpoint:
     return dataclasses.replace(cold(start), model=state, ema=state, optimizer=moments)
 
 
-def curve(folder: Path, arm: str, seed: int, start: Checkpoint, home: Path, evaluation: str) -> list[float]:
+def curve(folder: Path, arm: str, seed: int, lr: float, start: Checkpoint, home: Path, evaluation: str) -> list[float]:
     """The held-out loss at every EVERY steps."""
     recipe = demo(str(home))
     begin = checkpoints.save(start, folder / "start")
@@ -77,6 +77,7 @@ def curve(folder: Path, arm: str, seed: int, start: Checkpoint, home: Path, eval
         recipe.stage2,
         steps=STEPS,
         batch=BATCH,
+        lr=lr,
         seed=seed,
         save_every=EVERY,
         precision="bf16",
@@ -96,14 +97,16 @@ def curve(folder: Path, arm: str, seed: int, start: Checkpoint, home: Path, eval
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("home", type=Path)
-    home = parser.parse_args().home.absolute()
+    parser.add_argument("--lr", type=float, default=demo("").stage2.lr, help="default: the demo's")
+    options = parser.parse_args()
+    home, lr = options.home.absolute(), options.lr
     stage1 = next(
         directory
         for run in sorted(home.glob("runs/*-train-*"))
         for directory in checkpoints.steps(run)[-1:]
         if checkpoints.read_record(directory)["stage"] == 1
     )
-    work, evaluation = home / "going-on", held_out(home)
+    work, evaluation = home / f"going-on-{lr:g}", held_out(home)
     convert(stage1, work / "start.fp8", Options(batch=BATCH, overwrite=True))
     start = checkpoints.load(work / "start.fp8")
     found: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
@@ -111,13 +114,14 @@ def main() -> None:
         begin = [dataclasses.replace(start, plan=None, scales={}), start, cold(start), fresh(start, seed)]
         for arm, checkpoint in zip(ARMS, begin, strict=True):
             folder = work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-            found[arm].append(curve(folder, arm, seed, checkpoint, home, evaluation))
+            found[arm].append(curve(folder, arm, seed, lr, checkpoint, home, evaluation))
             print(f"{arm}, seed {seed}: {' '.join(f'{loss:.4f}' for loss in found[arm][-1])}", flush=True)
-    write(found)
+    write(found, lr)
 
 
-def write(found: dict[str, list[list[float]]]) -> None:
+def write(found: dict[str, list[list[float]]], lr: float) -> None:
     results, steps = Path(__file__).parent / "results", range(0, STEPS + 1, EVERY)
+    name = f"going-on-lr-{lr:g}"
     finals = {arm: np.array(curves)[:, -1] for arm, curves in found.items()}
     base = finals["BF16 continued"]
     columns = " | ".join(f"step {step}" for step in steps)
@@ -132,13 +136,17 @@ def write(found: dict[str, list[list[float]]]) -> None:
             steps, np.min(curves, axis=0), np.max(curves, axis=0), color=ARMS[arm], alpha=0.2, linewidth=0
         )
         axes.plot(steps, mean, label=arm, color=ARMS[arm])
-    axes.set(xlabel="steps after the conversion", ylabel="held-out loss", title=f"The demo's stage 2, batch {BATCH}")
+    axes.set(
+        xlabel="steps after the conversion",
+        ylabel="held-out loss",
+        title=f"The demo's stage 2, batch {BATCH}, learning rate {lr:g}",
+    )
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(results / "going-on.png", bbox_inches="tight")
-    title = "# Training that goes on after the conversion, on two CPU cores, FP8 emulated\n\n"
-    text = title + "\n".join(lines) + "\n\n![Held-out loss by steps](going-on.png)\n"
-    (results / f"{date.today()}-going-on.md").write_text(text)
+    figure.savefig(results / f"{name}.png", bbox_inches="tight")
+    title = f"# Training that goes on after the conversion, learning rate {lr:g}, on two CPU cores, FP8 emulated\n\n"
+    text = title + "\n".join(lines) + f"\n\n![Held-out loss by steps]({name}.png)\n"
+    (results / f"{date.today()}-{name}.md").write_text(text)
     print("\n".join(lines))
 
 

@@ -8,6 +8,7 @@ goes on from: weights, average, moments, plan and scales, and a report of what b
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -41,6 +42,7 @@ from pixart.training.distributed import process_group
 HELD_OUT = 4  # batches that verification has for itself
 ERROR_LOGITS = torch.linspace(-3, 3, 13)  # of the values of t that errors are shown at
 STEPS = 7
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def convert(source: str | Path, output: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
@@ -55,7 +57,6 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         progress.begin(f"reading {source}")
         start, batches, data = prepare(source, output, options)
         plan = plan_by_rule(start, batches, options)
-        digest = background.submit(formats.file_hash, source)
         progress.begin("stage 1 to stage 2" if start.stage < options.stage else "no change of stage")
         result, fates, reparameterization = change_stage(start, options, batches[0])
         result.plan = plan
@@ -66,14 +67,16 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
             progress.begin("writing weights, average and moments")
             checkpoints.write_state(result, partial)
             result.model, result.ema, result.optimizer = checkpoints.load_state(partial)
+            digest = background.submit(formats.file_hash, source)
+            carried = background.submit(verify.carried_check, start, result, fates)
             model = load_model(result.config, result.model, options.device)
+            return_freed_memory()
             progress.begin(f"calibrating on {options.batches} batches")
             result, amax = calibrate(result, model, batches, options)
             progress.begin("verifying")
             result, layers, loss, cosine = measure(start, model, result, batches, options)
-            checks = verify.gate(layers, loss)
-            progress.begin("comparing what was carried with its source")
-            checks.append(verify.carried_check(start, result, fates))
+            progress.begin("comparing what was carried with its source")  # and hashing it: both are under way
+            checks = [*verify.gate(layers, loss), carried.result()]
             assert result.plan is not None
             report = {
                 "source": str(source),
@@ -103,6 +106,13 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
             progress.begin(f"writing {output}")
             write(result, report, partial, options)
     return report
+
+
+def return_freed_memory() -> None:
+    """To the system and at once, above 4 MB: glibc keeps freed tensors of up to 32 MB, several times what is in use."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 22)
 
 
 def first_rank() -> bool:
