@@ -103,7 +103,7 @@ def main() -> None:
             "",
             "| step | seconds |",
             "|---|---|",
-            *(f"| {name} | {value:.1f} |" for name, value in seconds.items()),
+            *(f"| {name} | {value:.1f} |" for name, value in seconds.items() if value >= 0.05),
             f"| all but the passes of the model | {own:.1f} ({2 * own / (before + after):.2f} of the copy) |",
             "",
             f"Peak of memory that is no mapped file: {peak / 1e9:.2f} GB; the model in BF16 has "

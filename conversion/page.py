@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from conversion.chart import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
-from conversion.markup import STYLE, badge, emphasis, table, text
 from conversion.options import STATEFUL
 from pixart.model.fp8 import SLOTS
+from pixart.pages.chart import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
+from pixart.pages.markup import STYLE, badge, emphasis, table, text
 
 BLOCK = re.compile(r"dit_blocks\.(\d+)\.(.+)")
 TENSORS = ("input", "weight", "output", "weight_gradient")  # that an SQNR is of

@@ -1,6 +1,5 @@
 """The caption job: one shard of images to one parquet part of captions, every source item a row."""
 
-import io
 import platform
 import time
 import traceback
@@ -20,6 +19,7 @@ def run(dataset: str, shards: list[int]) -> None:
     todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
     if not todo:
         return
+    manifests.check_model(manifest, "captioner")
     source = manifests.open_images(manifest)
     captioner = make_captioner(data.captioner, model=data.caption_model)
     for_each_shard(todo, lambda shard: caption_shard(manifest, shard, source, captioner))
@@ -50,54 +50,21 @@ def for_each_shard(shards: list[int], work: Callable[[int], None]) -> None:
 
 
 def caption_shard(manifest, shard: int, source, captioner) -> None:
-    import hashlib
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pixart.data.screening import Rejected, decode
+    from pixart.data.captions import content_digest, make_part
 
     begun = time.monotonic()
     start, stop = manifest.shard(shard)
-    columns: dict[str, list] = {name: [] for name in ("id", "label", "caption", "valid", "reason")}
-    waiting: list[tuple[int, object, object]] = []  # (row of the shard, image, item) not captioned yet
-
-    def caption_waiting() -> None:
-        if waiting:
-            texts = captioner.caption([image for _, image, _ in waiting], [item for _, _, item in waiting])
-            for (row, _, _), text in zip(waiting, texts, strict=True):
-                columns["caption"][row] = text
-            waiting.clear()
-
-    for row, item in enumerate(source.read(start, stop)):
-        columns["id"].append(item.id)
-        columns["label"].append(item.label)
-        columns["caption"].append("")
-        try:
-            waiting.append((row, decode(item.data), item))
-            columns["reason"].append("")
-        except Rejected as rejected:
-            columns["reason"].append(str(rejected))
-        columns["valid"].append(not columns["reason"][-1])
-        if len(waiting) == manifest.data.caption_batch:
-            caption_waiting()
-    caption_waiting()
-
-    rows = len(columns["id"])
-    if rows != stop - start:
-        raise ValueError(f"shard {shard}: the source gave {rows} of {stop - start} items; it has changed since `init`")
-    schema = pa.schema(
-        [
-            ("id", pa.string()),
-            ("label", pa.int32()),
-            ("caption", pa.string()),
-            ("valid", pa.bool_()),
-            ("reason", pa.string()),
-        ]
-    )
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema), buffer)
-    ledger.write_atomically(part_path(manifest.data.path, shard), buffer.getvalue())
+    table = make_part(source.read(start, stop), captioner, manifest.data.screening)
+    if len(table) != stop - start:
+        raise ValueError(
+            f"shard {shard}: the source gave {len(table)} of {stop - start} items; it has changed since `init`"
+        )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    ledger.write_atomically(part_path(manifest.data.path, shard), sink.getvalue().to_pybytes())
     ledger.record(
         manifest.data.path,
         "caption",
@@ -105,10 +72,30 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
         ledger.Entry(
             manifest=manifest.hash,
             inputs="",
-            rows=rows,
-            valid=sum(columns["valid"]),
-            checksum=hashlib.sha256(buffer.getvalue()).hexdigest(),
+            rows=len(table),
+            valid=sum(table["valid"].to_pylist()),
+            checksum=content_digest(table),
             seconds=time.monotonic() - begun,
             versions={"python": platform.python_version(), "captioner": captioner.name},
         ),
     )
+
+
+def read_part(dataset: str | Path, shard: int):
+    """The part as a pyarrow table. Raises ValueError where it is not the one that the ledger has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pixart.data.captions import content_digest
+
+    entry, path = ledger.read(dataset, "caption", shard), part_path(dataset, shard)
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError):
+        table = None
+    if entry is None or table is None or content_digest(table) != entry.checksum:
+        raise ValueError(
+            f"{path} is not what the ledger says: `python -m jobs.launch verify --dataset {dataset}` finds all that "
+            "was altered, and caption makes it again"
+        )
+    return table

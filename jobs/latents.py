@@ -2,9 +2,10 @@
 
 import hashlib
 import time
+from itertools import islice
 
 from jobs import ledger
-from jobs.caption import for_each_shard, part_path
+from jobs.caption import for_each_shard, read_part
 
 BATCH = 32  # images that the VAE and captions that the text encoder are given at a time
 
@@ -21,6 +22,8 @@ def run(dataset: str, shards: list[int]) -> None:
     todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
     if not todo:
         return
+    for kind in ("vae", "text_encoder"):
+        manifests.check_model(manifest, kind)
     source = manifests.open_images(manifest)
     vae = load_vae(data.vae)
     text = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
@@ -34,42 +37,35 @@ def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
     return latents is not None and latents.manifest == manifest_hash and latents.inputs == captions.checksum
 
 
+def checksum(columns) -> str:
+    """SHA-256 of all that a shard has in the store, arrays by name."""
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        digest.update(columns[name].tobytes())
+    return digest.hexdigest()
+
+
 def encode_shard(manifest, shard: int, source, vae, text) -> None:
     import numpy as np
-    import pyarrow.parquet as pq
     import torch
 
-    from pixart.data.screening import decode, resize_and_crop
     from pixart.data.store import layout, write_shard
-    from pixart.data.vae import encode
 
     begun = time.monotonic()
     captions = ledger.read(manifest.data.path, "caption", shard)
     assert captions is not None  # `complete` has looked
-    part = part_path(manifest.data.path, shard).read_bytes()
-    if hashlib.sha256(part).hexdigest() != captions.checksum:
-        raise ValueError(f"shard {shard}: its captions are not those of the ledger, caption it again")
-    table = pq.read_table(part_path(manifest.data.path, shard)).to_pydict()
+    table = read_part(manifest.data.path, shard).select(["label", "caption", "valid"]).to_pydict()
     valid = np.array(table["valid"], dtype=bool)
     columns = {name: np.zeros((len(valid), *shape), dtype) for name, (shape, dtype) in layout(manifest).items()}
     columns["label"][:] = table["label"]
     columns["valid"][:] = valid
     if len(valid):
         columns["token_ids"], columns["token_mask"] = text.tokenize(table["caption"])
-
-    start, stop = manifest.shard(shard)
-    rows: list[int] = []
-    images: list = []
-    for row, item in enumerate(source.read(start, stop)):
-        if valid[row]:
-            rows.append(row)
-            images.append(np.asarray(resize_and_crop(decode(item.data), manifest.data.image_size)))
-        if rows and (len(rows) == BATCH or row == stop - start - 1):
-            columns["latents"][rows] = encode(vae, np.stack(images))
-            if "text_states" in columns:
-                states = text.states(columns["token_ids"][rows], columns["token_mask"][rows])
-                columns["text_states"][rows] = states.to(torch.float16).cpu().numpy()
-            rows, images = [], []
+    for rows, latents in encoded(manifest, source.read(*manifest.shard(shard)), valid, vae):
+        columns["latents"][rows] = latents
+        if "text_states" in columns:
+            states = text.states(columns["token_ids"][rows], columns["token_mask"][rows])
+            columns["text_states"][rows] = states.to(torch.float16).cpu().numpy()
     for name in ("latents", "text_states"):
         if name in columns and not np.isfinite(columns[name]).all():
             raise ValueError(f"shard {shard}: {name} do not fit into float16")
@@ -84,8 +80,28 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
             inputs=captions.checksum,
             rows=len(valid),
             valid=int(valid.sum()),
-            checksum=hashlib.sha256(columns["latents"].tobytes()).hexdigest(),
+            checksum=checksum(columns),
             seconds=time.monotonic() - begun,
             versions={"torch": torch.__version__, "vae": manifest.data.vae},
         ),
     )
+
+
+def encoded(manifest, items, valid, vae):
+    """Row numbers (B,) and latents (B, C, h, w) of the valid items; the next images are decoded meanwhile."""
+    import numpy as np
+
+    from pixart.data.ahead import made_ahead
+    from pixart.data.screening import decode, resize_and_crop
+    from pixart.data.vae import encode
+
+    def prepare(numbered):
+        row, item = numbered
+        image = decode(item.data, manifest.data.screening)
+        return row, np.asarray(resize_and_crop(image, manifest.data.image_size))
+
+    wanted = ((row, item) for row, item in enumerate(items) if valid[row])
+    images_ahead = made_ahead(prepare, wanted)
+    while batch := list(islice(images_ahead, BATCH)):
+        rows, images = zip(*batch, strict=True)
+        yield list(rows), encode(vae, np.stack(images))

@@ -11,8 +11,11 @@ from conversion.options import Parser, add_options
 from pixart.recipes import RECIPES
 
 JOBS = {
+    "init": "fixes a dataset: its source, shards, image size, VAE, text encoder and captioner",
     "caption": "captions and screens the images of a dataset, one shard per array element",
     "latents": "encodes a captioned dataset's images and text, one shard per array element",
+    "audit": "merges what screening and captions say of a dataset to one page, and judges it",
+    "verify": "compares every file of a dataset with the ledger; what was altered is to be made again",
     "train": "trains stage 1 or stage 2",
     "convert": "brings a checkpoint into FP8, stage 1 into stage 2 on the way",
     "sample": "samples pictures from a checkpoint",
@@ -54,6 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
             job.add_argument("--resume", help="run folder to continue in")
             job.add_argument(
                 "--accept-failed-conversion", action="store_true", help="go on from a checkpoint that failed its checks"
+            )
+        if name in ("train", "pipeline", "demo"):
+            job.add_argument(
+                "--accept-failed-audit",
+                action="store_true",
+                help="train on a dataset without a passed audit",
             )
         if name == "convert":
             job.add_argument("checkpoint", help="checkpoint, run folder or .pt file")

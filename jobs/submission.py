@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from jobs import caption, convert, init, latents, ledger, runs, sample, train
+from jobs import audit, caption, convert, init, latents, ledger, runs, sample, train, verify
 from jobs.progress import ProgressLine
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
 from jobs.tracking import Tracker, describe, set_status
-from pixart.config import DataConfig, Recipe, to_json
+from pixart.config import Recipe, read_data, to_json
 from slurm import profile as profiles
 from slurm import queue
 from slurm.cluster import Cluster, Shape
@@ -27,9 +28,14 @@ from slurm.task import RESULT
 
 POLL_SECONDS = {"local": 0.5, "slurm": 2.0}  # Slurm's controller serves many
 SYNC_SECONDS = 5.0
-CHANGEABLE = ("path", "caption_batch")  # settings of a dataset that its manifest does not fix
 ARRAY_JOBS = {"caption": caption.run, "latents": latents.run}
-RANK_JOBS: dict[str, Callable[..., Any]] = {"train": train.run, "convert": convert.run, "sample": sample.run}
+RANK_JOBS: dict[str, Callable[..., Any]] = {
+    "audit": audit.run,
+    "verify": verify.run,
+    "train": train.run,
+    "convert": convert.run,
+    "sample": sample.run,
+}
 
 
 class JobFailedError(Exception):
@@ -187,18 +193,17 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
         make_dataset(launch)
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
-    made = DataConfig(**manifest["data"])
+    made = read_data(manifest["data"])
     named = {
         assignment.split("=")[0].removeprefix("data.") for assignment in assignments if assignment.startswith("data.")
     }
-    for name in sorted(named.difference(CHANGEABLE)):
-        if getattr(made, name) != getattr(launch.recipe.data, name):
+    for name in sorted(named - {"path"}):
+        had, asked = (attrgetter(name)(data) for data in (made, launch.recipe.data))
+        if had != asked:
             raise ValueError(
-                f"data.{name}={getattr(launch.recipe.data, name)!r}: the dataset {launch.dataset} was made with "
-                f"{getattr(made, name)!r}; name another by data.path"
+                f"data.{name}={asked!r}: the dataset {launch.dataset} was made with {had!r}; name another by data.path"
             )
-    changed = {name: getattr(launch.recipe.data, name) for name in CHANGEABLE}
-    launch.recipe = replace(launch.recipe, data=replace(made, **changed))
+    launch.recipe = replace(launch.recipe, data=replace(made, path=launch.dataset))
     return manifest
 
 
@@ -272,3 +277,15 @@ def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request:
         request=request or {},
         jobs=before,
     )
+
+
+def describe_submission(run: Run) -> str:
+    return (
+        f"submitted {run.kind} as {', '.join(run.job_ids)}; run folder {run.folder}\n"
+        f"next: python -m jobs.launch status {run.folder.name}"
+    )
+
+
+def waited(launch: Launch, run: Run) -> list[str]:
+    """The jobs that what comes after a run has to wait for: none, where the launcher itself has waited."""
+    return [] if launch.wait else run.job_ids

@@ -7,8 +7,28 @@ import dataclasses
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScreeningConfig:
+    """Which images are kept: the limits that `pixart.data.screening` holds each image against.
+
+    Raises ValueError naming the field for a limit that no image, or every image, could meet.
+    """
+
+    max_pixels: int = 50_000_000  # width times height, by the file's header
+    min_side: int = 64  # pixels of the shorter side
+    max_aspect: float = 4.0  # longer side over shorter side
+    plain: float = 0.999  # share of the picture in one colour from which on it is plain
+    near_plain: float = 0.995  # share of its inside that is flat and of one tone, from which on it is near-plain
+
+    def __post_init__(self) -> None:
+        require_at_least(1, max_pixels=self.max_pixels, min_side=self.min_side, max_aspect=self.max_aspect)
+        for name in ("plain", "near_plain"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be more than 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +53,11 @@ class DataConfig:
     text_states: bool = False  # store the states too: 15 times the size of the latents at width 2048
     captioner: Literal["labels", "vllm"] = "labels"
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"  # read by the vllm captioner
-    caption_batch: int = 64  # images that the captioner is given at a time
+    screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 
     def __post_init__(self) -> None:
         require_at_least(1, shards=self.shards, image_size=self.image_size, text_tokens=self.text_tokens)
-        require_at_least(1, caption_batch=self.caption_batch, images=1 if self.images is None else self.images)
+        require_at_least(1, images=1 if self.images is None else self.images)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +100,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
-        for name in ("final_lr", "ema", "drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+        require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +117,30 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AuditConfig:
+    """What a dataset's audit lets pass, as shares of its rows; training refuses what does not pass."""
+
+    max_rejected: float = 0.2  # for whatever reason
+    max_plain: float = 0.02  # plain and near-plain
+    max_duplicates: float = 0.05  # exact and near ones, the first of each group not counted
+    max_same_opening: float = 0.5  # captions that begin with the same three words
+
+    def __post_init__(self) -> None:
+        require_share(
+            max_rejected=self.max_rejected,
+            max_plain=self.max_plain,
+            max_duplicates=self.max_duplicates,
+            max_same_opening=self.max_same_opening,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Everything that a run depends on, except the cluster."""
 
     name: str
     data: DataConfig
+    audit: AuditConfig
     model: ModelConfig
     stage1: TrainConfig
     stage2: TrainConfig
@@ -118,6 +155,13 @@ def require_at_least(least: int, **values: float) -> None:
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name}={value}: must be at least {least}")
+
+
+def require_share(**values: float) -> None:
+    """Raises ValueError for the first value that is no share."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: must lie between 0 and 1")
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
@@ -182,9 +226,15 @@ def from_json(text: str) -> Recipe:
     values = json.loads(text)
     return Recipe(
         name=values["name"],
-        data=DataConfig(**values["data"]),
+        data=read_data(values["data"]),
+        audit=AuditConfig(**values["audit"]),
         model=ModelConfig(**values["model"]),
         stage1=TrainConfig(**values["stage1"]),
         stage2=TrainConfig(**values["stage2"]),
         sample=SampleConfig(**values["sample"]),
     )
+
+
+def read_data(values: dict[str, Any]) -> DataConfig:
+    """Rebuilds the dataset's part from its dictionary, as JSON holds it; unknown fields raise TypeError."""
+    return DataConfig(**{**values, "screening": ScreeningConfig(**values["screening"])})

@@ -1,6 +1,7 @@
 """Captions of images: what the source says itself, or what a vision-language model sees."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,8 +22,21 @@ MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
 MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses more than 200, and with it the whole call
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    text: str
+    short: str = ""
+    problem: str = ""
+    seed: int = 0
+
+
 class Captioner(Protocol):
     name: str  # identifies the captioner and all that its captions depend on
+    model: str
+    prompt_hash: str
+    sampling: str
+
+    def stream(self, given: "Iterator[tuple[int, Image.Image, Item]]") -> "Iterator[tuple[int, Caption]]": ...
 
     def caption(self, images: list[Image.Image], items: "list[Item]") -> list[str]:
         """One caption for each image, which is that of the item at its place."""
@@ -56,7 +70,13 @@ def make_captioner(
 class LabelsCaptioner:
     """The item's own text as it is; where that is the name of a class, `a photo of a NAME`."""
 
-    name = "labels"
+    name = model = "labels"
+    prompt_hash = sampling = ""
+
+    def stream(self, given):
+        for row, image, item in given:
+            text = self.caption([image], [item])[0]
+            yield row, Caption(text=text, short=re.split(r"(?<=[.!?]) ", text)[0])
 
     def caption(self, images: list[Image.Image], items: "list[Item]") -> list[str]:
         return [class_caption(item.text) if item.text_is_class else item.text for item in items]

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixart.config import DataConfig
+from pixart.config import DataConfig, read_data
 from pixart.data.sources import Source, open_source
 
-FORMAT = 1
+FORMAT = 2
 FILE = "manifest.json"
+MODELS = ("vae", "text_encoder", "captioner")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class Manifest:
     class_names: tuple[str, ...]
     latent_shape: tuple[int, int, int]  # (channels, height, width)
     text_dim: int
+    models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
 
     @property
     def rows(self) -> int:
@@ -69,7 +71,31 @@ def make(data: DataConfig) -> Manifest:
         class_names=tuple(source.class_names),
         latent_shape=latent_shape(data.vae, data.image_size),
         text_dim=text_dim(data.text_encoder),
+        models={kind: model_fingerprint(data, kind) for kind in MODELS},
     )
+
+
+def model_fingerprint(data: DataConfig, kind: str) -> str:
+    from pixart.data.captioner import INSTRUCTION
+    from pixart.data.fingerprint import fingerprint
+    from pixart.data.text import encoder_path
+    from pixart.data.vae import vae_path
+
+    if kind == "captioner":
+        if data.captioner == "labels":
+            return "labels"
+        return f"{fingerprint(data.caption_model)}-{hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:8]}"
+    return fingerprint(vae_path(data.vae) if kind == "vae" else encoder_path(data.text_encoder))
+
+
+def check_model(manifest: Manifest, kind: str) -> None:
+    """Raises ValueError where the name that the dataset has for one of MODELS now means another model."""
+    found, fixed = model_fingerprint(manifest.data, kind), manifest.models[kind]
+    if found != fixed:
+        raise ValueError(
+            f"dataset {manifest.data.path}: its {kind.replace('_', ' ')} is no longer the one that it was made with "
+            f"(fingerprint {found}, was {fixed})"
+        )
 
 
 def write(manifest: Manifest) -> None:
@@ -92,13 +118,20 @@ def read(path: str | Path) -> Manifest:
         record: dict[str, Any] = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no dataset: it has no readable {FILE}") from error
-    if record["format"] != FORMAT:
-        raise ValueError(f"{path} has dataset format {record['format']!r}, not {FORMAT}")
-    return Manifest(
-        data=DataConfig(**{**record["data"], "path": str(path)}),
-        images=record["images"],
-        rows_per_shard=record["rows_per_shard"],
-        class_names=tuple(record["class_names"]),
-        latent_shape=tuple(record["latent_shape"]),
-        text_dim=record["text_dim"],
-    )
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{path} has dataset format {record.get('format')!r}, not {FORMAT}")
+    try:
+        manifest = Manifest(
+            data=read_data({**record["data"], "path": str(path)}),
+            images=record["images"],
+            rows_per_shard=record["rows_per_shard"],
+            class_names=tuple(record["class_names"]),
+            latent_shape=tuple(record["latent_shape"]),
+            text_dim=record["text_dim"],
+            models=record["models"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no manifest of this suite: {error}") from error
+    if manifest.hash != record.get("hash"):
+        raise ValueError(f"{file} was changed since the dataset was made: its hash is {manifest.hash}")
+    return manifest

@@ -31,9 +31,14 @@ def split_hub_name(name: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
+def vae_path(name: str) -> str:
+    """`demo` means the autoencoder beside this file; any other name is a folder or a hub name."""
+    return str(DEMO) if name == "demo" else name
+
+
 def latent_shape(name: str, image_size: int) -> tuple[int, int, int]:
     """(channels, height, width) of the latents of square images of `image_size` pixels."""
-    config = read_config(str(DEMO) if name == "demo" else name)
+    config = read_config(vae_path(name))
     factor = config["patch_size"] if "patch_size" in config else 2 ** (len(config["block_out_channels"]) - 1)
     if image_size % factor:
         raise ValueError(f"data.image_size={image_size}: must be a multiple of the VAE's factor {factor}")

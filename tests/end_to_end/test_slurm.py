@@ -276,7 +276,7 @@ def contents(bench: Bench, run: Run) -> dict[str, object]:
     """All that a run has made, in a form that is compared bit for bit."""
     if bench.kind == "caption":
         parts = [bench.dataset / f"captions/{shard:05d}.parquet" for shard in range(SHARDS)]
-        return {part.name: pq.read_table(part).to_pydict() for part in parts}
+        return {part.name: pq.read_table(part).drop(["seconds"]).to_pydict() for part in parts}
     if bench.kind == "latents":
         store = Store(manifests.read(bench.dataset))
         rows = np.arange(IMAGES["latents"])

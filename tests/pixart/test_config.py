@@ -20,7 +20,7 @@ def test_overrides_by_dotted_key():
     ("assignment", "message"),
     [
         ("stage1.stepz=7", r"'stage1.stepz'.*steps, batch"),
-        ("nothing=1", "'nothing'.*data, model"),
+        ("nothing=1", "'nothing'.*data, audit, model"),
         ("stage1=7", "is a group; set one of stage1.steps"),
         ("name.x=7", "has no parts"),
         ("stage1.steps", "write it as key=value"),

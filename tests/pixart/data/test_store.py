@@ -13,7 +13,9 @@ from pixart.data.store import Store
 @pytest.fixture
 def manifest(tmp_path) -> Manifest:
     data = DataConfig(path=str(tmp_path), shards=3, images=10, text_tokens=5, text_states=True)
-    made = Manifest(data=data, images=10, rows_per_shard=4, class_names=("a",), latent_shape=(2, 3, 3), text_dim=6)
+    made = Manifest(
+        data=data, images=10, rows_per_shard=4, class_names=("a",), latent_shape=(2, 3, 3), text_dim=6, models={}
+    )
     stores.create(made)
     manifests.write(made)
     return made

@@ -42,7 +42,7 @@ class Html(str):
 
 
 def text(value: object) -> str:
-    """A value of the report as HTML."""
+    """A value as HTML."""
     if isinstance(value, Html):
         return value
     if value is None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from conversion.markup import text
+from pixart.pages.markup import text
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 58, 1110, 10, 250  # of a plot, and of the frame within it, in pixels
 MARKS = {

@@ -1,0 +1,75 @@
+"""The latents job against the VAE alone on the same batches, alternating in one run.
+
+`python benchmarks/latents.py IMAGES VAE` takes a folder of images and an autoencoder's folder.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jobs import caption, latents
+from pixart.config import DataConfig
+from pixart.data import manifest as manifests
+from pixart.data import store
+from pixart.data.screening import decode, resize_and_crop
+from pixart.data.text import TextEncoder
+from pixart.data.vae import encode, load_vae
+
+REPEATS = 5
+SIZE = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("images")
+    parser.add_argument("vae")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = DataConfig(path=folder, source=options.images, shards=1, image_size=SIZE, vae=options.vae)
+        manifest = manifests.make(data)
+        manifests.write(manifest)
+        store.create(manifest)
+        caption.run(folder, [0])
+        source, vae = manifests.open_images(manifest), load_vae(data.vae)
+        text = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+        valid = np.array(caption.read_part(folder, 0)["valid"].to_pylist())
+        items = [item for item, kept in zip(source.read(*manifest.shard(0)), valid, strict=True) if kept]
+        pictures = [np.asarray(resize_and_crop(decode(item.data, data.screening), SIZE)) for item in items]
+        batches = [
+            np.stack(pictures[begin : begin + latents.BATCH]) for begin in range(0, len(pictures), latents.BATCH)
+        ]
+        alone, job = [], []
+        for repeat in range(REPEATS + 1):
+            begun = time.perf_counter()
+            for batch in batches:
+                encode(vae, batch)
+            middle = time.perf_counter()
+            latents.encode_shard(manifest, 0, source, vae, text)
+            if repeat:  # the first warms up
+                alone.append(len(items) / (middle - begun))
+                job.append(len(items) / (time.perf_counter() - middle))
+    ratios = [mine / bare for mine, bare in zip(job, alone, strict=True)]
+    lines = [
+        f"# The latents job, {len(items)} images of {SIZE} px, {torch.get_num_threads()} threads on a CPU",
+        "",
+        "| | images/s, median |",
+        "|---|---|",
+        f"| VAE alone | {statistics.median(alone):.1f} |",
+        f"| whole job: read, decode, resize, encode, tokenize, write, ledger | {statistics.median(job):.1f} |",
+        "",
+        f"Ratio, median of {REPEATS} alternating repetitions: {statistics.median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f}).",
+    ]
+    target = Path(__file__).parent / "results" / f"{date.today()}-latents.md"
+    target.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The commands that make and judge a dataset: init, caption, latents, audit."""
+
+import argparse
+from typing import Any
+
+from jobs import audit, ledger, runs
+from jobs.arrays import parse_array
+from jobs.runs import Run
+from jobs.submission import Launch, NothingSubmitted, describe_submission, run_array, run_ranks, use_dataset, waited
+from pixart.config import to_json
+from slurm.cluster import Cluster
+
+
+def init_command(launch: Launch, options: argparse.Namespace) -> str:
+    if launch.dry_run:
+        raise NothingSubmitted(to_json(launch.recipe))
+    manifest = use_dataset(launch, options.overrides)
+    data = manifest["data"]
+    return (
+        f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['shards']} shards of "
+        f"{manifest['rows_per_shard']}, {data['image_size']} px, hash {manifest['hash']}\n"
+        f"next: python -m jobs.launch caption --dataset {launch.dataset}"
+    )
+
+
+def array_command(launch: Launch, options: argparse.Namespace) -> str:
+    asked, limit = parse_array(options.array) if options.array is not None else (None, None)
+    job = options.job
+    manifest = use_dataset(launch, options.overrides)
+    shards = check_shards(launch, manifest, asked)
+    if job == "latents":
+        require_captions(launch, shards)
+    run = run_array(launch, job, shards, limit)
+    if not launch.wait:
+        return describe_submission(run)
+    entries = ledger.entries(launch.dataset, job, shards)
+    rows, valid = sum(entry.rows for entry in entries.values()), sum(entry.valid for entry in entries.values())
+    place = {"caption": "captions", "latents": "latents.zarr"}[job]
+    following = {"caption": "latents", "latents": "audit"}[job]
+    return (
+        f"{job}: {len(shards)} shards, {valid} of {rows} images valid, in {launch.dataset}/{place}\n"
+        f"next: python -m jobs.launch {following} --dataset {launch.dataset}"
+    )
+
+
+def check_shards(launch: Launch, manifest: dict[str, Any], asked: list[int] | None) -> list[int]:
+    shards = manifest["data"]["shards"]
+    if asked is None:
+        return list(range(shards))
+    if asked[-1] >= shards:
+        raise ValueError(
+            f"--array: shard {asked[-1]} is not there, the dataset {launch.dataset} has shards 0 to {shards - 1}"
+        )
+    return asked
+
+
+def require_captions(launch: Launch, shards: list[int]) -> None:
+    there = ledger.entries(launch.dataset, "caption", shards)
+    if missing := [shard for shard in shards if shard not in there]:
+        raise ValueError(
+            f"{len(missing)} of {len(shards)} shards have no captions yet, such as {missing[0]}: run caption first"
+        )
+
+
+def audit_command(launch: Launch, options: argparse.Namespace) -> str:
+    manifest = use_dataset(launch, options.overrides)
+    require_captions(launch, check_shards(launch, manifest, None))
+    run = submit_single(launch, "audit")
+    if not launch.wait:
+        return describe_submission(run)
+    return f"audited: {launch.dataset}/{audit.FOLDER}/{audit.PAGE}\n" + (
+        f"next: python -m jobs.launch train --stage 1 --dataset {launch.dataset}"
+    )
+
+
+def verify_command(launch: Launch, options: argparse.Namespace) -> str:
+    use_dataset(launch, options.overrides)
+    run = submit_single(launch, "verify")
+    if not launch.wait:
+        return describe_submission(run)
+    altered = {job: shards for job, shards in runs.result(run).items() if shards}
+    if not altered:
+        return f"verified: {launch.dataset} is what its ledger says"
+    what = "; ".join(f"{job} {len(shards)} shards, such as {shards[0]}" for job, shards in altered.items())
+    return (
+        f"altered: {what}; they no longer count as done\n"
+        f"next: python -m jobs.launch {next(iter(altered))} --dataset {launch.dataset}"
+    )
+
+
+def submit_single(launch: Launch, kind: str, after: list[str] | None = None) -> Run:
+    """One process that reads the whole dataset."""
+    return run_ranks(
+        launch,
+        Cluster(launch.profile, launch.home).ranks_shape(kind, 1, 1),
+        {},
+        parameters={"dataset": launch.dataset},
+        tags={},
+        total=1,
+        after=after or [],
+    )
+
+
+def prepare_dataset(
+    launch: Launch, overrides: list[str], *, any_source: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Runs what is missing of the two data jobs, so that training on the embedded default needs no step before it.
+
+    Returns the manifest and the jobs to wait for.
+    """
+    manifest = use_dataset(launch, overrides)
+    shards = check_shards(launch, manifest, None)
+    after: list[str] = []
+    for job in ("caption", "latents"):
+        there = ledger.shards(launch.dataset, job)
+        missing = [shard for shard in shards if shard not in there]
+        if missing and not any_source and launch.recipe.data.source != "demo":
+            raise ValueError(
+                f"dataset {launch.dataset} is not whole: {job} lacks {len(missing)} of {len(shards)} shards"
+            )
+        if missing:
+            print(f"{job} first: {len(missing)} of {len(shards)} shards of the dataset are not there yet", flush=True)
+        if missing and not launch.dry_run:
+            after = waited(launch, run_array(launch, job, missing, None, after))
+    return manifest, after
+
+
+def require_audit(launch: Launch, after: list[str], *, any_source: bool = False) -> list[str]:
+    """Audits what was made just now, or of the demo; else raises ValueError unless the dataset has passed.
+
+    Returns the jobs to wait for.
+    """
+    if launch.dry_run:
+        return after
+    if not after:
+        try:
+            audit.require(launch.dataset)
+            return []
+        except ValueError:
+            if not any_source and launch.recipe.data.source != "demo":
+                raise
+    print("audit first: the dataset as it is has not been audited yet", flush=True)
+    return waited(launch, submit_single(launch, "audit", after))

@@ -1,0 +1,171 @@
+"""The commands that make a model and pictures: train, convert, sample."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conversion.options import Options, default_output, from_arguments
+from jobs import runs
+from jobs.checkpoints import MARKER, find_checkpoint, find_weights
+from jobs.dataset_commands import prepare_dataset, require_audit
+from jobs.runs import Run
+from jobs.submission import Launch, describe_submission, run_ranks, use_dataset
+from pixart.config import override
+from slurm.cluster import Cluster, Shape
+
+
+def train_command(launch: Launch, options: argparse.Namespace) -> str:
+    Cluster(launch.profile, launch.home).check(training_shape(launch, options.nodes))
+    start = find_checkpoint(options.start) if options.start else None
+    if options.start and options.resume:
+        raise ValueError("--from begins a run and --resume continues one: give one of them")
+    resumed = Path(options.resume).absolute() if options.resume else None
+    if resumed and not (resumed / "config.json").exists():
+        raise ValueError(f"--resume {options.resume}: no run folder")
+    if resumed:
+        start = find_checkpoint(str(resumed))
+    record = json.loads((start / MARKER).read_text()) if start else None
+    stage = options.stage or (record["stage"] if record else 1)
+    if record and record["stage"] != stage:
+        raise ValueError(
+            f"{start} is of stage {record['stage']}, not {stage}: convert it first, or give --stage {record['stage']}"
+        )
+    failed = options.start and record and record["provenance"].get("gate") == "FAIL"
+    if failed and not options.accept_failed_conversion:
+        raise ValueError(
+            f"{start} comes from a conversion that failed its checks (see its report.html): mend that, or give "
+            "--accept-failed-conversion"
+        )
+    config = launch.recipe.train(stage)
+    if config.fp8 and not (record and record["plan"]):
+        raise ValueError(
+            f"stage {stage} trains in FP8, from a checkpoint that `python -m conversion.to_fp8` wrote: "
+            f"name it by --from, or set stage{stage}.fp8=false"
+        )
+    ranks = options.nodes * max(1, launch.profile.gpus_per_node)
+    if config.batch % ranks:
+        raise ValueError(f"stage{stage}.batch={config.batch} does not divide over {ranks} ranks")
+    if record and record["step"] >= config.steps:
+        raise ValueError(
+            f"{start} has done {record['step']} steps, stage{stage}.steps={config.steps} leaves none to train"
+        )
+    names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
+    if record and record["dataset"] and not names_data and Path(record["dataset"]).exists():
+        launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
+    manifest, after = prepare_dataset(launch, options.overrides)
+    if not options.accept_failed_audit:
+        after = require_audit(launch, after)
+    classes = len(manifest["class_names"])
+    if stage == 1 and not start and classes >= launch.recipe.model.num_classes:
+        raise ValueError(
+            f"model.num_classes={launch.recipe.model.num_classes}: the dataset has {classes} classes, and one more "
+            f"index means no class; give --set model.num_classes={classes + 1}"
+        )
+    run = submit_training(launch, stage, options.nodes, start=None if resumed else start, folder=resumed, after=after)
+    if not launch.wait:
+        return describe_submission(run)
+    last = runs.result(run)
+    following = f"python -m conversion.to_fp8 {last}" if stage == 1 else f"python -m jobs.launch sample {last}"
+    return f"trained stage {stage}: checkpoint {last}\nnext: {following}"
+
+
+def submit_training(
+    launch: Launch,
+    stage: int,
+    nodes: int,
+    *,
+    start: Path | None,
+    folder: Path | None = None,
+    after: Sequence[str] = (),
+) -> Run:
+    config = launch.recipe.train(stage)
+    return run_ranks(
+        launch,
+        training_shape(launch, nodes),
+        {"stage": stage, "start": str(start) if start else None},
+        parameters={
+            "stage": stage,
+            "nodes": nodes,
+            "dataset": launch.dataset,
+            **{name: getattr(config, name) for name in ("steps", "batch", "lr", "precision", "fp8", "ema", "drop")},
+            **{name: getattr(launch.recipe.model, name) for name in ("dim", "num_blocks")},
+        },
+        tags={"pixart.parent_checkpoint": str(start)} if start else {},
+        total=config.steps,
+        folder=folder,
+        after=after,
+    )
+
+
+def training_shape(launch: Launch, nodes: int) -> Shape:
+    return Cluster(launch.profile, launch.home).ranks_shape("train", nodes, None)
+
+
+def last_checkpoint(launch: Launch, stage: int, run: Run) -> Path:
+    """Where a training run puts its last checkpoint, known before it has begun."""
+    return run.folder / "checkpoints" / f"step-{launch.recipe.train(stage).steps:08d}"
+
+
+def convert_command(launch: Launch, options: argparse.Namespace) -> str:
+    source = Path(options.checkpoint).absolute()
+    if not source.exists():
+        raise ValueError(f"checkpoint {options.checkpoint}: no such file or directory")
+    if source.is_dir():
+        source = find_checkpoint(str(source))
+    target = Path(options.output).absolute() if options.output else default_output(source)
+    how = from_arguments(options)
+    if target.exists() and not how.overwrite:
+        raise ValueError(f"{target} exists: name another --output, or give --overwrite")
+    run = submit_conversion(launch, source, target, how)
+    if not launch.wait:
+        return describe_submission(run)
+    return f"converted: {target}\nnext: python -m jobs.launch train --stage {how.stage} --from {target}"
+
+
+def submit_conversion(launch: Launch, source: Path, target: Path, how: Options, after: Sequence[str] = ()) -> Run:
+    """The job replaces what it finds: it may be run again where it was cut short."""
+    options = {**asdict(how), "overwrite": True}
+    return run_ranks(
+        launch,
+        Cluster(launch.profile, launch.home).ranks_shape("convert", 1, 1),
+        {"source": str(source), "output": str(target), "options": options},
+        parameters={"source": str(source), **options},
+        tags={"pixart.parent_checkpoint": str(source)},
+        total=1,
+        after=after,
+    )
+
+
+def sample_command(launch: Launch, options: argparse.Namespace) -> str:
+    checkpoint, record = find_weights(options.checkpoint)
+    if not record["dataset"]:
+        raise ValueError(f"{checkpoint} names no dataset, so its VAE and text encoder are not known: train it first")
+    launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
+    use_dataset(launch, [])
+    run = submit_sampling(launch, checkpoint, options.prompt)
+    return describe_samples(runs.result(run)) if launch.wait else describe_submission(run)
+
+
+def submit_sampling(launch: Launch, checkpoint: Path, prompts: list[str], after: Sequence[str] = ()) -> Run:
+    return run_ranks(
+        launch,
+        Cluster(launch.profile, launch.home).ranks_shape("sample", 1, 1),
+        {"checkpoint": str(checkpoint), "prompts": prompts},
+        parameters={"checkpoint": str(checkpoint), "guidance": launch.recipe.sample.guidance},
+        tags={"pixart.parent_checkpoint": str(checkpoint)},
+        total=1,
+        after=after,
+    )
+
+
+def describe_samples(result: dict[str, Any]) -> str:
+    lines = [f"sampled: {result['sheet']}"]
+    if "color" in result:
+        lines.append(
+            f"counted: main colour right in {result['color']:.0%}, main shape in {result['shape']:.0%} "
+            f"of {result['prompts']} prompts that training has not seen"
+        )
+    return "\n".join(lines)

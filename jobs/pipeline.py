@@ -1,0 +1,75 @@
+"""The whole path by one command: captions, latents, audit, stage 1, conversion, stage 2, pictures."""
+
+import argparse
+import functools
+
+from conversion.options import Options, default_output
+from jobs import runs
+from jobs.dataset_commands import prepare_dataset, require_audit
+from jobs.model_commands import (
+    describe_samples,
+    last_checkpoint,
+    submit_conversion,
+    submit_sampling,
+    submit_training,
+)
+from jobs.runs import Run
+from jobs.submission import Launch, NothingSubmitted, begin_group, waited
+from jobs.tracking import set_status
+from pixart.config import to_json
+from slurm.cluster import Cluster
+
+
+def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
+    """All jobs in turn, their runs under one parent in MLflow; each waits for those before it."""
+    submitted = run_pipeline(launch, options)
+    if launch.wait:
+        return describe_pipeline(launch, submitted)
+    lines = [f"{run.kind:<8} {', '.join(run.job_ids):<12} {run.folder}" for run in submitted]
+    return "\n".join(["submitted, each to begin when the one before it has succeeded:", *lines])
+
+
+def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
+    if launch.dry_run:
+        raise NothingSubmitted(describe_plan(launch, options))
+    folder = begin_group(launch, options.job)
+    launch.parent = folder
+    succeeded = False
+    try:
+        _, after = prepare_dataset(launch, options.overrides, any_source=True)
+        if not options.accept_failed_audit:
+            after = require_audit(launch, after, any_source=True)
+        stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
+        source = last_checkpoint(launch, 1, stage1)
+        how = Options(batch=launch.recipe.stage2.batch)
+        conversion = submit_conversion(launch, source, default_output(source), how, waited(launch, stage1))
+        start = default_output(source)
+        stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
+        last = last_checkpoint(launch, 2, stage2)
+        samples = submit_sampling(launch, last, [], waited(launch, stage2))
+        succeeded = True
+    finally:
+        set_status(folder, "FINISHED" if succeeded else "FAILED")
+        if launch.wait:
+            launch.tracker.sync(folder)
+    return [stage1, conversion, stage2, samples]
+
+
+def describe_pipeline(launch: Launch, submitted: list[Run]) -> str:
+    _, _, stage2, samples = submitted
+    return (
+        f"{describe_samples(runs.result(samples))}\ncheckpoint: {last_checkpoint(launch, 2, stage2)}\n"
+        f"runs: mlflow ui --backend-store-uri {launch.tracker.uri}"
+    )
+
+
+def describe_plan(launch: Launch, options: argparse.Namespace) -> str:
+    cluster = Cluster(launch.profile, launch.home / "runs" / "RUN", after=["BEFORE"])
+    shards = range(launch.recipe.data.shards)
+    shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
+    training = cluster.ranks_shape("train", options.nodes, None)
+    single = functools.partial(cluster.ranks_shape, nodes=1, ranks_per_node=1)
+    shapes += [single("audit"), training, single("convert"), training, single("sample")]
+    for shape in shapes:
+        cluster.check(shape)
+    return "\n".join(cluster.describe(shape) for shape in shapes) + "\n" + to_json(launch.recipe)

@@ -1,0 +1,115 @@
+"""What can go wrong with a dataset: a full disk, a source out of reach, files that somebody has touched."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import caption, ledger
+from pixart.data import manifest as manifests
+from pixart.data.store import Store
+from tests.environment import bare_environment
+
+SMALL = {"data.images": 64, "data.shards": 4, "data.text_states": "false"}
+
+
+def launch(home: Path, *arguments: str, settings: dict | None = None, **variables: str):
+    overrides = [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "jobs.launch", *arguments, "--home", str(home), *overrides]
+    environment = {**bare_environment(), **variables}
+    return subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few hundred kilobytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs to mount a small file system, as root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk(small_disk, tmp_path):
+    """The shards that fit are done, the others are not taken for data; with room, the same command does the rest."""
+    dataset = small_disk / "data"
+    settings = {**SMALL, "data.images": 1024, "data.path": dataset}
+    assert launch(tmp_path, "caption", settings=settings).returncode == 0
+    done = launch(tmp_path, "latents", settings=settings)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "No space left on device" in line or "ENOSPC" in line]
+    assert line.startswith("failed: latents shard")
+    whole = ledger.shards(dataset, "latents")
+    assert len(whole) < 4
+    store = Store(manifests.read(dataset))
+    assert {row // store.manifest.rows_per_shard for row in store.valid_rows()} == whole
+
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    done = launch(tmp_path, "retry")
+    assert done.returncode == 0, done.stderr
+    assert ledger.shards(dataset, "latents") == {0, 1, 2, 3}
+    assert len(Store(manifests.read(dataset)).valid_rows()) == 1024
+
+
+def test_unreachable_s3_source(tmp_path):
+    pytest.importorskip("s3fs", reason="needs the extra s3")
+    begun = time.monotonic()
+    done = launch(
+        tmp_path,
+        "init",
+        settings={"data.source": "s3://bucket/photos"},
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+        AWS_ACCESS_KEY_ID="a",
+        AWS_SECRET_ACCESS_KEY="b",
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: source 's3://bucket/photos': ")
+    assert "127.0.0.1:9" in line
+    assert not (tmp_path / "datasets").exists()
+    assert time.monotonic() - begun < 60
+
+
+def test_changed_manifest(tmp_path):
+    assert launch(tmp_path, "init", settings=SMALL).returncode == 0
+    file = tmp_path / "datasets/demo" / manifests.FILE
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    done = launch(tmp_path, "caption")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "was changed since the dataset was made" in line
+    assert not (tmp_path / "datasets/demo/captions").exists()
+
+
+@pytest.mark.slow
+def test_half_written_part_and_altered_chunk(tmp_path):
+    """Neither is read; `verify` takes back the ledger's word for both, and `retry` of either run makes them again."""
+    dataset = tmp_path / "datasets/demo"
+    for job in ("caption", "latents"):
+        assert launch(tmp_path, job, settings=SMALL).returncode == 0
+    part = caption.part_path(dataset, 2)
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    chunk = next(path for path in (dataset / "latents.zarr/latents/c/1").rglob("*") if path.is_file())
+    altered = bytearray(chunk.read_bytes())
+    altered[5000] ^= 4
+    chunk.write_bytes(altered)
+    store = Store(manifests.read(dataset))
+    with pytest.raises(ValueError, match="shard 1"):
+        store.read("latents", store.valid_rows())
+
+    done = launch(tmp_path, "verify")
+    assert "altered: caption 1 shards, such as 2; latents 1 shards, such as 1" in done.stdout, done.stderr
+    runs = {name.split("-")[2]: name for name in os.listdir(tmp_path / "runs")}  # noqa: PTH208 - names are wanted
+    for job in ("caption", "latents"):
+        done = launch(tmp_path, "retry", runs[job])
+        assert done.returncode == 0, done.stderr
+        assert "1 of 4 shards" in done.stdout
+    assert part.read_bytes()[-4:] == b"PAR1"
+    assert "is what its ledger says" in launch(tmp_path, "verify").stdout
