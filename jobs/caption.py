@@ -74,7 +74,7 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
         columns["label"].append(item.label)
         columns["caption"].append("")
         try:
-            waiting.append((row, decode(item.data), item))
+            waiting.append((row, decode(item.data, manifest.data.screening), item))
             columns["reason"].append("")
         except Rejected as rejected:
             columns["reason"].append(str(rejected))

@@ -63,7 +63,8 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     for row, item in enumerate(source.read(start, stop)):
         if valid[row]:
             rows.append(row)
-            images.append(np.asarray(resize_and_crop(decode(item.data), manifest.data.image_size)))
+            image = decode(item.data, manifest.data.screening)
+            images.append(np.asarray(resize_and_crop(image, manifest.data.image_size)))
         if rows and (len(rows) == BATCH or row == stop - start - 1):
             columns["latents"][rows] = encode(vae, np.stack(images))
             if "text_states" in columns:

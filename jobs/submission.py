@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jobs.progress import ProgressLine
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
 from jobs.tracking import Tracker, describe, set_status
-from pixart.config import DataConfig, Recipe, to_json
+from pixart.config import Recipe, read_data, to_json
 from slurm import profile as profiles
 from slurm import queue
 from slurm.cluster import Cluster, Shape
@@ -187,15 +188,15 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
         make_dataset(launch)
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
-    made = DataConfig(**manifest["data"])
+    made = read_data(manifest["data"])
     named = {
         assignment.split("=")[0].removeprefix("data.") for assignment in assignments if assignment.startswith("data.")
     }
     for name in sorted(named.difference(CHANGEABLE)):
-        if getattr(made, name) != getattr(launch.recipe.data, name):
+        had, asked = (attrgetter(name)(data) for data in (made, launch.recipe.data))
+        if had != asked:
             raise ValueError(
-                f"data.{name}={getattr(launch.recipe.data, name)!r}: the dataset {launch.dataset} was made with "
-                f"{getattr(made, name)!r}; name another by data.path"
+                f"data.{name}={asked!r}: the dataset {launch.dataset} was made with {had!r}; name another by data.path"
             )
     changed = {name: getattr(launch.recipe.data, name) for name in CHANGEABLE}
     launch.recipe = replace(launch.recipe, data=replace(made, **changed))

@@ -7,8 +7,30 @@ import dataclasses
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScreeningConfig:
+    """Which images are kept: the limits that `pixart.data.screening` holds each image against.
+
+    Raises ValueError naming the field for a limit that no image, or every image, could meet.
+    """
+
+    max_pixels: int = 50_000_000  # width times height, by the file's header
+    min_side: int = 64  # pixels of the shorter side
+    max_aspect: float = 4.0  # longer side over shorter side
+    plain: float = 0.999  # share of the picture in one colour from which on it is plain
+    near_plain: float = (
+        0.995  # share of the picture's inside that is flat and of one tone, from which on it is near-plain
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least(1, max_pixels=self.max_pixels, min_side=self.min_side, max_aspect=self.max_aspect)
+        for name in ("plain", "near_plain"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be more than 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +56,7 @@ class DataConfig:
     captioner: Literal["labels", "vllm"] = "labels"
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"  # read by the vllm captioner
     caption_batch: int = 64  # images that the captioner is given at a time
+    screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 
     def __post_init__(self) -> None:
         require_at_least(1, shards=self.shards, image_size=self.image_size, text_tokens=self.text_tokens)
@@ -182,9 +205,14 @@ def from_json(text: str) -> Recipe:
     values = json.loads(text)
     return Recipe(
         name=values["name"],
-        data=DataConfig(**values["data"]),
+        data=read_data(values["data"]),
         model=ModelConfig(**values["model"]),
         stage1=TrainConfig(**values["stage1"]),
         stage2=TrainConfig(**values["stage2"]),
         sample=SampleConfig(**values["sample"]),
     )
+
+
+def read_data(values: dict[str, Any]) -> DataConfig:
+    """Rebuilds the dataset's part from its dictionary, as JSON holds it; unknown fields raise TypeError."""
+    return DataConfig(**{**values, "screening": ScreeningConfig(**values.get("screening", {}))})

@@ -79,7 +79,7 @@ def test_every_knob_has_a_reader():
     read = {
         node.attr for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)
     }
-    for kind in (config.DataConfig, config.TrainConfig, config.SampleConfig):
+    for kind in (config.DataConfig, config.ScreeningConfig, config.TrainConfig, config.SampleConfig):
         for field in dataclasses.fields(kind):
             assert field.name in read, f"{kind.__name__}.{field.name} is never read"
     arguments = set(inspect.signature(DiT.__init__).parameters)

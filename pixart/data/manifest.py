@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixart.config import DataConfig
+from pixart.config import DataConfig, read_data
 from pixart.data.sources import Source, open_source
 
 FORMAT = 1
@@ -95,7 +95,7 @@ def read(path: str | Path) -> Manifest:
     if record["format"] != FORMAT:
         raise ValueError(f"{path} has dataset format {record['format']!r}, not {FORMAT}")
     return Manifest(
-        data=DataConfig(**{**record["data"], "path": str(path)}),
+        data=read_data({**record["data"], "path": str(path)}),
         images=record["images"],
         rows_per_shard=record["rows_per_shard"],
         class_names=tuple(record["class_names"]),

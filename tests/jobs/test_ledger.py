@@ -91,7 +91,7 @@ def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
     table = pq.read_table(caption.part_path(data.path, 1)).to_pydict()
     assert table["valid"] == [True, False, True]
     assert table["caption"] == ["scene 3", "", "scene 5"]
-    assert table["reason"][1].startswith("damaged")
+    assert table["reason"][1].startswith("truncated")
     assert Store(manifests.read(data.path)).valid_rows().tolist() == [0, 1, 2, 3, 5]
     assert ledger.read(data.path, "latents", 1).valid == 2
 
