@@ -7,6 +7,7 @@ numbers against the limits. All three are pure, and fast beside any model that s
 import hashlib
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -73,7 +74,7 @@ def decode(data: bytes, limits: ScreeningConfig) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(*image.size, limits)
-        LOADERS.get(image.format, load)(image, data)
+        LOADERS.get(str(image.format), load)(image, data)
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
     except Rejected:
@@ -105,7 +106,7 @@ def load(image: ImageFile, data: bytes) -> None:
 def load_jpeg(image: ImageFile, data: bytes) -> None:
     """Raises Rejected for a JPEG of endless scans, and for one that ends early but properly.
 
-    libjpeg fills what such a file lacks with the last colour and says nothing. So where the last block is of one
+    libjpeg fills what such a file lacks with the last colour and says nothing. So where the last 8 pixels are of one
     colour, the file is decoded again with some bytes between its scans and its end: a whole one does not notice.
     """
     assert image.fp is not None
@@ -115,8 +116,7 @@ def load_jpeg(image: ImageFile, data: bytes) -> None:
     if scans > MAX_SCANS:
         raise Rejected(Reason.UNREADABLE, f"{scans} scans")
     image.load()
-    last_block = image.crop(((image.width - 1) // 8 * 8, (image.height - 1) // 8 * 8, *image.size))
-    if last_block.getcolors(1):
+    if image.crop((max(0, image.width - 8), image.height - 1, *image.size)).getcolors(1):
         longer = Image.open(io.BytesIO(data[:end] + b"\x55" * 1024 + data[end:]), formats=["JPEG"])
         if longer.tobytes() != image.tobytes():
             raise Rejected(Reason.TRUNCATED, "the scans end before the picture does")
@@ -134,7 +134,7 @@ def load_bmp(image: ImageFile, data: bytes) -> None:
     image.load()
 
 
-LOADERS = {"JPEG": load_jpeg, "PNG": load_png, "BMP": load_bmp}
+LOADERS: dict[str | None, Callable[[ImageFile, bytes], None]] = {"JPEG": load_jpeg, "PNG": load_png, "BMP": load_bmp}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
+from pixart.config import ScreeningConfig
 from pixart.data import manifest as manifests
 from pixart.data.screening import decode, resize_and_crop
 from pixart.data.store import Store
@@ -102,7 +103,9 @@ def test_stored_latents_decode_to_the_photos(home, shared_data):
     store = Store(manifests.read(home / "photos"))
     vae = load_vae(str(shared_data / "tiny-vae"))
     photos = sorted(shared_data.glob("photos/*/*.jpg"))
-    images = np.stack([np.asarray(resize_and_crop(decode(path.read_bytes()), SIZE)) for path in photos])
+    images = np.stack(
+        [np.asarray(resize_and_crop(decode(path.read_bytes(), ScreeningConfig()), SIZE)) for path in photos]
+    )
     rows = np.arange(0, 96, 4)
     direct = decode_latents(vae, encode(vae, images[rows]).astype(np.float32))
     with torch.no_grad():

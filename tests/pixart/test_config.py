@@ -12,6 +12,7 @@ def test_overrides_by_dotted_key():
     )
     assert (changed.stage1.steps, changed.data.images, changed.data.text_states) == (7, None, False)
     assert (changed.stage2.lr, changed.data.captioner) == (3e-4, "vllm")
+    assert override(DEMO, ["data.screening.min_side=32"]).data.screening.min_side == 32
     assert override(DEMO, ["data.images=12"]).data.images == 12
     assert override(DEMO, ["data.source=s3://bucket/a=b"]).data.source == "s3://bucket/a=b"
 
@@ -33,6 +34,13 @@ def test_overrides_by_dotted_key():
         ("stage1.lr=nan", "^stage1.lr=nan: must be at least 0"),
         ("stage1.drop=1.5", r"^stage1.drop=1.5: must lie between 0 and 1"),
         ("data.images=0", "^data.images=0: must be at least 1"),
+        ("data.screening=7", r"is a group; set one of data\.screening\.max_pixels"),
+        ("data.screening.blur=7", "'data.screening.blur'.*max_pixels, min_side"),
+        ("data.screening.max_pixels=1e6", "data.screening.max_pixels='1e6': must be of type int"),
+        ("data.screening.min_side=0", "^data.screening.min_side=0: must be at least 1"),
+        ("data.screening.max_aspect=nan", "^data.screening.max_aspect=nan: must be at least 1"),
+        ("data.screening.plain=0", "^data.screening.plain=0.0: must be more than 0 and at most 1"),
+        ("data.screening.near_plain=1.1", "^data.screening.near_plain=1.1: must be more than 0 and at most 1"),
         ("sample.count=0", "^sample.count=0: must be at least 1"),
     ],
 )
@@ -46,3 +54,5 @@ def test_mistakes_name_the_key(assignment, message):
 def test_recipes_survive_json(name):
     recipe = RECIPES[name]("home")
     assert from_json(to_json(recipe)) == recipe
+    changed = override(recipe, ["data.screening.min_side=32"])
+    assert from_json(to_json(changed)) == changed
