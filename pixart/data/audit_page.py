@@ -18,8 +18,8 @@ GALLERY = """
 .half { display: inline-block; width: 540px; max-width: 100%; margin-right: 12px; }
 .half svg { width: 100%; height: auto; } .bar { fill: var(--c0); }
 .gallery { display: flex; flex-wrap: wrap; gap: 10px; }
-.gallery figure { margin: 0; width: 84px; font-size: 11px; overflow-wrap: anywhere; color: var(--soft); }
-.gallery img { max-width: 84px; max-height: 84px; border: 1px solid var(--rule); image-rendering: auto; }
+.gallery figure { margin: 0; width: 104px; font-size: 11px; overflow-wrap: anywhere; color: var(--soft); }
+.gallery img { max-width: 104px; max-height: 84px; border: 1px solid var(--rule); image-rendering: auto; }
 .none { width: 82px; height: 48px; border: 1px dashed var(--rule); }
 .group { display: inline-flex; gap: 4px; margin: 0 14px 10px 0; border-left: 3px solid var(--rule); padding-left: 6px; }
 """

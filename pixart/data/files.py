@@ -41,14 +41,10 @@ def find_files(url: str) -> Files:
         system, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
         raise ValueError(f"source {url!r}: {error}; {ALLOWED}") from None
-    path = path.rstrip("/")
-    if system.isdir(path):
-        root, found = path, dict(_below(system, path))
-    elif system.isfile(path):
-        root, found = path.rpartition("/")[0], {path: system.info(path)}
-    else:
-        fixed = path[: min((path.index(sign) for sign in "*?[" if sign in path), default=0)]
-        root, found = fixed.rpartition("/")[0], system.glob(path, detail=True) if fixed else {}
+    try:
+        root, found = _listed(system, path.rstrip("/"))
+    except Exception as error:  # each file system has errors of its own for what it cannot reach
+        raise ValueError(f"source {url!r}: {' '.join(str(error).split())}") from error
     sizes = {
         name: info.get("size") or -1
         for name, info in sorted((name.removeprefix(f"{root}/"), info) for name, info in found.items())
@@ -57,6 +53,16 @@ def find_files(url: str) -> Files:
     if not found:
         raise ValueError(f"source {url!r}: does not exist or is empty; {ALLOWED}")
     return Files(url=url, system=system, root=root, sizes=sizes)
+
+
+def _listed(system: Any, path: str) -> tuple[str, dict[str, dict]]:
+    """The folder that names are relative to, and what is known of each file by its full name."""
+    if system.isdir(path):
+        return path, dict(_below(system, path))
+    if system.isfile(path):
+        return path.rpartition("/")[0], {path: system.info(path)}
+    fixed = path[: min((path.index(sign) for sign in "*?[" if sign in path), default=0)]
+    return fixed.rpartition("/")[0], system.glob(path, detail=True) if fixed else {}
 
 
 def _below(system: Any, path: str) -> Iterator[tuple[str, dict]]:

@@ -72,6 +72,9 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch paint", "paint"),
         ("python -m jobs.launch", "JOB"),
         ("python -m jobs.launch caption --cluster nowhere", "unknown cluster profile 'nowhere'"),
+        ("python -m jobs.launch init --set data.screening.min_side=0", "data.screening.min_side=0"),
+        ("python -m jobs.launch init --set data.screening=1", "data.screening.min_side"),
+        ("python -m jobs.launch audit --set audit.max_plain=2", "audit.max_plain=2"),
         ("python -m jobs.launch caption --array 5-2", "'5-2'"),
         ("python -m jobs.launch caption --array a", "'a'"),
         ("python -m jobs.launch caption --array -1", "--array"),
@@ -145,8 +148,8 @@ def test_demo_links_its_runs_and_ends_with_a_picture(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
     stored = client.search_runs([client.get_experiment_by_name("pixart").experiment_id])
     jobs = {run.data.tags["pixart.job"]: run for run in stored}
-    assert set(jobs) == {"demo", "caption", "latents", "train", "convert", "sample"}
-    assert len(stored) == 7
+    assert set(jobs) == {"demo", "caption", "latents", "audit", "train", "convert", "sample"}
+    assert len(stored) == 8
     parents = {run.data.tags.get("mlflow.parentRunId") for run in stored if run.data.tags["pixart.job"] != "demo"}
     assert parents == {jobs["demo"].info.run_id}
     assert {run.info.status for run in stored} == {"FINISHED"}

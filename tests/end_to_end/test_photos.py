@@ -61,6 +61,7 @@ def home(shared_data, tmp_path_factory) -> Path:
     dataset = ["--dataset", str(home / "photos")]
     launch(home, "caption", "--array", "0-3", *dataset, settings=settings)
     launch(home, "latents", "--array", "0-3", *dataset, settings=settings)
+    launch(home, "audit", *dataset)
     launch(home, "train", "--stage", "1", *dataset, settings=settings)
     stage1 = last_checkpoint(home)
     launch(home, "convert", str(stage1), "--export", "inference")

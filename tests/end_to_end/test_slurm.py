@@ -162,7 +162,7 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
     assert (last.folder / "samples.png").exists()
     started = sorted((path.parent for path in tmp_path.glob("runs/*/attempts.jsonl")), key=first_start)
     kinds = [folder.name.split("-")[2] for folder in started]
-    assert kinds == ["caption", "latents", "train", "convert", "train", "sample"]
+    assert kinds == ["caption", "latents", "audit", "train", "convert", "train", "sample"]
 
 
 def first_start(folder: Path) -> str:
@@ -266,8 +266,8 @@ def small_data(tmp_path_factory) -> dict[str, Path]:
     found = {}
     for kind, images in IMAGES.items():
         found[kind] = home / kind
-        for job in {"caption": [], "latents": ["caption"], "train": ["caption", "latents"]}[kind]:
-            settings = {"data.shards": SHARDS, "data.images": images}
+        for job in {"caption": [], "latents": ["caption"], "train": ["caption", "latents", "audit"]}[kind]:
+            settings = {"data.shards": SHARDS, "data.images": images} if job == "caption" else {}
             submit(home, job, "--cluster", "local", "--dataset", str(found[kind]), settings=settings)
     return found
 
