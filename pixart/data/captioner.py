@@ -1,45 +1,57 @@
 """Captions of images: what the source says itself, or what a vision-language model sees."""
 
+import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, ImageOps
 
+from pixart.data.caption_checks import problem, short_form
+
 if TYPE_CHECKING:
     from pixart.data.sources import Item
 
-INSTRUCTION = (
-    "You write captions for images, from which a text-to-image model learns. Describe what can be seen in one or two "
-    "plain sentences of at most 60 words: the main subject, its look and what it does, where things are, the setting, "
-    "the light, and the kind of picture. Do not guess names or what lies outside the picture, and do not begin with "
-    "words such as 'The image shows'. Answer with the caption alone."
+    Given = tuple[int, Image.Image, Item]  # row, image, and the source's item that it is of
+
+STYLE = (
+    "Write noun phrases with what can be seen: the main subject first, then colour, material, number, size, position, "
+    "setting, light, and the kind of picture. At most three sentences and 60 words. The first sentence names the main "
+    "subject, has at most 20 words and stands alone. No names that are guessed, no opinions, nothing outside the "
+    "picture, no words such as 'the image shows'. Answer with this text alone."
+)
+INSTRUCTION = f"You write captions for images, from which a text-to-image model learns. {STYLE}"
+REWRITING = (
+    "You rewrite a user's short request for a picture as the caption of that picture, from which a text-to-image model "
+    f"paints it. Keep all that the request says; add only what it leaves open. {STYLE}"
 )
 MAX_PIXELS = 512 * 512  # an image that is larger reaches the model at this size: 256 tokens of 32 x 32 pixels
 MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
 MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses more than 200, and with it the whole call
+CHUNK = 8  # images that are handed to the engine together
+WAITING = 256  # images that the engine may have at a time
+RETRY_TEMPERATURE = 0.7  # with the most likely tokens, another seed would change nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
     text: str
-    short: str = ""
-    problem: str = ""
-    seed: int = 0
+    short: str  # the first sentence
+    problem: str  # "", or one of `caption_checks.Problem`
+    seed: int  # of the attempt that made it
 
 
 class Captioner(Protocol):
     name: str  # identifies the captioner and all that its captions depend on
     model: str
-    prompt_hash: str
-    sampling: str
+    prompt_hash: str  # of the instruction
+    sampling: str  # JSON
 
-    def stream(self, given: "Iterator[tuple[int, Image.Image, Item]]") -> "Iterator[tuple[int, Caption]]": ...
-
-    def caption(self, images: list[Image.Image], items: "list[Item]") -> list[str]:
-        """One caption for each image, which is that of the item at its place."""
+    def stream(self, given: "Iterable[Given]") -> "Iterator[tuple[int, Caption]]":
+        """The captions of (row, image, item), each with its row, in whatever order they are ready."""
         ...
 
 
@@ -52,18 +64,15 @@ class Sampling:
     seed: int = 0
 
 
-def make_captioner(
-    kind: str, *, model: str, sampling: Sampling | None = None, enforce_eager: bool = False, dtype: str = "auto"
-) -> Captioner:
+def make_captioner(kind: str, *, model: str, sampling: Sampling | None = None, dtype: str = "auto") -> Captioner:
     """`labels`, or `vllm` with the folder or hub name of a Qwen3-VL `model` and what follows.
 
-    `enforce_eager` leaves out CUDA graphs and compilation, which take minutes to set up. Raises ValueError for
-    another kind, or where vLLM is not installed.
+    Raises ValueError for another kind, or where vLLM is not installed.
     """
     if kind == "labels":
         return LabelsCaptioner()
     if kind == "vllm":
-        return VllmCaptioner(model, sampling or Sampling(), enforce_eager, dtype)
+        return VllmCaptioner(model, sampling or Sampling(), dtype)
     raise ValueError(f"captioner {kind!r}: must be labels or vllm")
 
 
@@ -73,13 +82,10 @@ class LabelsCaptioner:
     name = model = "labels"
     prompt_hash = sampling = ""
 
-    def stream(self, given):
-        for row, image, item in given:
-            text = self.caption([image], [item])[0]
-            yield row, Caption(text=text, short=re.split(r"(?<=[.!?]) ", text)[0])
-
-    def caption(self, images: list[Image.Image], items: "list[Item]") -> list[str]:
-        return [class_caption(item.text) if item.text_is_class else item.text for item in items]
+    def stream(self, given: "Iterable[Given]") -> Iterator[tuple[int, Caption]]:
+        for row, _, item in given:
+            text = class_caption(item.text) if item.text_is_class else item.text
+            yield row, Caption(text=text, short=short_form(text), problem="", seed=0)
 
 
 def class_caption(name: str) -> str:
@@ -95,32 +101,66 @@ def article(words: str) -> str:
 
 
 class VllmCaptioner:
-    """One vLLM engine. The instruction stands before the image, so that its prefix is computed once for all images."""
+    """One vLLM engine. The instruction stands before the image, so that its prefix is computed once for all images.
 
-    def __init__(self, model: str, sampling: Sampling, enforce_eager: bool, dtype: str):
+    The engine is a process of its own: it generates while this one decodes, screens and renders the next images.
+    """
+
+    def __init__(self, model: str, sampling: Sampling, dtype: str):
         try:
             import vllm
         except ModuleNotFoundError as error:
             raise ValueError(f"captioner 'vllm': {error}; install vllm, or choose the captioner labels") from None
         settings = ", ".join(f"{key} {value}" for key, value in asdict(sampling).items())
-        prompt = sha256(INSTRUCTION.encode()).hexdigest()[:8]
-        self.name = f"{model}, vllm {vllm.__version__}, {settings}, instruction {prompt}"
-        self._sampling = vllm.SamplingParams(**asdict(sampling))
+        self.model, self.prompt_hash = model, prompt_hash(INSTRUCTION)
+        self.sampling = json.dumps({**asdict(sampling), "vllm": vllm.__version__})
+        self.name = f"{model}, vllm {vllm.__version__}, {settings}, instruction {self.prompt_hash}"
+        first, again = sampling, replace(sampling, seed=sampling.seed + 1, temperature=RETRY_TEMPERATURE)
+        self._attempts = [(vllm.SamplingParams(**asdict(how)), how.seed) for how in (first, again)]
         self._engine = vllm.LLM(
             model=model,
             dtype=dtype,
-            enforce_eager=enforce_eager,
+            enforce_eager=not vllm.platforms.current_platform.is_cuda_alike(),  # a CPU has no graphs, and compiles long
             max_model_len=MAX_MODEL_LEN,
             limit_mm_per_prompt={"image": 1, "video": 0},
             mm_processor_kwargs={"max_pixels": MAX_PIXELS},
             mm_processor_cache_gb=0,  # no image comes twice
         )
 
-    def caption(self, images: list[Image.Image], items: "list[Item]") -> list[str]:
-        if not images:
-            return []
-        outputs = self._engine.chat([_conversation(image) for image in images], self._sampling, use_tqdm=False)
-        return [normalize(output.outputs[0].text, output.outputs[0].finish_reason == "length") for output in outputs]
+    def stream(self, given: "Iterable[Given]") -> Iterator[tuple[int, Caption]]:
+        waiting: dict[str, tuple[Given, int]] = {}  # by the engine's id: what was given, and which attempt it is
+        images = iter(given)
+        while chunk := list(islice(images, CHUNK)):
+            self._enqueue(chunk, 0, waiting)
+            while len(waiting) >= WAITING:
+                yield from self._finished(waiting)
+        while waiting:
+            yield from self._finished(waiting)
+
+    def _enqueue(self, chunk: "list[Given]", attempt: int, waiting: "dict[str, tuple[Given, int]]") -> None:
+        conversations = [_conversation(image) for _, image, _ in chunk]
+        ids = self._engine.enqueue_chat(conversations, self._attempts[attempt][0], use_tqdm=False)
+        for id, each in zip(ids, chunk, strict=True):
+            waiting[id.partition("-")[0]] = (each, attempt)  # the engine adds random characters, and answers without
+
+    def _finished(self, waiting: "dict[str, tuple[Given, int]]") -> Iterator[tuple[int, Caption]]:
+        """What the engine has next; a caption that has a problem is written once more."""
+        for output in self._engine.llm_engine.step():
+            if not output.finished:
+                continue
+            each, attempt = waiting.pop(output.request_id)
+            cut = output.outputs[0].finish_reason == "length"
+            text = normalize(output.outputs[0].text, cut)
+            found = problem(text, cut and text[-1:] not in (".", "!", "?"))
+            if found and attempt + 1 < len(self._attempts):
+                self._enqueue([each], attempt + 1, waiting)
+            else:
+                seed = self._attempts[attempt][1]
+                yield each[0], Caption(text=text, short=short_form(text), problem=found or "", seed=seed)
+
+
+def prompt_hash(instruction: str) -> str:
+    return sha256(instruction.encode()).hexdigest()[:8]
 
 
 def _conversation(image: Image.Image) -> list[Any]:

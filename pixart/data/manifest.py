@@ -76,7 +76,7 @@ def make(data: DataConfig) -> Manifest:
 
 
 def model_fingerprint(data: DataConfig, kind: str) -> str:
-    from pixart.data.captioner import INSTRUCTION
+    from pixart.data.captioner import INSTRUCTION, prompt_hash
     from pixart.data.fingerprint import fingerprint
     from pixart.data.text import encoder_path
     from pixart.data.vae import vae_path
@@ -84,7 +84,7 @@ def model_fingerprint(data: DataConfig, kind: str) -> str:
     if kind == "captioner":
         if data.captioner == "labels":
             return "labels"
-        return f"{fingerprint(data.caption_model)}-{hashlib.sha256(INSTRUCTION.encode()).hexdigest()[:8]}"
+        return f"{fingerprint(data.caption_model)}-{prompt_hash(INSTRUCTION)}"
     return fingerprint(vae_path(data.vae) if kind == "vae" else encoder_path(data.text_encoder))
 
 

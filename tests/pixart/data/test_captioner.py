@@ -26,16 +26,22 @@ def item(text: str, text_is_class: bool = False) -> Item:
 def test_labels_are_the_items_own_texts():
     captioner = make_captioner("labels", model="")
     items = [item("a red circle on the left"), item(""), item("brown bear", True), item("airliner", True)]
-    captions = captioner.caption([Image.new("RGB", (8, 8))] * 4, items)
-    assert captions == ["a red circle on the left", "", "a photo of a brown bear", "a photo of an airliner"]
+    captions = dict(captioner.stream((row, Image.new("RGB", (8, 8)), item) for row, item in enumerate(items)))
+    assert [captions[row].text for row in range(4)] == [
+        "a red circle on the left",
+        "",
+        "a photo of a brown bear",
+        "a photo of an airliner",
+    ]
     assert captioner.name == "labels"
 
 
 def test_labels_of_the_demo_are_its_captions():
     items = list(open_source("demo", images=5, image_size=16).read(0, 5))
-    captions = make_captioner("labels", model="").caption([Image.new("RGB", (8, 8))] * 5, items)
-    assert captions == [item.text for item in items]
-    assert all(caption.count(" ") > 4 for caption in captions)
+    given = ((row, Image.new("RGB", (8, 8)), item) for row, item in enumerate(items))
+    captions = dict(make_captioner("labels", model="").stream(given))
+    assert [captions[row].text for row in range(5)] == [item.text for item in items]
+    assert all(caption.text.count(" ") > 4 for caption in captions.values())
 
 
 def test_article_follows_the_sound():
@@ -77,22 +83,25 @@ def test_missing_vllm_is_an_error(monkeypatch):
 
 
 SCRIPT = """
-import json, sys
+import dataclasses, json, sys
 from PIL import Image
 from pixart.data.captioner import Sampling, make_captioner
 
 if __name__ == "__main__":
     model, *paths = sys.argv[1:]
     images = [Image.open(path).convert("RGB") for path in paths]
-    captioner = make_captioner(
-        "vllm", model=model, sampling=Sampling(max_tokens=16), enforce_eager=True, dtype="float32"
-    )
+    captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
+
+    def captions(images):
+        found = dict(captioner.stream((row, image, None) for row, image in enumerate(images)))
+        return [dataclasses.asdict(found[row]) for row in range(len(images))]
+
     result = {
         "name": captioner.name,
-        "captions": captioner.caption(images, []),
-        "again": captioner.caption(images, []),
-        "reversed": captioner.caption(images[::-1], [])[::-1],
-        "none": captioner.caption([], []),
+        "captions": captions(images),
+        "again": captions(images),
+        "reversed": captions(images[::-1])[::-1],
+        "none": captions([]),
     }
     with open("result.json", "w") as file:
         json.dump(result, file)
@@ -134,8 +143,9 @@ def result(tmp_path_factory):
 @needs_vllm
 def test_vllm_captions_every_image_whatever_its_size(result):
     assert len(result["captions"]) == result["files"] >= len(SIZES)
-    assert all(isinstance(caption, str) and caption for caption in result["captions"])
-    assert all(caption == " ".join(caption.split()) for caption in result["captions"])
+    texts = [caption["text"] for caption in result["captions"]]
+    assert all(text == " ".join(text.split()) for text in texts)
+    assert all(caption["text"] or caption["problem"] == "empty" for caption in result["captions"])
     assert result["none"] == []
 
 
@@ -143,9 +153,17 @@ def test_vllm_captions_every_image_whatever_its_size(result):
 @needs_vllm
 def test_vllm_captions_depend_on_the_image_alone(result):
     assert result["again"] == result["captions"]
-    assert len(set(result["captions"])) > result["files"] / 2  # random weights, but they see the image
-    beginnings = [caption[:8] for caption in result["captions"]]  # as rounding depends on the batch
-    assert [caption[:8] for caption in result["reversed"]] == beginnings
+    texts = [caption["text"] for caption in result["captions"]]
+    assert len(set(texts)) > result["files"] / 2  # random weights, but they see the image
+    assert [caption["text"][:8] for caption in result["reversed"]] == [text[:8] for text in texts]  # rounding, by batch
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_writes_a_caption_with_a_problem_once_more(result):
+    """Cut after 16 tokens: the second attempt, by another seed, is kept and marked where it is no better."""
+    assert {caption["seed"] for caption in result["captions"] if caption["problem"]} <= {1}
+    assert any(caption["seed"] == 1 for caption in result["captions"])
 
 
 @pytest.mark.vllm
