@@ -2,6 +2,7 @@
 
 import io
 import platform
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -49,6 +50,10 @@ def for_each_shard(shards: list[int], work: Callable[[int], None]) -> None:
         raise kind(f"{len(failures)} of {len(shards)} shards failed; shard {first}: {cause}") from cause
 
 
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
+
+
 def caption_shard(manifest, shard: int, source, captioner) -> None:
     import hashlib
 
@@ -59,7 +64,7 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
 
     begun = time.monotonic()
     start, stop = manifest.shard(shard)
-    columns: dict[str, list] = {name: [] for name in ("id", "label", "caption", "valid", "reason")}
+    columns: dict[str, list] = {name: [] for name in ("id", "label", "caption", "short_caption", "valid", "reason")}
     waiting: list[tuple[int, object, object]] = []  # (row of the shard, image, item) not captioned yet
 
     def caption_waiting() -> None:
@@ -67,12 +72,14 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
             texts = captioner.caption([image for _, image, _ in waiting], [item for _, _, item in waiting])
             for (row, _, _), text in zip(waiting, texts, strict=True):
                 columns["caption"][row] = text
+                columns["short_caption"][row] = first_sentence(text)
             waiting.clear()
 
     for row, item in enumerate(source.read(start, stop)):
         columns["id"].append(item.id)
         columns["label"].append(item.label)
         columns["caption"].append("")
+        columns["short_caption"].append("")
         try:
             waiting.append((row, decode(item.data), item))
             columns["reason"].append("")
@@ -91,6 +98,7 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
             ("id", pa.string()),
             ("label", pa.int32()),
             ("caption", pa.string()),
+            ("short_caption", pa.string()),
             ("valid", pa.bool_()),
             ("reason", pa.string()),
         ]

@@ -54,8 +54,10 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     columns = {name: np.zeros((len(valid), *shape), dtype) for name, (shape, dtype) in layout(manifest).items()}
     columns["label"][:] = table["label"]
     columns["valid"][:] = valid
-    if len(valid):
-        columns["token_ids"], columns["token_mask"] = text.tokenize(table["caption"])
+    captions_of = {"": "caption", "short_": "short_caption"} if manifest.data.short_captions else {"": "caption"}
+    for prefix, caption in captions_of.items():
+        if len(valid):
+            columns[f"{prefix}token_ids"], columns[f"{prefix}token_mask"] = text.tokenize(table[caption])
 
     start, stop = manifest.shard(shard)
     rows: list[int] = []
@@ -66,12 +68,12 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
             images.append(np.asarray(resize_and_crop(decode(item.data), manifest.data.image_size)))
         if rows and (len(rows) == BATCH or row == stop - start - 1):
             columns["latents"][rows] = encode(vae, np.stack(images))
-            if "text_states" in columns:
-                states = text.states(columns["token_ids"][rows], columns["token_mask"][rows])
-                columns["text_states"][rows] = states.to(torch.float16).cpu().numpy()
+            for prefix in captions_of if manifest.data.text_states else ():
+                states = text.states(columns[f"{prefix}token_ids"][rows], columns[f"{prefix}token_mask"][rows])
+                columns[f"{prefix}text_states"][rows] = states.to(torch.float16).cpu().numpy()
             rows, images = [], []
-    for name in ("latents", "text_states"):
-        if name in columns and not np.isfinite(columns[name]).all():
+    for name in columns:
+        if columns[name].dtype == np.float16 and not np.isfinite(columns[name]).all():
             raise ValueError(f"shard {shard}: {name} do not fit into float16")
 
     write_shard(manifest, shard, columns)

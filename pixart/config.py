@@ -31,6 +31,7 @@ class DataConfig:
     text_tokens: int = 120
     text_scale: float = 1.0  # multiplies the encoder's states
     text_states: bool = False  # store the states too: 15 times the size of the latents at width 2048
+    short_captions: bool = False  # store the tokens (and states) of short captions too
     captioner: Literal["labels", "vllm"] = "labels"
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"  # read by the vllm captioner
     caption_batch: int = 64  # images that the captioner is given at a time
@@ -71,6 +72,7 @@ class TrainConfig:
     clip: float = 1.0  # global gradient norm
     ema: float = 0.9999
     drop: float = 0.1  # share of conditions replaced by "none", for guidance
+    short: float = 0.0  # share of short captions; stage 2, of a dataset with data.short_captions
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False  # needs a checkpoint that the conversion wrote
     seed: int = 0
@@ -80,7 +82,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
-        for name in ("final_lr", "ema", "drop"):
+        for name in ("final_lr", "ema", "drop", "short"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pixart.config import DataConfig
+from pixart.data.objects import read_object
 from pixart.data.sources import Source, open_source
 
-FORMAT = 1
+FORMAT = 2
 FILE = "manifest.json"
 
 
@@ -86,10 +87,10 @@ def write(manifest: Manifest) -> None:
 
 
 def read(path: str | Path) -> Manifest:
-    """Raises ValueError where `path` is no dataset."""
-    file = Path(path) / FILE
+    """The manifest of a dataset's directory or URL. Raises ValueError where there is none."""
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
+        text = read_object(str(path), FILE)
+        record: dict[str, Any] = json.loads(text or b"")
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no dataset: it has no readable {FILE}") from error
     if record["format"] != FORMAT:
