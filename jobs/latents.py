@@ -54,20 +54,21 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     begun = time.monotonic()
     captions = ledger.read(manifest.data.path, "caption", shard)
     assert captions is not None  # `complete` has looked
-    table = read_part(manifest.data.path, shard).select(["label", "caption", "valid"]).to_pydict()
+    captions_of = {"": "caption", "short_": "short_caption"} if manifest.data.short_captions else {"": "caption"}
+    table = read_part(manifest.data.path, shard).select(["label", "valid", *captions_of.values()]).to_pydict()
     valid = np.array(table["valid"], dtype=bool)
     columns = {name: np.zeros((len(valid), *shape), dtype) for name, (shape, dtype) in layout(manifest).items()}
     columns["label"][:] = table["label"]
     columns["valid"][:] = valid
-    if len(valid):
-        columns["token_ids"], columns["token_mask"] = text.tokenize(table["caption"])
+    for prefix, caption in captions_of.items() if len(valid) else ():
+        columns[f"{prefix}token_ids"], columns[f"{prefix}token_mask"] = text.tokenize(table[caption])
     for rows, latents in encoded(manifest, source.read(*manifest.shard(shard)), valid, vae):
         columns["latents"][rows] = latents
-        if "text_states" in columns:
-            states = text.states(columns["token_ids"][rows], columns["token_mask"][rows])
-            columns["text_states"][rows] = states.to(torch.float16).cpu().numpy()
-    for name in ("latents", "text_states"):
-        if name in columns and not np.isfinite(columns[name]).all():
+        for prefix in captions_of if manifest.data.text_states else ():
+            states = text.states(columns[f"{prefix}token_ids"][rows], columns[f"{prefix}token_mask"][rows])
+            columns[f"{prefix}text_states"][rows] = states.to(torch.float16).cpu().numpy()
+    for name in columns:
+        if columns[name].dtype == np.float16 and not np.isfinite(columns[name]).all():
             raise ValueError(f"shard {shard}: {name} do not fit into float16")
 
     write_shard(manifest, shard, columns)

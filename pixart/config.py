@@ -51,6 +51,7 @@ class DataConfig:
     text_tokens: int = 120
     text_scale: float = 1.0  # multiplies the encoder's states
     text_states: bool = False  # store the states too: 15 times the size of the latents at width 2048
+    short_captions: bool = False  # store the tokens (and states) of short captions too
     captioner: Literal["labels", "vllm"] = "labels"
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"  # read by the vllm captioner
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
@@ -91,6 +92,7 @@ class TrainConfig:
     clip: float = 1.0  # global gradient norm
     ema: float = 0.9999
     drop: float = 0.1  # share of conditions replaced by "none", for guidance
+    short: float = 0.0  # share of short captions; stage 2, of a dataset with data.short_captions
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False  # needs a checkpoint that the conversion wrote
     seed: int = 0
@@ -100,7 +102,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
-        require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop)
+        require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop, short=self.short)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart.config import DataConfig, read_data
+from pixart.data.objects import read_object
 from pixart.data.sources import Source, open_source
 
 FORMAT = 2
@@ -112,10 +113,9 @@ def write(manifest: Manifest) -> None:
 
 
 def read(path: str | Path) -> Manifest:
-    """Raises ValueError where `path` is no dataset."""
-    file = Path(path) / FILE
+    """The manifest of a dataset's directory or URL. Raises ValueError where there is none, or it was changed."""
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
+        record: dict[str, Any] = json.loads(read_object(str(path), FILE) or b"")
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no dataset: it has no readable {FILE}") from error
     if record.get("format") != FORMAT:
@@ -131,7 +131,7 @@ def read(path: str | Path) -> Manifest:
             models=record["models"],
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no manifest of this suite: {error}") from error
+        raise ValueError(f"{path}/{FILE} is no manifest of this suite: {error}") from error
     if manifest.hash != record.get("hash"):
-        raise ValueError(f"{file} was changed since the dataset was made: its hash is {manifest.hash}")
+        raise ValueError(f"{path}/{FILE} was changed since the dataset was made: its hash is {manifest.hash}")
     return manifest

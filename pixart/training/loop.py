@@ -69,18 +69,19 @@ class Training:
         if start:
             load_optimizer_state(self.optimizer, self.model, start.optimizer)
             self.ema.load(start.ema)
-        self.condition = ClassCondition(self.model) if stage == 1 else TextCondition(self.dataset, ranks.device)
+        self.condition = (
+            ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks.device)
+        )
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step -> loss of this rank () and norm of the gradient before clipping ()."""
         generator = step_generator(self.config.seed, self.steps_done, self.ranks.rank)
         device = self.ranks.device
-        data = self.normalization.apply(batch.latents.to(device))
+        data = self.normalization.apply(batch.latents.to(device, non_blocking=True))
         noise = torch.randn(data.shape, generator=generator).to(device)
         t = sample_time(len(data), generator).to(device)
-        dropped = (torch.rand(len(data), generator=generator) < self.config.drop).to(device)
 
-        velocity = self.model(interpolate(data, noise, t), t, **self.condition(batch, dropped))
+        velocity = self.model(interpolate(data, noise, t), t, **self.condition(batch))
         loss = flow_loss(velocity, data, noise)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -139,7 +140,16 @@ def train(
         done = checkpoints.steps(run)
         source = done[-1] if done else start and checkpoints.find(start)
         training = Training(checkpoints.load(source) if source else None, stage, model, config, store, ranks)
-        loader = Loader(store, batch=config.batch, seed=config.seed, rank=ranks.rank, world=ranks.world)
+        loader = Loader(
+            store,
+            batch=config.batch,
+            seed=config.seed,
+            drop=config.drop,
+            short=config.short,
+            states=stage == 2,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
         interval = Interval(config, ranks)
         saved = Path(source) if source else None
         for batch in loader.iterate(training.steps_done, config.steps):
@@ -197,11 +207,11 @@ class Interval:
 class ClassCondition:
     """Stage 1: the class, or "no class" where it is dropped or not known."""
 
-    def __init__(self, model: DiT) -> None:
-        self.none = model.config.num_classes - 1
+    def __init__(self, model: DiT, device: torch.device) -> None:
+        self.none, self.device = model.config.num_classes - 1, device
 
-    def __call__(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
-        label = batch.label.to(dropped.device)
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        label, dropped = (tensor.to(self.device, non_blocking=True) for tensor in (batch.label.long(), batch.dropped))
         return {"label": torch.where(dropped | (label < 0), self.none, label)}
 
 
@@ -215,15 +225,16 @@ class TextCondition:
         encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
         self.null_states, self.null_mask = (tensor.to(device) for tensor in encoder.encode([""]))
         self.null_length = int(self.null_mask.sum())
-        self.encoder = None if data.text_states else encoder
+        self.encoder, self.device = None if data.text_states else encoder, device
 
-    def __call__(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
-        mask = torch.where(dropped[:, None], self.null_mask, batch.token_mask.to(dropped.device))
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        dropped = batch.dropped.to(self.device, non_blocking=True)
+        mask = torch.where(dropped[:, None], self.null_mask, batch.token_mask.to(self.device, non_blocking=True))
         if self.encoder:
             states = self.encoder.states(batch.token_ids, batch.token_mask)
         else:
             assert batch.text_states is not None  # the manifest says that the store keeps them
-            states = batch.text_states.to(dropped.device).float()
+            states = batch.text_states.to(self.device, non_blocking=True).float()
         # Padding is on the right, and keys that no caption has are left out: counted on the CPU, without a wait.
         longest = max(int(batch.token_mask.sum(1).max()), self.null_length)
         states = torch.where(dropped[:, None, None], self.null_states, states)

@@ -1,38 +1,113 @@
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
+from pixart.config import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data.loader import Loader, rows_of_step
+from pixart.data import store as stores
+from pixart.data.loader import Batch, Loader
+from pixart.data.manifest import Manifest
 from pixart.data.store import Store
 
 
-def test_every_row_once_an_epoch_in_another_order():
-    valid = np.array([3, 5, 8, 9, 20, 21, 22])
-    drawn = np.concatenate([rows_of_step(valid, step, 4, seed=1) for step in range(7)])  # 28 = 4 epochs of 7
-    epochs = drawn.reshape(4, 7)
-    assert (np.sort(epochs, axis=1) == valid).all()
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert (rows_of_step(valid, 3, 4, seed=1) == drawn[12:16]).all()
-    assert (rows_of_step(valid, 0, 7, seed=2) != epochs[0]).any()
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Store:
+    """200 rows in 7 shards with long and short captions; what a row has says which it is."""
+    path = str(tmp_path_factory.mktemp("dataset"))
+    data = DataConfig(path=path, shards=7, images=200, text_tokens=5, text_states=True, short_captions=True)
+    made = Manifest(
+        data=data, images=200, rows_per_shard=29, class_names=("a",), latent_shape=(2, 3, 3), text_dim=6, models={}
+    )
+    stores.create(made)
+    manifests.write(made)
+    for shard in range(7):
+        rows = np.arange(*made.shard(shard))
+        values = {
+            name: np.broadcast_to(
+                (rows + 1000 * name.startswith("short_")).reshape(-1, *[1] * len(shape)), (len(rows), *shape)
+            )
+            for name, (shape, _) in stores.layout(made).items()
+        }
+        stores.write_shard(made, shard, {**values, "valid": rows % 10 != 3})
+    return Store(made)
 
 
-def test_batch_larger_than_the_dataset():
-    drawn = rows_of_step(np.arange(3), 0, 9, seed=0).reshape(3, 3)
-    assert (np.sort(drawn, axis=1) == np.arange(3)).all()
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {
+        field.name: torch.as_tensor(getattr(batch, field.name))
+        for field in dataclasses.fields(batch)
+        if getattr(batch, field.name) is not None
+    }
 
 
-def test_ranks_share_the_global_batch(small_recipe):
-    store = Store(manifests.read(small_recipe.data.path))
-    whole = Loader(store, batch=8, seed=0).read(5)
-    parts = [Loader(store, batch=8, seed=0, rank=rank, world=4).read(5) for rank in range(4)]
-    assert np.concatenate([part.rows for part in parts]).tolist() == whole.rows.tolist()
-    assert all((part.latents == whole.latents[2 * i : 2 * i + 2]).all() for i, part in enumerate(parts))
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ranks_share_the_global_batch(dataset, world):
+    settings = {"batch": 16, "seed": 4, "drop": 0.3, "short": 0.4}
+    ranks = [Loader(dataset, **settings, rank=rank, world=world) for rank in range(world)]
+    alone = Loader(dataset, **settings)
+    for step in (0, 11, 12, 40):  # 180 valid rows: step 11 reaches into the next epoch
+        whole, parts = tensors(alone.read(step)), [tensors(rank.read(step)) for rank in ranks]
+        for name, values in whole.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), values), name
+
+
+def test_ranks_must_divide_the_batch(dataset):
     with pytest.raises(ValueError, match="3 ranks"):
-        Loader(store, batch=8, seed=0, world=3)
+        Loader(dataset, batch=8, seed=0, world=3)
 
 
-def test_reading_ahead_changes_nothing(small_recipe):
-    loader = Loader(Store(manifests.read(small_recipe.data.path)), batch=8, seed=0)
-    batches = list(loader.iterate(2, 9))
-    assert [batch.rows.tolist() for batch in batches] == [loader.read(step).rows.tolist() for step in range(2, 9)]
+def test_what_a_batch_holds(dataset):
+    loader = Loader(dataset, batch=60, seed=0, drop=0.25, short=0.5)
+    dropped = short = 0
+    for batch in loader.iterate(0, 30):
+        chosen = batch.rows + 1000 * (batch.token_ids[:, 0].numpy() >= 1000)
+        assert (batch.rows % 10 != 3).all()
+        assert (batch.label.numpy() == batch.rows).all()
+        assert (batch.latents.numpy() == batch.rows[:, None, None, None]).all()
+        assert (batch.token_ids.numpy() == chosen[:, None]).all()
+        assert batch.text_states is not None
+        assert (batch.text_states.numpy() == chosen[:, None, None].astype(np.float16)).all()
+        dropped, short = dropped + int(batch.dropped.sum()), short + int((chosen >= 1000).sum())
+    assert abs(dropped / 1800 - 0.25) < 0.04
+    assert abs(short / 1800 - 0.5) < 0.04
+
+
+def test_draws_are_not_of_each_other(dataset):
+    """The same share of drops and of short captions falls on other rows, and others in each step."""
+    loader = Loader(dataset, batch=160, seed=0, drop=0.5, short=0.5)
+    first, second = loader.read(0), loader.read(1)
+    assert 0.3 < float((first.dropped == (first.token_ids[:, 0] >= 1000)).float().mean()) < 0.7
+    assert 0.3 < float((first.dropped == second.dropped).float().mean()) < 0.7
+
+
+def test_short_captions_must_be_there(small_recipe):
+    store = Store(manifests.read(small_recipe.data.path))
+    with pytest.raises(ValueError, match=r"short=0\.1.*data\.short_captions"):
+        Loader(store, batch=8, seed=0, short=0.1)
+
+
+def test_states_are_left_where_nobody_reads_them(dataset):
+    assert Loader(dataset, batch=8, seed=0, states=False).read(0).text_states is None
+
+
+@pytest.mark.parametrize("start", [0, 3, 11, 100])
+def test_reading_ahead_changes_nothing(dataset, start):
+    loader, other = (Loader(dataset, batch=48, seed=0, drop=0.5, short=0.5) for _ in range(2))
+    for step, batch in zip(range(start, start + 9), loader.iterate(start, start + 9), strict=True):
+        wanted = tensors(other.read(step))
+        assert all(torch.equal(values, wanted[name]) for name, values in tensors(batch).items())
     assert list(loader.iterate(4, 4)) == []
+
+
+def test_an_error_of_the_reading_thread_reaches_the_caller(dataset, tmp_path):
+    import shutil
+
+    copy = dataclasses.replace(dataset.manifest.data, path=str(tmp_path / "copy"))
+    shutil.copytree(dataset.manifest.data.path, copy.path)
+    store = Store(dataclasses.replace(dataset.manifest, data=copy))
+    loader = Loader(store, batch=8, seed=0)
+    (tmp_path / "copy" / store.columns["latents"].file(5)).unlink()
+    with pytest.raises(ValueError, match="array latents, shard 5"):
+        list(loader.iterate(0, 25))
