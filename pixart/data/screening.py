@@ -18,7 +18,7 @@ from PIL.ImageFile import ImageFile
 from pixart.config import ScreeningConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no other parser sees the bytes
-MAX_SCANS = 50  # of a progressive JPEG, each a pass over the whole picture; encoders write about ten
+MAX_SCANS = 30  # of a progressive JPEG, each a pass over the whole picture; encoders write about ten
 MAX_RLE_PIXELS = 4_000_000  # of a run-length coded BMP, which Pillow decodes in Python at 5 million a second
 
 SIDE = 128  # pixels of the square copy that is measured
@@ -84,7 +84,9 @@ def decode(data: bytes, limits: ScreeningConfig) -> Image.Image:
     except UnidentifiedImageError:
         raise Rejected(Reason.UNREADABLE, f"no header of {', '.join(FORMATS)}") from None
     except Exception as error:  # damaged bytes fail in as many ways as their reader has lines
-        reason = Reason.TRUNCATED if "truncated" in str(error).lower() else Reason.UNREADABLE
+        riff_is_cut = data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")  # WebP
+        truncated = riff_is_cut or "truncated" in str(error).lower()
+        reason = Reason.TRUNCATED if truncated else Reason.UNREADABLE
         raise Rejected(reason, f"{type(error).__name__}: {error}") from None
 
 
