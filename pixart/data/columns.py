@@ -4,6 +4,7 @@ Chunks are not compressed and end in their CRC-32C; in a file of several chunks 
 the index ends the file, so that the place of every row is known beforehand. Any library for Zarr v3 reads them too.
 """
 
+import errno
 import math
 import os
 import uuid
@@ -127,7 +128,7 @@ def write_file(root: Path, column: Column, shard: int, values: np.ndarray) -> No
             for start in range(0, len(parts), BUFFERS):
                 group = parts[start : start + BUFFERS]
                 if os.writev(file.fileno(), group) < sum(len(part) for part in group):
-                    raise OSError(f"{target}: the disk took only a part of it")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
             os.fsync(file.fileno())
         temporary.replace(target)
     finally:
