@@ -10,6 +10,7 @@ from jobs import runs
 from jobs.dataset_commands import array_command, audit_command, init_command, verify_command
 from jobs.model_commands import convert_command, sample_command, train_command
 from jobs.pipeline import pipeline_command
+from jobs.prompt_commands import recaption_command
 from jobs.submission import Launch, NothingSubmitted, resubmit
 from jobs.tracking import sync_in_background
 from pixart.config import Recipe, from_json, override
@@ -73,6 +74,7 @@ COMMANDS = {
     "train": train_command,
     "convert": convert_command,
     "sample": sample_command,
+    "recaption": recaption_command,
     "demo": pipeline_command,
     "pipeline": pipeline_command,
     "retry": retry_command,

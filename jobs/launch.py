@@ -19,6 +19,7 @@ JOBS = {
     "train": "trains stage 1 or stage 2",
     "convert": "brings a checkpoint into FP8, stage 1 into stage 2 on the way",
     "sample": "samples pictures from a checkpoint",
+    "recaption": "rewrites requests in the style of the captions, by the model that wrote those",
     "pipeline": "submits all of them, each to begin when the one before it has succeeded",
     "demo": "runs all of them, from rendered scenes to counted pictures",
 }
@@ -74,6 +75,13 @@ def make_parser() -> argparse.ArgumentParser:
             job.add_argument(
                 "--prompt", action="append", default=[], help="may be given several times (default: the dataset's)"
             )
+        if name == "recaption":
+            job.add_argument("requests", nargs="*", metavar="REQUEST")
+            job.add_argument("--file", help="more requests, one a line")
+            job.add_argument("--output", help=".txt or .jsonl file (default: standard output)")
+            job.add_argument("--model", help="folder or hub name (default: the recipe's captioner, or the server's)")
+            job.add_argument("--server", metavar="URL", help="a running vLLM server, such as http://node:8000/v1")
+            job.add_argument("--compare", metavar="DATASET", help="report how alike its captions and the answers are")
         if name == "logs":
             job.add_argument("--shard", type=int, metavar="N", help="of this shard only")
             job.add_argument("-f", dest="follow", action="store_true", help="go on as more is written")

@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from jobs import audit, caption, convert, init, latents, ledger, runs, sample, train, verify
+from jobs import audit, caption, convert, init, latents, ledger, recaption, runs, sample, train, verify
 from jobs.progress import ProgressLine
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
@@ -31,6 +31,7 @@ SYNC_SECONDS = 5.0
 ARRAY_JOBS = {"caption": caption.run, "latents": latents.run}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
+    "recaption": recaption.run,
     "verify": verify.run,
     "train": train.run,
     "convert": convert.run,

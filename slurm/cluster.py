@@ -16,6 +16,7 @@ from slurm import queue
 from slurm.profile import Profile
 from slurm.task import Task
 
+CODE = Path(__file__).parents[1]
 LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes unless told otherwise
 
 
@@ -144,8 +145,11 @@ class Cluster:
         return executor
 
     def local_environment(self, processes: int) -> dict[str, str]:
+        """What is set already stays as it is; another Python finds this very code, as a job on Slurm does."""
         threads = max(1, (os.cpu_count() or 1) // processes)
-        return {**self.profile.environment, "OMP_NUM_THREADS": str(threads)}
+        wanted = {**self.profile.environment, "OMP_NUM_THREADS": str(threads)}
+        path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+        return {**{name: value for name, value in wanted.items() if name not in os.environ}, "PYTHONPATH": path}
 
 
 def slurm_parameters(
@@ -207,11 +211,14 @@ def check_line(what: str, value: str) -> None:
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables that a process started within inherits; those that are set already stay as they are."""
-    added = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(added)
+    """Sets variables that a process started within inherits."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -9,6 +9,7 @@ from pixart.config import Recipe, to_json
 from pixart.recipes import demo
 from tests.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
 from tests.slurm.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
+from tests.vllm_fixture import tiny_qwen  # noqa: F401 - a fixture
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

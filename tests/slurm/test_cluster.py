@@ -82,9 +82,17 @@ def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
 def test_environment_is_put_back(monkeypatch):
     monkeypatch.setenv("PIXART_A", "mine")
     with environment({"PIXART_A": "theirs", "PIXART_B": "theirs"}):
-        assert (os.environ["PIXART_A"], os.environ["PIXART_B"]) == ("mine", "theirs")
+        assert (os.environ["PIXART_A"], os.environ["PIXART_B"]) == ("theirs", "theirs")
     assert os.environ["PIXART_A"] == "mine"
     assert "PIXART_B" not in os.environ
+
+
+def test_what_is_set_already_stays_and_another_python_finds_this_code(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    found = Cluster(profiles.load("local"), tmp_path).local_environment(processes=1)
+    assert "OMP_NUM_THREADS" not in found
+    assert found["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/elsewhere"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in profiles.FOLDER.glob("*.toml") if path.stem != "local"))

@@ -9,14 +9,9 @@ from PIL import Image
 
 from pixart.data.captioner import article, class_caption, make_captioner, normalize
 from pixart.data.sources import Item, open_source
+from tests.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
 
-ROOT = Path(__file__).parents[3]
-PYTHON = ROOT / ".venv-vllm/bin/python"
 PHOTOS = ROOT / "../shared/data/photos"
-
-needs_vllm = pytest.mark.skipif(
-    not PYTHON.exists(), reason="no vLLM: make its environment by `sh tests/vllm_environment.sh .venv-vllm`"
-)
 
 
 def item(text: str, text_is_class: bool = False) -> Item:
@@ -119,23 +114,15 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(tmp_path_factory, tiny_qwen):
     """What the real captioner makes of `picture_files`, by a tiny model in vLLM's own environment."""
     folder = tmp_path_factory.mktemp("vllm")
     (folder / "captions.py").write_text(SCRIPT)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | VARIABLES | {"PYTHONPATH": str(ROOT)}
     files = picture_files(folder)
-    for command in [ROOT / "tests/tiny_qwen.py", "model"], ["captions.py", "model", *files]:
-        done = subprocess.run(
-            [PYTHON, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = [PYTHON, "captions.py", tiny_qwen, *files]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "result.json").read_text()) | {"files": len(files)}
 
 
@@ -169,5 +156,5 @@ def test_vllm_writes_a_caption_with_a_problem_once_more(result):
 @pytest.mark.vllm
 @needs_vllm
 def test_vllm_name_says_what_captions_depend_on(result):
-    assert result["name"].startswith("model, vllm 0.")
+    assert result["name"].split("/")[-1].startswith("qwen, vllm 0.")
     assert "temperature 0.0, max_tokens 16, seed 0, instruction " in result["name"]

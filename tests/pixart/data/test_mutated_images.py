@@ -10,6 +10,7 @@ from pixart.data.screening import Reason
 from tests.pixart.data.mutations import COUNT, SECONDS
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

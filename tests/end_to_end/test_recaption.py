@@ -1,0 +1,82 @@
+"""Requests rewritten by a real engine: as a job, and by a real vLLM server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.environment import bare_environment
+from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
+REQUESTS = ["a dog on a red ball", "two boats", "a house in the morning light"]
+SECONDS = 240  # that a server may take to begin
+
+
+def recaption(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.launch", "recaption", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=bare_environment())
+
+
+def test_as_a_job(tmp_path, tiny_qwen):
+    """A random model's answers are no text: each request comes back, as itself or as words, and it is said which."""
+    profile = tmp_path / "vllm.toml"
+    lines = ['executor = "local"', "[python]", f'recaption = "{PYTHON}"', "[environment]"]
+    profile.write_text("\n".join([*lines, *(f'{name} = "{value}"' for name, value in VARIABLES.items())]))
+    (tmp_path / "requests.txt").write_text("\n".join(REQUESTS[1:]) + "\n\n")
+    done = recaption(
+        tmp_path, REQUESTS[0], "--file", "requests.txt", "--output", "out.jsonl", "--cluster", str(profile),
+        "--model", str(tiny_qwen),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "rewritten: out.jsonl"
+    check([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], done.stderr)
+
+
+def check(found: list[dict[str, str]], told: str) -> None:
+    assert [each["request"] for each in found] == REQUESTS
+    for each in found:
+        assert (each["text"] == each["request"]) == bool(each["problem"])
+        assert (f"left as it is ({each['problem']}): {each['request']}" in told) == bool(each["problem"])
+
+
+@pytest.fixture
+def server(tiny_qwen) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_qwen, "--served-model-name", "tiny"]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024"]
+    process = subprocess.Popen(words, env=os.environ | VARIABLES, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}/v1"
+    begun = time.monotonic()
+    while True:
+        assert process.poll() is None, "the server has ended"
+        assert time.monotonic() - begun < SECONDS, "the server does not begin"
+        try:
+            urllib.request.urlopen(f"{url}/models", timeout=5).read()
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield url
+    process.terminate()
+    process.wait(60)
+
+
+def test_by_a_server(tmp_path, server):
+    (tmp_path / "requests.txt").write_text("\n".join(REQUESTS))
+    done = recaption(tmp_path, "--file", "requests.txt", "--output", "out.jsonl", "--server", server)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], done.stderr)
+    assert not (tmp_path / "outputs/runs").exists()
+    done = recaption(tmp_path, REQUESTS[0], "--server", server, "--model", "another")
+    assert done.returncode == 2
+    assert "answers 404" in done.stderr
+    assert done.stderr.count("\n") == 1
