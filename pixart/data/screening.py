@@ -7,19 +7,25 @@ numbers against the limits. All three are pure, and fast beside any model that s
 import hashlib
 import io
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ImageFile import ImageFile
+from PIL import Image, ImageOps
 
 from pixart.config import ScreeningConfig
+from pixart.data.image_files import Reason, Rejected, decode
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no other parser sees the bytes
-MAX_SCANS = 30  # of a progressive JPEG, each a pass over the whole picture; encoders write about ten
-MAX_RLE_PIXELS = 4_000_000  # of a run-length coded BMP, which Pillow decodes in Python at 5 million a second
+__all__ = [
+    "Reason",
+    "Rejected",
+    "Statistics",
+    "check",
+    "decode",
+    "digest",
+    "measure",
+    "resize_and_crop",
+    "thumbnail",
+]
 
 SIDE = 128  # pixels of the square copy that is measured
 CELLS = 32  # cells a side, each of 4 x 4 of its pixels
@@ -27,29 +33,6 @@ MARGIN = 2  # cells at each edge, where a border is no content
 CORNER = (3, 6)  # further cells (down, across) at each corner, where a logo is no content
 TONE = 20  # levels of a channel: the width of one tone, as noise and vignetting spread it
 TEXTURE = 8.0  # levels: a cell whose luma has less standard deviation is flat
-
-
-class Reason(StrEnum):
-    """Why an image is not used."""
-
-    UNREADABLE = "unreadable"
-    TRUNCATED = "truncated"
-    TOO_MANY_PIXELS = "too many pixels"
-    TOO_SMALL = "too small"
-    EXTREME_ASPECT = "extreme aspect"
-    PLAIN = "plain"
-    NEAR_PLAIN = "near-plain"
-
-
-class Rejected(Exception):  # noqa: N818 - a verdict on an image, not a failure of ours
-    """An image that cannot be used: one of a few reasons, and in free words what was found."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,93 +47,6 @@ class Statistics:
     flat: float  # share of the inner cells, without edges and corners, that are flat and of one tone
     gradient: float  # mean absolute difference of luma between neighbours, levels of 255 a pixel
     phash: int  # 64 bits, see `perceptual_hash`
-
-
-def decode(data: bytes, limits: ScreeningConfig) -> Image.Image:
-    """Decodes the first frame, turns it upright and converts it to RGB; what is transparent becomes white.
-
-    Raises Rejected for what no decoder reads to its end, and by the header alone for a size beyond the limits.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        check_size(*image.size, limits)
-        LOADERS.get(str(image.format), load)(image, data)
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
-    except Rejected:
-        raise
-    except Image.DecompressionBombError as error:
-        raise Rejected(Reason.TOO_MANY_PIXELS, str(error)) from None
-    except UnidentifiedImageError:
-        raise Rejected(Reason.UNREADABLE, f"no header of {', '.join(FORMATS)}") from None
-    except Exception as error:  # damaged bytes fail in as many ways as their reader has lines
-        riff_is_cut = data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")  # WebP
-        truncated = riff_is_cut or "truncated" in str(error).lower()
-        reason = Reason.TRUNCATED if truncated else Reason.UNREADABLE
-        raise Rejected(reason, f"{type(error).__name__}: {error}") from None
-
-
-def check_size(width: int, height: int, limits: ScreeningConfig) -> None:
-    """Raises Rejected for a picture that is too large, too small or too long."""
-    size = f"{width} x {height}"
-    if width * height > limits.max_pixels:
-        raise Rejected(Reason.TOO_MANY_PIXELS, size)
-    if min(width, height) < limits.min_side:
-        raise Rejected(Reason.TOO_SMALL, size)
-    if max(width, height) > limits.max_aspect * min(width, height):
-        raise Rejected(Reason.EXTREME_ASPECT, size)
-
-
-def load(image: ImageFile, data: bytes) -> None:
-    image.load()
-
-
-def load_jpeg(image: ImageFile, data: bytes) -> None:
-    """Raises Rejected for a JPEG of endless scans, and for one that ends early but properly.
-
-    libjpeg fills what such a file lacks with the last colour and says nothing. So where the last 8 pixels are of one
-    colour, the file is decoded again with some bytes between its scans and its end: a whole one does not notice.
-    """
-    assert image.fp is not None
-    begin = image.fp.tell()  # of the first scan
-    end = data.find(b"\xff\xd9", begin)  # cannot occur inside a scan
-    scans = 1 + data.count(b"\xff\xda", begin, end)
-    if scans > MAX_SCANS:
-        raise Rejected(Reason.UNREADABLE, f"{scans} scans")
-    image.load()
-    if image.crop((max(0, image.width - 8), image.height - 1, *image.size)).getcolors(1):
-        longer = Image.open(io.BytesIO(data[:end] + b"\x55" * 1024 + data[end:]), formats=["JPEG"])
-        if longer.tobytes() != image.tobytes():
-            raise Rejected(Reason.TRUNCATED, "the scans end before the picture does")
-
-
-def load_png(image: ImageFile, data: bytes) -> None:
-    """Verifies the checksums, which Pillow's decoder passes over."""
-    Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-    image.load()
-
-
-def load_bmp(image: ImageFile, data: bytes) -> None:
-    if image.tile[0].codec_name == "bmp_rle" and image.width * image.height > MAX_RLE_PIXELS:
-        raise Rejected(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height}, run-length coded")
-    image.load()
-
-
-LOADERS: dict[str | None, Callable[[ImageFile, bytes], None]] = {"JPEG": load_jpeg, "PNG": load_png, "BMP": load_bmp}
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode to RGB. Raises Rejected for numbers whose range is not known."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
-    if image.mode in ("I", "F"):
-        raise Rejected(Reason.UNREADABLE, f"pixels of mode {image.mode}, whose range is not known")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(layer, mask=layer)
-    return white
 
 
 def measure(image: Image.Image) -> Statistics:

@@ -134,5 +134,8 @@ def test_scenes_that_look_alike_are_grouped():
     items = open_source("demo", images=4096, image_size=64).read(0, 4096)
     hashes = hashes_of(decode(item.data, LIMITS) for item in items)
     groups = near_groups(hashes)
-    print(f"4,096 scenes: {len(np.unique(hashes))} hashes, {sum(map(len, groups))} scenes in {len(groups)} groups")
-    assert groups
+    close = (np.sum(np.bitwise_count(hashes[:, None] ^ hashes) <= 3) - 4096) / (4096 * 4095)
+    print(f"4,096 scenes: {len(np.unique(hashes))} hashes, {close:.2%} of the pairs within 3 bits")
+    print(f"{sum(map(len, groups))} scenes in {len(groups)} groups, the largest of {max(map(len, groups))}")
+    assert close < 0.005
+    assert max(map(len, groups)) < 200

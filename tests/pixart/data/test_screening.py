@@ -3,6 +3,7 @@ import hashlib
 import io
 import math
 import pickle
+import re
 import statistics
 import struct
 from collections import Counter
@@ -40,7 +41,8 @@ def scene(size: int = 96) -> Image.Image:
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (120, 80)) -> Image.Image:
-    return Image.effect_noise(size, 80).convert(mode)
+    levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(levels).convert(mode)
 
 
 MODES = {
@@ -96,6 +98,24 @@ def test_orientation_is_applied(kind):
     assert decoded.size == (20, 40)
     assert decoded.getpixel((17, 3)) < (60, 60, 60)
     assert decoded.getpixel((3, 3)) > (200, 200, 200)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0", b"II*\0\x08\0\0\0\1\0\x12\1\2\0\4\0\0\0abc\0"])
+def test_damaged_exif_says_nothing(kind, exif):
+    data = encoded(noise(size=(96, 64)), kind, exif=b"Exif\0\0" + exif)
+    assert decode(data, ALL).size == (96, 64)
+
+
+def test_several_jpegs_in_one_file_are_its_first():
+    first, second = scene(96), noise(size=(96, 96))
+    data = encoded(first, "MPO", save_all=True, append_images=[second], quality=90)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert np.abs(np.asarray(decode(data, ALL)).astype(int) - np.asarray(first)).mean() < 5
+    begin = data.index(b"\xff\xda") + 14
+    cut = data[: begin + 200] + data[data.index(b"\xff\xd9", begin) :]
+    assert reason_of(cut)[0] == Reason.TRUNCATED
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -171,6 +191,15 @@ def test_jpegs_that_were_cut_and_closed_are_truncated(mode, subsampling, size):
     assert decode(data, ALL).size == size
     begin = data.index(b"\xff\xda") + 14
     for end in np.linspace(begin, len(data) * 0.9, 20).astype(int):
+        assert reason_of(data[:end] + b"\xff\xd9")[0] == Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_progressive_jpegs_whose_last_scans_are_missing_are_truncated(mode):
+    data = encoded(noise(mode), "JPEG", progressive=True)
+    ends = [found.start() for found in re.finditer(b"\xff\xda", data)]
+    assert len(ends) > 5
+    for end in ends[1:]:
         assert reason_of(data[:end] + b"\xff\xd9")[0] == Reason.TRUNCATED
 
 
