@@ -70,17 +70,16 @@ def require(dataset: str | Path) -> None:
     told = f"run `python -m jobs.launch audit --dataset {dataset}`, or give --accept-failed-audit"
     manifest = ledger.manifest(dataset)
     assert manifest is not None
-    try:
-        summary = json.loads((Path(dataset) / FOLDER / SUMMARY).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"dataset {dataset} has not been audited: {told}") from None
+    (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
+    if text is None:
+        raise ValueError(f"dataset {dataset} has not been audited: {told}")
+    summary = json.loads(text)
     now = captions_digest(dataset, manifest["data"]["shards"])
     if (summary["manifest"], summary["captions"]) != (manifest["hash"], now):
         raise ValueError(f"dataset {dataset} has changed since its audit: {told}")
     if not summary["passed"]:
         failed = ", ".join(check["name"] for check in summary["checks"] if not check["passed"])
-        page = Path(dataset) / FOLDER / PAGE
-        raise ValueError(f"dataset {dataset} has failed its audit ({failed}, see {page}): {told}")
+        raise ValueError(f"dataset {dataset} has failed its audit ({failed}, see its {FOLDER}/{PAGE}): {told}")
 
 
 def merge(manifest):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jobs import runs
 from jobs.dataset_commands import array_command, audit_command, init_command, verify_command
+from jobs.ledger import is_url
 from jobs.model_commands import convert_command, sample_command, train_command
 from jobs.pipeline import pipeline_command
 from jobs.prompt_commands import recaption_command
@@ -49,7 +50,8 @@ def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:
         raise ValueError(f"unknown recipe {options.settings!r}: it must be one of {', '.join(RECIPES)}")
     recipe = override(RECIPES[options.settings](str(home)), options.overrides)
     if options.dataset:
-        recipe = override(recipe, [f"data.path={Path(options.dataset).absolute()}"])
+        path = options.dataset if is_url(options.dataset) else Path(options.dataset).absolute()
+        recipe = override(recipe, [f"data.path={path}"])
     return recipe
 
 

@@ -7,6 +7,8 @@ if it was made from the same manifest and the same inputs.
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,33 +35,80 @@ def record(dataset: str | Path, job: str, shard: int, entry: Entry) -> None:
 
 
 def read(dataset: str | Path, job: str, shard: int) -> Entry | None:
-    try:
-        return Entry(**json.loads(path(dataset, job, shard).read_text()))
-    except FileNotFoundError:
-        return None
+    return entries(dataset, job, [shard]).get(shard)
 
 
 def shards(dataset: str | Path, job: str) -> set[int]:
     """The shards that have an entry, unread: one listing, however many there are."""
-    try:
-        names = os.listdir(path(dataset, job, 0).parent)  # noqa: PTH208 - ten thousand names
-    except FileNotFoundError:
-        return set()
+    names = list_files(dataset, f"ledger/{job}")
     return {int(name.removesuffix(".json")) for name in names if name.endswith(".json") and not name.startswith(".")}
 
 
 def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry]:
     """The entries that are there, by shard."""
-    found = {shard: read(dataset, job, shard) for shard in shards}
-    return {shard: entry for shard, entry in found.items() if entry is not None}
+    found = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
+    return {shard: Entry(**json.loads(text)) for shard, text in zip(shards, found, strict=True) if text is not None}
 
 
 def manifest(dataset: str | Path) -> dict[str, Any] | None:
     """The dataset's manifest as plain values, for a process that must not import what made it."""
+    (text,) = read_files(dataset, ["manifest.json"])
+    return None if text is None else json.loads(text)
+
+
+def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
+    """Files of a dataset's directory or URL, None for those that are not there."""
+    if is_url(dataset):
+        system, root = far(dataset)
+        with one_line(dataset):
+            found = system.cat([f"{root}/{name}" for name in names], recursive=False, on_error="return")
+            for content in found.values():
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+        return [content if isinstance(content := found[f"{root}/{name}"], bytes) else None for name in names]
+    contents: list[bytes | None] = []
+    for name in names:
+        try:
+            contents.append(Path(dataset, name).read_bytes())
+        except FileNotFoundError:
+            contents.append(None)
+    return contents
+
+
+def list_files(dataset: str | Path, folder: str) -> list[str]:
+    """Names in a folder of a dataset's directory or URL; none where there is no such folder."""
     try:
-        return json.loads((Path(dataset) / "manifest.json").read_text())
+        if is_url(dataset):
+            system, root = far(dataset)
+            with one_line(dataset):
+                return [name.rpartition("/")[2] for name in system.ls(f"{root}/{folder}", detail=False)]
+        return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names
     except FileNotFoundError:
-        return None
+        return []
+
+
+def is_url(dataset: str | Path) -> bool:
+    return "://" in str(dataset)
+
+
+def far(url: str | Path) -> tuple[Any, str]:
+    """The file system that a URL means, and the path there."""
+    import fsspec
+
+    with one_line(url):
+        system, root = fsspec.core.url_to_fs(str(url))
+    return system, root.rstrip("/")
+
+
+@contextmanager
+def one_line(url: str | Path) -> Iterator[None]:
+    """What a file system's client raises, in words of its own, as a ValueError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"dataset {url}: {' '.join(str(error).split())}") from error
 
 
 def write_atomically(target: Path, content: str | bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.options import Options, default_output, from_arguments
-from jobs import runs
+from jobs import ledger, runs
 from jobs.checkpoints import MARKER, find_checkpoint, find_weights
 from jobs.dataset_commands import prepare_dataset, require_audit
 from jobs.runs import Run
@@ -53,7 +53,7 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
             f"{start} has done {record['step']} steps, stage{stage}.steps={config.steps} leaves none to train"
         )
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
-    if record and record["dataset"] and not names_data and Path(record["dataset"]).exists():
+    if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
     manifest, after = prepare_dataset(launch, options.overrides)
     if not options.accept_failed_audit:
