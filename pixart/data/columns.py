@@ -62,6 +62,11 @@ class Column:
         table[:, 0] *= np.arange(self.rows, dtype="<u8")
         return table.tobytes() + checksum(table)
 
+    def span(self, row: int) -> tuple[int, int]:
+        """First and end byte of the block of a row of a file."""
+        first, stop = row // BLOCK * BLOCK, min((row // BLOCK + 1) * BLOCK, self.rows)
+        return (0, self.stride) if self.chunk > 1 else (first * self.stride, stop * self.stride)
+
     def file(self, shard: int) -> str:
         return f"{FILE}/{self.name}/c/{shard}" + "/0" * len(self.shape)
 

@@ -1,8 +1,11 @@
 """The batches of training: which rows a step takes, what is dropped of them, and reading them ahead of time."""
 
+import math
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from mmap import mmap
 
 import numpy as np
 import torch
@@ -69,6 +72,7 @@ class Loader:
         self.names = names
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._reader, self._prefetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._columns, self._memory = ThreadPoolExecutor(len(names)), Memory()
 
     def read(self, step: int) -> Batch:
         """This rank's contiguous part of the step's global batch."""
@@ -129,7 +133,7 @@ class Loader:
                 self._windows[key] = self._reader.submit(self._read_window, *key)
 
     def _prefetch(self, epoch: int, index: int) -> None:
-        self.store.prefetch(self.names, self.order.window(epoch, index))
+        self.store.prefetch(self.names, self.order.blocks(epoch, index))
 
     def _read_window(self, epoch: int, index: int) -> "Window":
         rows = self.order.window(epoch, index)
@@ -137,7 +141,8 @@ class Loader:
         places = np.arange(first, first + len(rows)) % self.batch
         mine = (places >= self.part.start) & (places < self.part.stop)
         rows, before = rows[mine], np.concatenate([[0], np.cumsum(mine)])
-        return Window(rows=rows, before=before, columns={name: self._read_rows(name, rows) for name in self.by_window})
+        read = self._columns.map(lambda name: (name, self._read_rows(name, rows)), self.by_window)
+        return Window(rows=rows, before=before, columns=dict(read))
 
     def _read_rows(self, name: str, rows: np.ndarray) -> Tensor:
         values = self._empty(name, len(rows))
@@ -146,7 +151,9 @@ class Loader:
 
     def _empty(self, name: str, rows: int) -> Tensor:
         shape, dtype = self.store.arrays[name]
-        return torch.empty((rows, *shape), dtype=getattr(torch, dtype), pin_memory=PIN)
+        if PIN:  # torch keeps pinned memory for the next that asks
+            return torch.empty((rows, *shape), dtype=getattr(torch, dtype), pin_memory=True)
+        return self._memory.empty((rows, *shape), np.dtype(dtype))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +166,27 @@ class Window:
 
     def own(self, part: slice) -> slice:
         return slice(int(self.before[part.start]), int(self.before[part.stop]))
+
+
+class Memory:
+    """Large arrays, the memory of which is used again when the last tensor that has it is gone.
+
+    Fresh memory costs more than reading into it: the system has to clear it first, and to look for huge pages where
+    they are asked for, as numpy does.
+    """
+
+    def __init__(self) -> None:
+        self.free: dict[int, list[np.ndarray]] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+        needed = math.prod(shape) * dtype.itemsize
+        size = 1 << max(12, (needed - 1).bit_length() - 3)
+        size *= -(-needed // size)  # few sizes, at most an eighth more than needed
+        free = self.free.setdefault(size, [])
+        memory = free.pop() if free else np.frombuffer(mmap(-1, size), np.uint8)
+        values = memory[:needed].view(dtype).reshape(shape)
+        weakref.finalize(values, free.append, memory).atexit = False
+        return torch.from_numpy(values)
 
 
 def pin(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The files of a dataset by name: on a file system of this machine, or behind a URL with a cache on this machine."""
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -19,6 +20,7 @@ THREADS = 32
 CACHE_GB = 64.0
 LOCKS = 256
 S3_CLIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}
+Span = tuple[str, int, int]  # name of a file, first and end byte
 Buffers = list[Any]  # arrays of bytes
 
 
@@ -29,8 +31,8 @@ class Objects(Protocol):
     def readv(self, name: str, start: int, buffers: Buffers) -> int:
         """Fills the buffers from byte `start` on -> how many bytes there were. FileNotFoundError for no such file."""
 
-    def prefetch(self, name: str, start: int, stop: int) -> None:
-        """Makes bytes start to stop - 1 quick to read."""
+    def prefetch(self, spans: Sequence[Span]) -> None:
+        """Makes parts of files quick to read."""
 
     def forget(self, name: str, start: int, stop: int) -> bool:
         """Drops what a cache has of bytes start to stop - 1 -> whether there is a cache."""
@@ -72,9 +74,10 @@ class Local:
         file = self._open(name)
         return os.preadv(file.fileno(), buffers, start)
 
-    def prefetch(self, name: str, start: int, stop: int) -> None:
-        file = self._open(name)
-        os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+    def prefetch(self, spans: Sequence[Span]) -> None:
+        for name, start, stop in spans:
+            file = self._open(name)
+            os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def forget(self, name: str, start: int, stop: int) -> bool:
         return False
@@ -148,10 +151,14 @@ class Remote(RemoteFiles):
             buffer[: len(part)] = np.frombuffer(part, np.uint8)
         return len(data)
 
-    def prefetch(self, name: str, start: int, stop: int) -> None:
-        for index in self._indices(name, start, stop):
-            if self._key(name, index) not in self.cache:
-                self._fetch(name, index).close()
+    def prefetch(self, spans: Sequence[Span]) -> None:
+        pieces = [(name, index) for name, start, stop in spans for index in self._indices(name, start, stop)]
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(self._keep, dict.fromkeys(pieces)))
+
+    def _keep(self, piece: tuple[str, int]) -> None:
+        if self._key(*piece) not in self.cache:
+            self._fetch(*piece).close()
 
     def forget(self, name: str, start: int, stop: int) -> bool:
         for index in self._indices(name, start, stop):
@@ -174,8 +181,7 @@ class Remote(RemoteFiles):
         with locked(self.locks / str(zlib.crc32(key.encode()) % LOCKS)):
             if found := self.cache.get(key, read=True):
                 return found
-            with self.clear_errors():
-                data = self.system.cat_file(f"{self.root}/{name}", start=index * size, end=(index + 1) * size)
+            data = self._cat_range(f"{self.root}/{name}", index * size, (index + 1) * size)
             try:
                 self.cache.set(key, data)
             except OSError as error:
@@ -187,6 +193,15 @@ class Remote(RemoteFiles):
         file: Any = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the limit is smaller than what is in use
         file.write(data)
         return file
+
+    def _cat_range(self, path: str, start: int, stop: int) -> bytes:
+        with self.clear_errors():
+            try:
+                return self.system.cat_file(path, start=start, end=stop)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # the file ends before
+                    return b""
+                raise
 
 
 @contextmanager

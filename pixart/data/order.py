@@ -44,6 +44,10 @@ class Order:
         sizes = np.diff(self.bounds)
         return members, np.cumsum([sizes[window].sum() for window in members])
 
+    def blocks(self, epoch: int, index: int) -> np.ndarray:
+        """The first row of each block of a window."""
+        return self.valid[self.bounds[self._epoch(epoch)[0][index]]]
+
     def _window(self, epoch: int, index: int) -> np.ndarray:
         """The rows of one window of an epoch in their order."""
         blocks = self._epoch(epoch)[0][index]

@@ -4,23 +4,33 @@
 system calls straight into their place in a batch, several times faster than by a library for Zarr.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 
-from pixart.data.columns import BUFFERS, CHECKSUM, FILE, SUMS, VALID, columns_of, create, layout, write_file
-from pixart.data.columns import Column as Column
+from pixart.data.columns import (
+    BUFFERS,
+    CHECKSUM,
+    FILE,
+    SUMS,
+    VALID,
+    Column,
+    checksum,
+    columns_of,
+    create,
+    layout,
+    write_file,
+)
 from pixart.data.manifest import Manifest
 from pixart.data.objects import open_objects
-from pixart.data.order import BLOCK
 
 __all__ = ["Store", "create", "layout", "write_shard"]
 
-READERS = 2  # threads for the rows of one batch
-FETCHERS = 32  # threads for blocks that will be read
+READERS = 2  # threads
+SMALL = 4096  # bytes of a chunk that is read with its neighbours and then copied to its place
 
 
 def write_shard(manifest: Manifest, shard: int, columns: dict[str, np.ndarray]) -> None:
@@ -65,7 +75,7 @@ class Store:
         self.files = open_objects(manifest.data.path, lambda name: self.columns[name.split("/")[1]].piece)
         if self.files.read_all([f"{FILE}/zarr.json"]) == [None]:
             raise ValueError(f"dataset {manifest.data.path} has no latents yet: run the latents job first")
-        self._readers, self._fetchers = ThreadPoolExecutor(READERS), ThreadPoolExecutor(FETCHERS)
+        self._readers = ThreadPoolExecutor(READERS)
         self._checked: set[tuple[str, int]] = set()  # the files whose index is as it should be
 
     def valid_rows(self) -> np.ndarray:
@@ -92,63 +102,84 @@ class Store:
             out = np.empty((len(rows), *column.shape), column.dtype)
         if column.chunk > 1:
             shards, places = np.divmod(rows, column.rows)
-            for shard in np.unique(shards).tolist():
+            for shard in np.unique(shards):
                 whole = np.empty(column.rows, column.dtype)
-                self._read_chunks(column, shard, 0, [whole.view(np.uint8)])
+                self._read_rows(column, shard[None], whole.view(np.uint8)[None], np.array([0]))
                 out[shards == shard] = whole[places[shards == shard]]
             return out
         target = out.reshape(-1).view(np.uint8).reshape(len(rows), column.row_bytes)
         parts = np.array_split(np.argsort(rows, kind="stable"), READERS)
-        list(self._readers.map(lambda part: self._read_rows(column, rows[part], target, part.tolist()), parts))
+        list(self._readers.map(lambda part: self._read_rows(column, rows[part], target, part), parts))
         return out
 
     def prefetch(self, names: Iterable[str], rows: np.ndarray) -> None:
-        """Makes the blocks of rows quick to read. What fails here is an error of `read`."""
-        shards, places = np.divmod(rows, self.manifest.rows_per_shard)
-        blocks = np.unique(np.stack([shards, places // BLOCK]), axis=1).T.tolist()
-        wanted = {self._span(self.columns[name], shard, block) for shard, block in blocks for name in names}
-        for future in [self._fetchers.submit(self.files.prefetch, *span) for span in sorted(wanted)]:
-            future.exception()
+        """Makes the blocks quick to read that have one of these rows. What fails here is an error of `read`."""
+        per_shard = self.manifest.rows_per_shard
+        spans = [
+            (column.file(row // per_shard), *column.span(row % per_shard))
+            for column in (self.columns[name] for name in names)
+            for row in rows.tolist()
+        ]
+        self.files.prefetch(list(dict.fromkeys(spans)))
 
-    def _span(self, column: Column, shard: int, block: int) -> tuple[str, int, int]:
-        first, stop = (0, 1) if column.chunk > 1 else (block * BLOCK, min((block + 1) * BLOCK, column.rows))
-        return column.file(shard), first * column.stride, stop * column.stride
+    def _read_rows(self, column: Column, chunks: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
+        """Ascending chunks of an array, each into its place in the target (B, bytes); neighbours at once."""
+        large = column.stride > SMALL
+        block = np.empty((len(chunks), CHECKSUM if large else column.stride), np.uint8)
+        sums, copied = block[:, -CHECKSUM:], block[:, :-CHECKSUM]
+        for start, stop in runs(chunks, column.rows // column.chunk):
+            shard, first = divmod(int(chunks[start]), column.rows // column.chunk)
+            if (column.name, shard) not in self._checked:
+                self._check_index(column, shard)
+            if large:
+                data: list[np.ndarray] = [target[place] for place in places[start:stop].tolist()]
+                buffers = [buffer for pair in zip(data, sums[start:stop], strict=True) for buffer in pair]
+            else:
+                data, buffers = list(copied[start:stop]), [block[start:stop].reshape(-1)]
+            self._read(column, shard, first * column.stride, buffers, data, sums[start:stop])
+        if not large:
+            target[places] = copied
 
-    def _read_rows(self, column: Column, rows: np.ndarray, target: np.ndarray, places: list[int]) -> None:
-        """Ascending rows, each into its place in the target; those that lie side by side at once."""
-        for start, stop in runs(rows, column.rows):
-            shard, first = divmod(int(rows[start]), column.rows)
-            self._read_chunks(column, shard, first, [target[place] for place in places[start:stop]])
-
-    def _read_chunks(self, column: Column, shard: int, first: int, chunks: Sequence[np.ndarray]) -> None:
-        """Neighbouring chunks from `first` on, each into its array of bytes."""
-        if column.chunk < column.rows and (column.name, shard) not in self._checked:
-            index = np.empty(len(column.index), np.uint8)
-            same = lambda: index.tobytes() == column.index  # noqa: E731
-            self._read(column, shard, column.rows // column.chunk * column.stride, [index], same)
-            self._checked.add((column.name, shard))
-        sums = np.empty((len(chunks), CHECKSUM), np.uint8)
-        buffers = [buffer for pair in zip(chunks, sums, strict=True) for buffer in pair]
-        same = lambda: [google_crc32c.value(chunk) for chunk in chunks] == sums.view("<u4")[:, 0].tolist()  # noqa: E731
-        self._read(column, shard, first * column.stride, buffers, same)
+    def _check_index(self, column: Column, shard: int) -> None:
+        """The index says where chunks lie; other places than ours are another writer's."""
+        expected = np.frombuffer(column.index, np.uint8)
+        if len(expected):
+            found = np.empty_like(expected)
+            table, sums = found[:-CHECKSUM], found[None, -CHECKSUM:]
+            self._read(column, shard, column.rows * column.stride, [found], [table], sums)
+            if not np.array_equal(found, expected):
+                raise self._damaged(column, shard, "was written by something else")
+        self._checked.add((column.name, shard))
 
     def _read(
-        self, column: Column, shard: int, start: int, buffers: list[np.ndarray], same: Callable[[], bool]
+        self,
+        column: Column,
+        shard: int,
+        start: int,
+        buffers: list[np.ndarray],
+        data: list[np.ndarray],
+        sums: np.ndarray,
     ) -> None:
-        """Bytes of one file; what a cache has of them is fetched anew where it is not what was written."""
-        name, length = column.file(shard), sum(buffer.size for buffer in buffers)
+        """Fills the buffers, of which `data` and their `sums` are parts; what a cache has altered is fetched anew."""
+        name = column.file(shard)
+        stop = start + sum(map(len, data)) + sums.size
         for last in (False, True):
             try:
-                whole = self.files.readv(name, start, buffers) == length
-                if whole and same():
+                whole = self.files.readv(name, start, buffers) == stop - start
+                if (
+                    whole
+                    and [google_crc32c.value(part) for part in data] == np.frombuffer(sums.tobytes(), "<u4").tolist()
+                ):
                     return
-                fault = "has been altered: its checksum is another" if whole else "is cut off"
+                fault = "has been altered: a checksum is wrong" if whole else "is cut off"
             except OSError as error:
                 fault = f"cannot be read: {error.strerror or error}"
-            if last or not self.files.forget(name, start, start + length):
-                break
+            if last or not self.files.forget(name, start, stop):
+                raise self._damaged(column, shard, fault)
+
+    def _damaged(self, column: Column, shard: int, fault: str) -> ValueError:
         path = self.manifest.data.path
-        raise ValueError(f"dataset {path}: array {column.name}, shard {shard}: {name} {fault}; encode the shard again")
+        return ValueError(f"dataset {path}: array {column.name}, shard {shard}: {column.file(shard)} {fault}")
 
     def _whole(self, name: str) -> np.ndarray:
         """All rows of a small array, zeros where a shard was not written."""
@@ -156,10 +187,8 @@ class Store:
         values = np.zeros((len(shards), column.rows * column.row_bytes), np.uint8)
         for shard, data in zip(shards, self.files.read_all([column.file(shard) for shard in shards]), strict=True):
             if data is not None:
-                if data[-CHECKSUM:] != google_crc32c.value(data[:-CHECKSUM]).to_bytes(CHECKSUM, "little"):
-                    raise ValueError(
-                        f"dataset {self.manifest.data.path}: array {name}, shard {shard}: has been altered"
-                    )
+                if len(data) != values.shape[1] + CHECKSUM or data[-CHECKSUM:] != checksum(data[:-CHECKSUM]):
+                    raise self._damaged(column, shard, "has been altered")
                 values[shard] = np.frombuffer(data[:-CHECKSUM], np.uint8)
         return values.view(column.dtype).reshape(-1, *column.shape)
 

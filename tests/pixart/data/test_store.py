@@ -1,7 +1,15 @@
 import dataclasses
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
+import zarr
 
 from pixart.config import DataConfig
 from pixart.data import manifest as manifests
@@ -43,6 +51,89 @@ def test_shards_read_back_whole_in_any_order(manifest):
         assert (store.read(name, rows) == whole[rows]).all(), name
     valid = np.concatenate([written[shard]["valid"] for shard in range(3)])
     assert store.valid_rows().tolist() == np.flatnonzero(valid).tolist()
+
+
+def test_any_library_for_zarr_reads_it(manifest):
+    """And takes an altered chunk for one: our checksums are the format's."""
+    written = [columns(manifest, shard, shard) for shard in range(3)]
+    for shard, values in enumerate(written):
+        stores.write_shard(manifest, shard, values)
+    root = Path(manifest.data.path) / "latents.zarr"
+    for name in stores.layout(manifest):
+        whole = np.concatenate([values[name] for values in written])
+        assert (zarr.open_group(root, mode="r")[name][:10] == whole).all()
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{root}/{name}/"}}
+        assert (tensorstore.open(spec).result()[:10].read().result() == whole).all()
+    alter(root / "latents/c/1/0/0/0", 40)
+    spec["kvstore"]["path"] = f"{root}/latents/"
+    with pytest.raises(ValueError, match="Digest mismatch"):
+        tensorstore.open(spec).result()[4:8].read().result()
+
+
+def alter(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["latents", "label", "token_ids", "token_mask", "text_states"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: alter(file, 3), "altered"),
+        (lambda file: alter(file, file.stat().st_size - 2), "altered"),
+        (lambda file: os.truncate(file, file.stat().st_size - 1), "cut off"),
+        (lambda file: os.truncate(file, 0), "cut off"),
+        (lambda file: file.unlink(), "No such file"),
+    ],
+)
+def test_damaged_shards_are_never_read_as_data(manifest, name, damage, words):
+    for shard in range(3):
+        stores.write_shard(manifest, shard, columns(manifest, shard, shard))
+    store = Store(manifest)
+    damage(Path(manifest.data.path) / store.columns[name].file(1))
+    assert len(store.read(name, np.array([0, 1, 9]))) == 3
+    with pytest.raises(ValueError, match=f"array {name}, shard 1: .*{words}"):
+        store.read(name, np.array([0, 4, 9]))
+
+
+def test_damaged_marks_of_validity(manifest):
+    stores.write_shard(manifest, 1, columns(manifest, 1, 0))
+    store = Store(manifest)
+    alter(Path(manifest.data.path) / store.columns["valid"].file(1), 0)
+    with pytest.raises(ValueError, match=r"array valid, shard 1: .*altered"):
+        store.valid_rows()
+
+
+def test_shards_that_another_writer_has_laid_out(manifest):
+    stores.write_shard(manifest, 0, columns(manifest, 0, 0))
+    array = zarr.open_group(Path(manifest.data.path) / "latents.zarr", mode="r+")["latents"]
+    array[:4] = np.stack([np.zeros((2, 3, 3)), *np.ones((3, 2, 3, 3))])  # a chunk of zeros is left out
+    with pytest.raises(ValueError, match="array latents, shard 0: "):
+        Store(manifest).read("latents", np.array([1, 2]))
+
+
+def test_nothing_half_written_has_a_name(manifest):
+    stores.write_shard(manifest, 0, columns(manifest, 0, 0))
+    with pytest.raises(ValueError, match="could not convert"):
+        stores.write_shard(manifest, 1, {**columns(manifest, 1, 0), "text_states": np.full((4, 5, 6), "x")})
+    with pytest.raises(OSError, match=r"took only a part|File too large"), file_size_limit(100):
+        stores.write_shard(manifest, 2, columns(manifest, 2, 0))
+    assert not [file for file in Path(manifest.data.path).rglob(".*") if file.is_file()]
+    assert set(Store(manifest).valid_rows()) <= {0, 1, 2, 3}
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """What a full disk does to a write: a part of it, then an error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_unwritten_and_half_written_shards_are_invalid(manifest, monkeypatch):
