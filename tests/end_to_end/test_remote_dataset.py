@@ -1,0 +1,64 @@
+"""A dataset that was copied to S3, trained on from there by the launcher; and hostile images through a whole task."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import caption, init
+from jobs.tracking import read_journal
+from pixart.config import DataConfig, Recipe, to_json
+from pixart.data.screening import Reason
+from pixart.recipes import demo
+from tests.environment import bare_environment
+from tests.pixart.data.mutations import COUNT, mutated_images
+from tests.pixart.data.test_remote_store import environment, server  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.slow
+SMALL = ["data.images=64", "data.shards=4", "stage1.batch=8", "stage1.steps=4", "stage1.warmup=2"]
+ACCESS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "PIXART_CACHE")
+
+
+def train(home: Path, variables: dict[str, str], *arguments: str) -> list[float]:
+    settings = [word for value in SMALL for word in ("--set", value)]
+    command = [sys.executable, "-m", "jobs.launch", "train", "--home", str(home), *settings, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=home, env={**bare_environment(), **variables}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = sorted(home.glob("runs/*-train-*"))[-1]
+    return [line["metrics"]["train/loss"] for line in read_journal(run)[0] if "train/loss" in line.get("metrics", {})]
+
+
+def test_training_from_s3_is_that_from_the_disk(tmp_path, environment, monkeypatch):  # noqa: F811
+    import os
+
+    variables = {name: os.environ[name] for name in ACCESS}
+    near = train(tmp_path, variables)
+    system = fsspec.filesystem("s3")
+    system.mkdir("bucket")
+    system.put(str(tmp_path / "datasets/demo"), "bucket/demo", recursive=True)
+    assert train(tmp_path, variables, "--dataset", "s3://bucket/demo") == near
+    assert (Path(os.environ["PIXART_CACHE"]) / "cache.db").exists()
+
+
+def test_hostile_images_through_a_task(tmp_path):
+    """Each of 500 has its row, with a verdict; no file keeps the task from its end."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, (_, data) in enumerate(mutated_images()):
+        (folder / f"{index:03d}.jpg").write_bytes(data)
+    recipe: Recipe = demo(str(tmp_path))
+    data = DataConfig(path=str(tmp_path / "data"), source=str(folder), shards=4, image_size=64)
+    init.run(to_json(Recipe(**{name: getattr(recipe, name) for name in recipe.__slots__ if name != "data"}, data=data)))
+    caption.run(data.path, [0, 1, 2, 3])
+    rows = [row for shard in range(4) for row in pq.read_table(caption.part_path(data.path, shard)).to_pylist()]
+    assert [row["id"] for row in rows] == [f"{index:03d}.jpg" for index in range(COUNT)]
+    verdicts = Counter(row["reason"] for row in rows)
+    assert set(verdicts) <= {*Reason, ""}
+    assert verdicts[""] == sum(row["valid"] for row in rows) >= 50
+    assert all(row["detail"] for row in rows if not row["valid"])
