@@ -135,6 +135,8 @@ def train(
     same step and raise Stopped. Raises ValueError for what the user can mend.
     """
     run = Path(run)
+    if stage == 1 and config.short > 0:
+        raise ValueError(f"short={config.short}: stage 1 reads no captions")
     with process_group() as ranks:
         store = Store(manifests.read(dataset))
         done = checkpoints.steps(run)

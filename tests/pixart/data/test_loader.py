@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,8 +105,6 @@ def test_reading_ahead_changes_nothing(dataset, start):
 
 
 def test_an_error_of_the_reading_thread_reaches_the_caller(dataset, tmp_path):
-    import shutil
-
     copy = dataclasses.replace(dataset.manifest.data, path=str(tmp_path / "copy"))
     shutil.copytree(dataset.manifest.data.path, copy.path)
     store = Store(dataclasses.replace(dataset.manifest, data=copy))
@@ -111,3 +112,23 @@ def test_an_error_of_the_reading_thread_reaches_the_caller(dataset, tmp_path):
     (tmp_path / "copy" / store.columns["latents"].file(5)).unlink()
     with pytest.raises(ValueError, match="array latents, shard 5"):
         list(loader.iterate(0, 25))
+
+
+@pytest.mark.slow
+def test_memory_stays_as_it_is(tmp_path):
+    """Six epochs of 190 MB each take no more than the first two."""
+    path, rows = str(tmp_path), 24_000
+    data = DataConfig(path=path, shards=6, images=rows, text_tokens=8)
+    made = Manifest(
+        data=data, images=rows, rows_per_shard=4000, class_names=("a",), latent_shape=(4, 32, 32), text_dim=6
+    )
+    stores.create(made)
+    manifests.write(made)
+    columns = {name: np.zeros((4000, *shape), dtype) for name, (shape, dtype) in stores.layout(made).items()}
+    for shard in range(6):
+        stores.write_shard(made, shard, {**columns, "valid": np.ones(4000, bool)})
+    loader, held = Loader(Store(made), batch=200, seed=0), []
+    for step, _ in enumerate(loader.iterate(0, 720)):
+        if step % 120 == 119:
+            held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert max(held[2:]) - max(held[:2]) < 30e6

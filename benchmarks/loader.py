@@ -1,0 +1,297 @@
+"""The loader against bare tensorstore, np.memmap, numpy.tofile and MosaicML StreamingDataset, in one run.
+
+`python benchmarks/loader.py FOLDER --peer-python PYTHON` makes 200,000 rows of 16x32x32 float16 with their captions'
+tokens in FOLDER (6.6 GB, twice that with the peer), prints the table and writes it to `benchmarks/results/`. PYTHON is
+an interpreter that has the package mosaicml-streaming; without one the peer is left out.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import tensorstore
+
+from pixart.config import DataConfig
+from pixart.data import manifest as manifests
+from pixart.data import store as stores
+from pixart.data.columns import CHECKSUM
+from pixart.data.loader import Loader
+from pixart.data.manifest import Manifest
+from pixart.data.order import BLOCK, WINDOW, Order, rows_of_step
+from pixart.data.store import Store
+
+SHARD, SHAPE, TOKENS, BATCH = 1024, (16, 32, 32), 120, 256
+ROW = 2 * int(np.prod(SHAPE))  # bytes of the latents of a row
+REPEATS = 5
+
+
+def columns(manifest: Manifest, shard: int, latents: np.ndarray) -> dict[str, np.ndarray]:
+    rows = np.arange(*manifest.shard(shard), dtype=np.int32)
+    latents[:, 0, 0, 0] = shard
+    return {
+        "latents": latents[: len(rows)],
+        "label": rows,
+        "token_ids": rows[:, None] % 30_000 + np.arange(TOKENS, dtype=np.int32),
+        "token_mask": np.arange(TOKENS) <= rows[:, None] % TOKENS,
+        "valid": np.ones(len(rows), bool),
+    }
+
+
+def seconds(function: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
+    """-> manifest, seconds of whole shards and seconds of numpy.tofile and fsync of the same bytes, in turn."""
+    data = DataConfig(path=str(folder), shards=-(-rows // SHARD), images=rows, text_tokens=TOKENS)
+    manifest = Manifest(
+        data=data, images=rows, rows_per_shard=SHARD, class_names=("any",), latent_shape=SHAPE, text_dim=2048
+    )
+    stores.create(manifest)
+    manifests.write(manifest)
+    latents = np.random.default_rng(0).standard_normal((SHARD, *SHAPE)).astype(np.float16)
+    ours: list[float] = []
+    plain: list[float] = []
+    for shard in range(data.shards):
+        values = columns(manifest, shard, latents)
+        ours.append(seconds(lambda: stores.write_shard(manifest, shard, values)))  # noqa: B023
+        if len(plain) < 40:
+            plain.append(seconds(lambda: write_plainly(folder / f"plain-{shard}", values)))  # noqa: B023
+    for file in folder.glob("plain-*"):
+        file.unlink()
+    return manifest, ours[: len(plain)], plain
+
+
+def write_plainly(target: Path, values: dict[str, np.ndarray]) -> None:
+    with target.open("wb") as file:
+        for array in values.values():
+            array.tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def bare(manifest: Manifest, context: dict) -> Callable[[np.ndarray], object]:
+    """A reader of all arrays at once by tensorstore alone."""
+    root = f"{manifest.data.path}/latents.zarr"
+    arrays = [
+        tensorstore.open(
+            {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{root}/{name}/"},
+                "context": context,
+                "recheck_cached_data": "open",
+            }
+        ).result()
+        for name in stores.layout(manifest)
+        if name != "valid"
+    ]
+
+    def read(rows: np.ndarray) -> object:
+        return [future.result() for future in [array[rows].read() for array in arrays]]
+
+    return read
+
+
+def at_random(manifest: Manifest) -> dict[str, float]:
+    """Median rows a second of fully random batches, the ways in turn."""
+    store = Store(manifest)
+    names = [name for name in store.arrays if name != "valid"]
+    ways: dict[str, Callable[[np.ndarray], object]] = {
+        "ours": lambda rows: [store.read(name, rows) for name in names],
+        "tensorstore": bare(manifest, {}),
+        "tensorstore, 256 MB of cache": bare(manifest, {"cache_pool": {"total_bytes_limit": 256_000_000}}),
+    }
+    random, taken = np.random.default_rng(1), {way: [] for way in ways}
+    for _ in range(100):
+        rows = random.integers(0, manifest.images, BATCH)
+        for way, read in ways.items():
+            taken[way].append(seconds(lambda: read(rows)))  # noqa: B023
+    return {way: BATCH / statistics.median(own) for way, own in taken.items()}
+
+
+def memmap_pass(manifest: Manifest, store: Store) -> float:
+    """MB/s of the latents' bytes from first to last, copied in slices of a batch."""
+    begun, copied = time.perf_counter(), 0
+    for shard in range(manifest.data.shards):
+        file = Path(manifest.data.path) / store.columns["latents"].file(shard)
+        chunks = np.memmap(file, np.uint8, "r", shape=(SHARD, ROW + CHECKSUM))[:, :ROW]
+        for start in range(0, SHARD, BATCH):
+            copied += np.array(chunks[start : start + BATCH]).nbytes
+    return copied / (time.perf_counter() - begun) / 1e6
+
+
+def epoch(loader: Loader, number: int) -> float:
+    """Rows a second of one rank through an epoch."""
+    steps = len(loader.order.valid) // loader.batch
+    begun, rows = time.perf_counter(), 0
+    for batch in loader.iterate(number * steps, (number + 1) * steps):
+        rows += len(batch.rows)
+    return rows / (time.perf_counter() - begun)
+
+
+def memory(path: str, at: list[int]) -> list[str]:
+    """Resident megabytes after these batches, in a process of its own."""
+    found = []
+    loader = Loader(Store(manifests.read(path)), batch=BATCH, seed=0)
+    for step, _ in enumerate(loader.iterate(0, at[-1]), 1):
+        if step in at:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            found.append(f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e6:,.0f} MB after {step:,} batches")
+    return found
+
+
+def first_batch(path: str, share: float) -> float:
+    def run() -> object:
+        loader = Loader(Store(manifests.read(path)), batch=BATCH, seed=0)
+        start = int(share * len(loader.order.valid) / BATCH)
+        return next(loader.iterate(start, start + 1))
+
+    return statistics.median(seconds(run) for _ in range(REPEATS))
+
+
+def first_rows(rows: int, share: float) -> float:
+    def run() -> object:
+        order = Order(np.arange(rows), rows_per_shard=SHARD, seed=0)
+        return rows_of_step(order, int(share * rows / 2048), 2048)
+
+    return statistics.median(seconds(run) for _ in range(REPEATS))
+
+
+def quality(rows: int) -> str:
+    drawn = Order(np.arange(rows), rows_per_shard=SHARD, seed=0).rows(0, rows)
+    correlation = abs(np.corrcoef(np.arange(rows), drawn)[0, 1])
+    batches = drawn[: rows // BATCH * BATCH].reshape(-1, BATCH)
+    most = [np.unique(batch // BLOCK, return_counts=True)[1].max() for batch in batches]
+    return (
+        f"rank correlation {correlation:.4f}; of a batch of {BATCH}, at most {max(most)} rows of one block, "
+        f"{np.mean(most):.1f} on average"
+    )
+
+
+PEER = f"""
+import json, shutil, sys, time
+from pathlib import Path
+import numpy as np
+from streaming import MDSWriter, StreamingDataset
+source, target, rows, repeats = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+kinds = {{"latents": "ndarray:float16:16,32,32", "label": "int32", "token_ids": "ndarray:int32:{TOKENS}",
+         "token_mask": "ndarray:uint8:{TOKENS}"}}
+with MDSWriter(out=target, columns=kinds, size_limit=1 << 26) as writer:
+    for row in range(rows):
+        if row % {SHARD} == 0:
+            chunks = np.memmap(source / f"{{row // {SHARD}}}/0/0/0", np.uint8, "r", shape=({SHARD}, {ROW + CHECKSUM}))
+        latents = np.array(chunks[row % {SHARD}, :{ROW}]).view(np.float16).reshape({SHAPE})
+        ids = (row % 30_000 + np.arange({TOKENS})).astype(np.int32)
+        mask = (np.arange({TOKENS}) <= row % {TOKENS}).astype(np.uint8)
+        writer.write({{"latents": latents, "label": row, "token_ids": ids, "token_mask": mask}})
+dataset = StreamingDataset(local=target, shuffle=True, batch_size={BATCH})
+rates = []
+for _ in range(repeats):
+    begun = time.perf_counter()
+    seen = sum(1 for _ in dataset)
+    rates.append(seen / (time.perf_counter() - begun))
+print("RATES " + json.dumps(rates))
+"""
+
+
+def peer(python: str | None, manifest: Manifest, folder: Path) -> list[float]:
+    if python is None:
+        return []
+    words = [python, "-c", PEER, f"{manifest.data.path}/latents.zarr/latents/c", str(folder), str(manifest.images), "3"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if done.returncode:
+        raise RuntimeError(f"the peer failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.split("RATES ")[-1])
+
+
+def lines(folder: Path, rows: int, python: str | None) -> Iterator[str]:
+    manifest, ours, plain = make(folder / "dataset", rows)
+    path, mb = manifest.data.path, 1e-6 * ROW
+    peers = peer(python, manifest, folder / "peer")
+    store = Store(manifest)
+    loader = Loader(store, batch=BATCH, seed=0)
+    eighth = Loader(store, batch=8 * BATCH, seed=0, rank=3, world=8)
+    memmap_pass(manifest, store), epoch(loader, 0), epoch(eighth, 0)
+    sequential, shuffled, shared = [], [], []
+    for number in range(1, REPEATS + 1):
+        sequential.append(memmap_pass(manifest, store))
+        shuffled.append(epoch(loader, number))
+        shared.append(epoch(eighth, number))
+    rates, reached = at_random(manifest), statistics.median(shuffled)
+    best = max(rate for way, rate in rates.items() if way != "ours")
+
+    yield "| what | figure | bar |"
+    yield "|---|---|---|"
+    listed = ", ".join(f"{way} {rate / 1e3:.1f} k" for way, rate in rates.items())
+    share_of_best = f"{rates['ours'] / best:.2f} of tensorstore"
+    yield f"| random batches of {BATCH}, all columns, rows/s: {listed} | {share_of_best} | 0.9 |"
+    if peers:
+        usual = statistics.median(peers)
+        yield (
+            f"| shuffled epochs, all columns, rows/s: ours {reached / 1e3:.1f} k, StreamingDataset {usual / 1e3:.1f} k "
+            f"| {reached / usual:.1f} times | 4 |"
+        )
+    else:
+        yield "| shuffled epochs against StreamingDataset | left out: no --peer-python | 4 |"
+    memmap = statistics.median(sequential)
+    listed = ", ".join(f"{rate * mb / straight:.2f}" for rate, straight in zip(shuffled, sequential, strict=True))
+    yield (
+        f"| shuffled epochs, latents: {reached * mb:,.0f} MB/s; np.memmap from first to last: {memmap:,.0f} MB/s "
+        f"| {reached * mb / memmap:.2f} (by pairs {listed}) | 0.5 |"
+    )
+    yield f"| one of 8 ranks, rows scattered over the blocks | {statistics.median(shared) * mb:,.0f} MB/s | |"
+    for share in (0.0, 0.9):
+        yield f"| first batch at {share:.0%} of an epoch, the store opened | {first_batch(path, share):.2f} s | 1 |"
+        yield f"| first rows at {share:.0%} of 14 million | {first_rows(14_000_000, share):.2f} s | 1 |"
+    last = max(5500, 7 * rows // BATCH)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        held = process.submit(memory, path, [1000, 5000, last]).result()
+    yield f"| resident memory of a process | {', '.join(held)} | flat |"
+    ratio = statistics.median(plain) / statistics.median(ours)
+    yield (
+        f"| a shard of {SHARD} rows written: {statistics.median(ours) * 1e3:.0f} ms; numpy.tofile and fsync of "
+        f"the same bytes: {statistics.median(plain) * 1e3:.0f} ms | {ratio:.2f} | 0.7 |"
+    )
+    yield f"| shuffle of {rows:,} rows in blocks of {BLOCK}, windows of {WINDOW:,} | {quality(rows)} | 0.02 |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--peer-python", help="an interpreter that has mosaicml-streaming")
+    parser.add_argument("--keep", action="store_true", help="leave the dataset in the folder")
+    options = parser.parse_args()
+    try:
+        table = list(lines(options.folder, options.rows, options.peer_python))
+    finally:
+        if not options.keep:
+            shutil.rmtree(options.folder / "dataset", ignore_errors=True)
+    load = os.getloadavg()[2]
+    title = f"# The loader, {options.rows:,} rows, warm page cache, one process, {os.cpu_count()} CPU cores\n\n"
+    note = (
+        f"\nPython {platform.python_version()}, tensorstore {version('tensorstore')}, load of the machine over the last "
+        f"15 minutes {load:.1f}. Medians of {REPEATS} repetitions, what is compared in turn.\n"
+    )
+    target = Path(__file__).parent / "results" / f"{date.today()}-loader.md"
+    target.write_text(title + "\n".join(table) + "\n" + note)
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
