@@ -33,7 +33,7 @@ def demo(home: str) -> Recipe:
             steps=300, batch=64, lr=6e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", log_every=5
         ),
         stage2=TrainConfig(
-            steps=600, batch=64, lr=6e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", fp8=True, log_every=5
+            steps=800, batch=64, lr=6e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", fp8=True, log_every=5
         ),
         sample=SampleConfig(steps=20, guidance=2.0, count=64),
     )
