@@ -24,10 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")
     parser.add_argument("images")
-    parser.add_argument("--max-tokens", type=int, default=60)
     options = parser.parse_args()
-    sampling = captioners.Sampling(max_tokens=options.max_tokens)
-    captioner = captioners.VllmCaptioner(options.model, sampling, "float32")
+    captioner = captioners.VllmCaptioner(options.model, captioners.Sampling(), "float32")
     captioner._attempts = captioner._attempts[:1]  # a retry is work that the bare call does not do
     source = open_source(options.images)
     begun = time.perf_counter()

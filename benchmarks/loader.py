@@ -285,8 +285,8 @@ def main() -> None:
     load = os.getloadavg()[2]
     title = f"# The loader, {options.rows:,} rows, warm page cache, one process, {os.cpu_count()} CPU cores\n\n"
     note = (
-        f"\nPython {platform.python_version()}, tensorstore {version('tensorstore')}, load over the last "
-        f"15 minutes {load:.1f}. Medians of {REPEATS} repetitions, what is compared in turn.\n"
+        f"\nPython {platform.python_version()}, tensorstore {version('tensorstore')}, load of the machine over the "
+        f"last 15 minutes {load:.1f}. Medians of {REPEATS} repetitions, what is compared in turn.\n"
     )
     target = Path(__file__).parent / "results" / f"{date.today()}-loader.md"
     target.write_text(title + "\n".join(table) + "\n" + note)
