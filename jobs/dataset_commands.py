@@ -1,4 +1,4 @@
-"""The commands that make and judge a dataset: init, caption, latents, audit."""
+"""The commands that make and judge a dataset: init, caption, latents, audit, verify."""
 
 import argparse
 from typing import Any
@@ -14,7 +14,7 @@ from slurm.cluster import Cluster
 def init_command(launch: Launch, options: argparse.Namespace) -> str:
     if launch.dry_run:
         raise NothingSubmitted(to_json(launch.recipe))
-    manifest = use_dataset(launch, options.overrides)
+    manifest = use_own_dataset(launch, options)
     data = manifest["data"]
     return (
         f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['shards']} shards of "
@@ -26,7 +26,7 @@ def init_command(launch: Launch, options: argparse.Namespace) -> str:
 def array_command(launch: Launch, options: argparse.Namespace) -> str:
     asked, limit = parse_array(options.array) if options.array is not None else (None, None)
     job = options.job
-    manifest = use_dataset(launch, options.overrides)
+    manifest = use_own_dataset(launch, options)
     shards = check_shards(launch, manifest, asked)
     if job == "latents":
         require_captions(launch, shards)
@@ -41,6 +41,15 @@ def array_command(launch: Launch, options: argparse.Namespace) -> str:
         f"{job}: {len(shards)} shards, {valid} of {rows} images valid, in {launch.dataset}/{place}\n"
         f"next: python -m jobs.launch {following} --dataset {launch.dataset}"
     )
+
+
+def use_own_dataset(launch: Launch, options: argparse.Namespace) -> dict[str, Any]:
+    """The manifest of a dataset that may be written to. Raises ValueError for one behind a URL."""
+    if ledger.is_url(launch.dataset):
+        raise ValueError(
+            f"{options.job} of {launch.dataset}: a dataset is made on a file system, and copied from there"
+        )
+    return use_dataset(launch, options.overrides)
 
 
 def check_shards(launch: Launch, manifest: dict[str, Any], asked: list[int] | None) -> list[int]:
@@ -63,7 +72,7 @@ def require_captions(launch: Launch, shards: list[int]) -> None:
 
 
 def audit_command(launch: Launch, options: argparse.Namespace) -> str:
-    manifest = use_dataset(launch, options.overrides)
+    manifest = use_own_dataset(launch, options)
     require_captions(launch, check_shards(launch, manifest, None))
     run = submit_single(launch, "audit")
     if not launch.wait:
@@ -74,7 +83,7 @@ def audit_command(launch: Launch, options: argparse.Namespace) -> str:
 
 
 def verify_command(launch: Launch, options: argparse.Namespace) -> str:
-    use_dataset(launch, options.overrides)
+    use_own_dataset(launch, options)
     run = submit_single(launch, "verify")
     if not launch.wait:
         return describe_submission(run)

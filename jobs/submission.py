@@ -191,7 +191,7 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
     if manifest is None and launch.dry_run:
         return {"data": asdict(launch.recipe.data), "class_names": []}
     if manifest is None and ledger.is_url(launch.dataset):
-        raise ValueError(f"dataset {launch.dataset}: there is none; it is made on a file system, and then copied there")
+        raise ValueError(f"dataset {launch.dataset}: there is none")
     if manifest is None:
         make_dataset(launch)
         manifest = ledger.manifest(launch.dataset)

@@ -75,6 +75,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch init --set data.screening.min_side=0", "data.screening.min_side=0"),
         ("python -m jobs.launch init --set data.screening=1", "data.screening.min_side"),
         ("python -m jobs.launch audit --set audit.max_plain=2", "audit.max_plain=2"),
+        ("python -m jobs.launch verify --dataset s3://bucket/data", "s3://bucket/data"),
         ("python -m jobs.launch caption --array 5-2", "'5-2'"),
         ("python -m jobs.launch caption --array a", "'a'"),
         ("python -m jobs.launch caption --array -1", "--array"),
