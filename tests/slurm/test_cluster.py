@@ -108,7 +108,10 @@ def test_sbatch_texts_are_held_whole(monkeypatch, name: str):
         "latents": after.sbatch_text(cluster.array_shape("latents", [3, 7, 9])),
         "train": cluster.sbatch_text(cluster.ranks_shape("train", 4, None)),
         "convert": after.sbatch_text(cluster.ranks_shape("convert", 1, 1)),
-        "sample": cluster.sbatch_text(cluster.ranks_shape("sample", 1, 1)),
+        **{
+            kind: cluster.sbatch_text(cluster.ranks_shape(kind, 1, 1))
+            for kind in ("audit", "verify", "sample", "recaption")
+        },
     }
     for kind, text in texts.items():
         golden = GOLDEN / f"{name}-{kind}.sbatch"
