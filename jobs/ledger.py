@@ -7,8 +7,6 @@ if it was made from the same manifest and the same inputs.
 import json
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +57,9 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
     """Files of a dataset's directory or URL, None for those that are not there."""
     if is_url(dataset):
-        system, root = far(dataset)
-        with one_line(dataset):
-            found = system.cat([f"{root}/{name}" for name in names], recursive=False, on_error="return")
-            for content in found.values():
-                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
-                    raise content
-        return [content if isinstance(content := found[f"{root}/{name}"], bytes) else None for name in names]
+        from pixart.data.objects import RemoteFiles
+
+        return RemoteFiles(str(dataset)).read_all(names)
     contents: list[bytes | None] = []
     for name in names:
         try:
@@ -79,9 +73,9 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
     """Names in a folder of a dataset's directory or URL; none where there is no such folder."""
     try:
         if is_url(dataset):
-            system, root = far(dataset)
-            with one_line(dataset):
-                return [name.rpartition("/")[2] for name in system.ls(f"{root}/{folder}", detail=False)]
+            from pixart.data.objects import RemoteFiles
+
+            return RemoteFiles(str(dataset)).names(folder)
         return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names
     except FileNotFoundError:
         return []
@@ -89,26 +83,6 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
 
 def is_url(dataset: str | Path) -> bool:
     return "://" in str(dataset)
-
-
-def far(url: str | Path) -> tuple[Any, str]:
-    """The file system that a URL means, and the path there."""
-    import fsspec
-
-    with one_line(url):
-        system, root = fsspec.core.url_to_fs(str(url))
-    return system, root.rstrip("/")
-
-
-@contextmanager
-def one_line(url: str | Path) -> Iterator[None]:
-    """What a file system's client raises, in words of its own, as a ValueError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"dataset {url}: {' '.join(str(error).split())}") from error
 
 
 def write_atomically(target: Path, content: str | bytes) -> None:

@@ -112,6 +112,11 @@ class RemoteFiles:
                     raise value
         return [value if isinstance(value := found[path], bytes) else None for path in paths]
 
+    def names(self, folder: str) -> list[str]:
+        """Of what a folder holds. Raises FileNotFoundError where there is none."""
+        with self.clear_errors():
+            return [path.rpartition("/")[2] for path in self.system.ls(f"{self.root}/{folder}", detail=False)]
+
 
 class Remote(RemoteFiles):
     """Pieces of files are fetched once and kept in a cache that all processes of this machine share.

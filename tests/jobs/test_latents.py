@@ -27,10 +27,3 @@ def test_short_captions_are_stored_beside_long_ones(tmp_path):
     assert (store.read("short_token_mask", rows) == mask).all()
     states = encoder.states(ids, mask).numpy()
     assert np.allclose(store.read("short_text_states", rows), states, atol=2e-2)
-
-
-def test_the_first_sentence():
-    assert caption.first_sentence("A red fox. It sleeps.") == "A red fox."
-    assert caption.first_sentence(" A 2.5 m door! Is it open? ") == "A 2.5 m door!"
-    assert caption.first_sentence("no sentence at all") == "no sentence at all"
-    assert caption.first_sentence("") == ""

@@ -88,6 +88,8 @@ def test_sentences_and_the_short_form():
     assert sentences_of(text) == ["A red ball, on a lawn.", "It is large!", "Light comes from the left."]
     assert short_form(text) == "A red ball, on a lawn."
     assert short_form("") == ""
+    assert short_form(" A 2.5 m door! Is it open? ") == "A 2.5 m door!"
+    assert short_form("no sentence at all") == "no sentence at all"
     long = "A red ball on a lawn, " + "with many words " * 10
     assert short_form(long) == "A red ball on a lawn"
     assert short_form("word " * 40) == " ".join(["word"] * 25)
