@@ -57,6 +57,7 @@ def test_full_disk(small_disk, tmp_path):
     assert len(Store(manifests.read(dataset)).valid_rows()) == 1024
 
 
+@pytest.mark.slow
 def test_unreachable_s3_source(tmp_path):
     pytest.importorskip("s3fs", reason="needs the extra s3")
     begun = time.monotonic()
@@ -76,6 +77,7 @@ def test_unreachable_s3_source(tmp_path):
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.slow
 def test_changed_manifest(tmp_path):
     assert launch(tmp_path, "init", settings=SMALL).returncode == 0
     file = tmp_path / "datasets/demo" / manifests.FILE

@@ -129,6 +129,7 @@ def test_copies_of_photos_are_found_and_other_photos_are_not(shared_data):
         assert found >= (0.5 if "cut" in name else 0.9) * len(photos)
 
 
+@pytest.mark.slow
 def test_scenes_that_look_alike_are_grouped():
     """The demo's scenes are few pictures with jitter: many share a hash, which looks at luma and at shape alone."""
     items = open_source("demo", images=4096, image_size=64).read(0, 4096)

@@ -265,6 +265,7 @@ def test_perceptual_hash_is_that_of_the_definition():
     assert measure(image).phash == int(bits, 2)
 
 
+@pytest.mark.slow
 def test_a_thousand_pictures(shared_data):
     """At most 1 % of the photos are refused, and nothing that is plain or near-plain is kept."""
     photos = [decode(path.read_bytes(), LIMITS) for path in sorted(shared_data.glob("photos/*/*.jpg"))]
@@ -280,6 +281,7 @@ def test_a_thousand_pictures(shared_data):
     assert refused <= 0.01 * len(cases)
 
 
+@pytest.mark.slow
 def test_generated_pictures():
     verdicts = generated_verdicts(400)
     report(verdicts)
@@ -310,6 +312,7 @@ def report(verdicts: Counter) -> None:
         print(f"{name}: {count} {reason or 'kept'}")
 
 
+@pytest.mark.slow
 def test_every_scene_of_the_demo_is_kept():
     for item in open_source("demo", images=1000, image_size=64).read(0, 1000):
         check(measure(decode(item.data, LIMITS)), LIMITS)
