@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 import numpy as np
 
-OPEN_FILES = 256  # of the 1,024 that a process may have by default
+OPEN_FILES = 2048  # a window has blocks of 256 shards, each with a file for every column
 THREADS = 32
 CACHE_GB = 64.0
 LOCKS = 256
@@ -55,7 +56,7 @@ def read_object(path: str, name: str) -> bytes | None:
 class Local:
     def __init__(self, root: str) -> None:
         self.root = root
-        self._open = lru_cache(OPEN_FILES)(self._open_file)
+        self._open = lru_cache(open_files())(self._open_file)
 
     def _open_file(self, name: str) -> BinaryIO:
         return open(f"{self.root}/{name}", "rb", buffering=0)  # noqa: PTH123 - closed when nobody reads it
@@ -139,7 +140,7 @@ class Remote(RemoteFiles):
             self.cache = Cache(str(home), size_limit=cache_bytes(), disk_min_file_size=0)
         except OSError as error:
             raise ValueError(f"PIXART_CACHE={home}: {error.strerror or error}") from None
-        self._piece = lru_cache(OPEN_FILES)(self._open_piece)
+        self._piece = lru_cache(open_files())(self._open_piece)
 
     def readv(self, name: str, start: int, buffers: Buffers) -> int:
         size, stop = self.pieces(name), start + sum(len(buffer) for buffer in buffers)
@@ -207,6 +208,16 @@ class Remote(RemoteFiles):
                 if error.errno == errno.EINVAL:  # the file ends before
                     return b""
                 raise
+
+
+def open_files() -> int:
+    """How many files to keep open; the process may have more than by default, as far as the machine lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * OPEN_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(OPEN_FILES, soft // 2)
 
 
 @contextmanager

@@ -232,3 +232,20 @@ def test_limits_that_are_none(remote, monkeypatch, text):
 def test_protocols_that_are_none():
     with pytest.raises(ValueError, match="dataset nowhere://x cannot be read: "):
         manifests.read("nowhere://x")
+
+
+@pytest.mark.slow
+def test_training_from_a_url_is_training_from_a_folder(environment, local, small_recipe, tmp_path):
+    from pixart import checkpoint
+    from pixart.training.loop import train
+
+    upload(local)
+    s3fs.S3FileSystem().put(small_recipe.data.path, "s3://bucket/small", recursive=True)
+    saved = [
+        checkpoint.load(
+            train(stage=1, model=small_recipe.model, config=small_recipe.stage1, dataset=dataset, run=tmp_path / name)
+        )
+        for name, dataset in (("here", small_recipe.data.path), ("there", "s3://bucket/small"))
+    ]
+    assert saved[1].dataset == "s3://bucket/small"
+    assert all((saved[1].model[name] == value).all() for name, value in saved[0].model.items())
