@@ -59,7 +59,7 @@ def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
     """-> manifest, seconds of whole shards and seconds of numpy.tofile and fsync of the same bytes, in turn."""
     data = DataConfig(path=str(folder), shards=-(-rows // SHARD), images=rows, text_tokens=TOKENS)
     manifest = Manifest(
-        data=data, images=rows, rows_per_shard=SHARD, class_names=("any",), latent_shape=SHAPE, text_dim=2048
+        data=data, images=rows, rows_per_shard=SHARD, class_names=("any",), latent_shape=SHAPE, text_dim=2048, models={}
     )
     stores.create(manifest)
     manifests.write(manifest)

@@ -120,7 +120,7 @@ def test_memory_stays_as_it_is(tmp_path):
     path, rows = str(tmp_path), 24_000
     data = DataConfig(path=path, shards=6, images=rows, text_tokens=8)
     made = Manifest(
-        data=data, images=rows, rows_per_shard=4000, class_names=("a",), latent_shape=(4, 32, 32), text_dim=6
+        data=data, images=rows, rows_per_shard=4000, class_names=("a",), latent_shape=(4, 32, 32), text_dim=6, models={}
     )
     stores.create(made)
     manifests.write(made)
