@@ -156,7 +156,7 @@ class Remote(RemoteFiles):
     def prefetch(self, spans: Sequence[Span], ended: Event) -> None:
         pieces = [(name, index) for name, start, stop in spans for index in self._indices(name, start, stop)]
         with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(lambda piece: self._keep(*piece, ended), dict.fromkeys(pieces)))
+            list(threads.map(lambda piece: self._keep(piece[0], piece[1], ended), dict.fromkeys(pieces)))
 
     def _keep(self, name: str, index: int, ended: Event) -> None:
         if not ended.is_set() and self._key(name, index) not in self.cache:
