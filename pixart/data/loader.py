@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from mmap import mmap
+from threading import Event
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ class Loader:
         self.names = names
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._reader, self._prefetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._ended = Event()
         self._columns, self._memory = ThreadPoolExecutor(len(names)), Memory()
 
     def read(self, step: int) -> Batch:
@@ -109,7 +111,9 @@ class Loader:
         )
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start to stop - 1. Nothing is fetched ahead any more once this has ended."""
         pool = ThreadPoolExecutor(max_workers=1)
+        self._ended.clear()
         try:
             pending = [pool.submit(self.read, step) for step in range(start, min(start + self.ahead, stop))]
             for step in range(start, stop):
@@ -117,6 +121,7 @@ class Loader:
                     pending.append(pool.submit(self.read, step + self.ahead))
                 yield pending.pop(0).result()
         finally:
+            self._ended.set()
             pool.shutdown(cancel_futures=True)
 
     def _drawn(self, step: int, use: int, share: float) -> np.ndarray:
@@ -133,7 +138,7 @@ class Loader:
                 self._windows[key] = self._reader.submit(self._read_window, *key)
 
     def _prefetch(self, epoch: int, index: int) -> None:
-        self.store.prefetch(self.names, self.order.blocks(epoch, index))
+        self.store.prefetch(self.names, self.order.blocks(epoch, index), self._ended)
 
     def _read_window(self, epoch: int, index: int) -> "Window":
         rows = self.order.window(epoch, index)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, Protocol
 
 import fsspec
@@ -32,8 +33,8 @@ class Objects(Protocol):
     def readv(self, name: str, start: int, buffers: Buffers) -> int:
         """Fills the buffers from byte `start` on -> how many bytes there were. FileNotFoundError for no such file."""
 
-    def prefetch(self, spans: Sequence[Span]) -> None:
-        """Makes parts of files quick to read."""
+    def prefetch(self, spans: Sequence[Span], ended: Event) -> None:
+        """Makes parts of files quick to read, until `ended` is set."""
 
     def forget(self, name: str, start: int, stop: int) -> bool:
         """Drops what a cache has of bytes start to stop - 1 -> whether there is a cache."""
@@ -75,7 +76,7 @@ class Local:
         file = self._open(name)
         return os.preadv(file.fileno(), buffers, start)
 
-    def prefetch(self, spans: Sequence[Span]) -> None:
+    def prefetch(self, spans: Sequence[Span], ended: Event) -> None:
         for name, start, stop in spans:
             file = self._open(name)
             os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
@@ -157,14 +158,14 @@ class Remote(RemoteFiles):
             buffer[: len(part)] = np.frombuffer(part, np.uint8)
         return len(data)
 
-    def prefetch(self, spans: Sequence[Span]) -> None:
+    def prefetch(self, spans: Sequence[Span], ended: Event) -> None:
         pieces = [(name, index) for name, start, stop in spans for index in self._indices(name, start, stop)]
         with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(self._keep, dict.fromkeys(pieces)))
+            list(threads.map(lambda piece: self._keep(piece[0], piece[1], ended), dict.fromkeys(pieces)))
 
-    def _keep(self, piece: tuple[str, int]) -> None:
-        if self._key(*piece) not in self.cache:
-            self._fetch(*piece).close()
+    def _keep(self, name: str, index: int, ended: Event) -> None:
+        if not ended.is_set() and self._key(name, index) not in self.cache:
+            self._fetch(name, index).close()
 
     def forget(self, name: str, start: int, stop: int) -> bool:
         for index in self._indices(name, start, stop):

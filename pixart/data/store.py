@@ -7,6 +7,7 @@ system calls straight into their place in a batch, several times faster than by 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import google_crc32c
 import numpy as np
@@ -112,15 +113,18 @@ class Store:
         list(self._readers.map(lambda part: self._read_rows(column, rows[part], target, part), parts))
         return out
 
-    def prefetch(self, names: Iterable[str], rows: np.ndarray) -> None:
-        """Makes the blocks quick to read that have one of these rows. What fails here is an error of `read`."""
+    def prefetch(self, names: Iterable[str], rows: np.ndarray, ended: Event) -> None:
+        """Makes the blocks quick to read that have one of these rows, until `ended` is set.
+
+        What fails here is an error of `read`.
+        """
         per_shard = self.manifest.rows_per_shard
         spans = [
             (column.file(row // per_shard), *column.span(row % per_shard))
             for column in (self.columns[name] for name in names)
             for row in rows.tolist()
         ]
-        self.files.prefetch(list(dict.fromkeys(spans)))
+        self.files.prefetch(list(dict.fromkeys(spans)), ended)
 
     def _read_rows(self, column: Column, chunks: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
         """Ascending chunks of an array, each into its place in the target (B, bytes); neighbours at once."""
