@@ -174,7 +174,7 @@ def test_the_cache_keeps_its_limit(environment, local, monkeypatch, tmp_path):
         if held <= 2e6:
             break
         time.sleep(0.1)
-    assert 1e6 < held <= 2e6
+    assert 0 < held <= 2e6  # ten pieces go at a time
     list(Loader(store, batch=48, seed=0).iterate(0, 10))
     assert environment.requests() > before  # what had to go is fetched again
 
