@@ -7,7 +7,7 @@ from jobs import audit, ledger, runs
 from jobs.arrays import parse_array
 from jobs.runs import Run
 from jobs.submission import Launch, NothingSubmitted, describe_submission, run_array, run_ranks, use_dataset, waited
-from pixart.config import to_json
+from pixart.config import is_url, to_json
 from slurm.cluster import Cluster
 
 
@@ -29,7 +29,7 @@ def array_command(launch: Launch, options: argparse.Namespace) -> str:
     manifest = use_own_dataset(launch, options)
     shards = check_shards(launch, manifest, asked)
     if job == "latents":
-        require_captions(launch, shards)
+        ledger.captions(launch.dataset, shards)
     run = run_array(launch, job, shards, limit)
     if not launch.wait:
         return describe_submission(run)
@@ -45,7 +45,7 @@ def array_command(launch: Launch, options: argparse.Namespace) -> str:
 
 def use_own_dataset(launch: Launch, options: argparse.Namespace) -> dict[str, Any]:
     """The manifest of a dataset that may be written to. Raises ValueError for one behind a URL."""
-    if ledger.is_url(launch.dataset):
+    if is_url(launch.dataset):
         raise ValueError(
             f"{options.job} of {launch.dataset}: a dataset is made on a file system, and copied from there"
         )
@@ -63,17 +63,9 @@ def check_shards(launch: Launch, manifest: dict[str, Any], asked: list[int] | No
     return asked
 
 
-def require_captions(launch: Launch, shards: list[int]) -> None:
-    there = ledger.entries(launch.dataset, "caption", shards)
-    if missing := [shard for shard in shards if shard not in there]:
-        raise ValueError(
-            f"{len(missing)} of {len(shards)} shards have no captions yet, such as {missing[0]}: run caption first"
-        )
-
-
 def audit_command(launch: Launch, options: argparse.Namespace) -> str:
     manifest = use_own_dataset(launch, options)
-    require_captions(launch, check_shards(launch, manifest, None))
+    ledger.captions(launch.dataset, check_shards(launch, manifest, None))
     run = submit_single(launch, "audit")
     if not launch.wait:
         return describe_submission(run)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pixart.config import is_url
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
@@ -48,6 +50,16 @@ def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry
     return {shard: Entry(**json.loads(text)) for shard, text in zip(shards, found, strict=True) if text is not None}
 
 
+def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:
+    """The caption job's entries of all these shards. Raises ValueError where some are missing."""
+    there = entries(dataset, "caption", shards)
+    if missing := [shard for shard in shards if shard not in there]:
+        raise ValueError(
+            f"{len(missing)} of {len(shards)} shards have no captions yet, such as {missing[0]}: run caption first"
+        )
+    return there
+
+
 def manifest(dataset: str | Path) -> dict[str, Any] | None:
     """The dataset's manifest as plain values, for a process that must not import what made it."""
     (text,) = read_files(dataset, ["manifest.json"])
@@ -56,7 +68,7 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
     """Files of a dataset's directory or URL, None for those that are not there."""
-    if is_url(dataset):
+    if is_url(str(dataset)):
         from pixart.data.objects import RemoteFiles
 
         return RemoteFiles(str(dataset)).read_all(names)
@@ -72,17 +84,13 @@ def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
 def list_files(dataset: str | Path, folder: str) -> list[str]:
     """Names in a folder of a dataset's directory or URL; none where there is no such folder."""
     try:
-        if is_url(dataset):
+        if is_url(str(dataset)):
             from pixart.data.objects import RemoteFiles
 
             return RemoteFiles(str(dataset)).names(folder)
         return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names
     except FileNotFoundError:
         return []
-
-
-def is_url(dataset: str | Path) -> bool:
-    return "://" in str(dataset)
 
 
 def write_atomically(target: Path, content: str | bytes) -> None:

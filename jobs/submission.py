@@ -19,7 +19,7 @@ from jobs.progress import ProgressLine
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
 from jobs.tracking import Tracker, describe, set_status
-from pixart.config import Recipe, read_data, to_json
+from pixart.config import Recipe, is_url, read_data, to_json
 from slurm import profile as profiles
 from slurm import queue
 from slurm.cluster import Cluster, Shape
@@ -190,7 +190,7 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
     manifest = ledger.manifest(launch.dataset)
     if manifest is None and launch.dry_run:
         return {"data": asdict(launch.recipe.data), "class_names": []}
-    if manifest is None and ledger.is_url(launch.dataset):
+    if manifest is None and is_url(launch.dataset):
         raise ValueError(f"dataset {launch.dataset}: there is none")
     if manifest is None:
         make_dataset(launch)

@@ -152,6 +152,11 @@ class Recipe:
         return self.stage1 if stage == 1 else self.stage2
 
 
+def is_url(path: str) -> bool:
+    """Whether a dataset's path means one that lies elsewhere."""
+    return "://" in path
+
+
 def require_at_least(least: int, **values: float) -> None:
     """Raises ValueError for the first value that is smaller."""
     for name, value in values.items():

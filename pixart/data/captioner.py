@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, ImageOps
 
-from pixart.data.caption_checks import problem, short_form
+from pixart.data.caption_checks import Problem, problem, short_form
 
 if TYPE_CHECKING:
     from pixart.data.sources import Item
@@ -150,8 +150,7 @@ class VllmCaptioner:
                 continue
             each, attempt = waiting.pop(output.request_id)
             cut = output.outputs[0].finish_reason == "length"
-            text = normalize(output.outputs[0].text, cut)
-            found = problem(text, cut and text[-1:] not in (".", "!", "?"))
+            text, found = judge(output.outputs[0].text, cut)
             if found and attempt + 1 < len(self._attempts):
                 self._enqueue([each], attempt + 1, waiting)
             else:
@@ -172,6 +171,12 @@ def _conversation(image: Image.Image) -> list[Any]:
         {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": [{"type": "image_pil", "image_pil": image}]},
     ]
+
+
+def judge(answer: str, cut: bool) -> tuple[str, Problem | None]:
+    """What a model answered as a caption, and what is wrong with it; `cut` says that its tokens came to their end."""
+    text = normalize(answer, cut)
+    return text, problem(text, cut and text[-1:] not in (".", "!", "?"))
 
 
 def normalize(text: str, cut: bool) -> str:

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 import numpy as np
 
+from pixart.config import is_url
+
 OPEN_FILES = 2048  # a window has blocks of 256 shards, each with a file for every column
 THREADS = 32
 CACHE_GB = 64.0
@@ -38,10 +40,6 @@ class Objects(Protocol):
 
     def forget(self, name: str, start: int, stop: int) -> bool:
         """Drops what a cache has of bytes start to stop - 1 -> whether there is a cache."""
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
 
 
 def open_objects(path: str, pieces: Callable[[str], int]) -> Objects:

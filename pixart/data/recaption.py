@@ -7,8 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pixart.data.caption_checks import Problem, problem
-from pixart.data.captioner import MAX_MODEL_LEN, RETRY_TEMPERATURE, REWRITING, normalize
+from pixart.data.captioner import MAX_MODEL_LEN, RETRY_TEMPERATURE, REWRITING, judge
 
 MAX_TOKENS = 120
 CONNECTIONS = 16
@@ -33,9 +32,8 @@ def rewrite(requests: list[str], generate: Generate) -> list[Rewritten]:
         left = [at for at in range(len(requests)) if at not in found or found[at].problem]
         answers = generate([conversation(requests[at]) for at in left], temperature, seed) if left else []
         for at, (answer, cut) in zip(left, answers, strict=True):
-            text = normalize(answer, cut)
-            wrong: Problem | str = problem(text, cut and text[-1:] not in (".", "!", "?")) or ""
-            found[at] = Rewritten(request=requests[at], text=requests[at] if wrong else text, problem=str(wrong))
+            text, wrong = judge(answer, cut)
+            found[at] = Rewritten(request=requests[at], text=requests[at] if wrong else text, problem=wrong or "")
     return [found[at] for at in range(len(requests))]
 
 
