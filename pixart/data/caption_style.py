@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pixart.data.caption_checks import problem, sentences_of
+from pixart.data.caption_checks import problem
+from pixart.data.caption_text import sentences_of
 
 COMMON = 200  # content words whose overlap is measured
 OPENINGS = 5

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, ImageOps
 
-from pixart.data.caption_checks import Problem, problem, short_form
+from pixart.data.caption_checks import judge
+from pixart.data.caption_text import short_form
 
 if TYPE_CHECKING:
     from pixart.data.sources import Item
@@ -149,8 +150,7 @@ class VllmCaptioner:
             if not output.finished:
                 continue
             each, attempt = waiting.pop(output.request_id)
-            cut = output.outputs[0].finish_reason == "length"
-            text, found = judge(output.outputs[0].text, cut)
+            text, found = judge(output.outputs[0].text, output.outputs[0].finish_reason == "length")
             if found and attempt + 1 < len(self._attempts):
                 self._enqueue([each], attempt + 1, waiting)
             else:
@@ -171,16 +171,3 @@ def _conversation(image: Image.Image) -> list[Any]:
         {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": [{"type": "image_pil", "image_pil": image}]},
     ]
-
-
-def judge(answer: str, cut: bool) -> tuple[str, Problem | None]:
-    """What a model answered as a caption, and what is wrong with it; `cut` says that its tokens came to their end."""
-    text = normalize(answer, cut)
-    return text, problem(text, cut and text[-1:] not in (".", "!", "?"))
-
-
-def normalize(text: str, cut: bool) -> str:
-    """Every run of white space becomes one space. A text that was `cut` ends with its last whole sentence, if any."""
-    text = " ".join(text.split())
-    end = re.search(r".*[.!?](?=\s|$)", text)
-    return end.group() if cut and end else text

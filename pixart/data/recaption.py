@@ -7,7 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pixart.data.captioner import MAX_MODEL_LEN, RETRY_TEMPERATURE, REWRITING, judge
+from pixart.data.caption_checks import judge
+from pixart.data.captioner import MAX_MODEL_LEN, RETRY_TEMPERATURE, REWRITING
 
 MAX_TOKENS = 120
 CONNECTIONS = 16

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixart.data.captioner import article, class_caption, make_captioner, normalize
+from pixart.data.captioner import article, class_caption, make_captioner
 from pixart.data.sources import Item, open_source
 from tests.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
 
@@ -50,20 +50,6 @@ def test_article_follows_the_sound():
 
 def test_first_of_several_names_is_taken():
     assert class_caption("ox, Bos taurus") == "a photo of an ox"
-
-
-@pytest.mark.parametrize(
-    ("text", "cut", "expected"),
-    [
-        ("  A dog \n runs.\tIt", False, "A dog runs. It"),
-        ("A dog runs 3.5 m. It is", True, "A dog runs 3.5 m."),
-        ("A dog runs.", True, "A dog runs."),
-        ("A dog that runs", True, "A dog that runs"),
-        (" \n", False, ""),
-    ],
-)
-def test_normalize(text, cut, expected):
-    assert normalize(text, cut) == expected
 
 
 def test_unknown_captioner_is_an_error():
