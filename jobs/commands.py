@@ -37,7 +37,7 @@ def prepare(options: argparse.Namespace) -> Launch:
     profile = profiles.load(options.cluster or profiles.default_name())
     if options.gpus_per_node:
         profile = replace(profile, gpus_per_node=options.gpus_per_node)
-    wait = profile.executor == "local" or options.wait or options.job == "demo"
+    wait = profile.executor == "local" or options.wait or options.job in ("demo", "recaption")
     return Launch(home=home, recipe=read_recipe(home, options), profile=profile, wait=wait, dry_run=options.dry_run)
 
 

@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "recaption":
             job.add_argument("requests", nargs="*", metavar="REQUEST")
             job.add_argument("--file", help="more requests, one a line")
-            job.add_argument("--output", help=".txt or .jsonl file (default: standard output)")
+            job.add_argument("--output", help=".txt, .jsonl or .parquet file (default: standard output)")
             job.add_argument("--model", help="folder or hub name (default: the recipe's captioner, or the server's)")
             job.add_argument("--server", metavar="URL", help="a running vLLM server, such as http://node:8000/v1")
             job.add_argument("--compare", metavar="DATASET", help="report how alike its captions and the answers are")

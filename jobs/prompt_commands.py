@@ -1,16 +1,17 @@
 """The command that rewrites users' requests: recaption."""
 
 import argparse
+import contextlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from jobs import ledger, runs
-from jobs.submission import Launch, NothingSubmitted, describe_submission, run_ranks
+from jobs.submission import Launch, NothingSubmitted, run_ranks
 from slurm.cluster import Cluster
 
-SUFFIXES = (".txt", ".jsonl")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
 COMPARED = 10_000  # captions of a dataset that are compared with
 
 
@@ -19,7 +20,7 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
     requests = read_requests(options)
     output = Path(options.output) if options.output else None
     if output and output.suffix not in SUFFIXES:
-        raise ValueError(f"--output {output}: must end in {' or '.join(SUFFIXES)}")
+        raise ValueError(f"--output {output}: must end in {', '.join(SUFFIXES)}")
     captions = dataset_captions(options.compare) if options.compare else []
     if launch.dry_run and options.server:
         raise NothingSubmitted(f"{len(requests)} requests to {options.server}")
@@ -28,18 +29,8 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
 
         found = [asdict(each) for each in rewrite(requests, server(options.server.rstrip("/"), options.model))]
     else:
-        model = options.model or launch.recipe.data.caption_model
-        job = run_ranks(
-            launch,
-            Cluster(launch.profile, launch.home).ranks_shape("recaption", 1, 1),
-            {"requests": requests, "model": model},
-            parameters={"model": model, "requests": len(requests)},
-            tags={},
-            total=1,
-        )
-        if not launch.wait:
-            return describe_submission(job)
-        found = runs.result(job)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
+            found = rewritten_by_job(launch, requests, options.model or launch.recipe.data.caption_model)
     for each in found:
         if each["problem"]:
             print(f"left as it is ({each['problem']}): {each['request']}", file=sys.stderr)
@@ -49,9 +40,35 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
         print(report(compare(captions, [each["text"] for each in found])), file=sys.stderr)
     if output is None:
         return "\n".join(each["text"] for each in found)
-    as_lines = output.suffix == ".jsonl"
-    ledger.write_atomically(output, "".join((json.dumps(each) if as_lines else each["text"]) + "\n" for each in found))
+    ledger.write_atomically(output, encoded(found, output.suffix))
     return f"rewritten: {output}"
+
+
+def rewritten_by_job(launch: Launch, requests: list[str], model: str) -> list[dict[str, str]]:
+    """In the Python that the profile has for captions, where it names none for recaption."""
+    pythons, kind = launch.profile.python, "recaption"
+    if "caption" in pythons:
+        launch.profile = replace(launch.profile, python={kind: pythons["caption"], **pythons})
+    job = run_ranks(
+        launch,
+        Cluster(launch.profile, launch.home).ranks_shape(kind, 1, 1),
+        {"requests": requests, "model": model},
+        parameters={"model": model, "requests": len(requests)},
+        tags={},
+        total=1,
+    )
+    return runs.result(job)
+
+
+def encoded(found: list[dict[str, str]], suffix: str) -> str | bytes:
+    if suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(found), sink)
+        return sink.getvalue().to_pybytes()
+    return "".join((json.dumps(each) if suffix == ".jsonl" else each["text"]) + "\n" for each in found)
 
 
 def read_requests(options: argparse.Namespace) -> list[str]:

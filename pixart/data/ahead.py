@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -12,12 +12,22 @@ AHEAD = 128  # results that may wait
 
 
 def made_ahead(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-    """What `function` makes of the items, in their order; what it raises is raised at its place."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        pending: deque[Future[Made]] = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    """What `function` makes of the items, in their order; what it or the items raise is raised at its place.
+
+    The items are asked for by a thread of their own: whoever takes the results does not wait while they are read.
+    """
+    source, end = iter(items), object()
+
+    def make(asked: Future[Any]) -> Any:
+        item = asked.result()
+        return item if item is end else function(item)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS) as pool:
+        pending = deque(pool.submit(make, reader.submit(next, source, end)) for _ in range(AHEAD))
+        try:
+            while (made := pending.popleft().result()) is not end:
+                pending.append(pool.submit(make, reader.submit(next, source, end)))
+                yield made
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)

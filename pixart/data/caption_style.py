@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pixart.data.caption_checks import problem
+from pixart.data.caption_checks import Problem, problem
 from pixart.data.caption_text import sentences_of
 
 COMMON = 200  # content words whose overlap is measured
 OPENINGS = 5
+NARRATING = r"(there|here|it|he|she|they|we|you|i|this|that) (is|are|was|were|has|have|can|shows?|sees?)\b"
 STOP = set(
     re.findall(
         r"\w+",
@@ -26,6 +27,7 @@ def describe(texts: Sequence[str]) -> dict[str, Any]:
     if not texts:
         raise ValueError("there are no texts to describe")
     openings = Counter(" ".join(text.lower().split()[:2]) for text in texts)
+    problems = Counter(found for text in texts if (found := problem(text)))
     first_sentences = [(sentences_of(text) or [""])[0] for text in texts]
     return {
         "texts": len(texts),
@@ -34,7 +36,9 @@ def describe(texts: Sequence[str]) -> dict[str, Any]:
         "words of the first sentence": statistics.median(len(text.split()) for text in first_sentences),
         "opening with an article or a number": share(texts, r"(a|an|the|one|two|three|four|five|six|\d+)\b"),
         "more than three sentences": sum(len(sentences_of(text)) > 3 for text in texts) / len(texts),
-        "with a problem": sum(problem(text) is not None for text in texts) / len(texts),
+        "opening with a verb, as in 'there is'": share(texts, NARRATING),
+        **{f"with {what}": problems[what] / len(texts) for what in (Problem.REFUSAL, Problem.NARRATION)},
+        "with any problem": sum(problems.values()) / len(texts),
         "commonest openings": [f"{words} {count / len(texts):.0%}" for words, count in openings.most_common(OPENINGS)],
     }
 

@@ -1,6 +1,7 @@
 """Captions of images: what the source says itself, or what a vision-language model sees."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -31,9 +32,9 @@ REWRITING = (
 )
 MAX_PIXELS = 512 * 512  # an image that is larger reaches the model at this size: 256 tokens of 32 x 32 pixels
 MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
-MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses more than 200, and with it the whole call
-CHUNK = 8  # images that are handed to the engine together
-WAITING = 256  # images that the engine may have at a time
+MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses more than 200
+MAX_NUM_SEQS = 256  # images that the engine captions at once
+WAITING = 384  # that it may have at a time: those and half as many for which it never has to wait
 RETRY_TEMPERATURE = 0.7  # with the most likely tokens, another seed would change nothing
 
 
@@ -50,6 +51,10 @@ class Captioner(Protocol):
     model: str
     prompt_hash: str  # of the instruction
     sampling: str  # JSON
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """As the model will see it; for the threads that decode, ahead of `stream`."""
+        ...
 
     def stream(self, given: "Iterable[Given]") -> "Iterator[tuple[int, Caption]]":
         """The captions of (row, image, item), each with its row, in whatever order they are ready."""
@@ -83,6 +88,9 @@ class LabelsCaptioner:
     name = model = "labels"
     prompt_hash = sampling = ""
 
+    def prepare(self, image: Image.Image) -> Image.Image:
+        return image
+
     def stream(self, given: "Iterable[Given]") -> Iterator[tuple[int, Caption]]:
         for row, _, item in given:
             text = class_caption(item.text) if item.text_is_class else item.text
@@ -105,6 +113,7 @@ class VllmCaptioner:
     """One vLLM engine. The instruction stands before the image, so that its prefix is computed once for all images.
 
     The engine is a process of its own: it generates while this one decodes, screens and renders the next images.
+    A call of `LLM.chat` would end when its last caption is done; here the engine has always others to go on with.
     """
 
     def __init__(self, model: str, sampling: Sampling, dtype: str):
@@ -123,51 +132,80 @@ class VllmCaptioner:
             dtype=dtype,
             enforce_eager=not vllm.platforms.current_platform.is_cuda_alike(),  # a CPU has no graphs, and compiles long
             max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=MAX_NUM_SEQS,
             limit_mm_per_prompt={"image": 1, "video": 0},
             mm_processor_kwargs={"max_pixels": MAX_PIXELS},
             mm_processor_cache_gb=0,  # no image comes twice
         )
+        tokenizer: Any = self._engine.get_tokenizer()
+        asked = tokenizer.apply_chat_template(
+            conversation({"type": "image"}), tokenize=False, add_generation_prompt=True
+        )
+        self._prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]  # the same for all images
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        return prepare(image)
 
     def stream(self, given: "Iterable[Given]") -> Iterator[tuple[int, Caption]]:
-        waiting: dict[str, tuple[Given, int]] = {}  # by the engine's id: what was given, and which attempt it is
+        waiting: dict[str, Waiting] = {}  # by the engine's id
         images = iter(given)
-        while chunk := list(islice(images, CHUNK)):
-            self._enqueue(chunk, 0, waiting)
-            while len(waiting) >= WAITING:
+        try:
+            while True:
+                for each in islice(images, WAITING - len(waiting)):
+                    self._enqueue(each, 0, waiting)
+                if not waiting:
+                    return
                 yield from self._finished(waiting)
-        while waiting:
-            yield from self._finished(waiting)
+        finally:
+            if waiting:  # the stream is left before its end: the next must hear nothing of it
+                self._engine.llm_engine.abort_request([each.inner for each in waiting.values()], internal=True)
 
-    def _enqueue(self, chunk: "list[Given]", attempt: int, waiting: "dict[str, tuple[Given, int]]") -> None:
-        conversations = [_conversation(image) for _, image, _ in chunk]
-        ids = self._engine.enqueue_chat(conversations, self._attempts[attempt][0], use_tqdm=False)
-        for id, each in zip(ids, chunk, strict=True):
-            waiting[id.partition("-")[0]] = (each, attempt)  # the engine adds random characters, and answers without
+    def _enqueue(self, given: "Given", attempt: int, waiting: "dict[str, Waiting]") -> None:
+        prompt = {"prompt_token_ids": self._prompt, "multi_modal_data": {"image": prepare(given[1])}}
+        (inner,) = self._engine.enqueue(prompt, self._attempts[attempt][0], use_tqdm=False)
+        waiting[inner.partition("-")[0]] = Waiting(given=given, attempt=attempt, inner=inner)
 
-    def _finished(self, waiting: "dict[str, tuple[Given, int]]") -> Iterator[tuple[int, Caption]]:
+    def _finished(self, waiting: "dict[str, Waiting]") -> Iterator[tuple[int, Caption]]:
         """What the engine has next; a caption that has a problem is written once more."""
         for output in self._engine.llm_engine.step():
             if not output.finished:
                 continue
-            each, attempt = waiting.pop(output.request_id)
+            each = waiting.pop(output.request_id)
             text, found = judge(output.outputs[0].text, output.outputs[0].finish_reason == "length")
-            if found and attempt + 1 < len(self._attempts):
-                self._enqueue([each], attempt + 1, waiting)
+            if found and each.attempt + 1 < len(self._attempts):
+                self._enqueue(each.given, each.attempt + 1, waiting)
             else:
-                seed = self._attempts[attempt][1]
-                yield each[0], Caption(text=text, short=short_form(text), problem=found or "", seed=seed)
+                seed = self._attempts[each.attempt][1]
+                yield each.given[0], Caption(text=text, short=short_form(text), problem=found or "", seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """An image that the engine has, and its `inner` id there: it adds random characters, and answers without them."""
+
+    given: "Given"
+    attempt: int
+    inner: str
 
 
 def prompt_hash(instruction: str) -> str:
     return sha256(instruction.encode()).hexdigest()[:8]
 
 
-def _conversation(image: Image.Image) -> list[Any]:
+def conversation(content: dict[str, Any]) -> list[Any]:
+    """The instruction, and the image as `content`."""
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": [content]}]
+
+
+def prepare(image: Image.Image) -> Image.Image:
+    """Cut to its middle where it is too long, and shrunk to MAX_PIXELS; otherwise as it is."""
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
     if max(width, height) > longest:
-        image = ImageOps.fit(image, (min(width, longest), min(height, longest)))  # its middle
-    return [
-        {"role": "system", "content": INSTRUCTION},
-        {"role": "user", "content": [{"type": "image_pil", "image_pil": image}]},
-    ]
+        image = ImageOps.fit(image, (min(width, longest), min(height, longest)))
+    scale = math.sqrt(MAX_PIXELS / (image.width * image.height))
+    if scale >= 1:
+        return image
+    width, height = max(1, math.floor(image.width * scale)), max(1, math.floor(image.height * scale))
+    longest = MAX_ASPECT * min(width, height)  # by rounding, it may have become too long
+    return image.resize((min(width, longest), min(height, longest)), Image.Resampling.BICUBIC, reducing_gap=2.0)

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -79,8 +79,12 @@ def make_part(items: Iterable[Item], captioner: Captioner, limits: ScreeningConf
     begun = time.monotonic()
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
+    def ready(item: Item) -> Screened:
+        screened = screen(item, limits)
+        return replace(screened, image=captioner.prepare(screened.image)) if screened.image else screened
+
     def kept() -> Iterator[tuple[int, Image.Image, Item]]:
-        for row, screened in enumerate(made_ahead(lambda item: screen(item, limits), items)):
+        for row, screened in enumerate(made_ahead(ready, items)):
             append(columns, screened)
             if screened.image:
                 yield row, screened.image, screened.item

@@ -10,13 +10,15 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.environment import bare_environment
 from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
-REQUESTS = ["a dog on a red ball", "two boats", "a house in the morning light"]
+LONG = "two boats " * 600  # more tokens than the model takes
+REQUESTS = ["a dog on a red ball", LONG.strip(), "a house in the morning light"]
 SECONDS = 240  # that a server may take to begin
 
 
@@ -28,20 +30,21 @@ def recaption(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 def test_as_a_job(tmp_path, tiny_qwen):
     """A random model's answers are no text: each request comes back, as itself or as words, and it is said which."""
     profile = tmp_path / "vllm.toml"
-    lines = ['executor = "local"', "[python]", f'recaption = "{PYTHON}"', "[environment]"]
+    lines = ['executor = "local"', "[python]", f'caption = "{PYTHON}"', "[environment]"]
     profile.write_text("\n".join([*lines, *(f'{name} = "{value}"' for name, value in VARIABLES.items())]))
     (tmp_path / "requests.txt").write_text("\n".join(REQUESTS[1:]) + "\n\n")
     done = recaption(
-        tmp_path, REQUESTS[0], "--file", "requests.txt", "--output", "out.jsonl", "--cluster", str(profile),
+        tmp_path, REQUESTS[0], "--file", "requests.txt", "--output", "out.parquet", "--cluster", str(profile),
         "--model", str(tiny_qwen),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "rewritten: out.jsonl"
-    check([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], done.stderr)
+    assert done.stdout == "rewritten: out.parquet\n"
+    check(pq.read_table(tmp_path / "out.parquet").to_pylist(), done.stderr)
 
 
 def check(found: list[dict[str, str]], told: str) -> None:
     assert [each["request"] for each in found] == REQUESTS
+    assert found[1]["problem"] == "not answered"
     for each in found:
         assert (each["text"] == each["request"]) == bool(each["problem"])
         assert (f"left as it is ({each['problem']}): {each['request']}" in told) == bool(each["problem"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixart.data.captioner import article, class_caption, make_captioner
+from pixart.data.captioner import MAX_PIXELS, article, class_caption, make_captioner, prepare
 from pixart.data.sources import Item, open_source
 from tests.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
 
@@ -63,10 +63,29 @@ def test_missing_vllm_is_an_error(monkeypatch):
         make_captioner("vllm", model="x")
 
 
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ((64, 48), (64, 48)),
+        ((512, 512), (512, 512)),
+        ((1024, 1024), (512, 512)),
+        ((2000, 1500), (591, 443)),
+        ((1, 300), (1, 100)),
+        ((9000, 30), (3000, 30)),
+        ((40000, 100), (5100, 51)),
+    ],
+)
+def test_images_are_prepared_as_the_model_will_see_them(size, wanted):
+    prepared = prepare(Image.new("RGB", size, "red"))
+    assert prepared.size == wanted
+    assert prepared.width * prepared.height <= MAX_PIXELS
+    assert prepare(prepared) is prepared
+
+
 SCRIPT = """
 import dataclasses, json, sys
 from PIL import Image
-from pixart.data.captioner import Sampling, make_captioner
+from pixart.data.captioner import Sampling, conversation, make_captioner
 
 if __name__ == "__main__":
     model, *paths = sys.argv[1:]
@@ -77,12 +96,24 @@ if __name__ == "__main__":
         found = dict(captioner.stream((row, image, None) for row, image in enumerate(images)))
         return [dataclasses.asdict(found[row]) for row in range(len(images))]
 
+    left = captioner.stream((row, image, None) for row, image in enumerate(images))
+    next(left)
+    left.close()  # with captions under way, of which the next stream must hear nothing
+    engine, sampling = captioner._engine, captioner._attempts[0][0]
+    image = captioner.prepare(images[2])
+    chat = engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling, use_tqdm=False)
+    asked = {"prompt_token_ids": captioner._prompt, "multi_modal_data": {"image": image}}
+    generated = engine.generate(asked, sampling, use_tqdm=False)
+
     result = {
         "name": captioner.name,
         "captions": captions(images),
         "again": captions(images),
         "reversed": captions(images[::-1])[::-1],
         "none": captions([]),
+        "chat": [chat[0].prompt_token_ids, chat[0].outputs[0].text],
+        "generated": [generated[0].prompt_token_ids, generated[0].outputs[0].text],
+        "unfinished": engine.llm_engine.get_num_unfinished_requests(),
     }
     with open("result.json", "w") as file:
         json.dump(result, file)
@@ -137,6 +168,19 @@ def test_vllm_writes_a_caption_with_a_problem_once_more(result):
     """Cut after 16 tokens: the second attempt, by another seed, is kept and marked where it is no better."""
     assert {caption["seed"] for caption in result["captions"] if caption["problem"]} <= {1}
     assert any(caption["seed"] == 1 for caption in result["captions"])
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_is_asked_what_its_own_chat_would_ask(result):
+    assert result["generated"] == result["chat"]
+    assert len(result["chat"][0]) > 100
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_has_nothing_left_of_a_stream_that_was_left(result):
+    assert result["unfinished"] == 0
 
 
 @pytest.mark.vllm

@@ -1,9 +1,11 @@
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
+from pixart.data import recaption
 from pixart.data.caption_style import compare, describe, divergence, report
 from pixart.data.captioner import INSTRUCTION, REWRITING, STYLE
 from pixart.data.recaption import rewrite, server
@@ -36,15 +38,22 @@ def test_what_is_bad_is_asked_again_and_left_alone_if_it_stays_so():
 class Answers(BaseHTTPRequestHandler):
     """Speaks just what `recaption` asks, to look at what it sends; a real vLLM server is in the tests marked vllm."""
 
+    log: ClassVar[list[str | None]] = []
+
     def do_GET(self):
         self.answer({"data": [{"id": "some-model"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         request = body["messages"][-1]["content"]
-        if request == "bad":
+        if request == "bad" or (request == "busy" and self.log.count(request) < 2):
+            self.log.append(request)
             self.send_error(500, "out of memory")
             return
+        if request == "long":
+            self.send_error(400, "longer than the model's context")
+            return
+        self.log.append(self.headers["Authorization"])
         text = f"A {request}, {body['model']}, seed {body['seed']}."
         self.answer({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
 
@@ -60,8 +69,10 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def url():
-    listening = HTTPServer(("127.0.0.1", 0), Answers)
+def url(monkeypatch):
+    monkeypatch.setattr(recaption, "PAUSE", 0.01)
+    Answers.log.clear()
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{listening.server_port}/v1"
     listening.shutdown()
@@ -72,6 +83,30 @@ def test_a_server_is_asked_by_openais_protocol(url):
     assert [each.text for each in found] == ["A red ball, some-model, seed 0.", "A blue ball, some-model, seed 0."]
     with pytest.raises(ValueError, match=r"^--server: http://.*/chat/completions answers 500: "):
         rewrite(["bad"], server(url, "model"))
+
+
+def test_a_busy_server_is_asked_again(url):
+    assert rewrite(["busy"], server(url))[0].text == "A busy, some-model, seed 0."
+    assert Answers.log.count("busy") == 2
+    with pytest.raises(ValueError, match="answers 500"):
+        rewrite(["bad"], server(url))
+    assert Answers.log.count("bad") == recaption.TRIES
+
+
+def test_a_request_that_a_server_refuses_comes_back_as_it_is(url):
+    found = rewrite(["long", "red ball"], server(url))
+    assert [(each.text, each.problem) for each in found] == [
+        ("long", "not answered"),
+        ("A red ball, some-model, seed 0.", ""),
+    ]
+    with pytest.raises(ValueError, match=r"answers 400: .*longer than the model's context"):
+        rewrite(["long"], server(url))
+
+
+def test_a_server_with_a_key(url, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    rewrite(["red ball"], server(url))
+    assert Answers.log == ["Bearer secret"]
 
 
 def test_a_server_that_is_not_there_is_one_line():
@@ -86,14 +121,15 @@ CAPTIONS = [
 
 
 def test_figures_of_a_style():
-    found = describe([*CAPTIONS, "The image shows a dog."])
-    assert found["texts"] == 3
-    assert found["words"] == 11
+    found = describe([*CAPTIONS, "The image shows a dog.", "There is a cat. It sits."])
+    assert found["texts"] == 4
+    assert found["words"] == 8.5
     assert found["sentences"] == 2
-    assert found["words of the first sentence"] == 6
-    assert found["opening with an article or a number"] == 1
-    assert found["with a problem"] == pytest.approx(1 / 3)
-    assert found["commonest openings"][0] == "a red 33%"
+    assert found["words of the first sentence"] == 5.5
+    assert found["opening with an article or a number"] == 3 / 4
+    assert found["opening with a verb, as in 'there is'"] == 1 / 4
+    assert (found["with narration"], found["with refusal"], found["with any problem"]) == (1 / 4, 0, 1 / 4)
+    assert found["commonest openings"][0] == "a red 25%"
     with pytest.raises(ValueError, match="no texts"):
         describe([])
 
