@@ -1,5 +1,6 @@
 """Work on items by threads, ahead of whoever takes the results in order."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +8,8 @@ from typing import Any, TypeVar
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-THREADS = 4  # Pillow gives up the interpreter while it decodes and resizes
+# Pillow gives up the interpreter while it decodes and resizes; half of the processors are left to who takes the results.
+THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 AHEAD = 128  # results that may wait
 
 

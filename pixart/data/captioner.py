@@ -208,4 +208,4 @@ def prepare(image: Image.Image) -> Image.Image:
         return image
     width, height = max(1, math.floor(image.width * scale)), max(1, math.floor(image.height * scale))
     longest = MAX_ASPECT * min(width, height)  # by rounding, it may have become too long
-    return image.resize((min(width, longest), min(height, longest)), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return image.resize((min(width, longest), min(height, longest)), Image.Resampling.BICUBIC, reducing_gap=1.0)

@@ -31,9 +31,10 @@ def test_no_more_is_read_than_may_wait(monkeypatch):
     assert list(results) == [str(value) for value in range(1, 20)]
 
 
-def test_threads_work_at_the_same_time():
-    together = threading.Barrier(ahead.THREADS, timeout=10)
-    assert list(made_ahead(lambda value: together.wait() >= 0, range(4))) == [True] * 4
+def test_threads_work_at_the_same_time(monkeypatch):
+    monkeypatch.setattr(ahead, "THREADS", 3)
+    together = threading.Barrier(3, timeout=10)
+    assert list(made_ahead(lambda value: together.wait() >= 0, range(6))) == [True] * 6
 
 
 def test_an_error_is_raised_at_its_place():
