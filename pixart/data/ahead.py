@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-# Pillow gives up the interpreter while it decodes and resizes; half of the processors are left to who takes the results.
+# Pillow gives up the interpreter while it decodes and resizes; half of the processors are left to the taker of results.
 THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 AHEAD = 128  # results that may wait
 
