@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conversion import distributed_checkpoint
 from conversion.options import BASE_IMAGE_SIZE
 from pixart import checkpoint as checkpoints
+from pixart import distributed_checkpoint
 from pixart.checkpoint import Checkpoint, Lazy, Normalization, State, check_shapes
 from pixart.model.dit import DiT, parameter_groups
 from pixart.training.optimizer import MOMENTS

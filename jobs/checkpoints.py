@@ -38,6 +38,11 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
 def check_lengths(directory: Path) -> None:
     for file in sorted(directory.rglob("*.safetensors")):
         check_length(file)
+    record = directory / MARKER
+    for name, (length, _) in (json.loads(record.read_text())["files"] if record.exists() else {}).items():
+        file = directory / "state" / name
+        if not file.exists() or file.stat().st_size != length:
+            raise ValueError(f"{file} is missing, damaged or truncated")
 
 
 def check_length(file: Path) -> None:

@@ -44,6 +44,10 @@ class Journal:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.append({"step": step, "metrics": values})
 
+    def incident(self, step: int, text: str) -> None:
+        """What somebody who looks at the curves should know of a step."""
+        self.append({"step": step, "incident": text})
+
     def artifact(self, file: str | Path) -> None:
         self.append({"artifact": str(file)})
 

@@ -26,7 +26,7 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
             dataset=recipe.data.path,
             run=run_folder,
             start=start,
-            report=Journal(run_folder).metrics,
+            reporter=Journal(run_folder),
             stop=stop_level,
         )
     except Stopped as stopped:

@@ -1,47 +1,61 @@
 """A checkpoint directory: all that training needs to go on, by parameter name.
 
-    step-00000400/
+As the conversion writes it, in one process:
+
+    step-00000400.fp8/
       transformer/            master weights, float32, a diffusers folder (`DiT.from_pretrained`)
       ema/                    the exponential moving average, likewise
       optimizer.safetensors   AdamW's NAME.exp_avg, NAME.exp_avg_sq and NAME.step
-      fp8.safetensors         NAME.scale and NAME.amax_history, in a checkpoint of FP8 training
-      training.json           stage, step, normalization, plan, provenance; written last
+      fp8.safetensors         NAME.scale, NAME.amax_history and NAME.overflow_share, where there is a plan
+      training.json           stage, step, configuration, normalization, plan, provenance; written last
+
+As training writes it, each rank its own part (torch.distributed.checkpoint):
+
+    step-00000400/
+      state/                  model.NAME, ema.NAME, optimizer.NAME.exp_avg and so on, scales.NAME.scale and so on
+      training.json           the same, and the length and checksum of each file
 
 A checkpoint is written under a temporary name and renamed, so that one which has its final name is whole. Tensors
-are mapped from their files and written one at a time: a checkpoint may be larger than memory.
+are read and written one at a time: a checkpoint may be larger than memory.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import google_crc32c
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pixart import distributed_checkpoint
 from pixart.model.dit import DiT, own_config, state_shapes
 from pixart.model.fp8 import Plan
 
 FORMAT = 1
 MARKER = "training.json"
+STATE = "state"
+GROUPS = ("model", "ema", "optimizer", "scales")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+PIECE = 1 << 24  # bytes that are read at once
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for and kept by nobody."""
+    """Tensors by name, each made when it is asked for and kept by nobody; `shapes` are tensors without memory."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self.makers = makers
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]], shapes: Mapping[str, Tensor] | None = None) -> None:
+        self.makers, self.shapes = makers, shapes or {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.makers[name]()
@@ -83,14 +97,17 @@ class Checkpoint:
     stage: int
     step: int  # optimizer steps done in this stage
     config: dict[str, Any]  # of DiT
-    model: State
-    ema: State
-    optimizer: State
     normalization: Normalization
+    model: State = field(default_factory=dict)
+    ema: State = field(default_factory=dict)
+    optimizer: State = field(default_factory=dict)
     plan: Plan | None = None
     scales: State = field(default_factory=dict)
     dataset: str | None = None  # path of the dataset it was trained on
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, State]:
+        return {group: getattr(self, group) for group in GROUPS}
 
 
 def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
@@ -114,18 +131,20 @@ def write_state(checkpoint: Checkpoint, partial: Path) -> None:
         each.result()
 
 
-def write_record(checkpoint: Checkpoint, partial: Path) -> None:
-    """What is small; the record, which makes the directory a checkpoint, comes last."""
-    if checkpoint.plan is not None:
+def write_record(checkpoint: Checkpoint, partial: Path, files: Mapping[str, Sequence[int]] | None = None) -> None:
+    """What is small; the record, which makes the directory a checkpoint, comes last. `files`: length and CRC-32C."""
+    if checkpoint.scales:
         save_tensors(checkpoint.scales, partial / "fp8.safetensors")
     record = {
         "format": FORMAT,
         "stage": checkpoint.stage,
         "step": checkpoint.step,
+        "config": checkpoint.config,
         "normalization": dataclasses.asdict(checkpoint.normalization),
         "plan": None if checkpoint.plan is None else dataclasses.asdict(checkpoint.plan),
         "dataset": checkpoint.dataset,
         "provenance": checkpoint.provenance,
+        "files": files or {},
     }
     write(partial / MARKER, (json.dumps(record, indent=2) + "\n").encode())
 
@@ -208,28 +227,77 @@ def normalization(record: dict[str, Any]) -> Normalization:
 
 
 def load(directory: str | Path) -> Checkpoint:
-    """Reads a checkpoint directory. Raises ValueError naming what is missing, damaged or of the wrong shape."""
+    """A checkpoint, its tensors mapped or read when they are asked for.
+
+    Raises ValueError naming what is missing, damaged or of the wrong shape.
+    """
     directory = Path(directory)
+    checkpoint = describe(directory)
+    if (directory / STATE).exists():
+        check_files(directory)
+        lazies = distributed_state(directory / STATE)
+        states: dict[str, State] = {**lazies}
+        shapes: dict[str, State] = {group: lazy.shapes for group, lazy in lazies.items()}
+    else:
+        model, ema, optimizer = load_state(directory)
+        scales = load_tensors(directory / "fp8.safetensors") if checkpoint.plan else {}
+        states = shapes = {"model": model, "ema": ema, "optimizer": optimizer, "scales": scales}
+    for group in GROUPS:
+        setattr(checkpoint, group, states[group])
+    for group, folder in (("model", "transformer"), ("ema", "ema")):
+        check_shapes(shapes[group], checkpoint.config, f"{directory}/{folder}")
+    return checkpoint
+
+
+def describe(directory: Path) -> Checkpoint:
+    """All of a checkpoint but its tensors. Raises ValueError for what is no checkpoint or no longer whole."""
     record = read_record(directory)
-    config = own_config(DiT.load_config(directory / "transformer"))
-    plan = record["plan"] and Plan(**{**record["plan"], "linears": tuple(record["plan"]["linears"])})
-    model, ema, optimizer = load_state(directory)
-    checkpoint = Checkpoint(
+    config = (
+        record["config"] if (directory / STATE).exists() else own_config(DiT.load_config(directory / "transformer"))
+    )
+    return Checkpoint(
         stage=record["stage"],
         step=record["step"],
         config=config,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
         normalization=normalization(record),
-        plan=plan,
-        scales=load_tensors(directory / "fp8.safetensors") if plan else {},
+        plan=record["plan"] and Plan(**{**record["plan"], "linears": tuple(record["plan"]["linears"])}),
         dataset=record["dataset"],
         provenance=record["provenance"],
     )
-    check_shapes(checkpoint.model, config, f"{directory}/transformer")
-    check_shapes(checkpoint.ema, config, f"{directory}/ema")
-    return checkpoint
+
+
+def distributed_state(folder: Path) -> dict[str, Lazy]:
+    """The groups of what training wrote, each tensor whole. Raises ValueError where that cannot be read."""
+    with distributed_checkpoint.readable(folder):
+        reader = distributed_checkpoint.Reader(folder)
+        keys: dict[str, list[str]] = {group: [] for group in GROUPS}
+        for key in reader.entries:
+            keys[key.partition(".")[0]].append(key)
+
+    def lazy(group: str) -> Lazy:
+        names = {key.removeprefix(f"{group}."): key for key in keys[group]}
+        makers = {name: functools.partial(reader.one, key) for name, key in names.items()}
+        return Lazy(makers, {name: torch.empty(reader.entries[key].size, device="meta") for name, key in names.items()})
+
+    return {group: lazy(group) for group in GROUPS}
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """Length in bytes and CRC-32C of a file."""
+    length = crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            length, crc = length + len(piece), google_crc32c.extend(crc, piece)
+    return length, crc
+
+
+def check_files(directory: Path, part: slice = slice(None)) -> None:
+    """Raises ValueError for a file that is not as it was written, of those that `part` chooses."""
+    files = read_record(directory)["files"]
+    for name, written in list(files.items())[part]:
+        file = directory / STATE / name
+        if not file.exists() or list(checksum(file)) != list(written):
+            raise ValueError(f"{file} is missing, damaged or truncated")
 
 
 def load_state(directory: Path) -> tuple[State, State, State]:

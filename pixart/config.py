@@ -96,13 +96,36 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False  # needs a checkpoint that the conversion wrote
     seed: int = 0
+    skip_limit: int = 10  # steps in a row, left out as their gradient is not finite, after which training ends
+
+    accumulate: int = 1  # micro-batches, one after the other, of which a rank's part of the batch is made up
+    sharding: Literal["full", "hybrid"] = "full"  # hybrid: over the ranks of a node, with a replica on each node
+    reshard: bool = True  # free a block's gathered weights after its forward pass: less memory, one gather more
+    compile: bool = False  # each block, by torch.compile
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products are kept
+
     log_every: int = 10
     save_every: int = 1000
+    keep_last: int = 3  # checkpoints
+    keep_every: int = 0  # and those of steps that are multiples of this; 0: no more
+    validate_every: int = 0  # steps; 0: never
+    validation_rows: int = 0  # kept from training, the same ones in both stages
+    preview_every: int = 0  # steps; 0: never
+    previews: int = 8  # pictures
+    stall_minutes: float = 10.0  # without a step, after which every rank prints its stacks
+    profile: int = 0  # step with which a trace of three steps begins; 0: none
 
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
+        require_at_least(1, accumulate=self.accumulate, skip_limit=self.skip_limit, keep_last=self.keep_last)
+        require_at_least(1, previews=self.previews)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
+        require_at_least(0, validate_every=self.validate_every, preview_every=self.preview_every, profile=self.profile)
+        require_at_least(0, validation_rows=self.validation_rows, keep_every=self.keep_every)
+        require_at_least(0.01, stall_minutes=self.stall_minutes)
         require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop, short=self.short)
+        if self.validate_every and not self.validation_rows:
+            raise ValueError(f"validate_every={self.validate_every}: needs validation_rows, which are 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +180,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def require_at_least(least: int, **values: float) -> None:
+def require_at_least(least: float, **values: float) -> None:
     """Raises ValueError for the first value that is smaller."""
     for name, value in values.items():
         if not value >= least:

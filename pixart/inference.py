@@ -28,8 +28,8 @@ def load(directory: Path) -> tuple[DiT, dict[str, Any]]:
     if (directory / RECORD).exists():
         record = json.loads((directory / RECORD).read_text())
         return load_fp8(directory, record["linears"]), record
-    model = DiT.from_pretrained(directory / "ema", low_cpu_mem_usage=False).eval()
-    return model, checkpoints.read_record(directory)
+    checkpoint = checkpoints.load(directory)
+    return load_model(checkpoint.config, checkpoint.ema).eval(), checkpoints.read_record(directory)
 
 
 def load_fp8(directory: Path, linears: Sequence[str]) -> DiT:

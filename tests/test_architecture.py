@@ -19,7 +19,10 @@ ALLOWED = {
     "pixart/model": {"pixart/model"},
     "pixart/pages": {"pixart/pages"},
     "pixart/data": {"pixart/data", "pixart/pages", "pixart/config"},
-    "pixart/training": {"pixart/training", "pixart/model", "pixart/data", "pixart/checkpoint", "pixart/config"},
+    "pixart/training": {
+        *("pixart/training", "pixart/model", "pixart/data", "pixart/config"),
+        *("pixart/checkpoint", "pixart/distributed_checkpoint", "pixart/sampling", "pixart/sheet"),
+    },
     "conversion": {"conversion", "pixart"},
     "slurm": {"slurm"},
     "jobs": {"jobs", "slurm", "pixart", "conversion"},

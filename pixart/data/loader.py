@@ -4,9 +4,10 @@ import math
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from mmap import mmap
 from threading import Event
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +32,19 @@ class Batch:
     token_mask: Tensor  # (B, L) bool
     text_states: Tensor | None  # (B, L, text_dim) float16 where the store keeps them
 
+    def part(self, rows: slice) -> "Batch":
+        """Some of the rows, without a copy."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
+        return Batch(**parts)
+
 
 class Loader:
     """Batches of one rank, read ahead of time.
 
     Rows, drops (a share of `drop`) and the choice of short captions (a share of `short`) are pure functions of seed
     and step over the whole global batch, of which every rank has its contiguous part: they do not depend on the
-    number of ranks. `states`: whether text states are read.
+    number of ranks. `states`: whether text states are read. `held_out`: rows that are never taken.
 
     What a rank needs of a window is read at once, block by block and each row straight into its place, while the
     window before it is in use; rows that are too large for that are read by batches, `ahead` steps early.
@@ -55,6 +62,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         ahead: int = 2,
+        held_out: np.ndarray | None = None,
     ) -> None:
         path, data = store.manifest.data.path, store.manifest.data
         if batch % world:
@@ -62,8 +70,10 @@ class Loader:
         if short > 0 and not data.short_captions:
             raise ValueError(f"short={short}: dataset {path} has no short captions, data.short_captions is false")
         valid = store.valid_rows()
+        if held_out is not None:
+            valid = np.setdiff1d(valid, held_out, assume_unique=True)
         if len(valid) == 0:
-            raise ValueError(f"dataset {path} has no valid row: run the latents job first")
+            raise ValueError(f"dataset {path} has no valid row to train on: run the latents job first")
         self.store, self.batch, self.seed, self.drop, self.short, self.ahead = store, batch, seed, drop, short, ahead
         self.part = slice(rank * batch // world, (rank + 1) * batch // world)
         self.order = Order(valid, rows_per_shard=store.manifest.rows_per_shard, seed=seed)
@@ -159,6 +169,23 @@ class Loader:
         if PIN:  # torch keeps pinned memory for the next that asks
             return torch.empty((rows, *shape), dtype=getattr(torch, dtype), pin_memory=True)
         return self._memory.empty((rows, *shape), np.dtype(dtype))
+
+
+def rows_batch(store: Store, rows: np.ndarray, *, states: bool) -> Batch:
+    """A batch of just these rows, nothing of them dropped."""
+
+    def column(name: str) -> Tensor:
+        return torch.from_numpy(store.read(name, rows))
+
+    return Batch(
+        rows=rows,
+        latents=column("latents"),
+        label=column("label"),
+        dropped=torch.zeros(len(rows), dtype=torch.bool),
+        token_ids=column("token_ids"),
+        token_mask=column("token_mask"),
+        text_states=column("text_states") if states and store.manifest.data.text_states else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

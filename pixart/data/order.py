@@ -14,7 +14,7 @@ import numpy as np
 BLOCK = 32  # rows, 1 MiB of latents at 256 px
 WINDOW = 8192  # rows that are shuffled together; datasets of fewer than twice as many are shuffled as a whole
 
-EPOCH, ROWS, DROP, SHORT = range(4)  # what random numbers are for
+EPOCH, ROWS, DROP, SHORT, HELD_OUT = range(5)  # what random numbers are for
 
 
 def random_numbers(count: int, seed: int, index: int, use: int, part: int = 0) -> np.ndarray:
@@ -85,3 +85,14 @@ def rows_of_step(order: Order, step: int, batch: int) -> np.ndarray:
     Epochs follow one upon the other, each with every valid row once; a batch may reach from one into the next.
     """
     return order.rows(step * batch, (step + 1) * batch)
+
+
+def held_out_rows(valid: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the valid rows, ascending, that are kept from training; the same ones for every run of a dataset.
+
+    Raises ValueError where they would be more than half.
+    """
+    if count > len(valid) // 2:
+        raise ValueError(f"validation_rows={count}: is more than half of the {len(valid)} valid rows")
+    numbers = random_numbers(len(valid), 0, 0, HELD_OUT)
+    return np.sort(valid[np.argpartition(numbers, count)[:count]])

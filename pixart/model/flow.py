@@ -6,7 +6,12 @@ from torch import Tensor
 
 def sample_time(batch: int, generator: torch.Generator) -> Tensor:
     """Logit-normal t in (0, 1) (Stable Diffusion 3, section 3.1, location 0, scale 1) -> (batch,)."""
-    return torch.randn(batch, generator=generator).sigmoid()
+    return torch.randn(batch, generator=generator, device=generator.device).sigmoid()
+
+
+def fixed_time(batch: int) -> Tensor:
+    """The middle of each of `batch` equally likely strata of the same distribution, ascending -> (batch,)."""
+    return torch.special.ndtri((torch.arange(batch) + 0.5) / batch).sigmoid()
 
 
 def stratified_time(batch: int, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ the same grid and multiplied in float32, which gives the same result up to the o
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ E5M2 = Format(dtype=torch.float8_e5m2, max=57344.0, mantissa_bits=2, min_exponen
 INPUT, WEIGHT, GRAD_OUTPUT = range(3)
 SLOTS = ("input", "weight", "grad_output")
 FORMATS = (E4M3, E4M3, E5M2)
+
+OVERFLOW_WEIGHT = 1 / 32  # of a step in the running share of steps that overflow
+OVERFLOW_LIMIT = 0.5  # a share above which delayed scaling does not follow a tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,11 +143,14 @@ class Float8Linear(nn.Linear):
     """A linear whose products run in FP8; parameters and state-dict keys are those of the nn.Linear it replaces.
 
     `scale` (3,) and `amax_history` (history, 3) are float32, by slot of SLOTS. Row 0 of the history is staged by the
-    current step, rows 1 to the last run from oldest to newest (TransformerEngine's layout).
+    current step, rows 1 to the last run from oldest to newest (TransformerEngine's layout). `overflow_share` (3,) is
+    a running mean: in which share of the steps the tensor had values that its scale does not let through.
     """
 
     scale: Tensor
     amax_history: Tensor
+    overflow_share: Tensor
+    in_fp8 = True  # a linear that keeps overflowing goes on without
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, plan: Plan) -> "Float8Linear":
@@ -155,9 +161,12 @@ class Float8Linear(nn.Linear):
         module.register_buffer("scale", torch.ones(len(SLOTS), device=device), persistent=False)
         history = torch.zeros(plan.history, len(SLOTS), device=device)
         module.register_buffer("amax_history", history, persistent=False)
+        module.register_buffer("overflow_share", torch.zeros(len(SLOTS), device=device), persistent=False)
         return module
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if not self.in_fp8:
+            return super().forward(x)
         rows = x.flatten(0, -2)
         record = torch.is_grad_enabled()
         staged = self.amax_history[0]
@@ -191,26 +200,76 @@ def check_recipe(plan: Plan) -> None:
 
 
 def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Float8Linear))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, Float8Linear) and module.in_fp8
+    )
 
 
 @torch.no_grad()
 def update_scales(model: nn.Module, plan: Plan) -> None:
-    """Ends a step: staged amax, reduced over ranks, joins the history, and the scales follow its maximum."""
+    """Ends a step: staged amax, reduced over ranks, joins the history, and the scales follow its maximum.
+
+    Of a step with values that are not finite, which the optimizer leaves out, the last amax joins again.
+    """
     linears = [module for _, module in float8_linears(model)]
+    if not linears:
+        return
     histories = torch.stack([module.amax_history for module in linears])  # (linears, history, 3)
+    staged = histories[:, 0].contiguous()
     if dist.is_initialized() and dist.get_world_size() > 1:
-        staged = histories[:, 0].contiguous()
         dist.all_reduce(staged, op=dist.ReduceOp.MAX)
-        histories[:, 0] = staged
+    histories[:, 0] = torch.where(staged.isfinite(), staged, histories[:, -1])
     format_max = torch.tensor([fmt.max for fmt in FORMATS], device=histories.device)
     previous = torch.stack([module.scale for module in linears])
+    over = (histories[:, 0] * previous > format_max).float()
+    shares = torch.stack([module.overflow_share for module in linears]).lerp_(over, OVERFLOW_WEIGHT)
     scales = scale_from_amax(histories.amax(dim=1), previous, format_max, plan.margin)
     histories = histories.roll(-1, dims=1)
     histories[:, 0] = 0
-    for module, scale, history in zip(linears, scales, histories, strict=True):
+    for module, scale, history, share in zip(linears, scales, histories, shares, strict=True):
         module.scale.copy_(scale)
         module.amax_history.copy_(history)
+        module.overflow_share.copy_(share)
+
+
+@torch.no_grad()
+def health(model: nn.Module) -> dict[str, dict[str, float]]:
+    """`scale`, `headroom` and `overflow_share` by linear and slot, `NAME.input` and so on.
+
+    Headroom is in powers of two: how many times the last amax may double before it overflows; 0 of a tensor that was
+    not seen yet.
+    """
+    linears = dict(float8_linears(model))
+    if not linears:
+        return {}
+    scales = torch.stack([module.scale for module in linears.values()])
+    newest = torch.stack([module.amax_history[-1] for module in linears.values()])
+    shares = torch.stack([module.overflow_share for module in linears.values()])
+    format_max = torch.tensor([fmt.max for fmt in FORMATS], device=scales.device)
+    headroom = torch.where(newest > 0, (format_max / (newest * scales)).log2(), 0.0)
+    keys = [f"{name}.{slot}" for name in linears for slot in SLOTS]
+    measures = {"scale": scales, "headroom": headroom, "overflow_share": shares}
+    return {what: dict(zip(keys, values.flatten().tolist(), strict=True)) for what, values in measures.items()}
+
+
+def fall_back(model: nn.Module, plan: Plan, step: int) -> Plan:
+    """Takes linears that keep overflowing out of FP8, in place -> the plan without them, or the same one.
+
+    Delayed scaling trusts that a tensor is like it was: where that does not hold in most steps, it clips most steps.
+    """
+    shares = {name: module.overflow_share.max() for name, module in float8_linears(model)}
+    if not shares:
+        return plan
+    found = torch.stack(list(shares.values())).tolist()
+    reasons = {
+        name: f"overflowed in {share:.0%} of the steps before step {step}"
+        for name, share in zip(shares, found, strict=True)
+        if share > OVERFLOW_LIMIT
+    }
+    for name in reasons:
+        model.get_submodule(name).in_fp8 = False
+    left = tuple(name for name in plan.linears if name not in reasons)
+    return replace(plan, linears=left, kept={**plan.kept, **reasons}) if reasons else plan
 
 
 def calibrated_state(amax: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -225,6 +284,7 @@ def calibrated_state(amax: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor
         history[1:] = amax[name]
         state[f"{name}.scale"] = scale_from_amax(amax[name], torch.ones(len(SLOTS)), format_max, plan.margin)
         state[f"{name}.amax_history"] = history
+        state[f"{name}.overflow_share"] = torch.zeros(len(SLOTS))
     return state
 
 
@@ -237,24 +297,28 @@ def rescale_gradients(model: nn.Module, factor: float) -> None:
         module.scale[GRAD_OUTPUT] /= torch.where(measured, factor, 1.0)
 
 
+def scale_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors themselves, by module name: NAME.scale, NAME.amax_history and NAME.overflow_share."""
+    return {
+        f"{name}.{buffer}": getattr(module, buffer)
+        for name, module in float8_linears(model)
+        for buffer in ("scale", "amax_history", "overflow_share")
+    }
+
+
 def scale_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every scale and history by module name, on the CPU: what a checkpoint keeps."""
-    state = {}
-    for name, module in float8_linears(model):
-        state[f"{name}.scale"] = module.scale.cpu().clone()
-        state[f"{name}.amax_history"] = module.amax_history.cpu().clone()
-    return state
+    """A copy of them on the CPU: what a checkpoint keeps."""
+    return {name: tensor.cpu().clone() for name, tensor in scale_tensors(model).items()}
 
 
 @torch.no_grad()
 def load_scale_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts back what `scale_state` gave. Raises ValueError unless the names and shapes are just those of the model."""
-    own = scale_state(model)
+    own = scale_tensors(model)
     wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
     if odd := sorted(own.keys() ^ state.keys() | wrong):
         raise ValueError(
             f"FP8 scales do not fit the plan: {len(odd)} missing, unknown or of another shape, as {odd[0]}"
         )
-    for name, module in float8_linears(model):
-        module.scale.copy_(state[f"{name}.scale"])
-        module.amax_history.copy_(state[f"{name}.amax_history"])
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

@@ -1,24 +1,36 @@
 """Ranks and shards: the process group, FSDP2 around the model, and whole tensors back out of it."""
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from pixart.config import TrainConfig
+
+aten = torch.ops.aten
+# Products and attention: what costs most to compute again. Norms, modulations and activations are made anew.
+KEPT = (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm)
+ATTENTION = "_scaled_dot_product"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
     rank: int
     world: int
+    local_world: int  # ranks of this node
     device: torch.device
     cpu_group: dist.ProcessGroup | None = None  # for words between the ranks that no GPU should wait for
+    save_group: dist.ProcessGroup | None = None  # for the thread that writes checkpoints
 
     @property
     def first(self) -> bool:
@@ -31,6 +43,12 @@ class Ranks:
         word = torch.tensor(value)
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return int(word)
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Every rank's value, on rank 0; an empty list elsewhere. Every rank must call it."""
+        found: list[Any] | None = [None] * self.world if self.first else None
+        dist.gather_object(value, found, group=group or self.cpu_group)
+        return found or []
 
 
 @contextmanager
@@ -47,32 +65,60 @@ def process_group() -> Iterator[Ranks]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        cpu_group = dist.new_group(backend="gloo") if cuda else None
-        yield Ranks(rank=rank, world=world, device=device, cpu_group=cpu_group)
+        yield Ranks(
+            rank=rank,
+            world=world,
+            local_world=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+            device=device,
+            cpu_group=dist.new_group(backend="gloo"),
+            save_group=dist.new_group(backend="gloo"),
+        )
     finally:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, ranks: Ranks, precision: str) -> None:
-    """FSDP2 in place: each block a unit, the rest another; float32 master weights, computation in `precision`."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
+    """Recomputation, compilation and FSDP2, in this order and in place: each block a unit, the rest another.
+
+    Master weights stay float32; computation is in `config.precision`.
+    """
+    if config.activation_checkpointing != "none":
+        model.enable_gradient_checkpointing(recomputed(config.activation_checkpointing))
+    if config.compile:
+        for block in model.dit_blocks:
+            block.compile()
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     # Time stays float32 on its way in: the model casts what it multiplies with weights.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    mesh = make_mesh(ranks, config.sharding)
     for block in model.dit_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+
+
+def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
+    """One dimension, over which all is sharded; `hybrid`: shards within a node, replicas over nodes."""
+    kind, nodes = ranks.device.type, ranks.world // ranks.local_world
+    if sharding == "hybrid" and nodes > 1:
+        return init_device_mesh(kind, (nodes, ranks.local_world), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(kind, (ranks.world,))
+
+
+def recomputed(how: str) -> Callable[..., Any]:
+    """Calls a module so that its activations are computed again backward: `full` all, `selective` the cheap ones."""
+    if how == "full":
+        return functools.partial(checkpoint, use_reentrant=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, keeps_products)
+    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+def keeps_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    packet = getattr(operator, "overloadpacket", operator)
+    kept = packet in KEPT or ATTENTION in str(packet)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The unsharded tensor on the CPU; every rank must call it."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A copy of a whole tensor, sharded, placed and typed as `reference` is."""
-    tensor = tensor.to(reference.device, reference.dtype)
-    if isinstance(reference, DTensor):
-        return distribute_tensor(tensor, reference.device_mesh, reference.placements)
-    return tensor.clone()

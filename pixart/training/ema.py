@@ -1,11 +1,11 @@
 """Exponential moving average of the weights, sharded as they are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from pixart.training.distributed import like, whole
+from torch.distributed.fsdp import FSDPModule
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -23,9 +23,27 @@ class Ema:
         parameters = [parameter for _, parameter in model.named_parameters()]
         torch._foreach_lerp_(list(self.averages.values()), parameters, 1 - decay_at(step, self.decay))
 
-    def state(self) -> dict[str, Tensor]:
-        """Whole tensors on the CPU; every rank must call it."""
-        return {name: whole(average) for name, average in self.averages.items()}
+    @contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averages as its weights; afterwards, its own again."""
+        reshard(model)
+        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        set_weights(model, self.averages)
+        try:
+            yield
+        finally:
+            reshard(model)
+            set_weights(model, own)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self.averages = {name: like(state[name], average) for name, average in self.averages.items()}
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go what FSDP2 has gathered of weights that are about to change."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

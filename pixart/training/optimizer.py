@@ -1,14 +1,12 @@
 """AdamW with two parameter groups, its learning rate, and its state by parameter name."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pixart.config import TrainConfig
 from pixart.model.dit import parameter_groups
-from pixart.training.distributed import like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,35 +19,24 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Weight decay on weights only: not on biases, normalizations and embeddings."""
+    """Weight decay on weights only: not on biases, normalizations and embeddings. Moments are there, and zero."""
     parameters = dict(model.named_parameters())
     decayed, undecayed = parameter_groups(model)
     groups = [
         {"params": [parameters[name] for name in decayed], "weight_decay": config.weight_decay},
         {"params": [parameters[name] for name in undecayed], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    for parameter in parameters.values():
+        moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    return optimizer
 
 
-def optimizer_state(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
-    """NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter, whole, on the CPU; every rank must call it."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        own = optimizer.state.get(parameter)
-        for moment in MOMENTS:
-            state[f"{name}.{moment}"] = whole(own[moment]) if own else torch.zeros(parameter.shape)
-        state[f"{name}.step"] = own["step"].detach().cpu() if own else torch.zeros(())
-    return state
-
-
-def load_optimizer_state(optimizer: torch.optim.AdamW, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_state` gave. Raises ValueError for a parameter without moments of its shape."""
-    for name, parameter in model.named_parameters():
-        for moment in MOMENTS:
-            found = state.get(f"{name}.{moment}")
-            if found is None or found.shape != parameter.shape:
-                raise ValueError(
-                    f"optimizer state of {name}: {moment} is missing or not of shape {tuple(parameter.shape)}"
-                )
-        moments = {moment: like(state[f"{name}.{moment}"], parameter) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": state[f"{name}.step"].float().to(parameter.device), **moments}
+def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
+    """NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter, sharded as it is."""
+    return {
+        f"{name}.{key}": optimizer.state[parameter][key]
+        for name, parameter in model.named_parameters()
+        for key in (*MOMENTS, "step")
+    }

@@ -1,5 +1,8 @@
 """FP8: every code of both formats, products against a naive reference, scales, histories, state."""
 
+import bisect
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,7 +177,9 @@ def test_state_round_trip_and_refusal():
     network = small_network(PLAN)
     fp8.load_scale_state(network, fp8.calibrated_state({"0": torch.tensor([1.0, 2.0, 0.0]), "2": torch.ones(3)}, PLAN))
     state = fp8.scale_state(network)
-    assert set(state) == {f"{name}.{kind}" for name in ("0", "2") for kind in ("scale", "amax_history")}
+    assert set(state) == {
+        f"{name}.{kind}" for name in ("0", "2") for kind in ("scale", "amax_history", "overflow_share")
+    }
     assert state["0.scale"].tolist() == [448, 224, 1]  # nothing was measured in the last slot
     assert state["0.amax_history"].shape == (4, len(SLOTS))
     again = small_network(PLAN)
@@ -196,3 +201,106 @@ def test_gradient_scales_follow_the_batch():
     assert network[0].scale.tolist() == [448, 448, 57344 / 8]
     assert network[0].amax_history[1:, GRAD_OUTPUT].tolist() == [8.0] * 3
     assert network[2].scale[GRAD_OUTPUT] == 1
+
+
+class Reference:
+    """Delayed scaling of one tensor in plain Python, after its definition: nothing of it is shared with the product."""
+
+    def __init__(self, fmt: fp8.Format, history: int, margin: int) -> None:
+        self.values = sorted(set(all_codes(fmt).tolist()))
+        self.even = [index % 2 == 0 for index in self.codes_of_positives(fmt)]
+        self.max, self.margin, self.length = fmt.max, margin, history
+        self.scale, self.seen = np.float32(1), []
+
+    @staticmethod
+    def codes_of_positives(fmt: fp8.Format) -> range:
+        return range(int(torch.tensor(fmt.max).to(fmt.dtype).view(torch.uint8)) + 1)
+
+    def rounded(self, value: float) -> float:
+        """To the nearest of all values of the format; of two as near, to the one whose code is even."""
+        value = max(-self.max, min(self.max, value))
+        at = bisect.bisect_left(self.values, value)
+        if self.values[at] == value:
+            return value
+        low, high = self.values[at - 1], self.values[at]
+        if value - low != high - value:
+            return low if value - low < high - value else high
+        positives = [each for each in self.values if each >= 0]
+        return low if self.even[positives.index(abs(low))] else high
+
+    def step(self, tensor: torch.Tensor) -> tuple[float, float, list[float]]:
+        """-> amax, the scale that was used, the quantized values."""
+        flat = tensor.flatten().tolist()
+        used, amax = self.scale, max(map(abs, flat))
+        quantized = [self.rounded(float(np.float32(value) * used)) for value in flat]
+        self.seen = [*self.seen, amax][-self.length :]
+        if max(self.seen) > 0:
+            self.scale = np.float32(self.max) / np.float32(max(self.seen)) / np.float32(2.0**self.margin)
+        return amax, float(used), quantized
+
+
+def test_fifty_steps_against_delayed_scaling_in_plain_python(monkeypatch):
+    """Amax, scale and quantized values of each tensor of each linear, bit for bit."""
+    plan = Plan(linears=("0", "2"), history=5, margin=1)
+    network = small_network(plan)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    real, calls = fp8.quantize, []
+
+    def quantize(x, scale, fmt):
+        calls.append((x.detach().clone(), float(scale), real(x, scale, fmt)))
+        return calls[-1][2].clone()
+
+    monkeypatch.setattr(fp8, "quantize", quantize)
+    order = [("0", INPUT), ("0", WEIGHT), ("2", INPUT), ("2", WEIGHT), ("2", GRAD_OUTPUT), ("0", GRAD_OUTPUT)]
+    references = {key: Reference(FORMATS[key[1]], plan.history, plan.margin) for key in order}
+    compared = 0
+    for step in range(50):
+        calls.clear()
+        x = torch.randn(3, 32) * (1 + step % 7)
+        (network(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fp8.update_scales(network, plan)
+        assert len(calls) == len(order)
+        for (name, slot), (tensor, scale, quantized) in zip(order, calls, strict=True):
+            amax, used, wanted = references[name, slot].step(tensor)
+            linear = network.get_submodule(name)
+            assert scale == used
+            assert float(linear.amax_history[-1, slot]) == amax
+            assert float(linear.scale[slot]) == references[name, slot].scale
+            assert quantized.flatten().tolist() == wanted
+            compared += len(wanted)
+    assert compared > 100_000
+
+
+def test_a_linear_that_keeps_overflowing_goes_on_without():
+    """Its input grows faster than a scale from the past allows; the other's does not."""
+    plan, network = PLAN, small_network(PLAN)
+    for step in range(40):
+        network[0](torch.full((4, 32), 2.0**step))
+        network[2](torch.ones(4, 48))
+        fp8.update_scales(network, plan)
+    told = fp8.health(network)
+    assert told["overflow_share"]["0.input"] > 0.5
+    assert told["overflow_share"]["2.input"] < 0.1
+    assert told["headroom"]["2.input"] == 0  # the last amax is just what the scale was made for
+    assert told["scale"]["2.input"] == 448
+    left = fp8.fall_back(network, plan, step=40)
+    assert left.linears == ("2",)
+    assert "overflowed in 7" in left.kept["0"]
+    assert [name for name, _ in fp8.float8_linears(network)] == ["2"]
+    x = torch.randn(4, 32)
+    assert torch.equal(network[0](x), F.linear(x, network[0].weight, network[0].bias))
+    assert set(fp8.scale_state(network)) == {f"2.{kind}" for kind in ("scale", "amax_history", "overflow_share")}
+    assert fp8.fall_back(network, left, step=41) is left
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace_in_the_scales():
+    network = small_network(PLAN)
+    network[0](torch.full((4, 32), 2.0))
+    fp8.update_scales(network, PLAN)
+    before = fp8.scale_state(network)["0.scale"]
+    network[0](torch.full((4, 32), float("inf")))
+    fp8.update_scales(network, PLAN)
+    assert torch.equal(fp8.scale_state(network)["0.scale"], before)
+    assert network[0].amax_history.isfinite().all()

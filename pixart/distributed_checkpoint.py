@@ -5,6 +5,9 @@ Their own reader runs whatever code a `.metadata` file names. Here only its desc
 
 import io
 import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 
 METADATA = ".metadata"
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads for itself, as it means to
 CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -44,13 +48,29 @@ class DescriptionUnpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
+    """Reads the description once."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / METADATA).open("rb") as file:
-            metadata = DescriptionUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("it describes no checkpoint")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        return metadata
+        if not hasattr(self, "described"):
+            with (Path(self.path) / METADATA).open("rb") as file:
+                metadata = DescriptionUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError("it describes no checkpoint")
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            self.described = metadata
+        return self.described
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return self.read_metadata().state_dict_metadata
+
+    def one(self, key: str) -> Any:
+        """A tensor, whole, or what else is kept under this key."""
+        entry = self.entries[key]
+        tensor = isinstance(entry, TensorStorageMetadata)
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) if tensor else None}
+        load(state, storage_reader=self, planner=Planner(flatten_state_dict=False), no_dist=True)
+        return state[key]
 
 
 class Planner(DefaultLoadPlanner):
@@ -65,34 +85,29 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises ValueError for a directory that is no checkpoint, is damaged, or names code.
     """
-    try:
-        metadata = Reader(path).read_metadata()
+    with readable(path):
+        reader = Reader(path)
         found: dict[str, Any] = {}
         for group in ("model", "model_ema"):
-            own = {
-                key.removeprefix(f"{group}."): key
-                for key in metadata.state_dict_metadata
-                if key.startswith(group + ".")
-            }
+            own = {key.removeprefix(f"{group}."): key for key in reader.entries if key.startswith(group + ".")}
             if own:
-                found[group] = {name: one(path, metadata, key) for name, key in own.items()}
+                found[group] = {name: reader.one(key) for name, key in own.items()}
         states: dict[str, dict[str, Any]] = {}
-        for key in metadata.state_dict_metadata:
+        for key in reader.entries:
             if key.startswith("optimizer.state."):
                 name, _, field = key.removeprefix("optimizer.state.").rpartition(".")
-                states.setdefault(name, {})[field] = one(path, metadata, key)
+                states.setdefault(name, {})[field] = reader.one(key)
         if states:
             found["optimizer"] = {"state": states}
-        if "step" in metadata.state_dict_metadata:
-            found["step"] = one(path, metadata, "step")
+        if "step" in reader.entries:
+            found["step"] = reader.one("step")
         return found
-    except Exception as error:  # whatever a damaged file makes of the reader
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises ValueError for whatever a damaged file makes of the reader."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(f"{path} cannot be read: it is no torch.distributed.checkpoint, or a damaged one") from error
-
-
-def one(path: Path, metadata: Metadata, key: str) -> Any:
-    entry = metadata.state_dict_metadata[key]
-    tensor = isinstance(entry, TensorStorageMetadata)
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) if tensor else None}
-    load(state, storage_reader=Reader(path), planner=Planner(flatten_state_dict=False), no_dist=True)
-    return state[key]

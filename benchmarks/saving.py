@@ -1,0 +1,65 @@
+"""How long training stands still for a checkpoint: saved in the background against saved at once, in one run.
+
+    python benchmarks/saving.py FOLDER [--blocks 8] [--repeats 5]
+
+The state is that of a stage-1 model of width 1152, in float32: weights, average and both moments.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from jobs import caption, init, latents
+from pixart.config import ModelConfig, TrainConfig, to_json
+from pixart.data import manifest as manifests
+from pixart.data.store import Store
+from pixart.recipes import demo
+from pixart.training.distributed import process_group
+from pixart.training.saving import Saver
+from pixart.training.step import Training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    sizes = ModelConfig(dim=1152, num_blocks=options.blocks, base_image_size=8, num_classes=5)
+    config = TrainConfig(steps=1, batch=8, lr=1e-4, warmup=1)
+    held: dict[str, list[float]] = {"background": [], "at once": []}
+    with tempfile.TemporaryDirectory() as folder, process_group() as ranks:
+        dataset = make_dataset(folder)
+        training = Training(None, 1, sizes, config, Store(manifests.read(dataset)), ranks)
+        saver = Saver(options.folder / "run", ranks, keep_last=1, keep_every=0)
+        for _ in range(1 + options.repeats):  # the first makes the memory that the others use again
+            for how in ("background", "at once"):
+                begun = time.perf_counter()
+                saver.save(training)
+                if how == "at once":
+                    saver.wait()
+                held[how].append(time.perf_counter() - begun)
+                saver.wait()
+        saver.close()
+    size = sum(tensor.nbytes for tensor in training.tensors().values())
+    background, at_once = (statistics.median(held[how][1:]) for how in ("background", "at once"))
+    share = background / at_once
+    print(f"{size / 1e9:.2f} GB: at once {at_once:.2f} s, in the background {background:.3f} s, {share:.1%} of it")
+    shutil.rmtree(options.folder / "run")
+
+
+def make_dataset(folder: str) -> str:
+    recipe = demo(folder)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=16, shards=1))
+    init.run(to_json(recipe))
+    caption.run(recipe.data.path, [0])
+    latents.run(recipe.data.path, [0])
+    return recipe.data.path
+
+
+if __name__ == "__main__":
+    main()
