@@ -13,57 +13,27 @@ from jobs.checkpoints import MARKER, find_checkpoint, find_weights
 from jobs.dataset_commands import prepare_dataset, require_audit
 from jobs.runs import Run
 from jobs.submission import Launch, describe_submission, run_ranks, use_dataset
+from jobs.training_checks import check_configuration, check_dataset, check_start, find_start
 from pixart.config import override
 from slurm.cluster import Cluster, Shape
 
 
 def train_command(launch: Launch, options: argparse.Namespace) -> str:
-    Cluster(launch.profile, launch.home).check(training_shape(launch, options.nodes))
-    start = find_checkpoint(options.start) if options.start else None
-    if options.start and options.resume:
-        raise ValueError("--from begins a run and --resume continues one: give one of them")
-    resumed = Path(options.resume).absolute() if options.resume else None
-    if resumed and not (resumed / "config.json").exists():
-        raise ValueError(f"--resume {options.resume}: no run folder")
-    if resumed:
-        start = find_checkpoint(str(resumed))
+    shape = training_shape(launch, options.nodes)
+    Cluster(launch.profile, launch.home).check(shape)
+    start, resumed = find_start(options)
     record = json.loads((start / MARKER).read_text()) if start else None
     stage = options.stage or (record["stage"] if record else 1)
-    if record and record["stage"] != stage:
-        raise ValueError(
-            f"{start} is of stage {record['stage']}, not {stage}: convert it first, or give --stage {record['stage']}"
-        )
-    failed = options.start and record and record["provenance"].get("gate") == "FAIL"
-    if failed and not options.accept_failed_conversion:
-        raise ValueError(
-            f"{start} comes from a conversion that failed its checks (see its report.html): mend that, or give "
-            "--accept-failed-conversion"
-        )
-    config = launch.recipe.train(stage)
-    if config.fp8 and not (record and record["plan"]):
-        raise ValueError(
-            f"stage {stage} trains in FP8, from a checkpoint that `python -m conversion.to_fp8` wrote: "
-            f"name it by --from, or set stage{stage}.fp8=false"
-        )
-    ranks = options.nodes * max(1, launch.profile.gpus_per_node)
-    if config.batch % ranks:
-        raise ValueError(f"stage{stage}.batch={config.batch} does not divide over {ranks} ranks")
-    if record and record["step"] >= config.steps:
-        raise ValueError(
-            f"{start} has done {record['step']} steps, stage{stage}.steps={config.steps} leaves none to train"
-        )
+    if record:
+        check_start(launch.recipe, options, start, record, stage)
+    check_configuration(launch.recipe, stage, shape.nodes * max(1, shape.ranks_per_node), record)
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
     manifest, after = prepare_dataset(launch, options.overrides)
+    check_dataset(launch.recipe, stage, manifest, record)
     if not options.accept_failed_audit:
         after = require_audit(launch, after)
-    classes = len(manifest["class_names"])
-    if stage == 1 and not start and classes >= launch.recipe.model.num_classes:
-        raise ValueError(
-            f"model.num_classes={launch.recipe.model.num_classes}: the dataset has {classes} classes, and one more "
-            f"index means no class; give --set model.num_classes={classes + 1}"
-        )
     run = submit_training(launch, stage, options.nodes, start=None if resumed else start, folder=resumed, after=after)
     if not launch.wait:
         return describe_submission(run)

@@ -133,7 +133,7 @@ def write_state(checkpoint: Checkpoint, partial: Path) -> None:
 
 def write_record(checkpoint: Checkpoint, partial: Path, files: Mapping[str, Sequence[int]] | None = None) -> None:
     """What is small; the record, which makes the directory a checkpoint, comes last. `files`: length and CRC-32C."""
-    if checkpoint.scales:
+    if checkpoint.plan is not None and files is None:
         save_tensors(checkpoint.scales, partial / "fp8.safetensors")
     record = {
         "format": FORMAT,

@@ -76,6 +76,9 @@ class ModelConfig:
     num_classes: int = 1001  # of stage 1; the last index means "no class"
 
 
+FP8_BACKENDS = {"delayed": "native", "current": "torchao", "rowwise": "torchao"}  # that follow a plan's recipe
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One stage of training. The global batch does not depend on the number of ranks."""
@@ -95,6 +98,7 @@ class TrainConfig:
     short: float = 0.0  # share of short captions; stage 2, of a dataset with data.short_captions
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False  # needs a checkpoint that the conversion wrote
+    fp8_backend: Literal["auto", "native", "torchao"] = "auto"  # auto: by the recipe of the checkpoint's plan
     seed: int = 0
     skip_limit: int = 10  # steps in a row, left out as their gradient is not finite, after which training ends
 
@@ -109,7 +113,7 @@ class TrainConfig:
     keep_last: int = 3  # checkpoints
     keep_every: int = 0  # and those of steps that are multiples of this; 0: no more
     validate_every: int = 0  # steps; 0: never
-    validation_rows: int = 0  # kept from training, the same ones in both stages
+    validation_rows: int = 0  # kept from training, the same ones in both stages; at most a tenth of the dataset
     preview_every: int = 0  # steps; 0: never
     previews: int = 8  # pictures
     stall_minutes: float = 10.0  # without a step, after which every rank prints its stacks
@@ -268,3 +272,15 @@ def from_json(text: str) -> Recipe:
 def read_data(values: dict[str, Any]) -> DataConfig:
     """Rebuilds the dataset's part from its dictionary, as JSON holds it; unknown fields raise TypeError."""
     return DataConfig(**{**values, "screening": ScreeningConfig(**values["screening"])})
+
+
+def fp8_backend(wanted: str, recipe: str) -> str:
+    """What trains in FP8 by a plan of this recipe. Raises ValueError where `wanted`, or anything, does not."""
+    backend = FP8_BACKENDS.get(recipe)
+    if backend is None or wanted not in ("auto", backend):
+        allowed = ", ".join(f"{able} for {name}" for name, able in FP8_BACKENDS.items())
+        raise ValueError(
+            f"fp8_backend={wanted}: does not follow the plan's recipe {recipe!r} ({allowed}); convert with another "
+            "--recipe to train here"
+        )
+    return backend

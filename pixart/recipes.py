@@ -4,12 +4,22 @@ Imports neither torch nor anything heavy, so that the launcher may read it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from pixart.config import AuditConfig, DataConfig, ModelConfig, Recipe, SampleConfig, TrainConfig
 
 # Standard deviation of MiniLM's last hidden states over the demo's captions; dividing by it brings the text to
 # the scale of the image tokens.
 MINILM_STATE_STD = 0.35
+
+DEMO_TRAINING: dict[str, Any] = {
+    **{"batch": 64, "lr": 6e-3, "warmup": 40, "final_lr": 0.05, "ema": 0.99, "precision": "fp32", "log_every": 5},
+    **{"validate_every": 100, "validation_rows": 64, "preview_every": 100},
+}
+XL_TRAINING: dict[str, Any] = {
+    **{"batch": 2048, "lr": 1e-4, "warmup": 1000, "weight_decay": 0.03, "activation_checkpointing": "selective"},
+    **{"validate_every": 1000, "validation_rows": 4096, "preview_every": 1000, "keep_every": 50_000},
+}
 
 
 def demo(home: str) -> Recipe:
@@ -29,12 +39,8 @@ def demo(home: str) -> Recipe:
         ),
         audit=AuditConfig(max_duplicates=1, max_same_opening=1),  # scenes of a few shapes are much alike
         model=ModelConfig(dim=128, cond_dim=128, num_heads=4, num_blocks=4, base_image_size=8, num_classes=5),
-        stage1=TrainConfig(
-            steps=300, batch=64, lr=6e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", log_every=5
-        ),
-        stage2=TrainConfig(
-            steps=800, batch=64, lr=6e-3, warmup=40, final_lr=0.05, ema=0.99, precision="fp32", fp8=True, log_every=5
-        ),
+        stage1=TrainConfig(steps=300, **DEMO_TRAINING),
+        stage2=TrainConfig(steps=800, fp8=True, **DEMO_TRAINING),
         sample=SampleConfig(steps=20, guidance=2.0, count=64),
     )
 
@@ -56,8 +62,8 @@ def xl(home: str) -> Recipe:
         ),
         audit=AuditConfig(),
         model=ModelConfig(),
-        stage1=TrainConfig(steps=400_000, batch=2048, lr=1e-4, warmup=1000, weight_decay=0.03),
-        stage2=TrainConfig(steps=300_000, batch=2048, lr=1e-4, warmup=1000, weight_decay=0.03, fp8=True),
+        stage1=TrainConfig(steps=400_000, **XL_TRAINING),
+        stage2=TrainConfig(steps=300_000, fp8=True, **XL_TRAINING),
         sample=SampleConfig(),
     )
 

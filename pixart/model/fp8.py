@@ -191,14 +191,6 @@ def swap_linears(model: nn.Module, plan: Plan) -> None:
         setattr(parent, child, Float8Linear.from_linear(linear, plan))
 
 
-def check_recipe(plan: Plan) -> None:
-    """Raises ValueError for a recipe that these linears do not follow."""
-    if plan.recipe != "delayed":
-        raise ValueError(
-            f"FP8 recipe {plan.recipe!r} is for other backends: convert with --recipe delayed to train here"
-        )
-
-
 def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:
     return (
         (name, module) for name, module in model.named_modules() if isinstance(module, Float8Linear) and module.in_fp8

@@ -70,7 +70,7 @@ def train(
         )
         interval = Interval(training, loader.order, reporter)
         saver = Saver(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
-        validation = Validation(training, store, held_out) if config.validate_every else None
+        validation = Validation(training, store, held_out) if len(held_out) else None
         shown = (held_out if len(held_out) else valid)[: config.previews]
         previews = Previews(training, store, shown, run) if config.preview_every else None
         watch, profile = Watch(config.stall_minutes), Profile(run, config.profile if ranks.first else 0)

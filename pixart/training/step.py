@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pixart.checkpoint import Checkpoint, Normalization
-from pixart.config import ModelConfig, TrainConfig
+from pixart.config import ModelConfig, TrainConfig, fp8_backend
 from pixart.data.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store import Store
-from pixart.model import fp8
+from pixart.model import fp8, fp8_torchao
 from pixart.model.dit import DiT, own_config
 from pixart.model.flow import flow_loss, interpolate, sample_time
 from pixart.training.conditions import ClassCondition, TextCondition
@@ -47,9 +47,10 @@ class Training:
             self.model = fresh_model(stage, model, self.dataset).to(ranks.device)
         check_fits(self.model, self.dataset, stage)
         self.model.train()
-        if self.plan:
-            fp8.check_recipe(self.plan)
+        if self.plan and fp8_backend(config.fp8_backend, self.plan.recipe) == "native":
             fp8.swap_linears(self.model, self.plan)
+        elif self.plan:
+            fp8_torchao.swap_linears(self.model, self.plan)
         parallelize(self.model, ranks, config)
         if start:
             self.model.to_empty(device=ranks.device)
@@ -126,8 +127,13 @@ class Training:
             normalization=self.normalization,
             plan=self.plan,
             dataset=self.dataset.data.path,
-            provenance={**self.provenance, "dataset_hash": self.dataset.hash},
+            provenance={**self.provenance, "dataset_hash": self.dataset.hash, "models": self.models_read},
         )
+
+    @property
+    def models_read(self) -> dict[str, str]:
+        """Fingerprints of the models whose output this one has learnt to read."""
+        return {kind: self.dataset.models[kind] for kind in ("vae", "text_encoder")[: self.stage]}
 
     def fit_gradient_scales(self) -> None:
         """Follows a change of the batch of a rank since the scales were measured."""

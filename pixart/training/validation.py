@@ -7,44 +7,42 @@ from torch import Tensor
 
 from pixart.data.loader import Batch, rows_batch
 from pixart.data.store import Store
-from pixart.model.flow import fixed_time, flow_loss, interpolate
+from pixart.model.flow import fixed_time, interpolate
 from pixart.training.step import Training
 
 
 class Validation:
-    """Rows and their t are dealt out to the ranks; the result does not depend on their number."""
+    """Rows and their t are dealt out to the ranks; the result does not depend on the number of these."""
 
     def __init__(self, training: Training, store: Store, rows: np.ndarray) -> None:
         ranks = training.ranks
-        if len(rows) % ranks.world:
-            raise ValueError(f"validation_rows={len(rows)}: does not divide over {ranks.world} ranks")
-        self.training, self.store = training, store
-        self.rows, self.t = rows[ranks.rank :: ranks.world], fixed_time(len(rows))[ranks.rank :: ranks.world]
+        self.training, self.store, self.count = training, store, len(rows)
+        dealt = np.arange(ranks.rank, -(-len(rows) // ranks.world) * ranks.world, ranks.world)
+        self.counts = torch.from_numpy(dealt < len(rows)).float()  # some ranks have one that does not, to go along
+        self.rows, self.t = rows[dealt % len(rows)], fixed_time(len(rows))[dealt % len(rows)]
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """Of the weights and of their average; every rank must call it."""
-        training = self.training
         own = self.loss()
-        with training.ema.in_place_of(training.model):
+        with self.training.ema.in_place_of(self.training.model):
             averaged = self.loss()
         return {"val/loss": own, "val/loss_ema": averaged}
 
     def loss(self) -> float:
-        training = self.training
-        device, size = training.ranks.device, training.micro_batch
+        training, device = self.training, self.training.ranks.device
         total = torch.zeros((), device=device)
         training.model.eval()
-        for begin in range(0, len(self.rows), size):
-            rows = self.rows[begin : begin + size]
-            batch = rows_batch(self.store, rows, states=training.stage == 2)
+        for part in torch.arange(len(self.rows)).split(training.micro_batch):
+            batch = rows_batch(self.store, self.rows[part], states=training.stage == 2)
             data = training.normalization.apply(batch.latents.to(device))
-            noise, t = noise_of(batch, data.shape[1:]).to(device), self.t[begin : begin + size].to(device)
+            noise, t = noise_of(batch, data.shape[1:]).to(device), self.t[part].to(device)
             velocity = training.model(interpolate(data, noise, t), t, **training.condition(batch))
-            total += flow_loss(velocity, data, noise) * len(rows)
+            errors = (velocity.float() - (data - noise)).square().mean(dim=(1, 2, 3))
+            total += errors @ self.counts[part].to(device)
         training.model.train()
         dist.all_reduce(total)
-        return float(total) / (len(self.rows) * training.ranks.world)
+        return float(total) / self.count
 
 
 def noise_of(batch: Batch, shape: torch.Size) -> Tensor:

@@ -141,6 +141,29 @@ def test_stage_of_the_checkpoint_is_checked(small_recipe, stage1, tmp_path):
         run_stage(small_recipe, tmp_path, 2, config, start=stage1[0])
 
 
+@pytest.mark.parametrize("recipe", ["current", "rowwise"])
+def test_torchao_trains_by_a_plan_of_its_recipes(small_recipe, stage1, tmp_path, recipe):
+    """Emulated on a CPU; near to what BF16 training gives, and a checkpoint without scales goes on."""
+    pytest.importorskip("torchao.float8", reason="needs the extra torchao")
+    convert(stage1[0], tmp_path / "c.fp8", Options(batches=2, batch=8, recipe=recipe))
+    found = {}
+    for fp8 in (True, False):
+        curves, run = Curves(), tmp_path / str(fp8)
+        config = dataclasses.replace(small_recipe.stage2, fp8=fp8)
+        last = run_stage(small_recipe, run, 2, config, start=tmp_path / "c.fp8", curves=curves)
+        found[fp8] = curves.losses
+    assert found[True] != found[False]
+    assert all(found[True][step] == pytest.approx(found[False][step], rel=0.05) for step in found[True])
+    again = Curves()
+    longer = dataclasses.replace(small_recipe.stage2, steps=8)
+    run_stage(small_recipe, tmp_path / "True", 2, longer, curves=again)
+    assert sorted(again.losses) == [7, 8]
+    assert checkpoints.load(last).plan is None
+    saved = checkpoints.load(tmp_path / "True/checkpoints/step-00000008")
+    assert saved.plan is not None
+    assert not saved.scales
+
+
 def test_a_gradient_that_is_not_finite_is_left_out_and_told(small_recipe, tmp_path, monkeypatch):
     """Weights, moments and what follows are those of a run without the step; the rows are named."""
     curves = Curves()
