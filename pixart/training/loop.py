@@ -44,7 +44,7 @@ def train(
     the same step and raise Stopped. Raises ValueError for what the user can mend.
     """
     run, reporter = Path(run), reporter or Quiet()
-    with process_group() as ranks:
+    with process_group() as ranks, Watch(config.stall_minutes) as watch:
         check(stage, config, ranks)
         store = Store(manifests.read(dataset))
         source, faults = newest_whole(run, ranks)
@@ -73,7 +73,7 @@ def train(
         validation = Validation(training, store, held_out) if len(held_out) else None
         shown = (held_out if len(held_out) else valid)[: config.previews]
         previews = Previews(training, store, shown, run) if config.preview_every else None
-        watch, profile = Watch(config.stall_minutes), Profile(run, config.profile if ranks.first else 0)
+        profile = Profile(run, config.profile if ranks.first else 0)
 
         def due(every: int) -> bool:
             return every > 0 and (training.steps_done % every == 0 or training.steps_done == config.steps)
@@ -89,18 +89,18 @@ def train(
                 interval.tell()
             if due(config.log_every):
                 interval.tell_scales()
-            if validation and due(config.validate_every):
-                losses = validation.losses()
-                if ranks.first:
-                    reporter.metrics(training.steps_done, losses)
-            if previews and due(config.preview_every):
-                previews.make(reporter.artifact)
-            if saving:
-                source = saver.save(training)
+            with interval.aside():
+                if validation and due(config.validate_every):
+                    losses = validation.losses()
+                    if ranks.first:
+                        reporter.metrics(training.steps_done, losses)
+                if previews and due(config.preview_every):
+                    previews.make(reporter.artifact)
+                if saving:
+                    source = saver.save(training)
             if level and training.steps_done < config.steps:
                 break
         saver.close()
-        watch.close()
         if previews:
             previews.close()
         ranks.agree(0)  # no rank ends before the checkpoint of all has its name

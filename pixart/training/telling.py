@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -81,6 +82,13 @@ class Interval:
             if batch is None:
                 return
             yield batch
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For what is no step and whose time counts for none."""
+        begun = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begun
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
         self.losses.append(loss)

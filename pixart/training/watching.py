@@ -23,7 +23,10 @@ class Watch:
             faulthandler.dump_traceback_later(self.seconds, repeat=True, file=STDERR)
             self.set_at = now
 
-    def close(self) -> None:
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -4,7 +4,7 @@ import sys
 STALL = """
 import threading, time
 from pixart.training.watching import Watch
-watch = Watch(0.01)
+watch = Watch(0.01).__enter__()
 def waits_for_the_others(): time.sleep(2)
 threading.Thread(target=waits_for_the_others).start()
 for _ in range(20):
@@ -12,7 +12,7 @@ for _ in range(20):
     watch.step_ended()
 print("no word so far", flush=True)
 time.sleep(0.9)
-watch.close()
+watch.__exit__()
 """
 
 
