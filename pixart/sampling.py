@@ -1,5 +1,7 @@
 """Sampling with classifier-free guidance, by diffusers' flow-match Euler scheduler."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -8,30 +10,33 @@ from torch import Tensor
 from pixart.model.dit import DiT
 
 
+def seeded_noise(model: DiT, side: int, seeds: Sequence[int]) -> Tensor:
+    """Noise (B, C, side, side), on the CPU: each sample's depends on its own seed alone."""
+    shape = (model.config.in_dim, side, side)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
 @torch.no_grad()
 def sample(
     model: DiT,
     condition: dict[str, Tensor],
     null: dict[str, Tensor],
+    noise: Tensor,
     *,
-    side: int,
     steps: int,
     guidance: float,
-    seed: int,
+    scheduler: FlowMatchEulerDiscreteScheduler | None = None,
 ) -> Tensor:
-    """Normalized latents (B, C, side, side) for a condition and its "none", keyword arguments of the model.
+    """Noise (B, C, H, W) -> normalized latents (B, C, H, W), for a condition and its "none".
 
-    The noise of sample i depends on `seed + i` alone, not on the batch. A guidance of 1 runs the model once a step.
+    Both are keyword arguments of the model, of B rows each. A guidance of 1 runs the model once a step.
     """
     device = model.patchify.weight.device
-    count = len(next(iter(condition.values())))
-    shape = (model.config.in_dim, side, side)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(count)]
-    latents = torch.stack(noise).to(device)
+    latents, count = noise.to(device), len(noise)
     both = {key: torch.cat([value, null[key]]) for key, value in condition.items()}
 
     # diffusers counts sigma from 1 (noise) to 0 (data) and predicts noise - data; the model has t = 1 - sigma.
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
         t = torch.full((count,), 1 - sigma.item(), device=device)
