@@ -94,7 +94,7 @@ def check_fits(model: dict[str, Any], manifest: dict[str, Any], dataset: str) ->
     channels = manifest["latent_shape"][0]
     if model["in_dim"] != channels:
         raise ValueError(f"the model makes {model['in_dim']} latent channels, the VAE of {dataset} has {channels}")
-    if model["text_dim"] not in (None, manifest["text_dim"]):
+    if model.get("text_dim") not in (None, manifest["text_dim"]):
         raise ValueError(
             f"the model reads text states of width {model['text_dim']}, those of {dataset} are "
             f"{manifest['text_dim']} wide"

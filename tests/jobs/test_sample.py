@@ -174,25 +174,30 @@ def test_rewritten_prompts_are_read_from_the_job_before(paint, saved, tmp_path):
     assert (image.text["prompt"], image.text["request"]) == ("A brown dog on grass.", "Hund")
 
 
-def test_demo_scenes_are_counted_and_exports_paint_the_same(paint, saved, tmp_path):
-    folder, result = paint(saved[2], "sample.count=3", per_prompt=2, export=str(tmp_path / "pipeline"))
-    assert result["prompts"] == 6
+def test_demo_scenes_are_counted(paint, saved):
+    folder, result = paint(saved[2], "sample.count=3", per_prompt=2)
+    assert result["prompts"] == len(pictures(folder)) == 6
     assert {"color", "shape"} <= result.keys()
-    image = pictures(folder)[5]
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=True)
+
+
+def test_an_export_paints_the_same(paint, saved, tmp_path):
+    target = tmp_path / "pipeline"
+    folder, _ = paint(saved[2], prompts=[{"prompt": "a star"}, {"prompt": "a cyan circle"}], export=str(target))
+    image = pictures(folder)[1]
+    pipeline = DiffusionPipeline.from_pretrained(target, trust_remote_code=True)
     generator = torch.Generator().manual_seed(int(image.text["seed"]))
     settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": generator}
     (again,) = pipeline(image.text["prompt"], **settings).images
     assert np.abs(np.asarray(again).astype(int) - np.asarray(image)).max() <= 1
-    assert json.loads((tmp_path / "pipeline/origin.json").read_text())["checkpoint"] == str(saved[2])
+    assert json.loads((target / "origin.json").read_text())["checkpoint"] == str(saved[2])
 
 
 @pytest.mark.slow
 def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F811
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "red ball"}\n\n{"text": "blue ball", "request": "ball"}\n')
-    words = ["sample", str(saved[2]), "--home", str(tmp_path), "--file", str(tmp_path / "prompts.jsonl")]
-    words += ["--set", "sample.steps=1", "--cluster", "local"]
-    assert launch.main([*words, "--prompt", "long", "--recaption", "--server", url]) == 0
+    where = ["--home", str(tmp_path), "--cluster", "local", "--set", "sample.steps=1"]
+    words = ["--prompt", "long", "--file", str(tmp_path / "prompts.jsonl"), "--recaption", "--server", url]
+    assert launch.main(["sample", str(saved[2]), *where, *words]) == 0
     said = capsys.readouterr()
     assert "left as it is (not answered): long" in said.err
     sheet = Path(next(line for line in said.out.splitlines() if line.startswith("sampled: ")).split()[1])
@@ -203,7 +208,7 @@ def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F81
         ("blue ball", "A blue ball, some-model, seed 0."),
     ]
     target = tmp_path / "exported"
-    assert launch.main(["sample", str(saved[1]), "--home", str(tmp_path), "--export", str(target)]) == 0
+    assert launch.main(["sample", str(saved[1]), *where, "--export", str(target)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"exported: {target}"
     assert (target / "model_index.json").exists()
     assert not list((tmp_path / "runs").glob("*/samples.png"))[1:]  # the export alone makes no pictures
