@@ -24,7 +24,7 @@ def sample_command(launch: Launch, options: argparse.Namespace) -> str:
     in_fp8 = (checkpoint / INFERENCE).exists()
     check_options(options, checkpoint, record["stage"], in_fp8)
     manifest = own_dataset(launch, options, checkpoint, record)
-    model = json.loads((checkpoint / ("" if in_fp8 else "ema") / "config.json").read_text())
+    model = json.loads((checkpoint / "config.json").read_text()) if in_fp8 else record["config"]
     check_fits(model, manifest, launch.dataset)
     classes = [class_index(name, manifest["class_names"], model["num_classes"]) for name in options.classes]
     prompts = [{"prompt": text} for text in options.prompt] + (read_prompts(options.file) if options.file else [])

@@ -22,7 +22,7 @@ from pixart.data.patch_vae import PatchAutoencoder
 from pixart.data.text import Encoder
 from pixart.data.vae import decode
 from pixart.model.dit import DiT, no_class
-from pixart.sampling import sample
+from pixart.sampling import denoise
 
 MODULE = "pipeline"  # the folder's file, without its suffix
 NO_CLASS = "none"
@@ -92,7 +92,7 @@ class PixArtPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} pictures: give one for each")
         side, channels = self.config.sample_size, self.transformer.config.in_dim
-        latents = sample(
+        latents = denoise(
             self.transformer,
             condition,
             null,

@@ -1,7 +1,5 @@
 """Sampling with classifier-free guidance, by diffusers' flow-match Euler scheduler."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -10,14 +8,27 @@ from torch import Tensor
 from pixart.model.dit import DiT
 
 
-def seeded_noise(model: DiT, side: int, seeds: Sequence[int]) -> Tensor:
-    """Noise (B, C, side, side), on the CPU: each sample's depends on its own seed alone."""
-    shape = (model.config.in_dim, side, side)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def sample(
+    model: DiT,
+    condition: dict[str, Tensor],
+    null: dict[str, Tensor],
+    *,
+    side: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> Tensor:
+    """Normalized latents (B, C, side, side) for a condition and its "none", keyword arguments of the model.
+
+    The noise of sample i depends on `seed + i` alone, not on the batch.
+    """
+    count, shape = len(next(iter(condition.values()))), (model.config.in_dim, side, side)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(count)]
+    return denoise(model, condition, null, torch.stack(noise), steps=steps, guidance=guidance)
 
 
 @torch.no_grad()
-def sample(
+def denoise(
     model: DiT,
     condition: dict[str, Tensor],
     null: dict[str, Tensor],
@@ -27,10 +38,7 @@ def sample(
     guidance: float,
     scheduler: FlowMatchEulerDiscreteScheduler | None = None,
 ) -> Tensor:
-    """Noise (B, C, H, W) -> normalized latents (B, C, H, W), for a condition and its "none".
-
-    Both are keyword arguments of the model, of B rows each. A guidance of 1 runs the model once a step.
-    """
+    """Noise (B, C, H, W) -> normalized latents (B, C, H, W). A guidance of 1 runs the model once a step."""
     device = model.patchify.weight.device
     latents, count = noise.to(device), len(noise)
     both = {key: torch.cat([value, null[key]]) for key, value in condition.items()}

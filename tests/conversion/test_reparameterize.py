@@ -11,7 +11,7 @@ from conversion.ways import SAMPLE_STEPS, SAMPLES, find_modulations, output_erro
 from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT, load_model
 from pixart.model.flow import interpolate
-from pixart.sampling import sample, seeded_noise
+from pixart.sampling import sample
 
 TEXT_DIM = 24
 
@@ -85,8 +85,7 @@ def test_what_is_measured_is_true_of_the_result(stage1, latents, way):
     pictures = []
     for each in models(stage1, result):
         condition = silent(each, SAMPLES, "cpu")
-        noise = seeded_noise(each, 8, range(SAMPLES))
-        pictures.append(sample(each, condition, condition, noise, steps=SAMPLE_STEPS, guidance=1))
+        pictures.append(sample(each, condition, condition, side=8, steps=SAMPLE_STEPS, guidance=1, seed=0))
     assert relative_error(*reversed(pictures)) == pytest.approx(
         sample_errors(model, [modulations[way]], latents)[0], rel=0.5
     )

@@ -13,7 +13,7 @@ from pixart.data.text import TextEncoder, load_text_model, text_dim
 from pixart.data.vae import load_vae
 from pixart.model.dit import DiT
 from pixart.pipeline import PixArtPipeline
-from pixart.sampling import sample, seeded_noise
+from pixart.sampling import denoise
 
 SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 16, "num_heads": 2, "num_blocks": 2, "base_image_size": 4}
 MEAN, STD = tuple(0.1 * value for value in range(16)), tuple(1 + 0.1 * value for value in range(16))
@@ -65,17 +65,21 @@ def latents(pipeline: PixArtPipeline, *prompt, guidance: float = 3.0, seeds=(5, 
     ).images
 
 
+def noise(*seeds: int) -> torch.Tensor:
+    return torch.stack([torch.randn(16, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
 PROMPTS = ["a red circle", "a longer text about a blue square"]
 
 
 def own_latents(model: DiT, guidance: float = 3.0) -> torch.Tensor:
     encoder = TextEncoder("minilm", **TEXT)
     (text, mask), (none, none_mask) = encoder.encode(PROMPTS), encoder.encode([""] * 2)
-    return sample(
+    return denoise(
         model,
         {"text": text, "text_mask": mask},
         {"text": none, "text_mask": none_mask},
-        seeded_noise(model, 4, [5, 9]),
+        noise(5, 9),
         steps=STEPS,
         guidance=guidance,
     )
@@ -127,9 +131,9 @@ torch.save(images, {str(tmp_path / "images.pt")!r})
 def test_classes_are_guided_against_no_class(classes):
     model = classes.transformer
     label, none = {"label": torch.tensor([1, 3])}, {"label": torch.tensor([3, 3])}
-    wanted = sample(model, label, none, seeded_noise(model, 4, [5, 9]), steps=STEPS, guidance=3.0)
+    wanted = denoise(model, label, none, noise(5, 9), steps=STEPS, guidance=3.0)
     assert torch.allclose(latents(classes, class_labels=["square", "none"]), wanted, atol=1e-5)
-    plain = sample(model, label, none, seeded_noise(model, 4, [5, 9]), steps=STEPS, guidance=1.0)
+    plain = denoise(model, label, none, noise(5, 9), steps=STEPS, guidance=1.0)
     assert not torch.allclose(wanted[0], plain[0], atol=1e-3)
     assert torch.allclose(wanted[1], plain[1], atol=1e-4)  # no class against no class
 
