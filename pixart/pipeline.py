@@ -137,9 +137,7 @@ class PixArtPipeline(DiffusionPipeline):
     def label(self, asked: int | str) -> int:
         """The index of a class by its index, its name or `none`. Raises ValueError for one that is not there."""
         names, none = self.config.id2label, self.transformer.config.num_classes - 1
-        if asked == NO_CLASS:
-            return none
-        index = next((int(key) for key, name in names.items() if name == asked), asked)
+        index = next((int(key) for key, name in names.items() if name == asked), none if asked == NO_CLASS else asked)
         if not isinstance(index, int) or not 0 <= index <= none:
             raise ValueError(f"class {asked!r}: the model has classes 0 to {none - 1} and {none} for no class")
         return index

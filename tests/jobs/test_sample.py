@@ -22,6 +22,7 @@ from pixart.data.scenes import SHAPES
 from pixart.data.text import text_dim
 from pixart.model.dit import DiT
 from pixart.model.fp8 import Plan
+from pixart.sheet import LINE
 from tests.pixart.data.test_recaption import url  # noqa: F401 - a fixture
 
 SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 32, "num_heads": 2, "num_blocks": 1, "base_image_size": 8}
@@ -172,6 +173,9 @@ def test_rewritten_prompts_are_read_from_the_job_before(paint, saved, tmp_path):
     folder, _ = paint(saved[2], rewritten=str(tmp_path / "rewritten.jsonl"))
     (image,) = pictures(folder)
     assert (image.text["prompt"], image.text["request"]) == ("A brown dog on grass.", "Hund")
+    plain, _ = paint(saved[2], name="plain", prompts=[{"prompt": "A brown dog on grass."}])
+    heights = [Image.open(each / "samples.png").height for each in (plain, folder)]
+    assert heights[1] == heights[0] + LINE  # the request has a line of its own
 
 
 def test_demo_scenes_are_counted(paint, saved):
