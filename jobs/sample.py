@@ -28,7 +28,8 @@ def run(
     """Makes `per_prompt` pictures of each prompt or class, of the dataset's where none are given, and the export.
 
     `rewritten` is the recaption job's file, in place of prompts. Returns the sheet's path and, where the prompts are
-    the demo's own scenes, the shares that came out right; with an export alone, its folder.
+    the demo's own scenes, the shares that came out right; with an export alone, its folder. Raises ValueError where
+    the dataset's VAE or text encoder is no longer the one that it was made with.
     """
     from pixart import inference
     from pixart.data import manifest as manifests
@@ -37,6 +38,8 @@ def run(
     configuration = from_json((folder / "config.json").read_text())
     dataset = manifests.read(configuration.data.path)
     directory = inference.find(checkpoint)
+    for kind in ("vae", "text_encoder"):
+        manifests.check_model(dataset, kind)
     pipeline = inference.load_pipeline(directory, weights, dataset, both_halves=export is not None)
     about = origin(folder, pipeline.transformer.stage, directory, weights, dataset)
     if rewritten:

@@ -167,6 +167,14 @@ def test_average_master_weights_and_fp8(paint, saved, small_recipe, tmp_path):
     assert 0 < np.abs(found["average"] - found["fp8"]).mean() < 5
 
 
+def test_another_vae_of_the_same_name_is_refused(paint, saved, small_recipe, tmp_path):
+    made = manifests.read(small_recipe.data.path)
+    data = dataclasses.replace(made.data, path=str(tmp_path / "data"))
+    manifests.write(dataclasses.replace(made, data=data, models={**made.models, "vae": "another"}))
+    with pytest.raises(ValueError, match="its vae is no longer the one that it was made with"):
+        paint(saved[2], f"data.path={tmp_path}/data", prompts=[{"prompt": "a star"}])
+
+
 def test_rewritten_prompts_are_read_from_the_job_before(paint, saved, tmp_path):
     line = {"request": "Hund", "text": "A brown dog on grass.", "problem": ""}
     (tmp_path / "rewritten.jsonl").write_text(json.dumps(line) + "\n")

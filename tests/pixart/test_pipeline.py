@@ -157,3 +157,25 @@ def test_what_does_not_fit_is_said(texts, classes):
     ):
         with pytest.raises(ValueError, match=message):
             pipeline(**options)
+
+
+def test_an_encoder_decoder_is_exported_as_a_whole_and_sampled_by_its_encoder(tmp_path):
+    from transformers import AutoModel, T5GemmaConfig, T5GemmaModuleConfig
+
+    tokenizer, _ = load_text_model("minilm")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    half = T5GemmaModuleConfig(**sizes)
+    whole = AutoModel.from_config(T5GemmaConfig(encoder=half, decoder=half, vocab_size=len(tokenizer))).eval()
+    whole.save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    name = str(tmp_path / "text")
+    model = random_model(text_dim=text_dim(name))
+    parts = {"tokenizer": tokenizer, "text_tokens": 12}
+    make(model, text_encoder=load_text_model(name)[1], **parts).save_pretrained(tmp_path / "export")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    encoder = TextEncoder(name, tokens=12, scale=1.0).model
+    wanted = latents(make(model, text_encoder=encoder, **parts), PROMPTS)
+    assert torch.allclose(latents(loaded, PROMPTS), wanted, atol=1e-5)
+    assert not torch.allclose(latents(loaded, PROMPTS[::-1]), wanted, atol=1e-3)
