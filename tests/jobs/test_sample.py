@@ -23,6 +23,7 @@ from pixart.data.text import text_dim
 from pixart.model.dit import DiT
 from pixart.model.fp8 import Plan
 from pixart.sheet import LINE
+from pixart.training.loop import train
 from tests.pixart.data.test_recaption import url  # noqa: F401 - a fixture
 
 SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 32, "num_heads": 2, "num_blocks": 1, "base_image_size": 8}
@@ -165,6 +166,29 @@ def test_average_master_weights_and_fp8(paint, saved, small_recipe, tmp_path):
         assert (image.text["weights"], image.text["step"]) == ("ema in FP8" if name == "fp8" else weights, "72")
     assert np.abs(found["average"] - found["master"]).max() > 20
     assert 0 < np.abs(found["average"] - found["fp8"]).mean() < 5
+
+
+def test_what_training_wrote_is_sampled_by_the_run_and_exported(paint, small_recipe, tmp_path):
+    run = tmp_path / "training"
+    last = train(
+        stage=1,
+        model=small_recipe.model,
+        config=small_recipe.stage1,
+        dataset=small_recipe.data.path,
+        run=run,
+        start=None,
+    )
+    found = []
+    for weights in ("ema", "master"):
+        target = str(tmp_path / f"{weights}-pipeline")
+        folder, _ = paint(run, name=weights, weights=weights, classes=[1], export=target)
+        (image,) = pictures(folder)
+        assert (image.text["checkpoint"], image.text["step"]) == (str(last), "6")
+        state = getattr(checkpoints.load(last), "ema" if weights == "ema" else "model")
+        exported = DiffusionPipeline.from_pretrained(target, trust_remote_code=True).transformer.state_dict()
+        assert all(torch.equal(exported[name], state[name]) for name in state)
+        found.append(np.asarray(image))
+    assert not np.array_equal(*found)
 
 
 def test_another_vae_of_the_same_name_is_refused(paint, saved, small_recipe, tmp_path):
