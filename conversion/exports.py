@@ -51,6 +51,7 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
     record = {
         "linears": list(plan.linears),
         "stage": checkpoint.stage,
+        "step": checkpoint.step,
         "dataset": checkpoint.dataset,
         "normalization": {"mean": checkpoint.normalization.mean, "std": checkpoint.normalization.std},
     }

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from jobs import runs
 from jobs.dataset_commands import array_command, audit_command, init_command, verify_command
-from jobs.model_commands import convert_command, sample_command, train_command
+from jobs.model_commands import convert_command, train_command
 from jobs.pipeline import pipeline_command
 from jobs.prompt_commands import recaption_command
+from jobs.sample_commands import sample_command
 from jobs.submission import Launch, NothingSubmitted, resubmit
 from jobs.tracking import sync_in_background
 from pixart.config import Recipe, from_json, is_url, override

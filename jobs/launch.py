@@ -71,10 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
             add_options(job)
             job.set_defaults(overrides=[], settings=DEFAULT_RECIPE, dataset=None)
         if name == "sample":
-            job.add_argument("checkpoint", help="checkpoint, run folder or a conversion's inference/")
-            job.add_argument(
-                "--prompt", action="append", default=[], help="may be given several times (default: the dataset's)"
-            )
+            add_sampling(job)
         if name == "recaption":
             job.add_argument("requests", nargs="*", metavar="REQUEST")
             job.add_argument("--file", help="more requests, one a line")
@@ -86,6 +83,34 @@ def make_parser() -> argparse.ArgumentParser:
             job.add_argument("--shard", type=int, metavar="N", help="of this shard only")
             job.add_argument("-f", dest="follow", action="store_true", help="go on as more is written")
     return parser
+
+
+def add_sampling(job: argparse.ArgumentParser) -> None:
+    job.add_argument("checkpoint", help="checkpoint, run folder or a conversion's inference/")
+    job.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="stage 2; repeatable (default: the dataset's)"
+    )
+    job.add_argument("--file", help='more prompts, one a line; of a .jsonl file "text" or "prompt"')
+    job.add_argument("--recaption", action="store_true", help="rewrite the prompts in the style of the captions first")
+    job.add_argument("--server", metavar="URL", help="of --recaption: a running vLLM server")
+    job.add_argument("--model", help="of --recaption: folder or hub name (default: the captioner's, or the server's)")
+    job.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME|INDEX",
+        help="stage 1; repeatable, none for no class (default: one picture of each of the dataset's first classes)",
+    )
+    job.add_argument(
+        "--per-prompt",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="pictures of each prompt or class; all count on from sample.seed (default: 1)",
+    )
+    job.add_argument("--weights", choices=("ema", "master"), default="ema", help="(default: ema, the average)")
+    job.add_argument("--export", metavar="FOLDER", help="write a diffusers pipeline, and pictures just where asked for")
 
 
 def add_settings(job: argparse.ArgumentParser) -> None:

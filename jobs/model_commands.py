@@ -1,18 +1,17 @@
-"""The commands that make a model and pictures: train, convert, sample."""
+"""The commands that make a model: train, convert."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from conversion.options import Options, default_output, from_arguments
 from jobs import ledger, runs
-from jobs.checkpoints import MARKER, find_checkpoint, find_weights
+from jobs.checkpoints import MARKER, find_checkpoint
 from jobs.dataset_commands import prepare_dataset, require_audit
 from jobs.runs import Run
-from jobs.submission import Launch, describe_submission, run_ranks, use_dataset
+from jobs.submission import Launch, describe_submission, run_ranks
 from jobs.training_checks import check_configuration, check_dataset, check_start, find_start
 from pixart.config import override
 from slurm.cluster import Cluster, Shape
@@ -107,35 +106,3 @@ def submit_conversion(launch: Launch, source: Path, target: Path, how: Options, 
         total=1,
         after=after,
     )
-
-
-def sample_command(launch: Launch, options: argparse.Namespace) -> str:
-    checkpoint, record = find_weights(options.checkpoint)
-    if not record["dataset"]:
-        raise ValueError(f"{checkpoint} names no dataset, so its VAE and text encoder are not known: train it first")
-    launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
-    use_dataset(launch, [])
-    run = submit_sampling(launch, checkpoint, options.prompt)
-    return describe_samples(runs.result(run)) if launch.wait else describe_submission(run)
-
-
-def submit_sampling(launch: Launch, checkpoint: Path, prompts: list[str], after: Sequence[str] = ()) -> Run:
-    return run_ranks(
-        launch,
-        Cluster(launch.profile, launch.home).ranks_shape("sample", 1, 1),
-        {"checkpoint": str(checkpoint), "prompts": prompts},
-        parameters={"checkpoint": str(checkpoint), "guidance": launch.recipe.sample.guidance},
-        tags={"pixart.parent_checkpoint": str(checkpoint)},
-        total=1,
-        after=after,
-    )
-
-
-def describe_samples(result: dict[str, Any]) -> str:
-    lines = [f"sampled: {result['sheet']}"]
-    if "color" in result:
-        lines.append(
-            f"counted: main colour right in {result['color']:.0%}, main shape in {result['shape']:.0%} "
-            f"of {result['prompts']} prompts that training has not seen"
-        )
-    return "\n".join(lines)

@@ -6,14 +6,9 @@ import functools
 from conversion.options import Options, default_output
 from jobs import runs
 from jobs.dataset_commands import prepare_dataset, require_audit
-from jobs.model_commands import (
-    describe_samples,
-    last_checkpoint,
-    submit_conversion,
-    submit_sampling,
-    submit_training,
-)
+from jobs.model_commands import last_checkpoint, submit_conversion, submit_training
 from jobs.runs import Run
+from jobs.sample_commands import describe_samples, submit_sampling
 from jobs.submission import Launch, NothingSubmitted, begin_group, waited
 from jobs.tracking import set_status
 from pixart.config import to_json
@@ -46,7 +41,7 @@ def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
         start = default_output(source)
         stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
         last = last_checkpoint(launch, 2, stage2)
-        samples = submit_sampling(launch, last, [], waited(launch, stage2))
+        samples = submit_sampling(launch, last, after=waited(launch, stage2))
         succeeded = True
     finally:
         set_status(folder, "FINISHED" if succeeded else "FAILED")

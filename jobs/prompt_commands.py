@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from jobs import ledger, runs
+from jobs.prompts import dataset_captions, read_prompts
+from jobs.runs import Run
 from jobs.submission import Launch, NothingSubmitted, run_ranks
 from slurm.cluster import Cluster
 
@@ -21,19 +23,17 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
     output = Path(options.output) if options.output else None
     if output and output.suffix not in SUFFIXES:
         raise ValueError(f"--output {output}: must end in {', '.join(SUFFIXES)}")
-    captions = dataset_captions(options.compare) if options.compare else []
+    captions = dataset_captions(options.compare, COMPARED) if options.compare else []
+    if options.compare and not captions:
+        raise ValueError(f"--compare {options.compare}: has no captions")
     if launch.dry_run and options.server:
         raise NothingSubmitted(f"{len(requests)} requests to {options.server}")
     if options.server:
-        from pixart.data.recaption import rewrite, server
-
-        found = [asdict(each) for each in rewrite(requests, server(options.server.rstrip("/"), options.model))]
+        found = rewritten_by_server(requests, options)
     else:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the answers
-            found = rewritten_by_job(launch, requests, options.model or launch.recipe.data.caption_model)
-    for each in found:
-        if each["problem"]:
-            print(f"left as it is ({each['problem']}): {each['request']}", file=sys.stderr)
+            found = runs.result(submit_recaption(launch, requests, options.model))
+    tell_problems(found)
     if captions:
         from pixart.data.caption_style import compare, report
 
@@ -44,12 +44,19 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
     return f"rewritten: {output}"
 
 
-def rewritten_by_job(launch: Launch, requests: list[str], model: str) -> list[dict[str, str]]:
+def rewritten_by_server(requests: list[str], options: argparse.Namespace) -> list[dict[str, str]]:
+    from pixart.data.recaption import rewrite, server
+
+    return [asdict(each) for each in rewrite(requests, server(options.server.rstrip("/"), options.model))]
+
+
+def submit_recaption(launch: Launch, requests: list[str], model: str | None) -> Run:
     """In the Python that the profile has for captions, where it names none for recaption."""
     pythons, kind = launch.profile.python, "recaption"
     if "caption" in pythons:
         launch.profile = replace(launch.profile, python={kind: pythons["caption"], **pythons})
-    job = run_ranks(
+    model = model or launch.recipe.data.caption_model
+    return run_ranks(
         launch,
         Cluster(launch.profile, launch.home).ranks_shape(kind, 1, 1),
         {"requests": requests, "model": model},
@@ -57,7 +64,12 @@ def rewritten_by_job(launch: Launch, requests: list[str], model: str) -> list[di
         tags={},
         total=1,
     )
-    return runs.result(job)
+
+
+def tell_problems(found: list[dict[str, str]]) -> None:
+    for each in found:
+        if each["problem"]:
+            print(f"left as it is ({each['problem']}): {each['request']}", file=sys.stderr)
 
 
 def encoded(found: list[dict[str, str]], suffix: str) -> str | bytes:
@@ -74,26 +86,8 @@ def encoded(found: list[dict[str, str]], suffix: str) -> str | bytes:
 def read_requests(options: argparse.Namespace) -> list[str]:
     requests = list(options.requests)
     if options.file:
-        try:
-            requests += Path(options.file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--file {options.file}: {getattr(error, 'strerror', None) or error}") from None
+        requests += [each["prompt"] for each in read_prompts(options.file)]
     requests = [" ".join(request.split()) for request in requests if request.strip()]
     if not requests:
         raise ValueError("recaption needs a request, or a --file of them, one a line")
     return requests
-
-
-def dataset_captions(dataset: str) -> list[str]:
-    """Captions of the valid rows, of the parts that are there."""
-    import pyarrow.parquet as pq
-
-    found: list[str] = []
-    for shard in sorted(ledger.shards(dataset, "caption")):
-        table = pq.read_table(Path(dataset) / "captions" / f"{shard:05d}.parquet", columns=["caption", "valid"])
-        found += [row["caption"] for row in table.to_pylist() if row["valid"]]
-        if len(found) >= COMPARED:
-            break
-    if not found:
-        raise ValueError(f"--compare {dataset}: has no captions")
-    return found[:COMPARED]

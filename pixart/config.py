@@ -143,6 +143,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, count=self.count)
+        require_at_least(0, seed=self.seed, guidance=self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in a grid, each with its prompt under it."""
+"""A contact sheet: pictures in a grid, each with its caption under it."""
 
 from collections.abc import Sequence
 from textwrap import wrap
@@ -9,14 +9,18 @@ CELL = 176  # pixels, width of a column
 GAP = 12
 LINE = 14
 FONT_SIZE = 11
+LINES = 5  # of each of a caption's own lines, once wrapped
 
 
-def contact_sheet(images: Sequence[Image.Image], prompts: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Pictures scaled to the column's width, prompts wrapped below."""
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 8) -> Image.Image:
+    """Pictures scaled to the column's width, captions wrapped below and cut where they are long."""
     columns = min(columns, len(images))
     font = ImageFont.load_default(size=FONT_SIZE)
     characters = CELL // 6
-    texts = [wrap(prompt, characters)[:5] for prompt in prompts]
+    texts = [
+        [part for line in caption.splitlines() for part in wrap(line, characters, max_lines=LINES, placeholder=" ...")]
+        for caption in captions
+    ]
     cell_height = CELL + max(len(lines) for lines in texts) * LINE + 2 * GAP
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * cell_height + GAP), "white")

@@ -23,23 +23,23 @@ def text_dim(name: str) -> int:
     return config.get("hidden_size") or config["d_model"]
 
 
-class TextEncoder:
-    """Tokenizer and frozen encoder; `scale` multiplies the states.
+def load_text_model(name: str):
+    """-> tokenizer and model, of an encoder-decoder both halves."""
+    from transformers import AutoModel, AutoTokenizer
+
+    path = encoder_path(name)
+    return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).requires_grad_(False).eval()
+
+
+class Encoder:
+    """A tokenizer and a frozen model, on the device that it is on; `scale` multiplies the states.
 
     The encoder half of an encoder-decoder is used alone.
     """
 
-    def __init__(self, name: str, *, tokens: int, scale: float) -> None:
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
-        path = encoder_path(name)
-        self.tokens, self.scale = tokens, scale
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModel.from_pretrained(path)
-        model = model.get_encoder() if model.config.is_encoder_decoder else model
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.requires_grad_(False).eval().to(device)
+    def __init__(self, tokenizer, model, *, tokens: int, scale: float) -> None:
+        self.tokens, self.scale, self.tokenizer = tokens, scale, tokenizer
+        self.model = model.get_encoder() if model.config.is_encoder_decoder else model
 
     def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """-> token ids int32 (B, L) and mask bool (B, L), true where a token counts."""
@@ -66,3 +66,13 @@ class TextEncoder:
 
         token_ids, mask = self.tokenize(captions)
         return self.states(token_ids, mask), torch.from_numpy(mask).to(self.model.device)
+
+
+class TextEncoder(Encoder):
+    """The encoder by its name, on the GPU where there is one."""
+
+    def __init__(self, name: str, *, tokens: int, scale: float) -> None:
+        import torch
+
+        super().__init__(*load_text_model(name), tokens=tokens, scale=scale)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")

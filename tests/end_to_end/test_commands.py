@@ -11,9 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from conversion.exports import export_inference
 from jobs import ledger
 from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
+from pixart.checkpoint import Checkpoint
+from pixart.config import DataConfig
+from pixart.data import manifest as manifests
+from pixart.data.manifest import Manifest
+from pixart.model.dit import DiT
+from pixart.model.fp8 import Plan
 from pixart.recipes import demo
 from tests.environment import bare_environment
 
@@ -106,6 +113,32 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch convert done", "--overwrite"),
         ("python -m jobs.launch convert failed --batches 0", "--batches must be at least 1"),
         ("python -m jobs.launch sample nowhere", "nowhere"),
+        ("python -m jobs.launch sample done", "done names no dataset"),
+        ("python -m jobs.launch sample lost", "nodata: there is none"),
+        ("python -m jobs.launch sample text --dataset nodata", "nodata: there is none"),
+        ("python -m jobs.launch sample text --set data.text_tokens=7", "data.text_tokens=7"),
+        ("python -m jobs.launch sample text --set sample.guidance=nan", "sample.guidance=nan"),
+        ("python -m jobs.launch sample text --set sample.seed=-1", "sample.seed=-1"),
+        ("python -m jobs.launch sample text --class circle", "is of stage 2"),
+        ("python -m jobs.launch sample text --file nowhere.txt", "--file nowhere.txt"),
+        ("python -m jobs.launch sample text --file empty.txt", "--file empty.txt"),
+        ("python -m jobs.launch sample text --file bad.jsonl", "bad.jsonl: line 2"),
+        ("python -m jobs.launch sample text --recaption", "--recaption rewrites prompts"),
+        ("python -m jobs.launch sample text --prompt dog --server http://127.0.0.1:9/v1", "--server is of --recaption"),
+        ("python -m jobs.launch sample text --prompt dog --recaption --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
+        ("python -m jobs.launch sample text --prompt dog --model qwen", "--model is of --recaption"),
+        ("python -m jobs.launch sample text --per-prompt 0", "'0'"),
+        ("python -m jobs.launch sample text --weights best", "best"),
+        ("python -m jobs.launch sample text --export done", "--export done"),
+        ("python -m jobs.launch sample wide", "text states of width 11"),
+        ("python -m jobs.launch sample fp8 --weights master", "--weights master"),
+        ("python -m jobs.launch sample fp8 --export folder", "is in FP8"),
+        ("python -m jobs.launch sample classes --prompt dog", "is of stage 1"),
+        ("python -m jobs.launch sample classes --file bad.jsonl", "is of stage 1"),
+        ("python -m jobs.launch sample classes --recaption", "is of stage 1"),
+        ("python -m jobs.launch sample classes --class owl", "--class owl"),
+        ("python -m jobs.launch sample classes --class 2", "--class 2"),
+        ("python -m jobs.launch sample classes --class=-1", "--class -1"),
         ("python -m jobs.launch recaption", "needs a request"),
         ("python -m jobs.launch recaption --file nowhere.txt", "--file nowhere.txt"),
         ("python -m jobs.launch recaption dog --output dog.png", "--output dog.png"),
@@ -132,6 +165,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     for name in ("done", "done.fp8"):
         checkpoints.save(stage1, tmp_path / name)
     checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
+    save_what_can_be_sampled(stage1, tmp_path)
     before = tree(tmp_path)
     module, *arguments = command.removeprefix("python -m ").split(" ")
     try:
@@ -144,6 +178,24 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     assert errors.count("\n") == 1, errors
     assert errors.startswith("error: ")
     assert tree(tmp_path) == before
+
+
+def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
+    """A dataset, checkpoints of both stages, and what lies about."""
+    data = DataConfig(path=str(folder / "data"))
+    sizes = {"images": 4, "rows_per_shard": 2, "latent_shape": (4, 8, 8), "text_dim": 9}
+    manifests.write(Manifest(data=data, class_names=("circle", "square"), models={}, **sizes))
+    saved = {"classes": ("data", None), "text": ("data", 9), "wide": ("data", 11), "lost": ("nodata", 9)}
+    for name, (dataset, text_dim) in saved.items():
+        config = {**stage1.config, **({"num_classes": None, "text_dim": text_dim} if text_dim else {})}
+        state = DiT(**config).state_dict()
+        kind = {"stage": 2 if text_dim else 1, "config": config, "model": state, "ema": state, "optimizer": {}}
+        checkpoints.save(dataclasses.replace(stage1, dataset=str(folder / dataset), **kind), folder / name)
+    text = dataclasses.replace(checkpoints.load(folder / "text"), plan=Plan(linears=()))
+    export_inference(text, folder)
+    (folder / "inference").rename(folder / "fp8")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "bad.jsonl").write_text('{"text": "a dog"}\n{"caption": "a cat"}\n')
 
 
 @pytest.mark.slow

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from pixart import checkpoint as checkpoints
 from tests.environment import bare_environment
+from tests.jobs.test_sample import checkpoint_of
 from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
@@ -23,15 +26,24 @@ SECONDS = 240  # that a server may take to begin
 
 
 def recaption(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.launch", "recaption", *arguments]
+    return launch(folder, "recaption", *arguments)
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.launch", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=bare_environment())
+
+
+def vllm_profile(folder: Path) -> Path:
+    profile = folder / "vllm.toml"
+    lines = ['executor = "local"', "[python]", f'caption = "{PYTHON}"', "[environment]"]
+    profile.write_text("\n".join([*lines, *(f'{name} = "{value}"' for name, value in VARIABLES.items())]))
+    return profile
 
 
 def test_as_a_job(tmp_path, tiny_qwen):
     """A random model's answers are no text: each request comes back, as itself or as words, and it is said which."""
-    profile = tmp_path / "vllm.toml"
-    lines = ['executor = "local"', "[python]", f'caption = "{PYTHON}"', "[environment]"]
-    profile.write_text("\n".join([*lines, *(f'{name} = "{value}"' for name, value in VARIABLES.items())]))
+    profile = vllm_profile(tmp_path)
     (tmp_path / "requests.txt").write_text("\n".join(REQUESTS[1:]) + "\n\n")
     done = recaption(
         tmp_path, REQUESTS[0], "--file", "requests.txt", "--output", "out.parquet", "--cluster", str(profile),
@@ -83,3 +95,19 @@ def test_by_a_server(tmp_path, server):
     assert done.returncode == 2
     assert "answers 404" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_sampling_rewrites_first(tmp_path, tiny_qwen, small_recipe):
+    """By a job before its own, in the Python that captions; the picture keeps both, and what went wrong is told."""
+    saved = checkpoints.save(checkpoint_of(small_recipe, 2), tmp_path / "checkpoint")
+    words = ["sample", str(saved), "--prompt", REQUESTS[0], "--prompt", LONG, "--recaption", "--model", str(tiny_qwen)]
+    words += ["--cluster", str(vllm_profile(tmp_path)), "--set", "sample.steps=1"]
+    done = launch(tmp_path, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"left as it is (not answered): {LONG}" in done.stderr
+    (rewritten,) = tmp_path.glob("outputs/runs/*-recaption-*/rewritten.jsonl")
+    first, second = (json.loads(line) for line in rewritten.read_text().splitlines())
+    (folder,) = tmp_path.glob("outputs/runs/*-sample-*/samples")
+    for line, name in ((first, "0000.png"), (second, "0001.png")):
+        text = Image.open(folder / name).text
+        assert (text["request"], text["prompt"]) == (line["request"], line["text"])
