@@ -65,7 +65,8 @@ def home(shared_data, tmp_path_factory) -> Path:
     launch(home, "train", "--stage", "1", *dataset, settings=settings)
     stage1 = last_checkpoint(home)
     launch(home, "convert", str(stage1), "--export", "inference")
-    launch(home, "train", "--from", f"{stage1}.fp8", settings=settings)
+    of_text = {key: value for key, value in settings.items() if key != "model.num_classes"}
+    launch(home, "train", "--from", f"{stage1}.fp8", settings=of_text)
     launch(home, "sample", str(last_checkpoint(home)), settings=settings)
     return home
 
@@ -124,10 +125,10 @@ def test_stored_latents_decode_to_the_photos(home, shared_data):
 def test_both_losses_fall(home):
     stage1, stage2 = (losses(run) for run in runs(home, "train"))
     for values in (stage1, stage2):
-        assert len(values) == 20
-        print(f"loss {np.mean(values[:2]):.4f} -> {np.mean(values[-4:]):.4f}")
-    assert np.mean(stage1[-4:]) < 0.8 * stage1[0]
-    assert np.mean(stage2[-4:]) < np.mean(stage2[:4])
+        assert len(values) == 100
+        print(f"loss {np.mean(values[:10]):.4f} -> {np.mean(values[-20:]):.4f}")
+    assert np.mean(stage1[-20:]) < 0.8 * np.mean(stage1[:5])
+    assert np.mean(stage2[-20:]) < np.mean(stage2[:20])
 
 
 def test_conversion_goes_on_where_stage1_stopped(home):
