@@ -35,8 +35,9 @@ def check_start(recipe: Recipe, options: argparse.Namespace, start: Path | None,
         )
     for item in options.overrides:
         name, _, value = item.removeprefix("model.").partition("=")
-        if item.startswith("model.") and str(record["config"].get(name)) != value:
-            raise ValueError(f"{item}: {start} is a model with {name}={record['config'].get(name)}, and stays one")
+        own = record["config"].get(name)  # of stage 2, there is no number of classes
+        if item.startswith("model.") and own is not None and str(own) != value:
+            raise ValueError(f"{item}: {start} is a model with {name}={own}, and stays one")
     if record["step"] >= recipe.train(stage).steps:
         raise ValueError(
             f"{start} has done {record['step']} steps, stage{stage}.steps={recipe.train(stage).steps} leaves none to "

@@ -65,8 +65,7 @@ def home(shared_data, tmp_path_factory) -> Path:
     launch(home, "train", "--stage", "1", *dataset, settings=settings)
     stage1 = last_checkpoint(home)
     launch(home, "convert", str(stage1), "--export", "inference")
-    of_text = {key: value for key, value in settings.items() if key != "model.num_classes"}
-    launch(home, "train", "--from", f"{stage1}.fp8", settings=of_text)
+    launch(home, "train", "--from", f"{stage1}.fp8", settings=settings)
     launch(home, "sample", str(last_checkpoint(home)), settings=settings)
     return home
 
