@@ -13,6 +13,7 @@ MARKS = {
     "ring": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
     "cross": "M-3-3 3 3M-3 3 3-3",
 }
+PATHS = {**MARKS, "hover": MARKS["ring"]}  # of a line of many points: seen in the legend only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,11 @@ def within(panel: int, block: int, blocks: int) -> float:
     return panel + 0.05 + 0.9 * (block + 0.5) / blocks
 
 
-def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """A figure with a legend, an SVG and a caption, which counts the values that cannot be drawn."""
+def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis, events: Sequence[tuple[float, str]] = ()) -> str:
+    """A figure with a legend, an SVG and a caption, which counts the values that cannot be drawn.
+
+    `events` are places of the horizontal axis, with what happened there.
+    """
 
     def across(value: float) -> float:
         return LEFT + (RIGHT - LEFT) * x.share(value)
@@ -100,6 +104,8 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
     parts.append(
         f'<text transform="translate(14 {(TOP + BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{y.label}</text>'
     )
+    for at, title in events:
+        parts.append(f'<path class="event" d="M{across(at):.1f} {TOP}V{BOTTOM}"><title>{text(title)}</title></path>')
     missing = 0
     for one in series:
         points = list(zip(one.x, one.y, one.titles, strict=True))
@@ -111,7 +117,7 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
                 continue
             path += f"{'L' if path and path[-1] != ' ' else 'M'}{across(at):.1f} {down(height):.1f}"
             where = f'transform="translate({across(at):.1f} {down(height):.1f})"'
-            marks.append(f'<path class="{one.mark}" d="{MARKS[one.mark]}" {where}><title>{text(title)}</title></path>')
+            marks.append(f'<path class="{one.mark}" d="{PATHS[one.mark]}" {where}><title>{text(title)}</title></path>')
         line = f'<path class="line" d="{path.strip()}"/>' if marks else ""
         parts.append(f'<g class="series" style="color: {one.color}">{line}{"".join(marks)}</g>')
     more = f" {missing} values are missing or not finite, and so not drawn." if missing else ""
@@ -128,6 +134,6 @@ def legend(series: Iterable[Series]) -> str:
         colors.setdefault((one.name, one.mark), set()).add(one.color)
     return "".join(
         f'<li><svg viewBox="-7 -6 14 12" style="color: {own.pop() if len(own) == 1 else "currentColor"}">'
-        f'<path class="{mark}" d="{MARKS[mark]}"/></svg> {text(name)}</li>'
+        f'<path class="{mark}" d="{PATHS[mark]}"/></svg> {text(name)}</li>'
         for (name, mark), own in colors.items()
     )

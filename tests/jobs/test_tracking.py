@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from jobs.tracking import Journal, Tracker, describe, read_journal, run_id, set_status, sync_in_background
+from jobs.tracking import Journal, Tracker, describe, read_journal, run_id, set_status, publish_in_background
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_cold_store_takes_many_processes_at_once(home):
     folders = [begin(home, f"run-{number}")[1] for number in range(4)]
     for folder in folders:
         Journal(folder).metrics(1, {"a": 1.0})
-    workers = [sync_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
+    workers = [publish_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
     assert [worker.wait() for worker in workers] == [0, 0, 0], (folders[0] / "tracking.log").read_text()
     tracker = Tracker(home)
     found = tracker.client.search_runs([tracker.experiment])

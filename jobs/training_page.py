@@ -1,0 +1,163 @@
+"""The summary of a training run as one HTML page: curves, previews, incidents, from the run folder alone."""
+
+import math
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean, median
+
+from pixart.pages.chart import Series, chart, linear_axis, log_axis
+from pixart.pages.markup import document, table, text
+
+POINTS = 400  # of a curve; where there are more, each is the mean of several
+SMOOTH = 20  # a smoothed curve's points are means of one in so many of all
+SPREAD = 30.0  # largest over smallest value, from which on an axis is logarithmic
+SHOWN, FURTHER = 12, 16  # previews, and curves beyond those that every run has
+PREVIEW_PIXELS = 720
+STYLE = """
+.previews { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px; }
+.previews figure { margin: 0; } .previews img { width: 100%; border: 1px solid var(--rule); }
+.facts td:first-child { color: var(--soft); }
+"""
+CURVES = {
+    "train/loss": ("Loss", "loss, mean squared error of the velocity", "Loss of training over optimizer steps."),
+    "train/grad_norm": ("Gradient norm", "norm of the gradient", "Norm of all gradients before they are clipped."),
+    "train/lr": ("Learning rate", "learning rate", "Learning rate that the optimizer stepped with."),
+    "train/images_per_second": ("Throughput", "images per second", "Images of the global batch per second."),
+}
+Points = Sequence[tuple[int, float]]  # step, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    step: int | None
+    what: str
+    when: str
+
+
+def page(
+    title: str,
+    facts: Mapping[str, object],
+    curves: Mapping[str, Points],
+    incidents: Sequence[Incident],
+    previews: Sequence[Path],
+) -> str:
+    """`curves` are by metric; `incidents` with a step are drawn into the curves."""
+    events = [(one.step, f"step {one.step}: {one.what}") for one in incidents if one.step is not None]
+    own = [key for key in curves if key.startswith(("train/", "fp8/")) and key not in CURVES]
+    own = [key for key in own if key != "train/seconds_per_step"][:FURTHER]  # the throughput says it
+    drawn = "".join(
+        f"<h2>{heading}</h2>\n{curve(key, curves[key], 'optimizer step', label, caption, events)}"
+        for key, (heading, label, caption) in CURVES.items()
+        if key in curves
+    )
+    further = "".join(
+        f"<h3>{text(key)}</h3>\n{curve(key, curves[key], 'optimizer step', key, key, events)}" for key in own
+    )
+    node = "".join(
+        f"<h3>{text(key)}</h3>\n{curve(key, values, 'seconds since the run was submitted', key.split('/')[1], key, ())}"
+        for key, values in curves.items()
+        if key.startswith("system/")
+    )
+    body = (
+        f'<h1>{text(title)}</h1>\n<div class="facts">{table((), facts.items())}</div>'
+        f"{told(incidents)}{gallery(previews)}{drawn or '<p>No step has been reported yet.</p>'}"
+        f"{'<h2>Further figures</h2>' if further else ''}{further}"
+        f"{f'<details><summary>The first node</summary>{node}</details>' if node else ''}"
+    )
+    return document(title, body, STYLE)
+
+
+def told(incidents: Sequence[Incident]) -> str:
+    if not incidents:
+        return "<h2>Incidents</h2>\n<p>None: one attempt, no step left out, no fallback.</p>\n"
+    rows = [("-" if one.step is None else f"{one.step:,}", one.what, one.when) for one in incidents]
+    return f"<h2>Incidents</h2>\n{table(('step', 'what happened', 'time'), rows)}"
+
+
+def curve(key: str, values: Points, across: str, label: str, caption: str, events: Sequence[tuple[int, str]]) -> str:
+    positive = [value for _, value in values if 0 < value < math.inf]
+    logarithmic = len(positive) == len(values) and max(positive) > SPREAD * min(positive) and key != "train/lr"
+    few, group = reduced(values)
+    shown = [("mean of " + str(group) if group > 1 else key, few, "var(--c0)")]
+    if key == "train/loss" and len(values) >= 2 * SMOOTH:
+        shown.append((f"mean over {max(2, len(few) // SMOOTH)} points", smoothed(few), "var(--c1)"))
+    series = [
+        Series(
+            name=name,
+            x=[step for step, _ in points],
+            y=[math.log10(value) if logarithmic and value > 0 else value for _, value in points],
+            titles=[f"{across} {step:,}: {value:.6g}" for step, value in points],
+            color=color,
+            mark="hover",
+        )
+        for name, points, color in shown
+    ]
+    steps = [step for step, _ in values]
+    x = linear_axis(across, (), min(steps), max(steps))
+    if logarithmic:
+        y = log_axis(label, math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))))
+    else:
+        y = linear_axis(label, series)
+    more = (
+        f" Each point is the mean of {group}; the largest of all is {max(positive, default=0):.4g}."
+        if group > 1
+        else ""
+    )
+    inside = [event for event in events if x.low <= event[0] <= x.high]
+    marked = " Dashed lines are incidents." if inside else ""
+    return chart(caption + more + marked, series, x, y, inside)
+
+
+def reduced(values: Points) -> tuple[list[tuple[int, float]], int]:
+    """At most POINTS of them, as means of neighbours, and of how many each."""
+    group = -(-len(values) // POINTS)
+    groups = [values[begin : begin + group] for begin in range(0, len(values), group)]
+    return [(own[len(own) // 2][0], fmean(value for _, value in own)) for own in groups], group
+
+
+def smoothed(values: Points) -> list[tuple[int, float]]:
+    """Means over the points around each."""
+    half = max(2, len(values) // SMOOTH) // 2
+    heights = [value for _, value in values]
+    return [(step, fmean(heights[max(0, index - half) : index + half + 1])) for index, (step, _) in enumerate(values)]
+
+
+def gallery(previews: Sequence[Path]) -> str:
+    if not previews:
+        return ""
+    chosen = [previews[round(index * (len(previews) - 1) / (SHOWN - 1))] for index in range(SHOWN)]
+    figures = "".join(preview(path) for path in dict.fromkeys(chosen if len(previews) > SHOWN else previews))
+    return (
+        f"<h2>Previews</h2>\n<p>Samples of the average at {len(previews)} steps, the same prompts and noise.</p>\n"
+        f'<div class="previews">{figures}</div>\n'
+    )
+
+
+def preview(path: Path) -> str:
+    from PIL import Image
+
+    small = BytesIO()
+    with Image.open(path) as picture:
+        copy = picture.convert("RGB")
+        copy.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+        copy.save(small, "JPEG", quality=85)
+    step = int(path.stem.removeprefix("step-"))
+    source = b64encode(small.getvalue()).decode()
+    return (
+        f'<figure><img alt="samples at step {step}" src="data:image/jpeg;base64,{source}">'
+        f"<figcaption>step {step:,}</figcaption></figure>"
+    )
+
+
+def headline(curves: Mapping[str, Points]) -> dict[str, str]:
+    """The figures that one looks for first."""
+    found = {}
+    if loss := curves.get("train/loss"):
+        last = loss[-max(1, len(loss) // SMOOTH) :]
+        found["loss"] = f"{fmean(value for _, value in last):.4f} (mean of the last {len(last)} reports)"
+    if rate := curves.get("train/images_per_second"):
+        found["throughput"] = f"{median(value for _, value in rate):,.1f} images per second (median)"
+    return found
