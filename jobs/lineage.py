@@ -150,7 +150,7 @@ class Walk:
         kind = {"train": "training", "convert": "conversion", "sample": "samples"}.get(run.kind, run.kind)
         jobs = ", ".join(run.job_ids)
         node = self.made(kind, name, **told, jobs=jobs, commit=tags.get("pixart.commit"), user=tags.get("pixart.user"))
-        node.pages = {page: run.folder / page for page in ("summary.html", "samples.png")}
+        node.pages = {"summary": run.folder / "summary.html", "samples": run.folder / "samples.png"}
         if start := tags.get("pixart.parent_checkpoint"):
             node.parents.append(self.checkpoint(Path(start)))
         if run.kind != "sample" and run.kind != "convert":

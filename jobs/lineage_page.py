@@ -16,7 +16,7 @@ STYLE = """
 .card { fill: var(--panel); stroke: var(--rule); } .first .card { stroke: var(--c0); stroke-width: 2; }
 .arrow { fill: none; stroke: var(--soft); stroke-width: 1.5; } .head { fill: var(--soft); }
 .graph .kind { font-weight: 700; font-size: 14px; } .graph .key { fill: var(--soft); }
-.graph a { fill: var(--c0); text-decoration: underline; } .graph { font-variant-numeric: tabular-nums; }
+.graph a text { fill: var(--c0); text-decoration: underline; } .graph { font-variant-numeric: tabular-nums; }
 """
 
 

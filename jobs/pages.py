@@ -53,7 +53,7 @@ def summary(run: Run) -> str:
         "status": description["status"].lower(),
         "steps": f"{max((step for step, _ in losses), default=0):,} of {run.total:,}",
         **training_page.headline(curves),
-        "ranks": f"{run.nodes} nodes of {run.ranks_per_node}",
+        "ranks": f"{run.ranks} on {run.nodes} node{'s' * (run.nodes > 1)}",
         **{key: value for key, value in description["parameters"].items() if key not in ("steps", "nodes")},
         "began from": description["tags"].get("pixart.parent_checkpoint"),
         "submitted": moment(description["begun"]),

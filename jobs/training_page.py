@@ -12,7 +12,7 @@ from pixart.pages.chart import Series, chart, linear_axis, log_axis
 from pixart.pages.markup import document, table, text
 
 POINTS = 400  # of a curve; where there are more, each is the mean of several
-SMOOTH = 20  # a smoothed curve's points are means of one in so many of all
+SMOOTH = 20  # a smoothed curve's points are means of one in so many of all, and of five at least
 SPREAD = 30.0  # largest over smallest value, from which on an axis is logarithmic
 SHOWN, FURTHER = 12, 16  # previews, and curves beyond those that every run has
 PREVIEW_PIXELS = 720
@@ -81,9 +81,13 @@ def curve(key: str, values: Points, across: str, label: str, caption: str, event
     positive = [value for _, value in values if 0 < value < math.inf]
     logarithmic = len(positive) == len(values) and max(positive) > SPREAD * min(positive) and key != "train/lr"
     few, group = reduced(values)
-    shown = [("mean of " + str(group) if group > 1 else key, few, "var(--c0)")]
-    if key == "train/loss" and len(values) >= 2 * SMOOTH:
-        shown.append((f"mean over {max(2, len(few) // SMOOTH)} points", smoothed(few), "var(--c1)"))
+    shown = [(f"mean of {group}" if group > 1 else key, few, "var(--c0)", "curve")]
+    if key == "train/loss" and len(few) >= SMOOTH:
+        half = max(2, len(few) // SMOOTH // 2)
+        shown = [
+            (*shown[0][:3], "faint"),
+            (f"mean over {2 * half + 1} points", smoothed(few, half), "var(--c1)", "curve"),
+        ]
     series = [
         Series(
             name=name,
@@ -91,9 +95,9 @@ def curve(key: str, values: Points, across: str, label: str, caption: str, event
             y=[math.log10(value) if logarithmic and value > 0 else value for _, value in points],
             titles=[f"{across} {step:,}: {value:.6g}" for step, value in points],
             color=color,
-            mark="hover",
+            mark=mark,
         )
-        for name, points, color in shown
+        for name, points, color, mark in shown
     ]
     steps = [step for step, _ in values]
     x = linear_axis(across, (), min(steps), max(steps))
@@ -118,11 +122,10 @@ def reduced(values: Points) -> tuple[list[tuple[int, float]], int]:
     return [(own[len(own) // 2][0], fmean(value for _, value in own)) for own in groups], group
 
 
-def smoothed(values: Points) -> list[tuple[int, float]]:
-    """Means over the points around each."""
-    half = max(2, len(values) // SMOOTH) // 2
+def smoothed(values: Points, half: int) -> list[tuple[int, float]]:
+    """Means over so many points on either side."""
     heights = [value for _, value in values]
-    return [(step, fmean(heights[max(0, index - half) : index + half + 1])) for index, (step, _) in enumerate(values)]
+    return [(step, fmean(heights[max(0, at - half) : at + half + 1])) for at, (step, _) in enumerate(values)]
 
 
 def gallery(previews: Sequence[Path]) -> str:

@@ -7,13 +7,13 @@ from typing import TypeGuard
 
 from pixart.pages.markup import text
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 58, 1110, 10, 250  # of a plot, and of the frame within it, in pixels
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1110, 10, 250  # of a plot, and of the frame within it, in pixels
 MARKS = {
     "dot": "M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0",
     "ring": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
     "cross": "M-3-3 3 3M-3 3 3-3",
 }
-PATHS = {**MARKS, "hover": MARKS["ring"]}  # of a line of many points: seen in the legend only
+PATHS = {**MARKS, "faint": MARKS["ring"], "curve": MARKS["ring"]}  # of lines of many points: seen in the legend only
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ svg { display: block; overflow: visible; } figure .scroll svg { width: 100%; min
 svg text { fill: currentColor; font-size: 12px; } .grid { stroke: var(--rule); } .zero { stroke: var(--soft); }
 .line { fill: none; stroke: currentColor; stroke-width: 1.3; stroke-opacity: .55; } .dot { fill: currentColor; }
 .ring, .cross { fill: none; stroke: currentColor; stroke-width: 1.2; }
-.hover { fill: transparent; } .legend .hover { fill: currentColor; }
+.faint, .curve { fill: transparent; } .legend .faint, .legend .curve { fill: currentColor; }
+.series:has(.curve) .line { stroke-opacity: 1; stroke-width: 1.8; }
 .event { stroke: var(--warn); stroke-width: 1.6; stroke-dasharray: 5 3; fill: none; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0; margin: 0; font-size: 13px; }
 .legend svg { display: inline-block; width: 14px; height: 12px; vertical-align: -1px; }
