@@ -106,7 +106,7 @@ def begin(
         describe(launch.submission, {"recipe": launch.recipe.name}, common_tags(launch, launch.job))
     folder = folder or new_folder(launch.home, shape.kind)
     write_settings(launch, folder)
-    origin = {"pixart.dataset": launch.dataset, "pixart.commit": record_git(folder) or "none"}
+    origin = {"pixart.dataset": launch.dataset, **commit_tags(record_git(folder))}
     describe(folder, parameters, {**(tags or {}), **origin, **common_tags(launch, shape.kind)}, launch.submission)
     launch.folders.append(folder)
     tell(launch, folder)
@@ -114,8 +114,13 @@ def begin(
 
 
 def common_tags(launch: Launch, job: str) -> dict[str, str]:
-    own = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.command": shlex.join(sys.argv)}
-    return {**own, "pixart.user": getpass.getuser(), "mlflow.user": getpass.getuser()}
+    user, command = getpass.getuser(), shlex.join(sys.argv)
+    own = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.user": user, "pixart.command": command}
+    return {**own, "mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "JOB"}
+
+
+def commit_tags(commit: str | None) -> dict[str, str]:
+    return {"pixart.commit": commit, "mlflow.source.git.commit": commit} if commit else {}
 
 
 def tell(launch: Launch, folder: Path) -> None:

@@ -31,6 +31,8 @@ STATE = "mlflow.json"  # what MLflow has of it
 LOG = "tracking.log"
 LOCK = ".mlflow.lock"
 EXPERIMENT = "pixart"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the page shows what belongs to language models
+MOMENT = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # that a run folder's name begins with; MLflow has a column for it
 BATCH = 1000  # metrics that MLflow takes at once
 PREVIEW = re.compile(r"step-([0-9]+)\.png")
 SMALL = 256  # pixels of the pictures that MLflow's page shows first
@@ -76,7 +78,7 @@ class Tracker:
         if found is not None:
             return found.experiment_id
         location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
-        return self.client.create_experiment(EXPERIMENT, artifact_location=location)
+        return self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -153,7 +155,9 @@ class Tracker:
             tags = {KEY: about["key"]}
             if about["parent"]:
                 tags["mlflow.parentRunId"] = run_id(about["parent"]) or ""
-            identifier = self.client.create_run(self.experiment, run_name=run.name, tags=tags).info.run_id
+            identifier = self.client.create_run(
+                self.experiment, run_name=MOMENT.sub("", run.name), tags=tags
+            ).info.run_id
         parameters = [Param(key, str(value)) for key, value in about["parameters"].items()]
         self.client.log_batch(identifier, params=parameters)
         return identifier

@@ -15,8 +15,8 @@ START_SECONDS = 90
 
 
 class MlflowServer:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, store: str | None = None) -> None:
+        self.folder, self.store = folder, store or f"sqlite:///{folder}/server.db"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -25,7 +25,7 @@ class MlflowServer:
 
     def start(self) -> None:
         words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        words += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        words += ["--backend-store-uri", self.store, "--workers", "1"]
         words += ["--artifacts-destination", str(self.folder / "artifacts")]
         settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | settings
