@@ -31,7 +31,6 @@ STATE = "mlflow.json"  # what MLflow has of it
 LOG = "tracking.log"
 LOCK = ".mlflow.lock"
 EXPERIMENT = "pixart"
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the page shows what belongs to language models
 MOMENT = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # that a run folder's name begins with; MLflow has a column for it
 BATCH = 1000  # metrics that MLflow takes at once
 PREVIEW = re.compile(r"step-([0-9]+)\.png")
@@ -78,7 +77,7 @@ class Tracker:
         if found is not None:
             return found.experiment_id
         location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
-        return self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
+        return self.client.create_experiment(EXPERIMENT, artifact_location=location)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
