@@ -9,14 +9,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 FOLDER = "journal"
-TAIL_BYTES = 65_536
+TAIL_BYTES = 1 << 20  # the FP8 figures of all linears are one line
+EXTREMES: dict[str, Callable[..., float]] = {"lowest": min, "highest": max}
+SERIOUS = {"headroom": "lowest", "overflow_share": "highest"}  # of the others both are told
 Ends = dict[str, int]  # of files by name: the byte after the last line that was read
 
 
@@ -103,7 +105,22 @@ def parsed(content: bytes) -> Iterator[dict[str, Any]]:
 def points(lines: list[dict[str, Any]], seen: set[tuple[str, int]]) -> Iterator[tuple[str, float, float, int]]:
     """Key, value, time in seconds and step of every metric, a step that was done twice once; adds to `seen`."""
     for line in lines:
-        for key, value in line.get("metrics", {}).items():
+        for key, value in summarized(line.get("metrics", {})).items():
             if (key, line["step"]) not in seen:
                 seen.add((key, line["step"]))
                 yield key, value, line["time"], line["step"]
+
+
+def summarized(metrics: Mapping[str, float]) -> dict[str, float]:
+    """With the extremes of `fp8/WHAT/LINEAR.SLOT` over all linears: a large model has thousands of them."""
+    found: dict[str, float] = {}
+    for key, value in metrics.items():
+        if not key.startswith("fp8/"):
+            found[key] = value
+            continue
+        what, slot = key.split("/")[1], key.rpartition(".")[2]
+        for name, extreme in EXTREMES.items():
+            if SERIOUS.get(what, name) == name:
+                own = f"fp8/{what}/{slot}_{name}"
+                found[own] = extreme(found.get(own, value), value)
+    return found

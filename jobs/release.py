@@ -3,6 +3,9 @@
 import hashlib
 import json
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from jobs import lineage, lineage_page, runs
@@ -12,7 +15,6 @@ from jobs.publish import publish
 from jobs.tracking import Tracker, run_id
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-WEIGHTS = "ema"  # a diffusers folder
 ALIAS = "newest"
 
 
@@ -28,14 +30,15 @@ def release(home: Path, name: str, model: str) -> str:
     if not (run / runs.RECORD).exists():
         raise ValueError(f"{checkpoint} lies in no run folder: what is released comes from a training run")
     record = json.loads((checkpoint / MARKER).read_text())
-    digest = file_hash(next((checkpoint / WEIGHTS).glob("*.safetensors")))
     tracker = Tracker(run.parents[1])
     publish(tracker, run)
     page = checkpoint.parent / f"{checkpoint.name}.lineage.html"
     write_atomically(page, lineage_page.page(lineage.trace(home, str(checkpoint)), page.parent))
-    with tracker.opened():
-        version = register(tracker, model, run, checkpoint, page, {
-            "sha256": digest,
+    with tempfile.TemporaryDirectory() as folder, tracker.opened():
+        weights = Path(folder) / "ema"
+        subprocess.run([sys.executable, "-m", "jobs.release", checkpoint, weights], check=True)
+        version = register(tracker, model, run, weights, page, {
+            "sha256": file_hash(next(weights.glob("*.safetensors"))),
             "stage": str(record["stage"]),
             "step": str(record["step"]),
             "checkpoint": str(checkpoint),
@@ -44,10 +47,10 @@ def release(home: Path, name: str, model: str) -> str:
             "converted_from": str(record["provenance"].get("converted_from")),
             "gate": str(record["provenance"].get("gate")),
         })  # fmt: skip
-    return f"released: {model} version {version}, {checkpoint}/{WEIGHTS}\nlineage: {page}\nMLflow: {tracker.uri}"
+    return f"released: {model} version {version}, the average of {checkpoint}\nlineage: {page}\nMLflow: {tracker.uri}"
 
 
-def register(tracker: Tracker, model: str, run: Path, checkpoint: Path, page: Path, tags: dict[str, str]) -> str:
+def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path, tags: dict[str, str]) -> str:
     """The number of the version, which is made unless these weights have one."""
     from mlflow.exceptions import MlflowException
 
@@ -62,8 +65,8 @@ def register(tracker: Tracker, model: str, run: Path, checkpoint: Path, page: Pa
     for version in client.search_model_versions(f"name = '{model}'"):
         if version.tags.get("sha256") == tags["sha256"]:
             return version.version
-    folder = f"release/{checkpoint.name}"
-    client.log_artifacts(identifier, str(checkpoint / WEIGHTS), folder)
+    folder = f"release/{Path(tags['checkpoint']).name}"
+    client.log_artifacts(identifier, str(weights), folder)
     client.log_artifact(identifier, str(page), folder)
     source = f"{client.get_run(identifier).info.artifact_uri}/{folder}"
     version = client.create_model_version(model, source, identifier, tags=tags)
@@ -74,3 +77,15 @@ def register(tracker: Tracker, model: str, run: Path, checkpoint: Path, page: Pa
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """The average as a diffusers folder. By a process of its own: the launcher imports no torch."""
+    from pixart import checkpoint as checkpoints
+
+    found = checkpoints.load(checkpoint)
+    checkpoints.save_weights(found.ema, found.config, folder)
+
+
+if __name__ == "__main__":
+    export(Path(sys.argv[1]), Path(sys.argv[2]))

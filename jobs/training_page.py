@@ -21,12 +21,30 @@ STYLE = """
 .previews figure { margin: 0; } .previews img { width: 100%; border: 1px solid var(--rule); }
 .facts td:first-child { color: var(--soft); }
 """
-CURVES = {
-    "train/loss": ("Loss", "loss, mean squared error of the velocity", "Loss of training over optimizer steps."),
-    "train/grad_norm": ("Gradient norm", "norm of the gradient", "Norm of all gradients before they are clipped."),
-    "train/lr": ("Learning rate", "learning rate", "Learning rate that the optimizer stepped with."),
-    "train/images_per_second": ("Throughput", "images per second", "Images of the global batch per second."),
-}
+STEPS, SECONDS = "optimizer step", "seconds since the run was submitted"
+VALIDATION = ("val/loss", "val/loss_ema")
+# Heading, label of the vertical axis, caption, metrics.
+CHARTS = (
+    ("Loss", "loss, mean squared error", "Loss of training, and of rows held out.", ("train/loss", *VALIDATION)),
+    ("Gradient norm", "norm of the gradient", "Norm of all gradients before they are clipped.", ("train/grad_norm",)),
+    ("Learning rate", "learning rate", "Learning rate that the optimizer stepped with.", ("train/lr",)),
+    ("Throughput", "images per second", "Images of the global batch per second.", ("train/images_per_second",)),
+)
+SLOTS = ("input", "weight", "grad_output")
+FP8_CHARTS = (
+    (
+        "FP8 headroom",
+        "powers of two",
+        "How many times the largest value may double before it overflows: the lowest of all linears.",
+        tuple(f"fp8/headroom/{slot}_lowest" for slot in SLOTS),
+    ),
+    (
+        "FP8 overflow",
+        "share of steps",
+        "Share of the last steps in which a tensor overflowed: the highest of all linears.",
+        tuple(f"fp8/overflow_share/{slot}_highest" for slot in SLOTS),
+    ),
+)
 Points = Sequence[tuple[int, float]]  # step, value
 
 
@@ -46,28 +64,35 @@ def page(
 ) -> str:
     """`curves` are by metric; `incidents` with a step are drawn into the curves."""
     events = [(one.step, f"step {one.step}: {one.what}") for one in incidents if one.step is not None]
-    own = [key for key in curves if key.startswith(("train/", "fp8/")) and key not in CURVES]
-    own = [key for key in own if key != "train/seconds_per_step"][:FURTHER]  # the throughput says it
-    drawn = "".join(
-        f"<h2>{heading}</h2>\n{curve(key, curves[key], 'optimizer step', label, caption, events)}"
-        for key, (heading, label, caption) in CURVES.items()
-        if key in curves
-    )
-    further = "".join(
-        f"<h3>{text(key)}</h3>\n{curve(key, curves[key], 'optimizer step', key, key, events)}" for key in own
-    )
-    node = "".join(
-        f"<h3>{text(key)}</h3>\n{curve(key, values, 'seconds since the run was submitted', key.split('/')[1], key, ())}"
+    drawn = "".join(section(heading, label, caption, keys, curves, events) for heading, label, caption, keys in CHARTS)
+    drawn += "".join(section(*chosen, curves, events) for chosen in FP8_CHARTS)
+    known = {key for *_, keys in CHARTS for key in keys} | {"train/seconds_per_step"}  # the throughput says it
+    own = [key for key in curves if key.startswith("train/") and key not in known][:FURTHER]
+    further = "".join(figure(key, key, {key: curves[key]}, STEPS, events) for key in own)
+    nodes = "".join(
+        figure(key, key, {key: values}, STEPS if "_node" in key else SECONDS, ())
         for key, values in curves.items()
         if key.startswith("system/")
     )
     body = (
         f'<h1>{text(title)}</h1>\n<div class="facts">{table((), facts.items())}</div>'
         f"{told(incidents)}{gallery(previews)}{drawn or '<p>No step has been reported yet.</p>'}"
-        f"{'<h2>Further figures</h2>' if further else ''}{further}"
-        f"{f'<details><summary>The first node</summary>{node}</details>' if node else ''}"
+        f"{f'<h2>Further figures</h2>{further}' if further else ''}"
+        f"{f'<details><summary>The nodes</summary>{nodes}</details>' if nodes else ''}"
     )
     return document(title, body, STYLE)
+
+
+def section(
+    heading: str,
+    label: str,
+    caption: str,
+    keys: Sequence[str],
+    curves: Mapping[str, Points],
+    events: Sequence[tuple[int, str]],
+) -> str:
+    there = {key: curves[key] for key in keys if key in curves}
+    return f"<h2>{heading}</h2>\n{figure(label, caption, there, STEPS, events)}" if there else ""
 
 
 def told(incidents: Sequence[Incident]) -> str:
@@ -77,42 +102,40 @@ def told(incidents: Sequence[Incident]) -> str:
     return f"<h2>Incidents</h2>\n{table(('step', 'what happened', 'time'), rows)}"
 
 
-def curve(key: str, values: Points, across: str, label: str, caption: str, events: Sequence[tuple[int, str]]) -> str:
-    positive = [value for _, value in values if 0 < value < math.inf]
-    logarithmic = len(positive) == len(values) and max(positive) > SPREAD * min(positive) and key != "train/lr"
-    few, group = reduced(values)
-    shown = [(f"mean of {group}" if group > 1 else key, few, "var(--c0)", "curve")]
-    if key == "train/loss" and len(few) >= SMOOTH:
-        half = max(2, len(few) // SMOOTH // 2)
-        shown = [
-            (*shown[0][:3], "faint"),
-            (f"mean over {2 * half + 1} points", smoothed(few, half), "var(--c1)", "curve"),
-        ]
+def figure(
+    label: str, caption: str, curves: Mapping[str, Points], across: str, events: Sequence[tuple[int, str]]
+) -> str:
+    every = [value for values in curves.values() for _, value in values if math.isfinite(value)]
+    logarithmic = min(every, default=0) > 0 and max(every) > SPREAD * min(every) and "train/lr" not in curves
+    shown, grouped = [], 1
+    for index, (key, values) in enumerate(curves.items()):
+        few, group = reduced(values)
+        grouped = max(grouped, group)
+        smooth = key == "train/loss" and len(few) >= SMOOTH
+        shown.append((key, few, f"var(--c{index})", "faint" if smooth else "curve"))
+        if smooth:
+            half = max(2, len(few) // SMOOTH // 2)
+            shown.append((f"{key}, mean over {2 * half + 1} points", smoothed(few, half), "var(--c7)", "curve"))
     series = [
         Series(
             name=name,
             x=[step for step, _ in points],
             y=[math.log10(value) if logarithmic and value > 0 else value for _, value in points],
-            titles=[f"{across} {step:,}: {value:.6g}" for step, value in points],
+            titles=[f"{name}, {across} {step:,}: {value:.6g}" for step, value in points],
             color=color,
             mark=mark,
         )
         for name, points, color, mark in shown
     ]
-    steps = [step for step, _ in values]
+    steps = [step for values in curves.values() for step, _ in values]
     x = linear_axis(across, (), min(steps), max(steps))
     if logarithmic:
-        y = log_axis(label, math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))))
+        y = log_axis(label, math.floor(math.log10(min(every))), math.ceil(math.log10(max(every))))
     else:
         y = linear_axis(label, series)
-    more = (
-        f" Each point is the mean of {group}; the largest of all is {max(positive, default=0):.4g}."
-        if group > 1
-        else ""
-    )
     inside = [event for event in events if x.low <= event[0] <= x.high]
-    marked = " Dashed lines are incidents." if inside else ""
-    return chart(caption + more + marked, series, x, y, inside)
+    more = f" Each point is the mean of {grouped}; the largest is {max(every, default=0):.4g}." if grouped > 1 else ""
+    return chart(caption + more + (" Dashed lines are incidents." if inside else ""), series, x, y, inside)
 
 
 def reduced(values: Points) -> tuple[list[tuple[int, float]], int]:
@@ -161,6 +184,8 @@ def headline(curves: Mapping[str, Points]) -> dict[str, str]:
     if loss := curves.get("train/loss"):
         last = loss[-max(1, len(loss) // SMOOTH) :]
         found["loss"] = f"{fmean(value for _, value in last):.4f} (mean of the last {len(last)} reports)"
+    if held_out := curves.get("val/loss_ema"):
+        found["held out"] = f"{held_out[-1][1]:.4f}, of the average, at step {held_out[-1][0]:,}"
     if rate := curves.get("train/images_per_second"):
         found["throughput"] = f"{median(value for _, value in rate):,.1f} images per second (median)"
     return found

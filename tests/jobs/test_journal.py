@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.journal import Journal, points, read_journal, read_tail
+from jobs.journal import Journal, points, read_journal, read_tail, summarized
 from tests.jobs import tasks
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,19 @@ def test_lines_are_read_between_two_ends(tmp_path):
     lines, ends = read_journal(tmp_path, first, second)
     assert ([line["step"] for line in lines], ends) == ([2, 3], second)
     assert [line["step"] for line in read_tail(tmp_path)] == [1, 2, 4, 3]
+
+
+def test_of_linears_the_extremes_are_told():
+    """Headroom is worth a look where it is low, overflow where it is high."""
+    names = [f"dit_blocks.{block}.mlp.linear1.input" for block in range(3)]
+    metrics = {f"fp8/{what}/{name}": float(value) for what in ("headroom", "scale") for value, name in enumerate(names)}
+    assert summarized({"train/loss": 0.5, **metrics, "fp8/overflow_share/a.grad_output": 0.25}) == {
+        "train/loss": 0.5,
+        "fp8/headroom/input_lowest": 0.0,
+        "fp8/scale/input_lowest": 0.0,
+        "fp8/scale/input_highest": 2.0,
+        "fp8/overflow_share/grad_output_highest": 0.25,
+    }
 
 
 def test_a_report_takes_less_than_a_hundredth_of_a_step(tmp_path):
