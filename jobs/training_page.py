@@ -15,9 +15,9 @@ POINTS = 400  # of a curve; where there are more, each is the mean of several
 SMOOTH = 20  # a smoothed curve's points are means of one in so many of all, and of five at least
 SPREAD = 30.0  # largest over smallest value, from which on an axis is logarithmic
 SHOWN, FURTHER = 12, 16  # previews, and curves beyond those that every run has
-PREVIEW_PIXELS = 720
+PREVIEW_PIXELS = 1100
 STYLE = """
-.previews { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px; }
+.previews { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 14px; }
 .previews figure { margin: 0; } .previews img { width: 100%; border: 1px solid var(--rule); }
 .facts td:first-child { color: var(--soft); }
 """
@@ -68,9 +68,9 @@ def page(
     drawn += "".join(section(*chosen, curves, events) for chosen in FP8_CHARTS)
     known = {key for *_, keys in CHARTS for key in keys} | {"train/seconds_per_step"}  # the throughput says it
     own = [key for key in curves if key.startswith("train/") and key not in known][:FURTHER]
-    further = "".join(figure(key, key, {key: curves[key]}, STEPS, events) for key in own)
+    further = "".join(figure(key, f"{key}, as reported.", {key: curves[key]}, STEPS, events) for key in own)
     nodes = "".join(
-        figure(key, key, {key: values}, STEPS if "_node" in key else SECONDS, ())
+        figure(key, f"{key}, as reported.", {key: values}, STEPS if "_node" in key else SECONDS, ())
         for key, values in curves.items()
         if key.startswith("system/")
     )
