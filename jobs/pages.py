@@ -19,14 +19,16 @@ PREVIEW = re.compile(r"step-[0-9]+\.png")
 
 def write_pages(run: Run) -> None:
     """Writes those that say something new, and into the journal that MLflow is to have them."""
-    contents = {LINEAGE: lineage_page.page(lineage.trace(run.folder.parents[1], str(run.folder)), run.folder)}
     if run.kind == "train":
-        contents[SUMMARY] = summary(run)
-    for name, content in contents.items():
-        path = run.folder / name
-        if not path.exists() or path.read_text() != content:
-            write_atomically(path, content)
-            Journal(run.folder, "pages").artifact(path)
+        write(run, SUMMARY, summary(run))
+    write(run, LINEAGE, lineage_page.page(lineage.trace(run.folder.parents[1], str(run.folder)), run.folder))
+
+
+def write(run: Run, name: str, content: str) -> None:
+    path = run.folder / name
+    if not path.exists() or path.read_text() != content:
+        write_atomically(path, content)
+        Journal(run.folder, "pages").artifact(path)
 
 
 def main_page(run: Run) -> Path:

@@ -44,6 +44,7 @@ def describe_pipeline(launch: Launch, submitted: list[Run]) -> str:
     _, _, stage2, samples = submitted
     return (
         f"{describe_samples(runs.result(samples))}\ncheckpoint: {last_checkpoint(launch, 2, stage2)}\n"
+        f"pages: python -m jobs.launch open {stage2.folder.name}, python -m jobs.launch lineage {samples.folder.name}\n"
         f"runs: mlflow ui --backend-store-uri {launch.tracker.uri}"
     )
 

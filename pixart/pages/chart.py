@@ -8,6 +8,7 @@ from typing import TypeGuard
 from pixart.pages.markup import text
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1110, 10, 250  # of a plot, and of the frame within it, in pixels
+SAME = 1e-9  # difference of values, of their size, that is rounding
 MARKS = {
     "dot": "M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0",
     "ring": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
@@ -53,7 +54,8 @@ def log_axis(label: str, low: int, high: int) -> Axis:
 def linear_axis(label: str, series: Iterable[Series], *shown: float) -> Axis:
     """Holds every value of the series, and those of `shown`, between round numbers."""
     values = [*(value for one in series for value in one.y if drawable(value)), *shown] or [0.0]
-    span = max(values) - min(values) or 1.0
+    span, size = max(values) - min(values), max(map(abs, values))
+    span = span if span > SAME * size else size or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power * 6 >= span)
     low, high = math.floor(min(values) / step), max(math.ceil(max(values) / step), math.floor(min(values) / step) + 1)
