@@ -5,7 +5,6 @@ A PNG names its checkpoint, a checkpoint its conversion or its run, a run what i
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,13 @@ class Walk:
     def __init__(self, home: Path) -> None:
         self.homes = [home]
         self.nodes: dict[str, Node] = {}
+        self.loaded: dict[Path, Run] = {}
 
-    def known(self) -> Iterator[Run]:
+    def known(self) -> list[Run]:
         """The runs of all homes that the walk has come through."""
-        folders = {record.parent for home in self.homes for record in (home / "runs").glob(f"*/{runs.RECORD}")}
-        return (runs.load(folder) for folder in sorted(folders))
+        for folder in sorted({folder for home in self.homes for folder in runs.folders(home)} - self.loaded.keys()):
+            self.loaded[folder] = runs.load(folder)
+        return list(self.loaded.values())
 
     def made(self, kind: str, name: str, **facts: Any) -> Node:
         told = {key.replace("_", " "): str(value) for key, value in facts.items() if value not in (None, "")}
@@ -127,9 +128,9 @@ class Walk:
         return node
 
     def source(self, output: Path, origin: dict[str, Any]) -> Node:
-        """What was converted: as it was named then, or by that name beside the output."""
+        """What was converted: as it was named then or, where a home was moved, by that name beside the output."""
         named = Path(origin["converted_from"])
-        path = named if named.is_absolute() else output.with_name(named.name)
+        path = named if named.exists() else output.with_name(named.name)
         if (path / runs.RECORD).exists():
             path = find_checkpoint(str(path))
         node = self.checkpoint(path)

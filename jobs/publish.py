@@ -1,17 +1,20 @@
 """Brings runs up to date: how they ended, what the ledger has of their shards, their pages, and all of it in MLflow."""
 
+import fcntl
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from jobs import ledger, runs
-from jobs.description import set_status
+from jobs.description import set_status, status_of
 from jobs.journal import Journal, parsed
 from jobs.pages import write_pages
 from jobs.runs import Element, Run
 from jobs.tracking import LOG, StoreError, Tracker, locked
 
+TURN = ".publishing"  # held by a process in the background
 SHARDS = "shards"  # name of the journal's file that says what the ledger has
 
 
@@ -40,18 +43,20 @@ def journal_shards(run: Run) -> None:
 
 def publish(tracker: Tracker, folder: Path) -> None:
     """Raises StoreError where MLflow does not take it; all is in the run folder then, for the next time."""
-    gather(folder)
+    if (folder / runs.RECORD).exists():  # no submission's own folder
+        gather(runs.load(folder))
     tracker.sync(folder)
 
 
-def gather(folder: Path) -> None:
-    if not (folder / runs.RECORD).exists():  # a submission's own folder
-        return
-    run = runs.load(folder)
-    with locked(folder):
+def gather(run: Run, *, pages: bool = False) -> None:
+    """What the folder lacks of what is known elsewhere; pages once the run has ended, or when they are asked for."""
+    with locked(run.folder):
         if run.elements:
             journal_shards(run)
-        write_pages(run)
+            if set(run.elements) <= ledger.shards(run.dataset, run.kind):
+                set_status(run.folder, "FINISHED")
+        if pages or status_of(run.folder) != "RUNNING":
+            write_pages(run)
 
 
 def try_publish(tracker: Tracker, folder: Path) -> bool:
@@ -78,8 +83,13 @@ def publish_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Pop
 
 
 def main(home: str, *folders: str) -> int:
-    tracker = Tracker(home)
-    return 0 if all([try_publish(tracker, Path(folder)) for folder in folders]) else 1
+    """Leaves alone what another process is at."""
+    tracker, done = Tracker(home), True
+    for folder in map(Path, folders):
+        with (folder / TURN).open("w") as turn, suppress(BlockingIOError):
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            done = try_publish(tracker, folder) and done
+    return 0 if done else 1
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class Tracker:
         """Brings into MLflow what it lacks of a run, and of those that it belongs to. Raises StoreError."""
         with self.opened():
             parent = read_description(run)["parent"]
-            if parent:
+            if parent and (Path(parent) / description.FILE).exists():
                 self.bring(Path(parent))
             self.bring(run)
 
@@ -152,8 +152,8 @@ class Tracker:
             identifier = found[0].info.run_id
         else:
             tags = {KEY: about["key"]}
-            if about["parent"]:
-                tags["mlflow.parentRunId"] = run_id(about["parent"]) or ""
+            if about["parent"] and (parent := run_id(about["parent"])):
+                tags["mlflow.parentRunId"] = parent
             identifier = self.client.create_run(
                 self.experiment, run_name=MOMENT.sub("", run.name), tags=tags
             ).info.run_id

@@ -150,15 +150,17 @@ def test_a_summary_of_a_long_run_with_faults(tmp_path):
 def test_pages_of_every_kind_and_none_twice(tmp_path):
     """A page that says nothing new is not written, and not sent to MLflow again."""
     run = make_training(tmp_path, 3)
+    gather(run)
+    assert not (run.folder / SUMMARY).exists()
     for _ in range(2):
-        gather(run.folder)
+        gather(run, pages=True)
     told = [line["artifact"] for line in read_journal(run.folder)[0] if "artifact" in line]
     assert told == [str(run.folder / SUMMARY), str(run.folder / LINEAGE)]
     set_status(run.folder, "FINISHED")
-    gather(run.folder)
+    gather(run)
     assert len([line for line in read_journal(run.folder)[0] if "artifact" in line]) == 3
     assert main_page(run) == run.folder / SUMMARY
     empty = make_run(tmp_path / "other", "train")
-    gather(empty.folder)
+    gather(empty, pages=True)
     assert "No step has been reported" in (empty.folder / SUMMARY).read_text()
     assert main_page(make_run(tmp_path, "verify")).name == LINEAGE
