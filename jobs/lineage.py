@@ -17,6 +17,8 @@ from jobs.description import read_description
 from jobs.runs import Run
 from pixart.config import is_url
 
+LETTERS = 500  # of what a picture says of itself; its command is longer
+
 
 @dataclass(kw_only=True)
 class Node:
@@ -61,7 +63,7 @@ class Walk:
             self.loaded[folder] = runs.load(folder)
         return list(self.loaded.values())
 
-    def made(self, kind: str, name: str, **facts: Any) -> Node:
+    def made(self, kind: str, name: str, /, **facts: Any) -> Node:
         told = {key.replace("_", " "): str(value) for key, value in facts.items() if value not in (None, "")}
         node = self.nodes[name] = Node(kind=kind, name=name, facts=told)
         return node
@@ -71,14 +73,18 @@ class Walk:
 
         try:
             with Image.open(path) as image:
-                written = {key: value for key, value in image.info.items() if isinstance(value, str)}
+                written = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
         except (UnidentifiedImageError, OSError):
             raise ValueError(f"{path} is no picture, no checkpoint, no dataset and no run") from None
         if "checkpoint" not in written:
             raise ValueError(f"{path} names no checkpoint: it is no picture that `sample` wrote, or was changed since")
-        node = self.made("picture", str(path), prompt=written.get("prompt"))
+        told = {
+            key: value for key, value in written.items() if len(value) <= LETTERS and key not in ("checkpoint", "run")
+        }
+        node = self.made("picture", str(path), **told)
         checkpoint = self.checkpoint(Path(written["checkpoint"]))
-        run = self.run_with(path, written["checkpoint"])
+        named = Path(written.get("run", "")) / runs.RECORD
+        run = runs.load(named.parent) if named.is_file() else self.run_with(path, written["checkpoint"])
         node.parents = [self.run(run) if run else checkpoint]
         return node
 

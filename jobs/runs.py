@@ -154,10 +154,12 @@ def last_error(run: Run, job: str) -> str:
 
 
 def progress(run: Run) -> tuple[int, str]:
-    """Steps done and the last loss, from the journal."""
+    """Steps done and the last loss, from the journal; a line that has just a step is for this alone."""
     step, note = 0, ""
     for line in read_tail(run.folder):
         if "train/loss" in line.get("metrics", {}):
             step = max(step, line["step"])
             note = f"loss {line['metrics']['train/loss']:.4f}"
+        elif line.keys() == {"time", "step"}:
+            step = max(step, line["step"])
     return step, note

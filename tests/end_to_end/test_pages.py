@@ -98,10 +98,10 @@ def test_lineage_of_a_picture_alone(demo, look, tmp_path):
     shutil.copy(picture, tmp_path / "picture.png")
     done = demo.command("lineage", str(tmp_path / "picture.png"), "--html", str(tmp_path / "lineage.html"))
     assert done.returncode == 0, done.stderr
-    captions = json.loads((demo.runs("sample")[-1] / "samples.json").read_text())["captions"]
+    prompt = json.loads((demo.runs("sample")[-1] / "samples.json").read_text())["pictures"][0]["prompt"]
     stage1, stage2 = demo.runs("train")
     told = done.stdout
-    for what in (captions[0], stage1, stage2, f"{stage1}/checkpoints/step-{STEPS:08d}.fp8", demo.runs("sample")[-1]):
+    for what in (prompt, stage1, stage2, f"{stage1}/checkpoints/step-{STEPS:08d}.fp8", demo.runs("sample")[-1]):
         assert str(what) in told, what
     for what in (f"{stage2}/checkpoints/step-{STEPS:08d}", demo.home / "datasets/demo", "captioner", "labels"):
         assert str(what) in told, what
