@@ -9,7 +9,7 @@ from typing import Any
 from conversion.options import STATEFUL
 from pixart.model.fp8 import SLOTS
 from pixart.pages.chart import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
-from pixart.pages.markup import STYLE, badge, emphasis, table, text
+from pixart.pages.markup import badge, document, emphasis, table, text
 
 BLOCK = re.compile(r"dit_blocks\.(\d+)\.(.+)")
 TENSORS = ("input", "weight", "output", "weight_gradient")  # that an SQNR is of
@@ -20,12 +20,8 @@ def page(report: Mapping[str, Any]) -> str:
     """The report of `to_fp8.convert`, its gate included, as an HTML document."""
     word = "PASS" if report["gate"]["passed"] else "FAIL"
     sections = (gate, origin, stages, losses, layers, plan, fates)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{word}: conversion of {text(report['source'])} to FP8</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{''.join(section(report) for section in sections)}</body></html>\n"
-    )
+    title = f"{word}: conversion of {report['source']} to FP8"
+    return document(title, "".join(section(report) for section in sections))
 
 
 def gate(report: Mapping[str, Any]) -> str:

@@ -244,7 +244,7 @@ def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Op
     """All but weights, average and moments, which are there."""
     result.provenance = {
         **result.provenance,
-        "converted_from": report["source"],
+        "converted_from": str(Path(report["source"]).absolute()),  # by which it is found from anywhere
         "source_sha256": report["source_sha256"],
         "calibration_data": report["data"],
         "versions": report["versions"],

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from jobs.dataset_commands import array_command, audit_command, init_command, ve
 from jobs.model_commands import convert_command, train_command
 from jobs.pipeline import pipeline_command
 from jobs.prompt_commands import recaption_command
+from jobs.publish import publish_in_background
 from jobs.sample_commands import sample_command
 from jobs.submission import Launch, NothingSubmitted, resubmit
-from jobs.tracking import sync_in_background
 from pixart.config import Recipe, from_json, is_url, override
 from pixart.recipes import RECIPES
 from slurm import profile as profiles
@@ -29,7 +30,9 @@ def run(options: argparse.Namespace) -> int:
         print(plan)
     finally:
         if launch.folders and not launch.wait:
-            sync_in_background(launch.home, launch.folders)
+            publish_in_background(launch.home, launch.folders)
+        if launch.untold:
+            print(f"MLflow at {launch.tracker.uri} did not answer\nnext: python -m jobs.launch sync", file=sys.stderr)
     return 0
 
 
@@ -39,7 +42,8 @@ def prepare(options: argparse.Namespace) -> Launch:
     if options.gpus_per_node:
         profile = replace(profile, gpus_per_node=options.gpus_per_node)
     wait = profile.executor == "local" or options.wait or options.job in ("demo", "recaption")
-    return Launch(home=home, recipe=read_recipe(home, options), profile=profile, wait=wait, dry_run=options.dry_run)
+    recipe = read_recipe(home, options)
+    return Launch(home=home, job=options.job, recipe=recipe, profile=profile, wait=wait, dry_run=options.dry_run)
 
 
 def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:

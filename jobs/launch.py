@@ -28,7 +28,10 @@ AFTERWARDS = {
     "logs": "prints what a run's tasks have said",
     "retry": "submits just what a run has not finished",
     "cancel": "ends a run's jobs",
-    "sync": "brings a run's journal into MLflow, from a machine that reaches it",
+    "sync": "brings runs' journals into MLflow, from a machine that reaches it",
+    "open": "shows a run's page in a browser, and says where it lies",
+    "lineage": "shows what a run, PNG, checkpoint or dataset comes from",
+    "release": "registers a checkpoint's averaged weights as a model version in MLflow",
 }
 DEFAULT_RECIPE = "demo"
 OVERRIDES = "configuration by dotted key, such as stage1.steps=100 or data.source=s3://bucket/photos; repeatable"
@@ -40,10 +43,18 @@ def make_parser() -> argparse.ArgumentParser:
     for name, summary in {**JOBS, **AFTERWARDS}.items():
         job = jobs.add_parser(name, help=summary, description=f"{name}: {summary}.")
         job.add_argument("--home", help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)")
-        if name in AFTERWARDS:
+        if name == "lineage":
+            job.add_argument("what", nargs="?", help="run, PNG, checkpoint or dataset (default: the newest run)")
+            job.add_argument("--html", metavar="FILE", help="write it as a page too")
+        elif name == "release":
+            job.add_argument("checkpoint", help="checkpoint or run folder")
+            job.add_argument("--name", default="pixart", help="of the registered model (default: pixart)")
+        elif name in AFTERWARDS:
             job.add_argument("run", nargs="?", metavar="RUN", help="folder, name or part of it (default: the newest)")
         elif name != "convert":
             add_settings(job)
+        if name == "open":
+            job.add_argument("--print", action="store_true", help="say where it lies, and open no browser")
         if name in JOBS or name == "retry":
             add_submission(job)
         if name in ("caption", "latents"):
@@ -169,16 +180,20 @@ def run(arguments: Sequence[str] | None) -> int:
 
 def look(options: argparse.Namespace) -> int:
     """The commands that submit nothing."""
-    from jobs import status
+    from jobs import seeing, status
+    from jobs.tracking import StoreError
 
     home = Path(options.home or os.environ.get("PIXART_HOME") or "outputs").absolute()
     try:
-        return status.COMMANDS[options.job](home, options)
+        return {**status.COMMANDS, **seeing.COMMANDS}[options.job](home, options)
     except KeyboardInterrupt:
         return 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoreError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conversion.options import Options, default_output, from_arguments
+from conversion.report import PAGE
 from jobs import ledger, runs
 from jobs.checkpoints import MARKER, find_checkpoint
 from jobs.dataset_commands import prepare_dataset, require_audit
+from jobs.pages import SUMMARY
 from jobs.runs import Run
 from jobs.submission import Launch, describe_submission, run_ranks
 from jobs.training_checks import check_configuration, check_dataset, check_start, find_start
@@ -38,7 +40,8 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
         return describe_submission(run)
     last = runs.result(run)
     following = f"python -m conversion.to_fp8 {last}" if stage == 1 else f"python -m jobs.launch sample {last}"
-    return f"trained stage {stage}: checkpoint {last}\nnext: {following}"
+    page = f"{run.folder}/{SUMMARY}"
+    return f"trained stage {stage}: checkpoint {last}\nsummary: {page}\nnext: {following}"
 
 
 def submit_training(
@@ -91,7 +94,8 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
     run = submit_conversion(launch, source, target, how)
     if not launch.wait:
         return describe_submission(run)
-    return f"converted: {target}\nnext: python -m jobs.launch train --stage {how.stage} --from {target}"
+    following = f"python -m jobs.launch train --stage {how.stage} --from {target}"
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following}"
 
 
 def submit_conversion(launch: Launch, source: Path, target: Path, how: Options, after: Sequence[str] = ()) -> Run:

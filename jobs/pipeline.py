@@ -9,14 +9,13 @@ from jobs.dataset_commands import prepare_dataset, require_audit
 from jobs.model_commands import last_checkpoint, submit_conversion, submit_training
 from jobs.runs import Run
 from jobs.sample_commands import describe_samples, submit_sampling
-from jobs.submission import Launch, NothingSubmitted, begin_group, waited
-from jobs.tracking import set_status
+from jobs.submission import Launch, NothingSubmitted, waited
 from pixart.config import to_json
 from slurm.cluster import Cluster
 
 
 def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
-    """All jobs in turn, their runs under one parent in MLflow; each waits for those before it."""
+    """All jobs in turn; each waits for those before it."""
     submitted = run_pipeline(launch, options)
     if launch.wait:
         return describe_pipeline(launch, submitted)
@@ -27,26 +26,17 @@ def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
 def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options))
-    folder = begin_group(launch, options.job)
-    launch.parent = folder
-    succeeded = False
-    try:
-        _, after = prepare_dataset(launch, options.overrides, any_source=True)
-        if not options.accept_failed_audit:
-            after = require_audit(launch, after, any_source=True)
-        stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
-        source = last_checkpoint(launch, 1, stage1)
-        how = Options(batch=launch.recipe.stage2.batch)
-        conversion = submit_conversion(launch, source, default_output(source), how, waited(launch, stage1))
-        start = default_output(source)
-        stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
-        last = last_checkpoint(launch, 2, stage2)
-        samples = submit_sampling(launch, last, after=waited(launch, stage2))
-        succeeded = True
-    finally:
-        set_status(folder, "FINISHED" if succeeded else "FAILED")
-        if launch.wait:
-            launch.tracker.sync(folder)
+    _, after = prepare_dataset(launch, options.overrides, any_source=True)
+    if not options.accept_failed_audit:
+        after = require_audit(launch, after, any_source=True)
+    stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
+    source = last_checkpoint(launch, 1, stage1)
+    how = Options(batch=launch.recipe.stage2.batch)
+    conversion = submit_conversion(launch, source, default_output(source), how, waited(launch, stage1))
+    start = default_output(source)
+    stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
+    last = last_checkpoint(launch, 2, stage2)
+    samples = submit_sampling(launch, last, after=waited(launch, stage2))
     return [stage1, conversion, stage2, samples]
 
 
@@ -54,6 +44,7 @@ def describe_pipeline(launch: Launch, submitted: list[Run]) -> str:
     _, _, stage2, samples = submitted
     return (
         f"{describe_samples(runs.result(samples))}\ncheckpoint: {last_checkpoint(launch, 2, stage2)}\n"
+        f"pages: python -m jobs.launch open {stage2.folder.name}, python -m jobs.launch lineage {samples.folder.name}\n"
         f"runs: mlflow ui --backend-store-uri {launch.tracker.uri}"
     )
 

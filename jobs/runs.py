@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import ledger
-from jobs.tracking import read_journal
+from jobs.journal import read_tail
 from slurm import queue
 from slurm.cluster import Submitted
 from slurm.task import RESULT
@@ -73,6 +73,11 @@ def load(folder: Path) -> Run:
     return Run(**{**record, "folder": folder, "elements": tuple(record["elements"]), "jobs": jobs})
 
 
+def folders(home: Path) -> list[Path]:
+    """Of all runs, oldest first."""
+    return sorted(path.parent for path in (home / "runs").glob(f"*/{RECORD}"))
+
+
 def find(home: Path, name: str | None) -> Run:
     """A run by folder, by name or by a part of its name that no other has; the newest where no name is given.
 
@@ -80,12 +85,12 @@ def find(home: Path, name: str | None) -> Run:
     """
     if name and (Path(name) / RECORD).is_file():
         return load(Path(name).absolute())
-    folders = sorted(path.parent for path in (home / "runs").glob(f"*/{RECORD}"))
-    if not folders:
+    known = folders(home)
+    if not known:
         raise ValueError(f"there are no runs in {home}")
     if name is None:
-        return load(folders[-1])
-    found = [folder for folder in folders if name in folder.name]
+        return load(known[-1])
+    found = [folder for folder in known if name in folder.name]
     exact = [folder for folder in found if folder.name == name]
     if len(exact or found) != 1:
         raise ValueError(f"run {name!r}: {len(found) or 'no'} runs of {home} have this in their name")
@@ -148,11 +153,13 @@ def last_error(run: Run, job: str) -> str:
     return f"no word in {run.log(job)}"
 
 
-def progress(run: Run, offset: int = 0) -> tuple[int, str]:
-    """Steps done and the last loss, from the journal."""
+def progress(run: Run) -> tuple[int, str]:
+    """Steps done and the last loss, from the journal; a line that has just a step is for this alone."""
     step, note = 0, ""
-    for line in read_journal(run.folder, offset)[0]:
-        step = max(step, line.get("step", 0))
+    for line in read_tail(run.folder):
         if "train/loss" in line.get("metrics", {}):
+            step = max(step, line["step"])
             note = f"loss {line['metrics']['train/loss']:.4f}"
+        elif line.keys() == {"time", "step"}:
+            step = max(step, line["step"])
     return step, note

@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 from jobs import ledger, runs
+from jobs.description import FILE as DESCRIPTION
+from jobs.publish import publish, publish_in_background, settle
 from jobs.runs import Element, Run
-from jobs.tracking import Tracker, set_status
+from jobs.tracking import Tracker, behind
 from slurm import queue
 from slurm.task import attempts
 
@@ -21,6 +23,10 @@ def status_command(home: Path, options: argparse.Namespace) -> int:
     run = runs.find(home, options.run)
     found = runs.elements(run)
     print_table(run, found)
+    if (run.folder / DESCRIPTION).exists():
+        settle(run, found)
+        if behind(run.folder):
+            publish_in_background(home, [run.folder])
     return 1 if any(element.state == "failed" for element in found.values()) else 0
 
 
@@ -55,8 +61,8 @@ def print_table(run: Run, found: dict[int, Element]) -> None:
         console.print(f"failed: {what}, job {element.job}: {element.note}", markup=False)
     if len(failed) > SHOWN:
         console.print(f"and {len(failed) - SHOWN} more")
-    if failed:
-        console.print(f"next: python -m jobs.launch retry {run.folder.name}", markup=False)
+    following = "retry" if failed else "status" if runs.under_way(found) else "open"
+    console.print(f"next: python -m jobs.launch {following} {run.folder.name}", markup=False)
 
 
 def describe_rate(run: Run, found: dict[int, Element]) -> str:
@@ -110,13 +116,18 @@ def cancel_command(home: Path, options: argparse.Namespace) -> int:
 
 
 def sync_command(home: Path, options: argparse.Namespace) -> int:
-    """Replays a run's journal into MLflow, and says there how the run has ended."""
-    run, tracker = runs.find(home, options.run), Tracker(home)
-    found = runs.elements(run)
-    if not runs.under_way(found):
-        set_status(run.folder, "FINISHED" if all(item.state == "done" for item in found.values()) else "FAILED")
-    tracker.sync(run.folder)
-    print(f"synchronized {run.folder.name} with {tracker.uri}")
+    """Replays into MLflow what it lacks, of one run or of all, and says there how they have ended."""
+    folders = [runs.find(home, options.run).folder] if options.run else runs.folders(home)
+    if not folders:
+        raise ValueError(f"there are no runs in {home}")
+    tracker, told = Tracker(home), 0
+    for folder in folders:
+        run = runs.load(folder)
+        settle(run, runs.elements(run))
+        if options.run or behind(folder):
+            publish(tracker, folder)
+            told += 1
+    print(f"synchronized {told} of {len(folders)} runs with {tracker.uri}; the others were up to date")
     return 0
 
 

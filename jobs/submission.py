@@ -1,6 +1,7 @@
 """Submissions: a run folder with all that was asked for, the jobs on the cluster, and waiting for their end."""
 
 import functools
+import getpass
 import json
 import secrets
 import shlex
@@ -15,19 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from jobs import audit, caption, convert, init, latents, ledger, recaption, runs, sample, train, verify
+from jobs.companion import accompanied, published
+from jobs.description import FILE as DESCRIPTION
+from jobs.description import add_tags, describe, set_status
 from jobs.progress import ProgressLine
+from jobs.publish import try_publish
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
-from jobs.tracking import Tracker, describe, set_status
+from jobs.tracking import Tracker
 from pixart.config import Recipe, is_url, read_data, to_json
 from slurm import profile as profiles
 from slurm import queue
-from slurm.cluster import Cluster, Shape
+from slurm.cluster import Cluster, Shape, Submitted
 from slurm.profile import Profile
 from slurm.task import RESULT
 
 POLL_SECONDS = {"local": 0.5, "slurm": 2.0}  # Slurm's controller serves many
 SYNC_SECONDS = 5.0
+RETRY_SECONDS = 60.0  # of an MLflow server that did not answer
 ARRAY_JOBS = {"caption": caption.run, "latents": latents.run}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
@@ -52,12 +58,14 @@ class Launch:
     """What every submission of one command shares."""
 
     home: Path
+    job: str  # the command's name
     recipe: Recipe
     profile: Profile
-    parent: Path | None = None  # folder of the run that this command's runs belong to
+    submission: Path | None = None  # folder of what this command's runs belong to
     wait: bool = True
     dry_run: bool = False
     folders: list[Path] = field(default_factory=list)  # of all runs that it has begun
+    untold: bool = False  # whether MLflow has not taken something
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -68,9 +76,9 @@ class Launch:
         return self.recipe.data.path
 
 
-def new_folder(home: Path, kind: str) -> Path:
+def new_folder(home: Path, kind: str, place: str = "runs") -> Path:
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(2)}"
-    folder = home / "runs" / name
+    folder = home / place / name
     folder.mkdir(parents=True)
     return folder
 
@@ -91,13 +99,35 @@ def begin(
     planned.check(shape)
     if launch.dry_run:
         raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
+    continued = folder is not None and (folder / DESCRIPTION).exists()
+    if launch.submission is None and not continued:
+        launch.submission = new_folder(launch.home, launch.job, "submissions")
+        write_settings(launch, launch.submission)
+        describe(launch.submission, {"recipe": launch.recipe.name}, common_tags(launch, launch.job))
     folder = folder or new_folder(launch.home, shape.kind)
     write_settings(launch, folder)
-    commit = record_git(folder)
-    about = {"pixart.job": shape.kind, "pixart.cluster": launch.profile.name, "pixart.commit": commit or "none"}
-    describe(folder, parameters, {**(tags or {}), **about}, launch.parent)
+    origin = {"pixart.dataset": launch.dataset, **commit_tags(record_git(folder))}
+    describe(folder, parameters, {**(tags or {}), **origin, **common_tags(launch, shape.kind)}, launch.submission)
     launch.folders.append(folder)
+    tell(launch, folder)
     return prepared(launch, folder, shape, after)
+
+
+def common_tags(launch: Launch, job: str) -> dict[str, str]:
+    user, command = getpass.getuser(), shlex.join(sys.argv)
+    own = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.user": user, "pixart.command": command}
+    return {**own, "mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "JOB"}
+
+
+def commit_tags(commit: str | None) -> dict[str, str]:
+    return {"pixart.commit": commit, "mlflow.source.git.commit": commit} if commit else {}
+
+
+def tell(launch: Launch, folder: Path) -> None:
+    """Where the launcher waits, MLflow has a run before its first task starts; else a process in the background sees
+    to it."""
+    if launch.wait:
+        launch.untold = not try_publish(launch.tracker, folder)
 
 
 def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = ()) -> Cluster:
@@ -109,15 +139,6 @@ def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = 
     cluster = Cluster(launch.profile, folder, code=code, after=after)
     (folder / "sbatch.txt").write_text(cluster.sbatch_text(shape))
     return cluster
-
-
-def begin_group(launch: Launch, name: str) -> Path:
-    """Makes the folder that the runs of one command belong to."""
-    folder = new_folder(launch.home, name)
-    write_settings(launch, folder)
-    describe(folder, {"recipe": launch.recipe.name}, {"pixart.job": name}, launch.parent)
-    launch.folders.append(folder)
-    return folder
 
 
 def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
@@ -157,8 +178,8 @@ def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tu
             while runs.under_way(found := runs.elements(run)):
                 line.update(*progress(found))
                 time.sleep(POLL_SECONDS[run.executor])
-                if time.monotonic() - synced > SYNC_SECONDS:
-                    launch.tracker.sync(run.folder)
+                if time.monotonic() - synced > (RETRY_SECONDS if launch.untold else SYNC_SECONDS):
+                    tell(launch, run.folder)
                     synced = time.monotonic()
             line.update(*progress(found))
             raise_first_failure(run, found)
@@ -168,7 +189,7 @@ def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tu
         raise
     finally:
         set_status(run.folder, "FINISHED" if succeeded else "FAILED")
-        launch.tracker.sync(run.folder)
+        tell(launch, run.folder)
 
 
 def raise_first_failure(run: Run, found: dict[int, Element]) -> None:
@@ -234,7 +255,9 @@ def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | Non
 
 def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
     function = functools.partial(ARRAY_JOBS[run.kind], run.dataset)
-    run = run.added(cluster.submit_array(shape, function))
+    if run.executor == "slurm":
+        function = functools.partial(published, function, str(run.folder))
+    run = with_jobs(run, cluster.submit_array(shape, function))
     if launch.wait:
         follow(launch, run, lambda found: (sum(element.state == "done" for element in found.values()), ""))
     return run
@@ -259,10 +282,16 @@ def run_ranks(
 
 def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
     (run.folder / RESULT).unlink(missing_ok=True)
-    function = functools.partial(RANK_JOBS[run.kind], str(run.folder), **run.request)
-    run = run.added([cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+    function = functools.partial(accompanied, RANK_JOBS[run.kind], str(run.folder), **run.request)
+    run = with_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
     if launch.wait:
         follow(launch, run, lambda found: runs.progress(run))
+    return run
+
+
+def with_jobs(run: Run, submitted: Sequence[Submitted]) -> Run:
+    run = run.added(submitted)
+    add_tags(run.folder, {"pixart.jobs": ", ".join(run.job_ids)})
     return run
 
 

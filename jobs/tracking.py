@@ -1,7 +1,8 @@
 """Tracking: all that is to be told is written into the run folder first, and brought into MLflow from there.
 
 Tasks append to a journal, so they need no way to the tracking server; the launcher describes the run and how it ended.
-Bringing it into MLflow takes as long as it takes, may fail, and may be done again: nothing counts twice.
+Bringing it into MLflow takes as long as it takes, may fail or be killed, and may be done again: nothing counts twice.
+MLflow's own stores take a point of the same key, step, value and time for one, and those of a journal never change.
 """
 
 import fcntl
@@ -9,87 +10,47 @@ import functools
 import json
 import logging
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from jobs import description
+from jobs.description import KEY, read_description, status_of, tags_of
+from jobs.journal import Journal as Journal  # where the jobs look for it
+from jobs.journal import points, read_journal
 from jobs.ledger import write_atomically
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-JOURNAL = "journal.jsonl"
-DESCRIPTION = "tracking.json"  # what the launcher says
 STATE = "mlflow.json"  # what MLflow has of it
 LOG = "tracking.log"
 LOCK = ".mlflow.lock"
 EXPERIMENT = "pixart"
-Status = Literal["RUNNING", "FINISHED", "FAILED"]
+MOMENT = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # that a run folder's name begins with; MLflow has a column for it
 BATCH = 1000  # metrics that MLflow takes at once
+PREVIEW = re.compile(r"step-([0-9]+)\.png")
+SMALL = 256  # pixels of the pictures that MLflow's page shows first
+# What is not answered is asked for again later; MLflow's own eight tries would hold a progress line for minutes.
+CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "1"}
 
 
-class Journal:
-    """Appends metrics, pictures and results as lines of JSON, each written whole."""
-
-    def __init__(self, run: str | Path) -> None:
-        self.path = Path(run) / JOURNAL
-        with suppress(FileNotFoundError):
-            if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # what a kill has cut off stays a line of its own
-                self.path.open("a").write("\n")
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self.append({"step": step, "metrics": values})
-
-    def incident(self, step: int, text: str) -> None:
-        """What somebody who looks at the curves should know of a step."""
-        self.append({"step": step, "incident": text})
-
-    def artifact(self, file: str | Path) -> None:
-        self.append({"artifact": str(file)})
-
-    def tags(self, values: dict[str, str]) -> None:
-        self.append({"tags": values})
-
-    def append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"time": time.time(), **line}) + "\n")
+class StoreError(Exception):
+    """MLflow does not answer, or refuses; the message is one line."""
 
 
-def read_journal(run: str | Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from byte `offset` on, and where the next read begins; what a kill has cut off is left out."""
-    path = Path(run) / JOURNAL
-    if not path.exists():
-        return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        content = file.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = []
-    for line in whole.splitlines():
-        with suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines, offset + len(whole)
-
-
-def describe(
-    run: Path, parameters: dict[str, Any], tags: dict[str, str] | None = None, parent: Path | None = None
-) -> None:
-    """What MLflow is to say of a run; one that goes on keeps its description."""
-    if (run / DESCRIPTION).exists():
-        set_status(run, "RUNNING")
-        return
-    about = {"parameters": parameters, "tags": tags or {}, "parent": str(parent) if parent else None}
-    write_atomically(run / DESCRIPTION, json.dumps({**about, "status": "RUNNING"}) + "\n")
-
-
-def set_status(run: Path, status: Status) -> None:
-    """How a run stands, as MLflow is to say it."""
-    description = json.loads((run / DESCRIPTION).read_text())
-    write_atomically(run / DESCRIPTION, json.dumps({**description, "status": status}) + "\n")
+def behind(run: Path) -> bool:
+    """Whether there is something that MLflow lacks, as far as is known without asking it."""
+    if not (run / description.FILE).exists():
+        return False
+    if not (run / STATE).exists():
+        return True
+    state = json.loads((run / STATE).read_text())
+    return (state["offsets"], state["status"]) != (read_journal(run, state["offsets"])[1], status_of(run))
 
 
 class Tracker:
@@ -97,80 +58,176 @@ class Tracker:
 
     def __init__(self, home: str | Path) -> None:
         self.home = Path(home).absolute()
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home}/mlflow.db"
+        self.uri = store_uri(self.home)
+        self.seen: dict[Path, tuple[dict[str, int], set[tuple[str, int]]]] = {}
 
     @functools.cached_property
     def client(self) -> "MlflowClient":
+        for name, value in CLIENT.items():
+            os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
         for name in ("mlflow", "alembic"):  # they announce each migration of a new store
             logging.getLogger(name).setLevel(logging.WARNING)
-        return MlflowClient(self.uri)
+        return MlflowClient(self.uri, registry_uri=self.uri)
 
     @functools.cached_property
     def experiment(self) -> str:
-        with locked(self.home):  # a new sqlite store takes one client at a time
-            found = self.client.get_experiment_by_name(EXPERIMENT)
-            if found is not None:
-                return found.experiment_id
-            location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
-            return self.client.create_experiment(EXPERIMENT, artifact_location=location)
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return found.experiment_id
+        location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
+        return self.client.create_experiment(EXPERIMENT, artifact_location=location)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Turns what MLflow raises into StoreError. An embedded store takes one process at a time: a new one is made
+        and migrated by the first."""
+        embedded = not self.uri.startswith("http")
+        try:
+            with locked(self.home) if embedded else nothing():
+                yield
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in ("mlflow", "requests", "sqlalchemy", "urllib3"):
+                raise
+            said = " ".join(str(error).split())
+            raise StoreError(f"MLflow at {self.uri} does not take it: {said[:300]}") from error
 
     def sync(self, run: Path) -> None:
-        """Brings into MLflow what it lacks of a run; a step done twice, after a requeue, counts once."""
-        experiment = self.experiment
+        """Brings into MLflow what it lacks of a run, and of those that it belongs to. Raises StoreError."""
+        with self.opened():
+            parent = read_description(run)["parent"]
+            if parent and (Path(parent) / description.FILE).exists():
+                self.bring(Path(parent))
+            self.bring(run)
+
+    def bring(self, run: Path) -> None:
         with locked(run):
-            description = json.loads((run / DESCRIPTION).read_text())
-            state = self.state(run, description, experiment)
-            state = self.replay(run, state)
-            if state["status"] == description["status"]:
+            state = self.state(run)
+            if state is None:
                 return
-            if description["status"] == "RUNNING":
+            self.replay(run, state)
+            tags = {key: value for key, value in tags_of(run).items() if state["tags"].get(key) != value}
+            for key, value in tags.items():
+                self.client.set_tag(state["run_id"], key, value)
+            status = status_of(run)
+            if status != state["status"] and status == "RUNNING":
                 self.client.update_run(state["run_id"], status="RUNNING")
-            else:
-                self.client.set_terminated(state["run_id"], description["status"])
-            write_atomically(run / STATE, json.dumps({**state, "status": description["status"]}))
+            elif status != state["status"]:
+                self.client.set_terminated(state["run_id"], status)
+            if tags or status != state["status"]:
+                save(run, {**state, "tags": {**state["tags"], **tags}, "status": status})
 
-    def state(self, run: Path, description: dict[str, Any], experiment: str) -> dict[str, Any]:
-        """What MLflow has of the run, which is made there if it has nothing; its parent comes first."""
+    def state(self, run: Path) -> dict[str, Any] | None:
+        """What the store has of the run, which is made there if it has nothing; None where a user has deleted it."""
         if (run / STATE).exists():
-            return json.loads((run / STATE).read_text())
-        tags = {**description["tags"], "pixart.run": str(run)}
-        if description["parent"]:
-            parent = Path(description["parent"])
-            if run_id(parent) is None:
-                self.sync(parent)
-            tags["mlflow.parentRunId"] = run_id(parent)
-        identifier = self.client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-        for key, value in description["parameters"].items():
-            self.client.log_param(identifier, key, value)
-        state = {"run_id": identifier, "uri": self.uri, "offset": 0, "last_steps": {}, "status": "RUNNING"}
-        write_atomically(run / STATE, json.dumps(state))
-        return state
+            state = json.loads((run / STATE).read_text())
+            stage = self.stage(state["run_id"]) if state["uri"] == self.uri else None
+            if stage == "deleted":
+                return None
+            if stage == "active":
+                return state
+        state = {"uri": self.uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
+        save(run, {**state, "status": "RUNNING"})
+        return {**state, "status": "RUNNING"}
 
-    def replay(self, run: Path, state: dict[str, Any]) -> dict[str, Any]:
+    def stage(self, identifier: str) -> str | None:
+        """active or deleted; None where the store does not have the run, as after its file was removed."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(identifier).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def find_or_create(self, run: Path) -> str:
+        """The run by its key: a kill may have come between making it and writing down its id."""
+        from mlflow.entities import Param
+
+        about = read_description(run)
+        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{about['key']}'", max_results=1)
+        if found:
+            identifier = found[0].info.run_id
+        else:
+            tags = {KEY: about["key"]}
+            if about["parent"] and (parent := run_id(about["parent"])):
+                tags["mlflow.parentRunId"] = parent
+            identifier = self.client.create_run(
+                self.experiment, run_name=MOMENT.sub("", run.name), tags=tags
+            ).info.run_id
+        parameters = [Param(key, str(value)) for key, value in about["parameters"].items()]
+        self.client.log_batch(identifier, params=parameters)
+        return identifier
+
+    def replay(self, run: Path, state: dict[str, Any]) -> None:
+        """Sends what the journal has more. How far it goes is written down first: after a kill just that is sent again,
+        so that of two lines of the same step the same one counts."""
+        while True:
+            interrupted = state["sending"]
+            lines, ends = read_journal(run, state["offsets"], interrupted)
+            if ends == state["offsets"]:
+                return
+            state["sending"] = ends
+            save(run, state)
+            self.send(run, state, lines)
+            state |= {"offsets": ends, "sending": None}
+            save(run, state)
+            if not interrupted:
+                return
+
+    def send(self, run: Path, state: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        lines, offset = read_journal(run, state["offset"])
-        if not lines:
-            return state
-        last_steps: dict[str, int] = dict(state["last_steps"])
-        points = []
-        for line in lines:
-            for key, value in line.get("metrics", {}).items():
-                if line["step"] > last_steps.get(key, -1):
-                    last_steps[key] = line["step"]
-                    points.append(Metric(key, value, int(line["time"] * 1000), line["step"]))
-        for begin in range(0, len(points), BATCH):
-            self.client.log_batch(state["run_id"], metrics=points[begin : begin + BATCH])
+        identifier = state["run_id"]
+        offsets, seen = self.seen.pop(run, ({}, set()))  # gone, should this not come to its end
+        if offsets != state["offsets"]:
+            seen = set()
+            list(points(read_journal(run, None, state["offsets"])[0], seen))
+        metrics = [Metric(key, value, int(moment * 1000), step) for key, value, moment, step in points(lines, seen)]
+        for begin in range(0, len(metrics), BATCH):
+            self.client.log_batch(identifier, metrics=metrics[begin : begin + BATCH])
         for line in lines:
             for key, value in line.get("tags", {}).items():
-                self.client.set_tag(state["run_id"], key, value)
-            if "artifact" in line:
-                self.client.log_artifact(state["run_id"], line["artifact"])
-        state = {**state, "offset": offset, "last_steps": last_steps}
-        write_atomically(run / STATE, json.dumps(state))
-        return state
+                self.client.set_tag(identifier, key, value)
+            if "incident" in line:
+                self.client.set_tag(identifier, "pixart.last_incident", f"step {line['step']}: {line['incident']}")
+            if "artifact" in line and Path(line["artifact"]).is_file():  # what was removed since keeps nothing waiting
+                self.send_file(identifier, Path(line["artifact"]), line["time"])
+        self.seen[run] = (dict(state["sending"]), seen)
+
+    def send_file(self, identifier: str, file: Path, moment: float) -> None:
+        """A file as an artifact; a preview as MLflow's page looks for pictures by step, under a name that stays."""
+        found = PREVIEW.fullmatch(file.name)
+        if not found:
+            self.client.log_artifact(identifier, str(file))
+            return
+        from PIL import Image
+
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, file.name)
+        name = f"preview+step+{int(found[1])}+timestamp+{int(moment * 1000)}+{identity}"
+        with tempfile.TemporaryDirectory() as folder, Image.open(file) as picture:
+            whole, small = Path(folder) / f"{name}.png", Path(folder) / f"{name}+compressed.webp"
+            picture.save(whole)
+            picture.thumbnail((SMALL, SMALL))
+            picture.save(small)
+            for each in (whole, small):
+                self.client.log_artifact(identifier, str(each), "images")
+        self.client.set_tag(identifier, "mlflow.loggedImages", "True")
+
+
+def store_uri(home: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
+
+
+def save(run: Path, state: dict[str, Any]) -> None:
+    write_atomically(run / STATE, json.dumps(state))
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
 
 
 @contextmanager
@@ -182,26 +239,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def sync_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Popen[bytes]:
-    """Brings runs into MLflow by a process that outlives this one: importing MLflow takes longer than submitting."""
-    with (folders[0] / LOG).open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs.tracking", str(home), *map(str, folders)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
 def run_id(run: str | Path) -> str | None:
     """The MLflow id of a run folder, where it has one."""
     try:
         return json.loads((Path(run) / STATE).read_text())["run_id"]
     except FileNotFoundError:
         return None
-
-
-if __name__ == "__main__":
-    for folder in sys.argv[2:]:
-        Tracker(sys.argv[1]).sync(Path(folder))

@@ -7,7 +7,10 @@ import pytest
 
 from pixart.config import Recipe, to_json
 from pixart.recipes import demo
+from tests.browser_fixture import browser, look  # noqa: F401 - fixtures
 from tests.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
+from tests.demo_fixture import small_demo  # noqa: F401 - a fixture
+from tests.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
 from tests.slurm.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
 from tests.vllm_fixture import tiny_qwen  # noqa: F401 - a fixture
 

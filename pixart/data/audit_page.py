@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pixart.pages.histogram import histogram
-from pixart.pages.markup import STYLE, Html, badge, table, text
+from pixart.pages.markup import Html, badge, document, table, text
 
 HISTOGRAMS = {
     "brightness": ("mean luma, 0 black to 1 white", "Brightness. A peak at an end is a heap of black or white images."),
@@ -43,12 +43,7 @@ def page(
         openings(summary),
         same(summary, duplicates),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{'PASS' if passed else 'FAIL'}: audit of {text(name)}</title>"
-        f"<style>{STYLE}{GALLERY}</style></head>\n<body>\n{''.join(sections)}</body></html>\n"
-    )
+    return document(f"{'PASS' if passed else 'FAIL'}: audit of {name}", "".join(sections), GALLERY)
 
 
 def verdict(name: str, summary: Mapping[str, Any]) -> str:

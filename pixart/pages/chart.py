@@ -7,12 +7,14 @@ from typing import TypeGuard
 
 from pixart.pages.markup import text
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 58, 1110, 10, 250  # of a plot, and of the frame within it, in pixels
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1110, 10, 250  # of a plot, and of the frame within it, in pixels
+SAME = 1e-9  # difference of values, of their size, that is rounding
 MARKS = {
     "dot": "M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0",
     "ring": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
     "cross": "M-3-3 3 3M-3 3 3-3",
 }
+PATHS = {**MARKS, "faint": MARKS["ring"], "curve": MARKS["ring"]}  # of lines of many points: seen in the legend only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ def log_axis(label: str, low: int, high: int) -> Axis:
 def linear_axis(label: str, series: Iterable[Series], *shown: float) -> Axis:
     """Holds every value of the series, and those of `shown`, between round numbers."""
     values = [*(value for one in series for value in one.y if drawable(value)), *shown] or [0.0]
-    span = max(values) - min(values) or 1.0
+    span, size = max(values) - min(values), max(map(abs, values))
+    span = span if span > SAME * size else size or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power * 6 >= span)
     low, high = math.floor(min(values) / step), max(math.ceil(max(values) / step), math.floor(min(values) / step) + 1)
@@ -71,8 +74,11 @@ def within(panel: int, block: int, blocks: int) -> float:
     return panel + 0.05 + 0.9 * (block + 0.5) / blocks
 
 
-def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """A figure with a legend, an SVG and a caption, which counts the values that cannot be drawn."""
+def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis, events: Sequence[tuple[float, str]] = ()) -> str:
+    """A figure with a legend, an SVG and a caption, which counts the values that cannot be drawn.
+
+    `events` are places of the horizontal axis, with what happened there.
+    """
 
     def across(value: float) -> float:
         return LEFT + (RIGHT - LEFT) * x.share(value)
@@ -100,6 +106,8 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
     parts.append(
         f'<text transform="translate(14 {(TOP + BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{y.label}</text>'
     )
+    for at, title in events:
+        parts.append(f'<path class="event" d="M{across(at):.1f} {TOP}V{BOTTOM}"><title>{text(title)}</title></path>')
     missing = 0
     for one in series:
         points = list(zip(one.x, one.y, one.titles, strict=True))
@@ -111,7 +119,7 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
                 continue
             path += f"{'L' if path and path[-1] != ' ' else 'M'}{across(at):.1f} {down(height):.1f}"
             where = f'transform="translate({across(at):.1f} {down(height):.1f})"'
-            marks.append(f'<path class="{one.mark}" d="{MARKS[one.mark]}" {where}><title>{text(title)}</title></path>')
+            marks.append(f'<path class="{one.mark}" d="{PATHS[one.mark]}" {where}><title>{text(title)}</title></path>')
         line = f'<path class="line" d="{path.strip()}"/>' if marks else ""
         parts.append(f'<g class="series" style="color: {one.color}">{line}{"".join(marks)}</g>')
     more = f" {missing} values are missing or not finite, and so not drawn." if missing else ""
@@ -128,6 +136,6 @@ def legend(series: Iterable[Series]) -> str:
         colors.setdefault((one.name, one.mark), set()).add(one.color)
     return "".join(
         f'<li><svg viewBox="-7 -6 14 12" style="color: {own.pop() if len(own) == 1 else "currentColor"}">'
-        f'<path class="{mark}" d="{MARKS[mark]}"/></svg> {text(name)}</li>'
+        f'<path class="{mark}" d="{PATHS[mark]}"/></svg> {text(name)}</li>'
         for (name, mark), own in colors.items()
     )

@@ -32,6 +32,9 @@ svg { display: block; overflow: visible; } figure .scroll svg { width: 100%; min
 svg text { fill: currentColor; font-size: 12px; } .grid { stroke: var(--rule); } .zero { stroke: var(--soft); }
 .line { fill: none; stroke: currentColor; stroke-width: 1.3; stroke-opacity: .55; } .dot { fill: currentColor; }
 .ring, .cross { fill: none; stroke: currentColor; stroke-width: 1.2; }
+.faint, .curve { fill: transparent; } .legend .faint, .legend .curve { fill: currentColor; }
+.series:has(.curve) .line { stroke-opacity: 1; stroke-width: 1.8; }
+.event { stroke: var(--warn); stroke-width: 1.6; stroke-dasharray: 5 3; fill: none; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0; margin: 0; font-size: 13px; }
 .legend svg { display: inline-block; width: 14px; height: 12px; vertical-align: -1px; }
 """
@@ -50,6 +53,15 @@ def text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if math.isfinite(value) else f'<b class="bad">{value}</b>'
     return escape(str(value).encode(errors="replace").decode())  # a file's name need not be UTF-8
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole page that needs nothing beside it: no script, no font, no network."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{STYLE}{style}</style></head>\n<body>\n{body}</body></html>\n"
+    )
 
 
 def emphasis(value: float | None, bad: bool) -> Html:

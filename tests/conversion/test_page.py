@@ -12,7 +12,7 @@ from pixart.pages.chart import linear_axis
 
 KINDS = ("attention.attention.q_proj", "cross_attention.q_proj", "mlp.linear1")
 T = [0.05, 0.2, 0.5, 0.8, 0.95]
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
 HOSTILE = "<script>alert('x')</script>&\"</svg>"
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from conversion.exports import export_inference
 from jobs import ledger
@@ -148,6 +149,15 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch status nowhere", "no runs"),
         ("python -m jobs.launch retry", "no runs"),
         ("python -m jobs.launch logs --shard x", "'x'"),
+        ("python -m jobs.launch sync", "no runs"),
+        ("python -m jobs.launch open nowhere", "no runs"),
+        ("python -m jobs.launch lineage", "no runs"),
+        ("python -m jobs.launch lineage broken.pt", "no picture"),
+        ("python -m jobs.launch lineage other.png", "names no checkpoint"),
+        ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),
+        ("python -m jobs.launch release nowhere", "nowhere"),
+        ("python -m jobs.launch release done", "no run folder"),
+        ("python -m jobs.launch release done --name a/b", "'a/b'"),
         ("python -m conversion.to_fp8 nowhere.pt", "nowhere.pt"),
         ("python -m conversion.to_fp8 broken.pt", "broken.pt"),
     ],
@@ -160,6 +170,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     for name, value in bare_environment().items():
         monkeypatch.setenv(name, value)
     (tmp_path / "broken.pt").write_text("no checkpoint")
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     weights = checkpoints.save(stage1, tmp_path / "truncated") / "transformer" / checkpoints.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
     for name in ("done", "done.fp8"):
@@ -199,18 +210,13 @@ def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_links_its_runs_and_ends_with_a_picture(tmp_path):
-    """The whole demo, too short to learn anything; `make demo` is the long one."""
+def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
+    """`make demo` is the long one."""
     from mlflow.tracking import MlflowClient
 
-    settings = ["data.images=64", "data.shards=4", "sample.count=4", "sample.steps=2"]
-    settings += [f"stage{stage}.{value}" for stage in (1, 2) for value in ("steps=4", "batch=8", "warmup=2")]
-    done = run(tmp_path, "python -m jobs.launch demo " + " ".join(f"--set {value}" for value in settings))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "main colour right in" in done.stdout
-    sheet = Path(next(line for line in done.stdout.splitlines() if line.startswith("sampled: ")).split()[1])
-    assert sheet.stat().st_size > 1000
-    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    assert "main colour right in" in small_demo.output
+    assert small_demo.sheet.stat().st_size > 1000
+    client = MlflowClient(f"sqlite:///{small_demo.home}/mlflow.db")
     stored = client.search_runs([client.get_experiment_by_name("pixart").experiment_id])
     jobs = {run.data.tags["pixart.job"]: run for run in stored}
     assert set(jobs) == {"demo", "caption", "latents", "audit", "train", "convert", "sample"}
@@ -218,6 +224,18 @@ def test_demo_links_its_runs_and_ends_with_a_picture(tmp_path):
     parents = {run.data.tags.get("mlflow.parentRunId") for run in stored if run.data.tags["pixart.job"] != "demo"}
     assert parents == {jobs["demo"].info.run_id}
     assert {run.info.status for run in stored} == {"FINISHED"}
+    for run in stored:
+        assert {"pixart.cluster", "pixart.user", "pixart.command", "pixart.run"} <= run.data.tags.keys()
+    for run in (jobs["caption"], jobs["train"]):
+        assert {"pixart.jobs", "pixart.attempt", "pixart.dataset"} <= run.data.tags.keys()
+    history = client.get_metric_history(jobs["caption"].info.run_id, "data/images")
+    assert sorted((point.step, point.value) for point in history) == [(shard, 16) for shard in range(4)]
+    artifacts = {run.data.tags["pixart.job"]: client.list_artifacts(run.info.run_id) for run in stored}
+    pages = {job: {file.path for file in found} for job, found in artifacts.items()}
+    assert {"summary.html", "lineage.html"} <= pages["train"]
+    assert {"report.html", "lineage.html"} <= pages["convert"]
+    assert {"audit.html", "lineage.html"} <= pages["audit"]
+    assert {"samples.png", "lineage.html"} <= pages["sample"]
 
 
 @pytest.mark.slow

@@ -200,4 +200,5 @@ def test_runs_are_in_mlflow(home):
     stage2 = runs(home, "train")[-1]
     history = client.get_metric_history(run_id(stage2), "train/loss")
     assert [point.value for point in history] == pytest.approx(losses(stage2))
-    assert client.list_artifacts(run_id(runs(home, "sample")[-1]))[0].path == "samples.png"
+    artifacts = client.list_artifacts(run_id(runs(home, "sample")[-1]))
+    assert [file.path for file in artifacts] == ["lineage.html", "samples.png"]

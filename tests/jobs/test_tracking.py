@@ -1,11 +1,19 @@
-"""Tracking against a real MLflow store."""
+"""Tracking against real MLflow stores, an embedded one and a server, and against kills at the worst moments."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
-from jobs.tracking import Journal, Tracker, describe, read_journal, run_id, set_status, sync_in_background
+from jobs.description import add_tags, describe, set_status
+from jobs.publish import publish_in_background, try_publish
+from jobs.tracking import STATE, Journal, StoreError, Tracker, behind, run_id
+from tests.jobs import tasks
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -19,6 +27,19 @@ def begin(home, name: str, parent: Path | None = None):
     run.mkdir(parents=True)
     describe(run, {"lr": 0.1}, {"pixart.job": "train"}, parent)
     return Tracker(home), run
+
+
+def stored_points(tracker: Tracker, run: Path) -> list[tuple[str, int, float]]:
+    """All that the store has, sorted: a point that is there twice is here twice."""
+    identifier = run_id(run)
+    assert identifier
+    keys = tracker.client.get_run(identifier).data.metrics
+    found = [point for key in keys for point in tracker.client.get_metric_history(identifier, key)]
+    return sorted((point.key, point.step, point.value) for point in found)
+
+
+def expected_points(count: int, steps: int) -> list[tuple[str, int, float]]:
+    return sorted((key, step, value) for (key, step), value in tasks.expected(count, steps).items())
 
 
 def test_journal_is_replayed_once(home):
@@ -44,19 +65,6 @@ def test_journal_is_replayed_once(home):
     assert [file.path for file in client.list_artifacts(run_id(run))] == ["samples.png"]
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(home):
-    """Be it still being written, or the last word of an attempt that another has followed."""
-    _, run = begin(home, "a")
-    journal = Journal(run)
-    journal.metrics(1, {"a": 1.0})
-    with journal.path.open("a") as file:
-        file.write('{"step": 2, "metr')
-    lines, offset = read_journal(run)
-    assert [line["step"] for line in lines] == [1]
-    Journal(run).metrics(2, {"a": 2.0})
-    assert [line["step"] for line in read_journal(run, offset)[0]] == [2]
-
-
 def test_a_step_done_twice_counts_once(home):
     """After a requeue the steps since the last checkpoint are done again, whether or not they were sent before."""
     tracker, run = begin(home, "a")
@@ -72,20 +80,191 @@ def test_a_step_done_twice_counts_once(home):
     assert [(point.step, point.value) for point in points] == [(step, step / 10) for step in range(1, 6)]
 
 
-def test_runs_are_linked_to_their_parent(home):
-    """Also where the child is brought into MLflow first."""
+def test_a_submission_stands_as_its_runs_do(home):
+    """Also where a run is brought into MLflow before it."""
     tracker, parent = begin(home, "demo")
-    _, child = begin(home, "train", parent=parent)
-    set_status(child, "FAILED")
-    tracker.sync(child)
-    stored = MlflowClient(tracker.uri).get_run(run_id(child))
+    children = [begin(home, name, parent=parent)[1] for name in ("caption", "train")]
+    client = MlflowClient(tracker.uri)
+
+    def status() -> str:
+        return client.get_run(run_id(parent)).info.status
+
+    set_status(children[0], "FINISHED")
+    tracker.sync(children[0])
+    assert status() == "RUNNING"
+    set_status(children[1], "FAILED")
+    tracker.sync(children[1])
+    assert status() == "FAILED"
+    stored = client.get_run(run_id(children[1]))
     assert stored.data.tags["mlflow.parentRunId"] == run_id(parent)
     assert stored.info.status == "FAILED"
-    describe(child, {"lr": 0.2})  # it goes on, with the parameters that it has
-    tracker.sync(child)
-    stored = MlflowClient(tracker.uri).get_run(run_id(child))
-    assert stored.info.status == "RUNNING"
+    describe(children[1], {"lr": 0.2})  # it goes on, with the parameters that it has
+    tracker.sync(children[1])
+    stored = client.get_run(run_id(children[1]))
+    assert (stored.info.status, status()) == ("RUNNING", "RUNNING")
     assert stored.data.params == {"lr": "0.1"}
+    set_status(children[1], "FINISHED")
+    tracker.sync(children[1])
+    assert status() == "FINISHED"
+
+
+def test_tags_that_come_later_and_incidents(home):
+    tracker, run = begin(home, "a")
+    tracker.sync(run)
+    add_tags(run, {"pixart.jobs": "17"})
+    Journal(run).incident(3, "step left out")
+    tracker.sync(run)
+    tags = tracker.client.get_run(run_id(run)).data.tags
+    assert (tags["pixart.jobs"], tags["pixart.last_incident"]) == ("17", "step 3: step left out")
+    assert not behind(run)
+
+
+def test_previews_are_pictures_of_their_steps(home):
+    """Sent again, as after a kill, they keep their names."""
+    tracker, run = begin(home, "a")
+    (run / "previews").mkdir()
+    for step in (100, 200):
+        picture = run / f"previews/step-{step:08d}.png"
+        Image.new("RGB", (512, 256), "red").save(picture)
+        Journal(run).artifact(picture)
+    Journal(run).artifact(run / "removed.png")
+    for _ in range(2):
+        tracker.sync(run)
+        (run / STATE).unlink()
+    found = [file.path for file in tracker.client.list_artifacts(tracker.find_or_create(run), "images")]
+    assert len(found) == 4
+    assert sorted(int(path.split("+")[2]) for path in found if path.endswith(".png")) == [100, 200]
+
+
+def test_a_store_that_was_removed_is_filled_again(home):
+    tracker, run = begin(home, "a")
+    Journal(run).metrics(1, {"a": 1.0})
+    tracker.sync(run)
+    (home / "mlflow.db").unlink()
+    again = Tracker(home)
+    again.sync(run)
+    assert stored_points(again, run) == [("a", 1, 1.0)]
+
+
+def test_what_a_user_has_deleted_stays_deleted(home):
+    tracker, run = begin(home, "a")
+    tracker.sync(run)
+    tracker.client.delete_run(run_id(run))
+    Journal(run).metrics(1, {"a": 1.0})
+    tracker.sync(run)
+    assert tracker.client.get_run(run_id(run)).info.lifecycle_stage == "deleted"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from jobs import tracking
+
+tracker, run, left = tracking.Tracker(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def dying(call):
+    def counted(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = call(*arguments, **named)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return counted
+for name in ("create_run", "log_batch", "set_tag", "log_artifact"):
+    setattr(tracker.client, name, dying(getattr(tracker.client, name)))
+tracking.save = dying(tracking.save)
+for _ in range(int(sys.argv[4])):
+    if not os.fork():
+        tracker.sync(run)
+        os._exit(0)
+    left += 1
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+def test_killed_before_and_after_everything_that_it_writes(home):
+    """One sync after the other, each killed one word later; more is reported between them, also of steps done twice."""
+    tracker, run = begin(home, "a")
+    for attempt in range(2):
+        journal = Journal(run)
+        for step in range(attempt * 5, 10):
+            journal.metrics(step, {"loss": step / 8, "lr": 0.5})
+    (run / "page.html").write_text("page")
+    Journal(run).artifact(run / "page.html")
+    tracker.experiment  # noqa: B018 - the store is there
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(home), str(run), "1", "40"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = tracker.client.search_runs([tracker.experiment])
+    assert [one.info.run_name for one in found] == ["a"]
+    tracker.sync(run)
+    assert stored_points(tracker, run) == sorted(
+        (key, step, value) for step in range(10) for key, value in (("loss", step / 8), ("lr", 0.5))
+    )
+    assert [file.path for file in tracker.client.list_artifacts(run_id(run))] == ["page.html"]
+
+
+def report(run: Path, count: int, steps: int, kills: int) -> None:
+    words = [sys.executable, "-m", "tests.jobs.tasks", str(run), str(count), str(steps), str(kills)]
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_256_tasks_at_once_and_a_cold_embedded_store(home):
+    """No run is lost, no point is there twice, and the undisturbed run's metrics are those of the disturbed one."""
+    tracker, calm = begin(home, "calm")
+    _, disturbed = begin(home, "disturbed")
+    workers = [publish_in_background(home, [disturbed, calm]) for _ in range(2)]
+    report(disturbed, 256, 20, 50)
+    report(calm, 256, 20, 0)
+    assert [worker.wait() for worker in workers] == [0, 0], (disturbed / "tracking.log").read_text()
+    for run in (calm, disturbed):
+        set_status(run, "FINISHED")
+        tracker.sync(run)
+    assert stored_points(tracker, calm) == stored_points(tracker, disturbed) == expected_points(256, 20)
+    statuses = [one.info.status for one in tracker.client.search_runs([tracker.experiment])]
+    assert statuses == ["FINISHED", "FINISHED"]
+
+
+@pytest.mark.slow
+def test_256_tasks_and_a_server_that_is_down_for_a_while(home, monkeypatch, mlflow_server):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    tracker, run = begin(home, "served")
+    assert try_publish(tracker, run)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tests.jobs.tasks", str(run), "256", "20", "50"], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    try_publish(tracker, run)
+    mlflow_server.stop()
+    assert not try_publish(tracker, run)
+    with pytest.raises(StoreError, match="does not take it"):
+        tracker.sync(run)
+    assert worker.wait() == 0
+    mlflow_server.start()
+    set_status(run, "FINISHED")
+    assert try_publish(tracker, run)
+    assert stored_points(tracker, run) == expected_points(256, 20)
+    assert tracker.client.get_run(run_id(run)).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_another_store_gets_all_of_it_and_the_first_nothing_twice(home, monkeypatch, mlflow_server):
+    tracker, run = begin(home, "moved")
+    report(run, 4, 5, 0)
+    tracker.sync(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    other = Tracker(home)
+    other.sync(run)
+    assert stored_points(other, run) == expected_points(4, 5)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracker = Tracker(home)
+    tracker.sync(run)
+    assert stored_points(tracker, run) == expected_points(4, 5)
 
 
 @pytest.mark.slow
@@ -94,7 +273,7 @@ def test_a_cold_store_takes_many_processes_at_once(home):
     folders = [begin(home, f"run-{number}")[1] for number in range(4)]
     for folder in folders:
         Journal(folder).metrics(1, {"a": 1.0})
-    workers = [sync_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
+    workers = [publish_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
     assert [worker.wait() for worker in workers] == [0, 0, 0], (folders[0] / "tracking.log").read_text()
     tracker = Tracker(home)
     found = tracker.client.search_runs([tracker.experiment])

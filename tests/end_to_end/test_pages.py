@@ -1,0 +1,154 @@
+"""What users look at, in a real browser: every page of the suite and MLflow's own, in light and in dark."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.tracking import Journal, run_id
+from tests.demo_fixture import STEPS, Demo
+from tests.mlflow_fixture import MlflowServer
+
+pytestmark = pytest.mark.slow
+SCHEMES = ("light", "dark")
+# MLflow 3.17's own page says these of itself: it has no users without an account, and watches sizes.
+MLFLOW_SAYS = ("status of 404", "ResizeObserver")
+
+
+@pytest.fixture(scope="module")
+def demo(small_demo: Demo) -> Demo:
+    """With an incident in its second training run, as a longer one may have, and a release."""
+    run = small_demo.runs("train")[-1]
+    Journal(run).incident(7, "step left out: the gradient was not finite")
+    assert small_demo.command("sync").returncode == 0
+    done = small_demo.command("release", str(run))
+    assert done.returncode == 0, done.stderr
+    return small_demo
+
+
+@pytest.fixture(scope="module")
+def mlflow_page(demo: Demo, tmp_path_factory):
+    server = MlflowServer(tmp_path_factory.mktemp("page"), f"sqlite:///{demo.home}/mlflow.db")
+    server.start()
+    yield server.uri
+    server.stop()
+
+
+def opened(demo: Demo, kind: str) -> Path:
+    """Where `open` says that the newest run of this kind has its page."""
+    done = demo.command("open", "--print", demo.runs(kind)[-1].name)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def check_drawings(page) -> None:
+    """Every drawing has a size, words and lines within its frame."""
+    for drawing in page.query_selector_all("figure svg[role=img]"):
+        box = drawing.bounding_box()
+        assert box
+        assert box["width"] > 300
+        assert box["height"] > 100
+        assert drawing.query_selector_all("text")
+    for picture in page.query_selector_all("img"):
+        assert picture.evaluate("picture => picture.complete && picture.naturalWidth > 0")
+
+
+def wide(page) -> bool:
+    """Whether the page itself has to be scrolled sideways."""
+    return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["train", "convert", "audit", "sample"])
+def test_the_page_of_each_kind_of_run(demo, look, kind, scheme):
+    path = opened(demo, kind)
+    with look(path.as_uri(), scheme, f"page-{kind}") as page:
+        check_drawings(page)
+        assert not wide(page)
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_a_training_page_tells_of_the_run(demo, look):
+    with look(opened(demo, "train").as_uri(), "light", "training") as page:
+        words = page.inner_text("body")
+        assert f"{STEPS} of {STEPS}" in words
+        assert "step left out: the gradient was not finite" in words
+        for heading in (
+            "Loss",
+            "Gradient norm",
+            "Learning rate",
+            "Throughput",
+            "Previews",
+            "Incidents",
+            "FP8 headroom",
+        ):
+            assert page.query_selector(f"h2:text-is('{heading}')"), heading
+        assert len(page.query_selector_all(".previews img")) == STEPS // 4
+        assert page.query_selector_all("path.event title")
+        losses = page.query_selector("h2:text-is('Loss') + figure")
+        assert len(losses.query_selector_all("g.series path.curve, g.series path.faint")) >= STEPS
+        assert "optimizer step" in losses.inner_text()
+
+
+def test_lineage_of_a_picture_alone(demo, look, tmp_path):
+    """A copy of the PNG is enough; the page's links lead to pages that are there."""
+    picture = next(iter(sorted((demo.runs("sample")[-1] / "samples").glob("*.png"))))
+    shutil.copy(picture, tmp_path / "picture.png")
+    done = demo.command("lineage", str(tmp_path / "picture.png"), "--html", str(tmp_path / "lineage.html"))
+    assert done.returncode == 0, done.stderr
+    prompt = json.loads((demo.runs("sample")[-1] / "samples.json").read_text())["pictures"][0]["prompt"]
+    stage1, stage2 = demo.runs("train")
+    told = done.stdout
+    for what in (prompt, stage1, stage2, f"{stage1}/checkpoints/step-{STEPS:08d}.fp8", demo.runs("sample")[-1]):
+        assert str(what) in told, what
+    for what in (f"{stage2}/checkpoints/step-{STEPS:08d}", demo.home / "datasets/demo", "captioner", "labels"):
+        assert str(what) in told, what
+    for kind in ("convert", "caption", "latents", "audit"):
+        assert demo.runs(kind)[-1].name in told, kind
+    with look((tmp_path / "lineage.html").as_uri(), "light", "lineage") as page:
+        links = [link.get_attribute("href") for link in page.query_selector_all("svg a")]
+        assert len(links) >= 4
+        for link in links:
+            assert (tmp_path / link).resolve().is_file(), link
+        page.click("svg a:has-text('report')")
+        assert "Conversion to FP8" in page.inner_text("h1")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_mlflow_shows_runs_curves_pictures_and_pages(demo, look, mlflow_page, scheme):
+    run = run_id(demo.runs("train")[-1])
+    at = f"{mlflow_page}/#/experiments/1"
+    with look(f"{at}/runs", scheme, "mlflow-runs", says=MLFLOW_SAYS) as page:
+        page.wait_for_selector("text=8 matching runs")
+        page.wait_for_selector("a:has-text('demo-')")
+    with look(f"{at}/runs/{run}/model-metrics", scheme, "mlflow-metrics", says=MLFLOW_SAYS) as page:
+        page.set_viewport_size({"width": 1280, "height": 5000})  # what is not seen is not drawn
+        for name in ("loss", "grad_norm", "lr", "images_per_second"):
+            page.wait_for_selector(f"text={name}")
+        page.wait_for_selector(".js-plotly-plot path.js-line", state="attached")
+        page.wait_for_selector("text=preview")
+    with look(f"{at}/runs/{run}/artifacts/summary.html", scheme, "mlflow-page", says=MLFLOW_SAYS) as page:
+        frame = page.wait_for_selector("iframe").content_frame()
+        frame.wait_for_selector("h2:text-is('Gradient norm')")
+    with look(f"{mlflow_page}/#/models/pixart", scheme, "mlflow-model", says=MLFLOW_SAYS) as page:
+        page.wait_for_selector("text=Version 1", state="attached")
+
+
+def test_mlflow_has_previews_by_step_and_the_released_weights(demo):
+    from mlflow.tracking import MlflowClient
+
+    client, run = MlflowClient(f"sqlite:///{demo.home}/mlflow.db"), run_id(demo.runs("train")[-1])
+    pictures = [file.path for file in client.list_artifacts(run, "images")]
+    assert sorted(int(path.split("+")[2]) for path in pictures if path.endswith(".png")) == [4, 8, STEPS]
+    (version,) = client.search_model_versions("name = 'pixart'")
+    weights = {file.path.split("/")[-1] for file in client.list_artifacts(run, f"release/step-{STEPS:08d}")}
+    assert {"config.json", "diffusion_pytorch_model.safetensors"} <= weights
+    assert version.run_id == run
+    assert version.tags["stage"] == "2"
+    assert version.tags["gate"] in ("PASS", "FAIL")
+    assert client.get_model_version_by_alias("pixart", "newest").version == version.version
+    again = demo.command("release", str(demo.runs("train")[-1]))
+    assert again.returncode == 0
+    assert len(client.search_model_versions("name = 'pixart'")) == 1
