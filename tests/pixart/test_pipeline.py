@@ -109,6 +109,7 @@ def test_diffusers_loads_the_export_and_samples_the_same(texts, tmp_path):
         DiffusionPipeline.from_pretrained(first)
 
 
+@pytest.mark.slow
 def test_a_process_that_has_imported_nothing_of_ours_loads_it(classes, tmp_path):
     classes.save_pretrained(tmp_path / "export")
     code = f"""
