@@ -13,7 +13,8 @@ from pixart.pages.markup import document, table, text
 
 POINTS = 400  # of a curve; where there are more, each is the mean of several
 SMOOTH = 20  # a smoothed curve's points are means of one in so many of all, and of five at least
-SPREAD = 30.0  # largest over smallest value, from which on an axis is logarithmic
+SPREAD = 30.0  # largest over smallest value, from which on an axis of LOGARITHMIC is
+LOGARITHMIC = {"train/loss", "train/grad_norm"}
 SHOWN, FURTHER = 12, 16  # previews, and curves beyond those that every run has
 PREVIEW_PIXELS = 1100
 STYLE = """
@@ -106,7 +107,7 @@ def figure(
     label: str, caption: str, curves: Mapping[str, Points], across: str, events: Sequence[tuple[int, str]]
 ) -> str:
     every = [value for values in curves.values() for _, value in values if math.isfinite(value)]
-    logarithmic = min(every, default=0) > 0 and max(every) > SPREAD * min(every) and "train/lr" not in curves
+    logarithmic = min(every, default=0) > 0 and max(every) > SPREAD * min(every) and bool(LOGARITHMIC & curves.keys())
     shown, grouped = [], 1
     for index, (key, values) in enumerate(curves.items()):
         few, group = reduced(values)
