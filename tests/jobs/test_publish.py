@@ -16,8 +16,9 @@ from jobs import companion, ledger, runs
 from jobs.description import describe, read_description, set_status
 from jobs.journal import Journal, points, read_journal
 from jobs.pages import LINEAGE, SUMMARY, main_page, write_pages
-from jobs.publish import gather, journal_shards, settle
+from jobs.publish import gather, journal_shards, publish, settle
 from jobs.runs import Run
+from jobs.tracking import Tracker, run_id
 from slurm.cluster import Cluster, Shape
 from slurm.profile import load
 from slurm.task import ATTEMPTS
@@ -164,3 +165,27 @@ def test_pages_of_every_kind_and_none_twice(tmp_path):
     gather(empty, pages=True)
     assert "No step has been reported" in (empty.folder / SUMMARY).read_text()
     assert main_page(make_run(tmp_path, "verify")).name == LINEAGE
+
+
+@pytest.mark.slow
+def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlflow_server):
+    """Without a launcher that waits: a rank's companion, and of an array's elements one a minute."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    training = make_run(tmp_path, "train", nodes=1)
+    function = functools.partial(companion.accompanied, work, str(training.folder), fail=False)
+    job = Cluster(load("local"), training.folder).submit_ranks(Shape(kind="train"), function)
+    training = training.added([job])
+    while runs.under_way(runs.elements(training)):
+        time.sleep(0.1)
+    captions = make_run(tmp_path, "caption", elements=(0, 1), total=2)
+    for shard in (0, 1):
+        companion.published(functools.partial(record, captions, shard), str(captions.folder), 10 + shard)
+    tracker = Tracker(tmp_path)
+    stored = tracker.client.get_run(run_id(training.folder))
+    assert stored.info.status == "FINISHED"
+    assert stored.data.metrics["train/loss"] == 1.0
+    images = tracker.client.get_metric_history(run_id(captions.folder), "data/images")
+    assert [(point.step, point.value) for point in images] == [(0, 10.0)]  # the second is told with the next
+    publish(tracker, captions.folder)
+    stored = tracker.client.get_run(run_id(captions.folder))
+    assert (stored.info.status, stored.data.metrics["data/images"]) == ("FINISHED", 11.0)
