@@ -109,6 +109,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products are kept
 
     log_every: int = 10
+    fp8_every: int = 100  # steps between two looks at the scales, of which there are thousands
     save_every: int = 1000
     keep_last: int = 3  # checkpoints
     keep_every: int = 0  # and those of steps that are multiples of this; 0: no more
@@ -122,7 +123,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
         require_at_least(1, accumulate=self.accumulate, skip_limit=self.skip_limit, keep_last=self.keep_last)
-        require_at_least(1, previews=self.previews)
+        require_at_least(1, previews=self.previews, fp8_every=self.fp8_every)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
         require_at_least(0, validate_every=self.validate_every, preview_every=self.preview_every, profile=self.profile)
         require_at_least(0, validation_rows=self.validation_rows, keep_every=self.keep_every)

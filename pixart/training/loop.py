@@ -87,7 +87,7 @@ def train(
             saving = due(config.save_every) or level > 0
             if due(config.log_every) or saving:
                 interval.tell()
-            if due(config.log_every):
+            if training.plan and due(config.fp8_every):
                 interval.tell_scales()
             with interval.aside():
                 if validation and due(config.validate_every):
