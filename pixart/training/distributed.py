@@ -46,6 +46,8 @@ class Ranks:
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         """Every rank's value, on rank 0; an empty list elsewhere. Every rank must call it."""
+        if self.world == 1:
+            return [value]
         found: list[Any] | None = [None] * self.world if self.first else None
         dist.gather_object(value, found, group=group or self.cpu_group)
         return found or []

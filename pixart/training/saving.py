@@ -49,6 +49,7 @@ class Saver:
             storage_writer=FileSystemWriter(partial / STATE),
             process_group=self.ranks.save_group,
             async_stager=self.stager,
+            no_dist=self.ranks.world == 1,  # Gloo's threads would bring OpenMP teams of their own
         )
         assert isinstance(written, Future)
         self.pending = self.pool.submit(self.finish, written, training.description(), partial, directory)
@@ -125,6 +126,7 @@ def restore(training: Training, directory: Path) -> None:
                 storage_reader=Reader(directory / STATE),
                 planner=Planner(flatten_state_dict=False),
                 process_group=training.ranks.save_group,
+                no_dist=training.ranks.world == 1,
             )
     else:
         read = checkpoints.load(directory).tensors()
