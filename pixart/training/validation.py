@@ -33,7 +33,9 @@ class Validation:
         training, device = self.training, self.training.ranks.device
         total = torch.zeros((), device=device)
         training.model.eval()
-        for part in torch.arange(len(self.rows)).split(training.micro_batch):
+        for part in np.split(
+            np.arange(len(self.rows)), range(training.micro_batch, len(self.rows), training.micro_batch)
+        ):
             batch = rows_batch(self.store, self.rows[part], states=training.stage == 2)
             data = training.normalization.apply(batch.latents.to(device))
             noise, t = noise_of(batch, data.shape[1:]).to(device), self.t[part].to(device)
