@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pixart.checkpoint import Lazy, State, save_tensors
-from pixart.model.fp8 import GRAD_OUTPUT, INPUT, WEIGHT
+from pixart.model.fp8_products import GRAD_OUTPUT, INPUT, WEIGHT
 
 HISTORY = 1024
 FORWARD = (INPUT, WEIGHT)  # and the output, which has no scale of its own here

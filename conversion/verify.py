@@ -25,7 +25,8 @@ from conversion.options import STATEFUL
 from pixart.checkpoint import Checkpoint, State
 from pixart.model import fp8
 from pixart.model.dit import DiT, load_model, own_config
-from pixart.model.fp8 import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, Plan, round_to_format_
+from pixart.model.fp8 import Plan
+from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, round_to_format_
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # of a block's scale
