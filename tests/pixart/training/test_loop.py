@@ -142,10 +142,10 @@ def test_stage_of_the_checkpoint_is_checked(small_recipe, stage1, tmp_path):
         run_stage(small_recipe, tmp_path, 2, config, start=stage1[0])
 
 
+@pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("recipe", ["current", "rowwise"])
 def test_torchao_trains_by_a_plan_of_its_recipes(small_recipe, stage1, tmp_path, recipe):
     """Emulated on a CPU; near to what BF16 training gives, and a checkpoint without scales goes on."""
-    pytest.importorskip("torchao.float8", reason="needs the extra torchao")
     convert(stage1[0], tmp_path / "c.fp8", Options(batches=2, batch=8, recipe=recipe))
     found = {}
     for fp8 in (True, False):
