@@ -4,14 +4,13 @@ A PNG names its checkpoint, a checkpoint its conversion or its run, a run what i
 """
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from conversion.report import PAGE, REPORT
 from jobs import audit, ledger, runs
-from jobs.checkpoints import INFERENCE, MARKER, find_checkpoint
+from jobs.checkpoints import INFERENCE, MARKER, checkpoint_record, find_checkpoint
 from jobs.description import FILE as DESCRIPTION
 from jobs.description import read_description
 from jobs.runs import Run
@@ -110,7 +109,7 @@ class Walk:
         if not (path / MARKER).exists():
             there = "" if path.exists() else "not there any more"
             return self.made("checkpoint", str(path), note=there or "a file of another program")
-        record = json.loads((path / MARKER).read_text())
+        record = checkpoint_record(path)
         origin = record["provenance"]
         node = self.made("checkpoint", str(path), stage=record["stage"], step=f"{record['step']:,}")
         if (path / REPORT).exists():

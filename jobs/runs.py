@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs import ledger
 from jobs.journal import read_tail
+from jobs.records import read_record
 from slurm import queue
 from slurm.cluster import Submitted
 from slurm.task import RESULT
@@ -66,7 +67,7 @@ class Run:
 def load(folder: Path) -> Run:
     """Raises ValueError for a folder that is no run's."""
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = read_record(folder / RECORD, "kind", "executor", "dataset", "total", "elements", "jobs")
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is no run folder") from None
     jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))

@@ -240,7 +240,9 @@ def make_dataset(launch: Launch) -> None:
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
         while runs.under_way(found := runs.elements(run)):
             time.sleep(POLL_SECONDS["local"] / 5)
-        raise_first_failure(run, found)
+        if found[0].state == "failed":  # by the source, a model, or the place: there is no log to point to any more
+            kind, _, said = found[0].note.partition(": ")
+            raise ValueError(said if kind == "ValueError" else f"dataset {launch.dataset} cannot be made: {said}")
 
 
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:
