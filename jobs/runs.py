@@ -154,6 +154,12 @@ def last_error(run: Run, job: str) -> str:
     return f"no word in {run.log(job)}"
 
 
+def seconds_per_step(run: Run) -> float | None:
+    """As training has last told it; None before."""
+    told = [line["metrics"] for line in read_tail(run.folder) if "train/seconds_per_step" in line.get("metrics", {})]
+    return told[-1]["train/seconds_per_step"] if told else None
+
+
 def progress(run: Run) -> tuple[int, str]:
     """Steps done and the last loss, from the journal; a line that has just a step is for this alone."""
     step, note = 0, ""

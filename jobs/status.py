@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs import ledger, runs
 from jobs.description import FILE as DESCRIPTION
+from jobs.progress import spoken
 from jobs.publish import publish, publish_in_background, settle
 from jobs.runs import Element, Run
 from jobs.tracking import Tracker, behind
@@ -53,8 +54,7 @@ def print_table(run: Run, found: dict[int, Element]) -> None:
             table.add_row(Text(state, style), str(counts[state]), Text(notes.get(state, "")))
     console.print(table)
     if run.kind == "train":
-        step, note = runs.progress(run)
-        console.print(f"step {step} of {run.total}{', ' if note else ''}{note}", markup=False)
+        console.print(describe_steps(run, under_way=runs.under_way(found)), markup=False)
     failed = [(number, element) for number, element in found.items() if element.state == "failed"]
     for number, element in failed[:SHOWN]:
         what = f"shard {number}" if run.elements else run.kind
@@ -63,6 +63,15 @@ def print_table(run: Run, found: dict[int, Element]) -> None:
         console.print(f"and {len(failed) - SHOWN} more")
     following = "retry" if failed else "status" if runs.under_way(found) else "open"
     console.print(f"next: python -m jobs.launch {following} {run.folder.name}", markup=False)
+
+
+def describe_steps(run: Run, *, under_way: bool) -> str:
+    """How far training is and, while it goes on, how fast, and the time that the rest takes at that rate."""
+    step, note = runs.progress(run)
+    parts = [f"step {step} of {run.total}", note]
+    if under_way and (seconds := runs.seconds_per_step(run)):
+        parts.append(f"{spoken(1 / seconds)}, {(run.total - step) * seconds / 60:.1f} minutes left")
+    return ", ".join(filter(None, parts))
 
 
 def describe_rate(run: Run, found: dict[int, Element]) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from jobs import ledger, runs, status
+from jobs.journal import Journal
 from jobs.runs import Run
+from slurm.task import RESULT
 
 ENTRY = ledger.Entry(manifest="m", inputs="", rows=1, valid=1, checksum="c", seconds=1.0, versions={})
 
@@ -115,3 +117,20 @@ def test_ten_thousand_shards_in_two_seconds(tmp_path, capsys):
     status.status_command(tmp_path, options())
     assert time.perf_counter() - begun < 2
     assert "5000" in capsys.readouterr().out
+
+
+def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys):
+    """The steps since the last report count, and none of a run that has ended."""
+    make_run(tmp_path, jobs=[(process, (0, 1))])
+    folder = tmp_path / "runs/2-train-b"
+    run = Run(folder=folder, kind="train", executor="local", dataset="", total=100, nodes=1, jobs=((process, ()),))
+    folder.mkdir()
+    run.save()
+    journal = Journal(folder)
+    for step in (1, 2):
+        journal.metrics(step, {"train/loss": 0.5, "train/seconds_per_step": 30.0 * step})
+    status.status_command(tmp_path, options())
+    assert "step 2 of 100, loss 0.5000, 1.0/min, 98.0 minutes left" in capsys.readouterr().out
+    (folder / RESULT).write_text('"there"')
+    status.status_command(tmp_path, options())
+    assert "step 2 of 100, loss 0.5000\n" in capsys.readouterr().out
