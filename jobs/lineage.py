@@ -170,23 +170,33 @@ class Walk:
         if manifest is None:
             return self.made("dataset", path, hash=trained_on, note="not there any more")
         data, models = manifest["data"], manifest["models"]
-        told = f", {data['caption_model']} ({models['captioner']})" if data["captioner"] == "vllm" else ""
         node = self.made(
             "dataset",
             path,
             source=data["source"],
             images=f"{manifest['images']:,} of {data['image_size']} px in {data['shards']} shards",
-            captioner=f"{data['captioner']}{told}",
+            **captioner(data, models["captioner"]),
             VAE=f"{data['vae']} ({models['vae']})",
             text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",
             hash=manifest["hash"],
         )
         for kind in ("caption", "latents", "audit"):
-            names = [run.folder.name for run in self.known() if run.kind == kind and run.dataset == path]
+            names = {run.folder.name for run in self.known() if run.kind == kind and run.dataset == path}
             if names:
-                node.facts[kind] = ", ".join(names)
+                node.facts[kind] = ", ".join(sorted(names))
         node.pages = {"audit": Path(path) / audit.FOLDER / audit.PAGE}
         return node
+
+
+def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
+    """Who wrote a dataset's captions and, where it was a model, what it was told, which its fingerprint ends with."""
+    from pixart.data.captioner import INSTRUCTION, prompt_hash
+
+    if data["captioner"] != "vllm":
+        return {"captioner": data["captioner"]}
+    own = fingerprint.endswith(f"-{prompt_hash(INSTRUCTION)}")
+    said = INSTRUCTION if own else "another version's, by its hash above"
+    return {"captioner": f"vllm, {data['caption_model']} ({fingerprint})", "instruction": said}
 
 
 def in_order(node: Node) -> list[Node]:
