@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -97,6 +98,24 @@ def test_logs_of_one_shard(tmp_path, capsys):
     assert "said by 999999991" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no such shard"):
         status.logs_command(tmp_path, options(shard=9))
+
+
+def test_logs_are_followed_to_the_end_of_the_jobs(tmp_path, process, capsys):
+    run = make_run(tmp_path, jobs=[(process, (0,))], shards=1)
+    log = run.log(process, stream="out")
+    log.write_text("at first\n")
+
+    def work() -> None:
+        time.sleep(3 * status.FOLLOW_SECONDS)
+        with log.open("a") as file:
+            file.write("later\n")
+        ledger.record(run.dataset, "caption", 0, ENTRY)
+
+    task = threading.Thread(target=work)
+    task.start()
+    assert status.logs_command(tmp_path, options(follow=True)) == 0
+    task.join()
+    assert capsys.readouterr().out == "at first\nlater\n"
 
 
 def test_cancel_ends_what_runs(tmp_path, process, capsys):
