@@ -123,7 +123,7 @@ def cancel_command(home: Path, options: argparse.Namespace) -> int:
     run = runs.find(home, options.run)
     active = {element.job for element in runs.elements(run).values() if element.state in ("pending", "running")}
     queue.cancel(run.executor, sorted({job.partition("_")[0] for job in active}))
-    print(f"cancelled {len(active)} jobs of {run.folder}")
+    print(f"cancelled {len(active)} jobs of {run.folder}\nnext: python -m jobs.launch retry {run.folder.name}")
     return 0
 
 
