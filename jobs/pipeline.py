@@ -6,10 +6,11 @@ import functools
 from conversion.options import Options, default_output
 from jobs import runs
 from jobs.dataset_commands import prepare_dataset, require_audit
-from jobs.model_commands import last_checkpoint, submit_conversion, submit_training
+from jobs.model_commands import last_checkpoint, submit_conversion, submit_training, training_shape
 from jobs.runs import Run
 from jobs.sample_commands import describe_samples, submit_sampling
-from jobs.submission import Launch, NothingSubmitted, waited
+from jobs.submission import Launch, NothingSubmitted, use_dataset, waited
+from jobs.training_checks import check_dataset, check_pipeline
 from pixart.config import to_json
 from slurm.cluster import Cluster
 
@@ -24,9 +25,12 @@ def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
 
 
 def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
+    shape = training_shape(launch, options.nodes)
+    check_pipeline(launch.recipe, shape.nodes * shape.ranks_per_node)
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options))
-    _, after = prepare_dataset(launch, options.overrides, any_source=True)
+    check_dataset(launch.recipe, 1, use_dataset(launch, options.overrides), None)
+    after = prepare_dataset(launch, options.overrides, any_source=True)
     if not options.accept_failed_audit:
         after = require_audit(launch, after, any_source=True)
     stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)

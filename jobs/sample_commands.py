@@ -54,7 +54,9 @@ def sample_command(launch: Launch, options: argparse.Namespace) -> str:
         export=Path(options.export).absolute() if options.export else None,
         after=after,
     )
-    return describe_samples(runs.result(run)) if launch.wait else describe_submission(run)
+    if not launch.wait:
+        return describe_submission(run)
+    return f"{describe_samples(runs.result(run))}\nnext: python -m jobs.launch lineage {run.folder.name}"
 
 
 def check_options(options: argparse.Namespace, checkpoint: Path, stage: int, in_fp8: bool) -> None:

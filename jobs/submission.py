@@ -114,9 +114,14 @@ def begin(
 
 
 def common_tags(launch: Launch, job: str) -> dict[str, str]:
-    user, command = getpass.getuser(), shlex.join(sys.argv)
+    user, command = getpass.getuser(), command_line()
     own = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.user": user, "pixart.command": command}
     return {**own, "mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "JOB"}
+
+
+def command_line() -> str:
+    """As it was given; Python itself has put the module's file in the place of `-m` and its name."""
+    return shlex.join(["python", "-m", "jobs.launch", *sys.argv[1:]])
 
 
 def commit_tags(commit: str | None) -> dict[str, str]:
@@ -162,7 +167,7 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
 
 def write_settings(launch: Launch, folder: Path) -> None:
     (folder / "config.json").write_text(to_json(launch.recipe) + "\n")
-    (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+    (folder / "command.txt").write_text(command_line() + "\n")
     (folder / "profile.json").write_text(json.dumps(asdict(launch.profile), indent=2) + "\n")
 
 
@@ -240,7 +245,9 @@ def make_dataset(launch: Launch) -> None:
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
         while runs.under_way(found := runs.elements(run)):
             time.sleep(POLL_SECONDS["local"] / 5)
-        raise_first_failure(run, found)
+        if found[0].state == "failed":  # by the source, a model, or the place: there is no log to point to any more
+            kind, _, said = found[0].note.partition(": ")
+            raise ValueError(said if kind == "ValueError" else f"dataset {launch.dataset} cannot be made: {said}")
 
 
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:

@@ -5,10 +5,13 @@ Imports neither torch nor anything heavy, so that the launcher may read it.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+MOST_SHARDS = 1_000_000  # each is a file or two of one folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_at_least(1, shards=self.shards, image_size=self.image_size, text_tokens=self.text_tokens)
         require_at_least(1, images=1 if self.images is None else self.images)
+        if self.shards > MOST_SHARDS:
+            raise ValueError(f"shards={self.shards}: must be at most {MOST_SHARDS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +79,9 @@ class ModelConfig:
     patch_size: int = 2
     base_image_size: int = 32  # latent side at the reference resolution
     num_classes: int = 1001  # of stage 1; the last index means "no class"
+
+    def __post_init__(self) -> None:
+        require_at_least(1, **dataclasses.asdict(self))
 
 
 FP8_BACKENDS = {"delayed": "native", "current": "torchao", "rowwise": "torchao"}  # that follow a plan's recipe
@@ -188,10 +196,12 @@ def is_url(path: str) -> bool:
 
 
 def require_at_least(least: float, **values: float) -> None:
-    """Raises ValueError for the first value that is smaller."""
+    """Raises ValueError for the first value that is smaller, or no finite number."""
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name}={value}: must be at least {least}")
+        if math.isinf(value):
+            raise ValueError(f"{name}={value}: must be finite")
 
 
 def require_share(**values: float) -> None:

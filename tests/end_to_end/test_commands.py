@@ -90,6 +90,21 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch caption --array -1", "--array"),
         ("python -m jobs.launch caption --array=-1", "'-1'"),
         ("python -m jobs.launch caption --array ", "''"),
+        ("python -m jobs.launch caption --array 0-999999999999", "at most 1000000 shards"),
+        ("python -m jobs.launch caption --array 0-300", "shard 300"),
+        ("python -m jobs.launch caption --home ", "--home: is empty"),
+        ("python -m jobs.launch caption --home broken.pt", "Not a directory"),
+        ("python -m jobs.launch caption --home /proc/home", "/proc/home"),
+        ("python -m jobs.launch caption --dataset broken.pt", "Not a directory"),
+        ("python -m jobs.launch caption --dataset damaged", "manifest.json is damaged"),
+        ("python -m jobs.launch caption --cluster damaged/binary.toml", "damaged/binary.toml"),
+        ("python -m jobs.launch latents", "there is none"),
+        ("python -m jobs.launch audit", "there is none"),
+        ("python -m jobs.launch verify", "there is none"),
+        ("python -m jobs.launch demo --nodes 3", "does not divide over 3 ranks"),
+        ("python -m jobs.launch demo --set model.num_heads=3", "model.dim=128"),
+        ("python -m jobs.launch demo --set stage1.fp8=true", "stage1.fp8=true"),
+        ("python -m jobs.launch pipeline --set stage2.fp8_backend=torchao", "fp8_backend=torchao"),
         ("python -m jobs.launch caption --recipe nothing", "unknown recipe 'nothing'"),
         ("python -m jobs.launch caption --set data.sauce=demo", "'data.sauce'"),
         ("python -m jobs.launch caption --set data.source=/no/such/folder", "/no/such/folder"),
@@ -101,6 +116,9 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from nowhere", "nowhere"),
         ("python -m jobs.launch train --from broken.pt", "no checkpoint directory"),
         ("python -m jobs.launch train --from truncated", "truncated"),
+        ("python -m jobs.launch train --from damaged", "training.json is damaged"),
+        ("python -m jobs.launch train --set model.num_blocks=0", "model.num_blocks=0"),
+        ("python -m jobs.launch train --set stage1.lr=inf", "stage1.lr=inf"),
         ("python -m jobs.launch train --resume nowhere", "nowhere"),
         ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
@@ -112,6 +130,8 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from done --set model.dim=64", "model.dim=64"),
         ("python -m jobs.launch convert nowhere", "nowhere"),
         ("python -m jobs.launch convert done", "--overwrite"),
+        ("python -m jobs.launch convert broken.pt", "no PyTorch checkpoint"),
+        ("python -m jobs.launch convert pipe.pt", "pipe.pt"),
         ("python -m jobs.launch convert failed --batches 0", "--batches must be at least 1"),
         ("python -m jobs.launch sample nowhere", "nowhere"),
         ("python -m jobs.launch sample done", "done names no dataset"),
@@ -143,16 +163,20 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch recaption", "needs a request"),
         ("python -m jobs.launch recaption --file nowhere.txt", "--file nowhere.txt"),
         ("python -m jobs.launch recaption dog --output dog.png", "--output dog.png"),
+        ("python -m jobs.launch recaption dog --output nowhere/dogs.txt", "no folder nowhere"),
         ("python -m jobs.launch recaption dog --compare nowhere", "--compare nowhere"),
+        ("python -m jobs.launch recaption dog --compare broken.pt", "Not a directory"),
         ("python -m jobs.launch recaption dog --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
         ("python -m jobs.launch status", "no runs"),
         ("python -m jobs.launch status nowhere", "no runs"),
+        ("python -m jobs.launch status --home damaged", "run.json is damaged"),
         ("python -m jobs.launch retry", "no runs"),
         ("python -m jobs.launch logs --shard x", "'x'"),
         ("python -m jobs.launch sync", "no runs"),
         ("python -m jobs.launch open nowhere", "no runs"),
         ("python -m jobs.launch lineage", "no runs"),
         ("python -m jobs.launch lineage broken.pt", "no picture"),
+        ("python -m jobs.launch lineage damaged", "training.json is damaged"),
         ("python -m jobs.launch lineage other.png", "names no checkpoint"),
         ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),
         ("python -m jobs.launch release nowhere", "nowhere"),
@@ -160,6 +184,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch release done --name a/b", "'a/b'"),
         ("python -m conversion.to_fp8 nowhere.pt", "nowhere.pt"),
         ("python -m conversion.to_fp8 broken.pt", "broken.pt"),
+        ("python -m conversion.to_fp8 pipe.pt", "pipe.pt"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch, capfd, stage1, command, message):
@@ -177,6 +202,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
         checkpoints.save(stage1, tmp_path / name)
     checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
     save_what_can_be_sampled(stage1, tmp_path)
+    save_what_is_damaged(tmp_path)
     before = tree(tmp_path)
     module, *arguments = command.removeprefix("python -m ").split(" ")
     try:
@@ -189,6 +215,17 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     assert errors.count("\n") == 1, errors
     assert errors.startswith("error: ")
     assert tree(tmp_path) == before
+
+
+def save_what_is_damaged(folder: Path) -> None:
+    """What every command reads first, cut off or of another program; and a file that nobody ever writes to."""
+    run = folder / "damaged/runs/20260101-000000-train-abcd"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"kind": ')
+    (folder / "damaged/training.json").write_text("{}")
+    (folder / "damaged/manifest.json").write_text('{"data": {}')
+    (folder / "damaged/binary.toml").write_bytes(b"\xff\xfe")
+    os.mkfifo(folder / "pipe.pt")
 
 
 def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:

@@ -90,14 +90,14 @@ def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
     assert found[0].state == ("failed" if fail else "done"), found
     assert read_description(run.folder)["status"] == ("FAILED" if fail else "FINISHED")
     keys = {key for key, *_ in points(read_journal(run.folder)[0], set())}
-    assert {"train/loss", "system/cpu_percent", "system/memory_gb", "system/disk_free_gb"} <= keys
+    assert {"train/loss", "system/cpu_percent_node0", "system/ram_gb_node0", "system/disk_free_gb_node0"} <= keys
 
 
 def test_a_companion_ends_with_a_rank_that_is_killed(tmp_path):
     run = make_run(tmp_path, "train", nodes=1)
     code = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'jobs.companion', sys.argv[1]], stdin=subprocess.PIPE)\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'jobs.companion', sys.argv[1], '0'], stdin=subprocess.PIPE)\n"
         "print(child.pid, flush=True)\ntime.sleep(600)\n"
     )
     words = [sys.executable, "-c", code, str(run.folder)]
