@@ -12,7 +12,7 @@ from PIL import Image
 from pixart.config import ScreeningConfig
 from pixart.data import screening
 from pixart.data.ahead import made_ahead
-from pixart.data.captioner import Caption, Captioner
+from pixart.data.captioner import MAX_PIXELS, Caption, Captioner
 from pixart.data.screening import Statistics
 from pixart.data.sources import Item
 
@@ -60,8 +60,8 @@ class Screened:
 def screen(item: Item, limits: ScreeningConfig) -> Screened:
     image = statistics = None
     try:
-        image = screening.decode(item.data, limits)
-        statistics = screening.measure(image)
+        image, size = screening.decode_shrunk(item.data, limits, MAX_PIXELS)
+        statistics = screening.measure(image, size)
         screening.check(statistics, limits)
     except screening.Rejected as rejected:
         return Screened(
