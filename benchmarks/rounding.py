@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart.model.fp8 import E4M3, E5M2, Format, quantize
+from pixart.model.fp8_products import E4M3, E5M2, Format, quantize
 
 SHAPES = ((1024, 128), (1024, 512), (4096, 1152))
 REPEATS = 30

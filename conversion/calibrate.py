@@ -18,7 +18,7 @@ from pixart.data.store import Store
 from pixart.data.text import TextEncoder
 from pixart.model.dit import DiT, no_class
 from pixart.model.flow import flow_loss, interpolate, stratified_time
-from pixart.model.fp8 import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, round_to_format_
+from pixart.model.fp8_products import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, round_to_format_
 
 SYNTHETIC_TEXT_TOKENS = 32
 PERCENTILE = 0.9999

@@ -19,7 +19,8 @@ from conversion.options import STATEFUL, Export
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint, Lazy
 from pixart.inference import INPUT_SCALE, RECORD, WEIGHT_SCALE
-from pixart.model.fp8 import E4M3, INPUT, Plan, scale_from_amax
+from pixart.model.fp8 import Plan, scale_from_amax
+from pixart.model.fp8_products import E4M3, INPUT
 
 
 def export_transformer_engine(checkpoint: Checkpoint, folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from conversion.calibrate import CalibrationBatch, largest, watch
 from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8 import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, round_to_format_
+from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, round_to_format_
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # of a block's scale

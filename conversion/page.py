@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from conversion.options import STATEFUL
-from pixart.model.fp8 import SLOTS
+from pixart.model.fp8_products import SLOTS
 from pixart.pages.chart import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
 from pixart.pages.markup import badge, document, emphasis, table, text
 

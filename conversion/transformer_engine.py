@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pixart.checkpoint import Lazy, State
-from pixart.model.fp8 import GRAD_OUTPUT, INPUT, WEIGHT
+from pixart.model.fp8_products import GRAD_OUTPUT, INPUT, WEIGHT
 from pixart.tensor_file import save_tensors
 
 HISTORY = 1024

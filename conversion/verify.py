@@ -13,7 +13,8 @@ from conversion.options import STATEFUL
 from pixart.checkpoint import Checkpoint, State
 from pixart.model import fp8
 from pixart.model.dit import DiT, load_model, own_config
-from pixart.model.fp8 import E4M3, E5M2, Plan
+from pixart.model.fp8 import Plan
+from pixart.model.fp8_products import E4M3, E5M2
 
 GRADIENT_PARAMETERS = 32_000_000  # at most, of the layers whose gradients are compared
 # What a conversion must reach to pass.
@@ -75,10 +76,15 @@ def gradient_cosine(after: DiT, copy: DiT, linears: Sequence[str], batch: Calibr
         weights = [model.get_submodule(name).weight.requires_grad_() for name in chosen]
         with recomputed_blocks(model):
             found = torch.autograd.grad(batch_loss(model, batch, seed=0), weights)
-        gradients.append(torch.cat([gradient.flatten().float() for gradient in found]))
-    if not gradients[0].any():
+        gradients.append(found)
+    gram = torch.zeros(2, 2, dtype=torch.float64)  # float32 loses the sum of as many
+    for exact, got in zip(*gradients, strict=True):
+        both = torch.stack([exact.flatten(), got.flatten()]).double()
+        gram += (both @ both.t()).cpu()
+    if gram[0, 0] == 0:
         return None
-    return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    sizes = gram.diagonal().sqrt().prod()
+    return float(gram[0, 1] / sizes) if sizes else 0.0
 
 
 def loss_gap(loss: Mapping[str, float]) -> float:

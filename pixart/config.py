@@ -99,6 +99,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False  # needs a checkpoint that the conversion wrote
     fp8_backend: Literal["auto", "native", "torchao"] = "auto"  # auto: by the recipe of the checkpoint's plan
+    fp8_weight_gradient: bool = True  # false: the native backend's third product stays in BF16
     seed: int = 0
     skip_limit: int = 10  # steps in a row, left out as their gradient is not finite, after which training ends
 

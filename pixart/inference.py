@@ -14,7 +14,8 @@ from pixart.data.text import Encoder, load_text_model
 from pixart.data.vae import load_vae
 from pixart.model import fp8
 from pixart.model.dit import DiT, load_model, own_config
-from pixart.model.fp8 import E4M3, INPUT, WEIGHT, Plan
+from pixart.model.fp8 import Plan
+from pixart.model.fp8_products import E4M3, INPUT, WEIGHT
 from pixart.pipeline import PixArtPipeline
 
 RECORD = "inference.json"

@@ -79,6 +79,13 @@ class DiT(ModelMixin, ConfigMixin):
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
         nn.init.zeros_(self.patchify.bias)
 
+    def fuse_projections(self) -> None:
+        """For training: projections that read the same are one product, of the same values up to the last bits."""
+        for block in self.dit_blocks:
+            for attention in (block.attention.attention, getattr(block, "cross_attention", None)):
+                if attention is not None:
+                    attention.fused_projections = True
+
     def condition(self, t: Tensor, label: Tensor | None) -> Tensor:
         """t in [0, 1] (B,), label (B,) in stage 1 -> (B, cond_dim)."""
         time = self.time_proj(t).to(self.adaLN1.weight.dtype)

@@ -6,30 +6,23 @@ gradient of the output is E5M2. On a GPU the products run on FP8 tensor cores; o
 the same grid and multiplied in float32, which gives the same result up to the order of summation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Format:
-    """An FP8 format of the OCP specification (revision 1.0, section 4)."""
-
-    dtype: torch.dtype
-    max: float
-    mantissa_bits: int
-    min_exponent: int  # of the smallest normal number
-
-
-E4M3 = Format(dtype=torch.float8_e4m3fn, max=448.0, mantissa_bits=3, min_exponent=-6)
-E5M2 = Format(dtype=torch.float8_e5m2, max=57344.0, mantissa_bits=2, min_exponent=-14)
-
-INPUT, WEIGHT, GRAD_OUTPUT = range(3)
-SLOTS = ("input", "weight", "grad_output")
-FORMATS = (E4M3, E4M3, E5M2)
+from pixart.model.fp8_products import (
+    FORMATS,
+    GRAD_OUTPUT,
+    INPUT,
+    SLOTS,
+    WEIGHT,
+    Float8Product,
+    largest,
+    record,
+)
 
 OVERFLOW_WEIGHT = 1 / 32  # of a step in the running share of steps that overflow
 OVERFLOW_LIMIT = 0.5  # a share above which delayed scaling does not follow a tensor
@@ -54,91 +47,6 @@ def scale_from_amax(amax: Tensor, previous: Tensor, format_max: Tensor | float, 
     return torch.where(usable, scale, previous)
 
 
-def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    """x * scale, saturated and rounded to `fmt`: an FP8 tensor on a GPU, its exact float32 values on a CPU."""
-    if x.is_cuda:
-        return (x.float() * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
-    return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt)
-
-
-def round_to_format_(x: Tensor, fmt: Format) -> Tensor:
-    """Rounds float32 values within the format's range to its grid, half to even, as a cast there and back; in place.
-
-    Adding and subtracting 1.5 * 2**(e + 23 - m), for a value of exponent e and a format of m mantissa bits, leaves
-    just those m bits. A cast to FP8 on a CPU takes three times as long.
-    """
-    exponent = (x.view(torch.int32) & 0x7F80_0000).clamp_(min=(fmt.min_exponent + 127) << 23)
-    magic = exponent.add_(((23 - fmt.mantissa_bits) << 23) | 0x0040_0000).view(torch.float32)
-    return x.add_(magic).sub_(magic)
-
-
-def scaled_matmul(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, bias: Tensor | None, fast: bool
-) -> Tensor:
-    """Quantized a (m, k) times quantized b (n, k) transposed, scales divided out, plus bias (n,) -> (m, n).
-
-    `fast` accumulates in fewer bits on a GPU, which is customary forward and not backward.
-    """
-    if not a.is_cuda:
-        start, beta = (a.new_zeros(()), 0) if bias is None else (bias.float(), 1)
-        return torch.addmm(start, a, b.t(), beta=beta, alpha=1 / float(scale_a * scale_b)).to(dtype)
-    fused = bias is not None and dtype != torch.float32  # cuBLAS has no bias for a float32 result
-    product = torch._scaled_mm(
-        a.contiguous(),
-        b.contiguous().t(),
-        scale_a=scale_a.reciprocal(),
-        scale_b=scale_b.reciprocal(),
-        bias=bias if fused else None,
-        out_dtype=dtype,
-        use_fast_accum=fast,
-    )
-    return product if fused or bias is None else product + bias
-
-
-class _Float8Product(torch.autograd.Function):
-    """x (rows, in) times weight (out, in) transposed plus bias (out,); all three products of a step in FP8."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: Tensor,
-        staged: Tensor,
-        record: bool,
-    ) -> Tensor:
-        if record:
-            record_amax(staged, INPUT, x)
-            record_amax(staged, WEIGHT, weight)
-        ctx.staged, ctx.dtypes = staged, (x.dtype, weight.dtype)
-        x8, weight8 = quantize(x, scale[INPUT], E4M3), quantize(weight, scale[WEIGHT], E4M3)
-        # The scales are copied: by the time of the backward pass they may be those of the next step.
-        ctx.save_for_backward(x8, weight8, scale.clone())
-        return scaled_matmul(x8, weight8, scale[INPUT], scale[WEIGHT], x.dtype, bias=bias, fast=True)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x8, weight8, scale = ctx.saved_tensors
-        record_amax(ctx.staged, GRAD_OUTPUT, grad)
-        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad  # nobody asks for the text's
-        input_scale, weight_scale, grad_scale = scale
-        grad8 = quantize(grad, grad_scale, E5M2)
-        x_dtype, weight_dtype = ctx.dtypes
-        grad_x = grad_weight = None
-        if wants_x:
-            grad_x = scaled_matmul(grad8, weight8.t(), grad_scale, weight_scale, x_dtype, bias=None, fast=False)
-        if wants_weight:
-            grad_weight = scaled_matmul(grad8.t(), x8.t(), grad_scale, input_scale, weight_dtype, bias=None, fast=False)
-        return grad_x, grad_weight, grad.sum(0) if wants_bias else None, None, None, None
-
-
-def record_amax(staged: Tensor, slot: int, x: Tensor) -> None:
-    """Raises `staged[slot]` to the largest magnitude in x; a not-a-number wins."""
-    low, high = torch.aminmax(x.detach())
-    staged[slot] = torch.maximum(staged[slot], torch.maximum(-low, high).float())
-
-
 class Float8Linear(nn.Linear):
     """A linear whose products run in FP8; parameters and state-dict keys are those of the nn.Linear it replaces.
 
@@ -151,6 +59,8 @@ class Float8Linear(nn.Linear):
     amax_history: Tensor
     overflow_share: Tensor
     in_fp8 = True  # a linear that keeps overflowing goes on without
+    fine_weight_gradient = False  # whether the weight's gradient is a product in the input's own precision
+    gathered: "Gathered | None" = None  # where the weight comes in FP8
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, plan: Plan) -> "Float8Linear":
@@ -167,15 +77,54 @@ class Float8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if not self.in_fp8:
             return super().forward(x)
-        rows = x.flatten(0, -2)
-        record = torch.is_grad_enabled()
-        staged = self.amax_history[0]
-        product = _Float8Product.apply(rows, self.weight, self.bias, self.scale, staged, record)
-        return product.unflatten(0, x.shape[:-1])
+        return product([self], x)
+
+    @staticmethod
+    def side_by_side(linears: "Sequence[Float8Linear]", x: Tensor) -> Sequence[Tensor]:
+        """What each of several linears makes of the same x, as one product; all are in FP8 or all come one by one."""
+        if not all(isinstance(linear, Float8Linear) and linear.in_fp8 for linear in linears):
+            return [linear(x) for linear in linears]
+        return product(linears, x).split([linear.out_features for linear in linears], dim=-1)
 
 
-def swap_linears(model: nn.Module, plan: Plan) -> None:
+@dataclass(kw_only=True, slots=True)
+class Gathered:
+    """A weight that comes in FP8: what its gradient goes to instead, and its amax."""
+
+    gradient: Tensor
+    amax: Tensor
+
+
+def product(linears: Sequence[Float8Linear], x: Tensor) -> Tensor:
+    """x (..., in) times the weights, one after the other -> (..., sum of outs); amax is staged where gradients are."""
+    if torch.is_grad_enabled():
+        seen = largest(x)
+        for linear in linears:
+            record(linear.amax_history[0], INPUT, seen)
+            own = linear.gathered.amax if linear.gathered else largest(linear.weight)
+            record(linear.amax_history[0], WEIGHT, own)
+    weights = [linear.gathered.gradient if linear.gathered else linear.weight for linear in linears]
+    rows = Float8Product.apply(
+        x.flatten(0, -2),
+        joined(weights),
+        joined([linear.weight.detach() for linear in linears]) if linears[0].gathered else None,
+        None if linears[0].bias is None else joined([linear.bias for linear in linears]),
+        torch.stack([linear.scale for linear in linears]),  # a copy: the way back may see those of the next step
+        tuple(linear.out_features for linear in linears),
+        linears[0].fine_weight_gradient,
+        *[linear.amax_history[0] for linear in linears],
+    )
+    return rows.unflatten(0, x.shape[:-1])
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def swap_linears(model: nn.Module, plan: Plan, *, fine_weight_gradient: bool = False) -> None:
     """Replaces each linear that the plan names, in place; parameters are shared, state-dict keys do not change.
+
+    `fine_weight_gradient`: the weight's gradient is a product in the input's own precision.
 
     Raises ValueError for a name that is no linear of the model.
     """
@@ -188,7 +137,9 @@ def swap_linears(model: nn.Module, plan: Plan) -> None:
             linear = None
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"FP8 plan names {name!r}, which is no linear of this model")
-        setattr(parent, child, Float8Linear.from_linear(linear, plan))
+        swapped = Float8Linear.from_linear(linear, plan)
+        swapped.fine_weight_gradient = fine_weight_gradient
+        setattr(parent, child, swapped)
 
 
 def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:
@@ -218,10 +169,9 @@ def update_scales(model: nn.Module, plan: Plan) -> None:
     scales = scale_from_amax(histories.amax(dim=1), previous, format_max, plan.margin)
     histories = histories.roll(-1, dims=1)
     histories[:, 0] = 0
-    for module, scale, history, share in zip(linears, scales, histories, shares, strict=True):
-        module.scale.copy_(scale)
-        module.amax_history.copy_(history)
-        module.overflow_share.copy_(share)
+    torch._foreach_copy_([module.scale for module in linears], list(scales))
+    torch._foreach_copy_([module.amax_history for module in linears], list(histories))
+    torch._foreach_copy_([module.overflow_share for module in linears], list(shares))
 
 
 @torch.no_grad()
@@ -259,7 +209,8 @@ def fall_back(model: nn.Module, plan: Plan, step: int) -> Plan:
         if share > OVERFLOW_LIMIT
     }
     for name in reasons:
-        model.get_submodule(name).in_fp8 = False
+        linear = model.get_submodule(name)
+        linear.in_fp8, linear.gathered = False, None
     left = tuple(name for name in plan.linears if name not in reasons)
     return replace(plan, linears=left, kept={**plan.kept, **reasons}) if reasons else plan
 

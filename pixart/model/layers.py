@@ -5,6 +5,7 @@ contract with existing checkpoints; the order of definition is the order of thei
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,8 @@ def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:  # (B, N, D), (B
 class Attention(nn.Module):
     """Multi-head attention with biases and an RMSNorm per head on queries and keys."""
 
+    fused_projections = False  # one large product instead of several: hooks on the linears would not be called
+
     def __init__(self, dim: int, num_heads: int, kv_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -79,11 +82,24 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """query (B, N, D), context (B, L, kv_dim), mask (B, L) true where a key counts -> (B, N, D)."""
-        q = self.q_norm(rearrange(self.q_proj(query), "b n (h d) -> b h n d", h=self.num_heads))
-        k = self.k_norm(rearrange(self.k_proj(context), "b n (h d) -> b h n d", h=self.num_heads))
-        v = rearrange(self.v_proj(context), "b n (h d) -> b h n d", h=self.num_heads)
+        if query is context:
+            projected = self.project([self.q_proj, self.k_proj, self.v_proj], query)
+        else:
+            projected = [self.q_proj(query), *self.project([self.k_proj, self.v_proj], context)]
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in projected)
+        q, k = self.q_norm(q), self.k_norm(k)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
+
+    def project(self, linears: list[nn.Linear], x: Tensor) -> Sequence[Tensor]:
+        """What each linear makes of x, as one product where that is asked for and their kind can."""
+        if not self.fused_projections:
+            return [linear(x) for linear in linears]
+        if all(type(linear) is nn.Linear for linear in linears):
+            weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+            return F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
+        together = getattr(linears[0], "side_by_side", None)
+        return together(linears, x) if together else [linear(x) for linear in linears]
 
 
 class SelfAttention(nn.Module):

@@ -84,18 +84,23 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
 
     Master weights stay float32; computation is in `config.precision`.
     """
-    if config.activation_checkpointing != "none":
-        model.enable_gradient_checkpointing(recomputed(config.activation_checkpointing))
-    if config.compile:
-        for block in model.dit_blocks:
-            block.compile()
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    for block in model.dit_blocks:
+        if config.activation_checkpointing != "none":
+            block.forward = recomputed(config.activation_checkpointing, block.forward)
+        if config.compile:
+            block.forward = torch.compile(block.forward, fullgraph=True)
     # Time stays float32 on its way in: the model casts what it multiplies with weights.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype_of(config.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     mesh = make_mesh(ranks, config.sharding)
     for block in model.dit_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
@@ -106,12 +111,12 @@ def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
     return init_device_mesh(kind, (ranks.world,))
 
 
-def recomputed(how: str) -> Callable[..., Any]:
-    """Calls a module so that its activations are computed again backward: `full` all, `selective` the cheap ones."""
+def recomputed(how: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose activations are computed again backward: `full` all, `selective` the cheap ones."""
     if how == "full":
-        return functools.partial(checkpoint, use_reentrant=False)
+        return functools.partial(checkpoint, forward, use_reentrant=False)
     contexts = functools.partial(create_selective_checkpoint_contexts, keeps_products)
-    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 def keeps_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:

@@ -12,11 +12,11 @@ from pixart.config import ModelConfig, TrainConfig, fp8_backend
 from pixart.data.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store import Store
-from pixart.model import fp8, fp8_torchao
+from pixart.model import fp8, fp8_gather, fp8_torchao
 from pixart.model.dit import DiT, own_config
 from pixart.model.flow import flow_loss, interpolate, sample_time
 from pixart.training.conditions import ClassCondition, TextCondition
-from pixart.training.distributed import Ranks, parallelize
+from pixart.training.distributed import Ranks, dtype_of, parallelize
 from pixart.training.ema import Ema
 from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
 
@@ -47,13 +47,15 @@ class Training:
             self.model = fresh_model(stage, model, self.dataset).to(ranks.device)
         check_fits(self.model, self.dataset, stage)
         self.model.train()
+        self.model.fuse_projections()
         if self.plan and fp8_backend(config.fp8_backend, self.plan.recipe) == "native":
-            fp8.swap_linears(self.model, self.plan)
+            fp8.swap_linears(self.model, self.plan, fine_weight_gradient=not config.fp8_weight_gradient)
         elif self.plan:
             fp8_torchao.swap_linears(self.model, self.plan)
         parallelize(self.model, ranks, config)
         if start:
             self.model.to_empty(device=ranks.device)
+        fp8_gather.gather_in_fp8(self.model, dtype_of(config.precision))
         self.optimizer = make_optimizer(self.model, config)
         self.ema = Ema(self.model, config.ema)
         self.skipped_in_row = torch.zeros((), device=ranks.device)
@@ -148,6 +150,8 @@ class Training:
             return []
         before, self.plan = self.plan, fp8.fall_back(self.model, self.plan, self.steps_done)
         fallen = sorted(set(before.linears) - set(self.plan.linears))
+        for name in fallen:
+            fp8_gather.gather_as_given(self.model, name)
         return [f"{name} goes on in BF16: it {self.plan.kept[name]}" for name in fallen]
 
 

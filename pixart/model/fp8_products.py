@@ -1,0 +1,163 @@
+"""FP8 formats, casts, and the products of a linear in FP8: on tensor cores where there are any, else emulated.
+
+On a CPU values are rounded to the same grid and multiplied in float32, which gives the same result up to the order of
+summation. Nothing here waits for the device, and torch.compile takes it whole: scales are known beforehand, so that a
+cast becomes part of the kernel that makes its tensor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """An FP8 format of the OCP specification (revision 1.0, section 4)."""
+
+    dtype: torch.dtype
+    max: float
+    mantissa_bits: int
+    min_exponent: int  # of the smallest normal number
+
+
+E4M3 = Format(dtype=torch.float8_e4m3fn, max=448.0, mantissa_bits=3, min_exponent=-6)
+E5M2 = Format(dtype=torch.float8_e5m2, max=57344.0, mantissa_bits=2, min_exponent=-14)
+
+INPUT, WEIGHT, GRAD_OUTPUT = range(3)
+SLOTS = ("input", "weight", "grad_output")
+FORMATS = (E4M3, E4M3, E5M2)
+
+CACHED = 1 << 15  # float32 values that a core's own cache holds several times over
+BLACKWELL = (10, 0)  # compute capability from which on FP8 products take both operands in either layout
+
+
+def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """x * scale, saturated and rounded to `fmt`: an FP8 tensor on a GPU, its exact float32 values on a CPU."""
+    if x.is_cuda:
+        return (x.float() * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    if scale.dim() or torch.compiler.is_compiling():  # a compiler makes one pass of it
+        return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt)
+    found = torch.empty(x.shape)
+    for piece, own in zip(found.view(-1).split(CACHED), x.detach().reshape(-1).split(CACHED), strict=True):
+        round_to_format_(torch.mul(own.float(), scale, out=piece).clamp_(-fmt.max, fmt.max), fmt)
+    return found
+
+
+def round_to_format_(x: Tensor, fmt: Format) -> Tensor:
+    """Rounds float32 values within the format's range to its grid, half to even, as a cast there and back; in place.
+
+    Adding and subtracting 1.5 * 2**(e + 23 - m), for a value of exponent e and a format of m mantissa bits, leaves
+    just those m bits. A cast to FP8 on a CPU takes three times as long.
+    """
+    exponent = (x.view(torch.int32) & 0x7F80_0000).clamp_(min=(fmt.min_exponent + 127) << 23)
+    magic = exponent.add_(((23 - fmt.mantissa_bits) << 23) | 0x0040_0000).view(torch.float32)
+    return x.add_(magic).sub_(magic)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude, in float32 -> (); a not-a-number wins.
+
+    First of each row: a compiler makes that part of the kernel of a norm, whose rows are the same.
+    """
+    return x.detach().abs().amax(-1).amax().float()
+
+
+def record(staged: Tensor, slot: int, amax: Tensor) -> None:
+    """Raises `staged[slot]` to `amax`."""
+    staged[slot] = torch.maximum(staged[slot], amax)
+
+
+def scaled_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, bias: Tensor | None, fast: bool
+) -> Tensor:
+    """Quantized a (m, k) times quantized b (k, n), scales divided out, plus bias (n,) -> (m, n).
+
+    Each of a and b is contiguous or the transpose of what is. A scale is one number, or one for each row of a (m, 1) or
+    each column of b (n,). `fast` accumulates in fewer bits on a GPU, which is customary forward and not backward.
+    """
+    unscale = (scale_a * scale_b).reciprocal()
+    if not a.is_cuda:
+        product = a @ b if bias is None else torch.addmm(bias.float() / unscale, a, b)
+        return (product * unscale).to(dtype)
+    if torch.cuda.get_device_properties(a.device).major < BLACKWELL[0]:  # Hopper's and Ada's sum along contiguous rows
+        a, b = a.contiguous(), b.t().contiguous().t()
+    whole = unscale.dim() == 0
+    one = torch.ones((), device=a.device)
+    fused = whole and bias is not None and dtype != torch.float32  # cuBLAS has no bias for a float32 result
+    product = torch._scaled_mm(
+        a,
+        b,
+        scale_a=scale_a.reciprocal() if whole else one,
+        scale_b=scale_b.reciprocal() if whole else one,
+        bias=bias if fused else None,
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+    if not whole:
+        product = (product * unscale).to(dtype)
+    return product if fused or bias is None else product + bias
+
+
+class Float8Product(torch.autograd.Function):
+    """x (rows, in) times weight (out, in) transposed plus bias (out,); all three products of a step in FP8.
+
+    The weight may be that of several linears, one after the other, `outs` rows each; `scales` (linears, 3) are theirs
+    by slot, and the `staged` amax (3,) of each is raised. All read x by the first one's scale. `weight8` is the weight
+    in FP8 where it is there already; the gradient goes to `weight`, whose values are not looked at then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        weight8: Tensor | None,
+        bias: Tensor | None,
+        scales: Tensor,
+        outs: tuple[int, ...],
+        fine_weight_gradient: bool,
+        *staged: Tensor,
+    ) -> Tensor:
+        x8, weight_scale = quantize(x, scales[0, INPUT], E4M3), spread(scales[:, WEIGHT], outs)
+        if weight8 is None:
+            weight8 = quantize(weight, weight_scale if len(outs) == 1 else weight_scale.unsqueeze(-1), E4M3)
+        ctx.save_for_backward(x if fine_weight_gradient else x8, weight8, scales)
+        ctx.outs, ctx.fine, ctx.staged, ctx.dtypes = outs, fine_weight_gradient, staged, (x.dtype, weight.dtype)
+        return scaled_matmul(x8, values(weight8).t(), scales[0, INPUT], weight_scale, x.dtype, bias=bias, fast=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x8, weight8, scales = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        for staged, part in zip(ctx.staged, grad.split(ctx.outs, dim=-1), strict=True):
+            record(staged, GRAD_OUTPUT, largest(part))
+        wants_x, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad  # nobody asks for the text's
+        grad_scale, weight_scale = scales[0, GRAD_OUTPUT], scales[0, WEIGHT]
+        if len(ctx.outs) > 1:  # the sum over all outputs wants one scale of both: the smallest, which clips nothing
+            both = scales[:, GRAD_OUTPUT] * scales[:, WEIGHT]
+            grad_scale, weight_scale = spread(scales[:, GRAD_OUTPUT] * (both.min() / both), ctx.outs), both.min()
+        grad8 = quantize(grad, grad_scale, E5M2)
+        grad_x = grad_weight = None
+        if wants_x:
+            scale = grad_scale if len(ctx.outs) == 1 else torch.ones_like(weight_scale)
+            grad_x = scaled_matmul(grad8, values(weight8), scale, weight_scale, x_dtype, bias=None, fast=False)
+        if wants_weight and ctx.fine:
+            grad_weight = (grad.t() @ x8).to(weight_dtype)
+        elif wants_weight:
+            by_row = grad_scale if len(ctx.outs) == 1 else grad_scale.unsqueeze(-1)
+            grad_weight = scaled_matmul(grad8.t(), x8, by_row, scales[0, INPUT], weight_dtype, bias=None, fast=False)
+        return grad_x, grad_weight, None, grad.sum(0) if wants_bias else None, *[None] * (3 + len(ctx.staged))
+
+
+def values(weight8: Tensor) -> Tensor:
+    """What a product takes of a weight that is there in FP8: a CPU multiplies its values."""
+    return weight8 if weight8.is_cuda else weight8.float()
+
+
+def spread(numbers: Tensor, sizes: Sequence[int]) -> Tensor:
+    """One number as it is (); of several, each as often as its size says (sum of sizes,)."""
+    if len(sizes) == 1:
+        return numbers[0]
+    return torch.cat([number.expand(size) for number, size in zip(numbers, sizes, strict=True)])
