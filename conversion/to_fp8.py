@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conversion import formats, reparameterize, sensitivity, verify, ways
+from conversion import formats, noise, reparameterize, sensitivity, verify, ways
 from conversion.calibrate import CalibrationBatch, dataset_batches, measure_amax, synthetic_batches
 from conversion.exports import EXPORTS, check_exports
 from conversion.options import AUTO, STATEFUL, TEXT_DIM, Options, Parser, add_options, default_output, from_arguments
@@ -227,7 +227,7 @@ def measure(
         copy = verify.quantized(model, result.plan, result.scales)
         return copy, verify.losses(before, model, copy, held_out)
 
-    layers = verify.layer_figures(model, result, held_out)
+    layers = noise.layer_figures(model, result, held_out)
     if chooses:
         result = sensitivity.without(result, sensitivity.by_output(layers))
     copy, loss = losses()

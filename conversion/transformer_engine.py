@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart.checkpoint import Lazy, State, save_tensors
+from pixart.checkpoint import Lazy, State
 from pixart.model.fp8_products import GRAD_OUTPUT, INPUT, WEIGHT
+from pixart.tensor_file import save_tensors
 
 HISTORY = 1024
 FORWARD = (INPUT, WEIGHT)  # and the output, which has no scale of its own here

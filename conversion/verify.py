@@ -1,165 +1,26 @@
-"""Proof of a conversion: what FP8 does to every linear, to the loss and to the gradient, on batches held out.
+"""Proof of a conversion: what FP8 does to the loss and to the gradient on batches held out, and the gate."""
 
-Signal to quantization noise (SQNR) is 10 log10(sum of squares / sum of squared errors), in dB.
-"""
-
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conversion.calibrate import (
-    CalibrationBatch,
-    batch_loss,
-    largest,
-    mean_loss,
-    recomputed_blocks,
-    watch,
-    without_class,
-)
+from conversion.calibrate import CalibrationBatch, batch_loss, mean_loss, recomputed_blocks, without_class
+from conversion.noise import cast_by_recipe
 from conversion.options import STATEFUL
 from pixart.checkpoint import Checkpoint, State
 from pixart.model import fp8
 from pixart.model.dit import DiT, load_model, own_config
 from pixart.model.fp8 import Plan
-from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, round_to_format_
+from pixart.model.fp8_products import E4M3, E5M2
 
-MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
-MX_EXPONENTS = (-126, 126)  # of a block's scale
 GRADIENT_PARAMETERS = 32_000_000  # at most, of the layers whose gradients are compared
 # What a conversion must reach to pass.
 LOSS_GAP = 0.0025  # DeepSeek-V3 (arXiv 2412.19437), section 3.3: relative loss error of FP8 training against BF16
 STAGE_GAP = 0.01
 MEAN_DECIBELS, WORST_DECIBELS = 0.1, 0.5  # that calibrated weight gradients may lie below dynamic scaling's
-
-
-def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
-    """x as it comes out of FP8, in float32."""
-    return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt) / scale
-
-
-def cast_by_recipe(x: Tensor, fmt: Format, recipe: str) -> Tensor:
-    """x as it comes out of a recipe that measures its scales; the last dimension is the one that a product sums over.
-
-    MXFP8 keeps E4M3 for gradients too.
-    """
-    if recipe == "mxfp8":
-        blocks = F.pad(x.float(), (0, -x.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK))
-        exponent = torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True) / E4M3.max)).clamp(*MX_EXPONENTS)
-        return cast(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
-    amax = x.abs().amax(-1, keepdim=True) if recipe == "rowwise" else largest(x, fmt)
-    return cast(x, torch.where(amax > 0, fmt.max / amax.float(), 1.0), fmt)
-
-
-Squares = dict[str, Tensor]  # by name, sums of squares of the signal and of its error (2,)
-
-
-def squares(exact: Tensor, got: Tensor) -> Tensor:
-    return torch.stack([exact.square().sum(), (got - exact).square_().sum()]).double()
-
-
-def decibels(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """None where there is no signal, or no error."""
-    return {name: float(10 * torch.log10(own[0] / own[1])) if (own > 0).all() else None for name, own in sums.items()}
-
-
-class LayerFigures:
-    """Of one linear, over all batches shown: amax, headroom, shares of values lost, and SQNR."""
-
-    def __init__(self, scale: Tensor | None, recipe: str) -> None:
-        """`scale` (3,), or none for a recipe without."""
-        self.scale, self.recipe = scale, recipe
-        self.amax = torch.zeros(len(FORMATS), dtype=torch.float64)
-        self.lost = torch.zeros(2, len(FORMATS), dtype=torch.float64)  # underflow and overflow, sums of shares
-        self.batches = 0
-        self.sums: dict[str, Squares] = {}
-
-    def add(self, x: Tensor, weight: Tensor, grad: Tensor) -> None:
-        """x (rows, in), weight (out, in), grad (rows, out)."""
-        tensors = x.float(), weight.float(), grad.float()
-        exact = products(*tensors)
-        if self.batches:
-            del exact["weight"]  # is the same in every batch
-        self.batches += 1
-        self.amax = self.amax.maximum(torch.stack([tensor.abs().amax() for tensor in tensors]).double().cpu())
-        dynamic = [cast_by_recipe(tensor, fmt, "current") for tensor, fmt in zip(tensors, FORMATS, strict=True)]
-        self.compare("dynamic", exact, products(*dynamic))
-        if self.scale is None:
-            self.compare("sqnr", exact, products_by_recipe(*tensors, self.recipe))
-            return
-        scale = self.scale.to(x.device)
-        casts = [cast(tensor, scale[slot], FORMATS[slot]) for slot, tensor in enumerate(tensors)]
-        self.compare("sqnr", exact, products(*casts))
-        aligned = [
-            cast(tensor, aligned_scale(tensor, own, fmt), fmt)
-            for tensor, own, fmt in zip(tensors, scale, FORMATS, strict=True)
-        ]
-        self.compare("aligned", exact, products(*aligned))
-        uncalibrated = cast(tensors[GRAD_OUTPUT], 1.0, E5M2)
-        self.compare("forward_only", exact, {"weight_gradient": uncalibrated.t() @ casts[INPUT]})
-        for slot, (tensor, fmt) in enumerate(zip(tensors, FORMATS, strict=True)):
-            self.lost[0, slot] += int(tensor.count_nonzero() - casts[slot].count_nonzero()) / tensor.numel()
-            self.lost[1, slot] += int((tensor.abs() > fmt.max / scale[slot]).sum()) / tensor.numel()
-
-    def compare(self, key: str, exact: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-        own = self.sums.setdefault(key, {})
-        for name, tensor in got.items():
-            if name in exact:
-                own[name] = own.get(name, 0) + squares(exact[name], tensor)
-
-    def report(self) -> dict[str, Any]:
-        nothing = [None] * len(FORMATS)
-        found: dict[str, Any] = {"amax": self.amax.tolist()}
-        found |= dict.fromkeys(("headroom", "underflow", "overflow"), nothing)
-        if self.scale is not None:
-            top = self.amax * self.scale.cpu()
-            room = [fmt.max / float(value) if value else None for fmt, value in zip(FORMATS, top, strict=True)]
-            found["headroom"] = [value and math.log2(value) for value in room]
-            found["underflow"], found["overflow"] = (self.lost / self.batches).tolist()
-        return found | {key: decibels(own) for key, own in self.sums.items()}
-
-
-def aligned_scale(tensor: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:
-    """Dynamic scaling's, but for less than a power of two, so that both round the same values alike.
-
-    Where a few values make up most of a product, how these happen to round outweighs what a scale is to be judged by:
-    whether it keeps them all in range.
-    """
-    ratio = fmt.max / largest(tensor, fmt) / calibrated
-    return calibrated * torch.exp2(torch.floor(torch.log2(torch.where(ratio.isfinite(), ratio, 1.0))))
-
-
-def layer_figures(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBatch]) -> list[dict[str, Any]]:
-    """Of each linear of the checkpoint's plan that a gradient reaches."""
-    plan, scales = checkpoint.plan, checkpoint.scales
-    assert plan is not None
-    inputs: dict[str, Tensor] = {}
-    found: dict[str, LayerFigures] = {}
-
-    def visit(name: str, slot: int, tensor: Tensor) -> None:
-        if slot == INPUT:
-            inputs[name] = tensor
-        if slot == GRAD_OUTPUT:
-            own = found.setdefault(name, LayerFigures(scales.get(f"{name}.scale"), plan.recipe))
-            own.add(inputs.pop(name), model.get_submodule(name).weight.detach(), tensor)
-
-    watch(model, plan.linears, batches, visit)
-    return [{"name": name, **found[name].report()} for name in plan.linears if name in found]
-
-
-def products(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    return {"input": x, "weight": weight, "output": x @ weight.t(), "weight_gradient": grad.t() @ x}
-
-
-def products_by_recipe(x: Tensor, weight: Tensor, grad: Tensor, recipe: str) -> dict[str, Tensor]:
-    """Each tensor is cast along what its product sums over: the weight gradient, over the rows."""
-    found = products(cast_by_recipe(x, E4M3, recipe), cast_by_recipe(weight, E4M3, recipe), grad)
-    by_column = [cast_by_recipe(tensor.t(), fmt, recipe) for tensor, fmt in ((grad, E5M2), (x, E4M3))]
-    return found | {"weight_gradient": by_column[0] @ by_column[1].t()}
 
 
 def quantized(model: DiT, plan: Plan, scales: State) -> DiT:
@@ -215,10 +76,15 @@ def gradient_cosine(after: DiT, copy: DiT, linears: Sequence[str], batch: Calibr
         weights = [model.get_submodule(name).weight.requires_grad_() for name in chosen]
         with recomputed_blocks(model):
             found = torch.autograd.grad(batch_loss(model, batch, seed=0), weights)
-        gradients.append(torch.cat([gradient.flatten().float() for gradient in found]))
-    if not gradients[0].any():
+        gradients.append(found)
+    gram = torch.zeros(2, 2, dtype=torch.float64)  # float32 loses the sum of as many
+    for exact, got in zip(*gradients, strict=True):
+        both = torch.stack([exact.flatten(), got.flatten()]).double()
+        gram += (both @ both.t()).cpu()
+    if gram[0, 0] == 0:
         return None
-    return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    sizes = gram.diagonal().sqrt().prod()
+    return float(gram[0, 1] / sizes) if sizes else 0.0
 
 
 def loss_gap(loss: Mapping[str, float]) -> float:

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import torch
@@ -41,6 +41,7 @@ from torch import Tensor
 from pixart import distributed_checkpoint
 from pixart.model.dit import DiT, own_config, state_shapes
 from pixart.model.fp8 import Plan
+from pixart.tensor_file import save_tensors
 
 FORMAT = 1
 MARKER = "training.json"
@@ -48,7 +49,6 @@ STATE = "state"
 GROUPS = ("model", "ema", "optimizer", "scales")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 PIECE = 1 << 24  # bytes that are read at once
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -174,33 +174,6 @@ def save_weights(state: State, config: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True)
     write(folder / "config.json", (json.dumps({"_class_name": DiT.__name__, **config}, indent=2) + "\n").encode())
     save_tensors(state, folder / WEIGHTS)
-
-
-def save_tensors(state: State, path: Path) -> None:
-    """The safetensors format: the header's length, the header, the tensors, of which one at a time is in memory.
-
-    The header comes first and is not known before the last tensor is, so room is left for it, filled up by spaces.
-    """
-    room = 256 + sum(len(name) + 160 for name in state)
-    room += -room % 8
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    with path.open("wb") as file:
-        file.seek(8 + room)
-        for name, tensor in state.items():
-            begin = file.tell() - 8 - room
-            write_tensor(tensor.detach().cpu(), file)
-            end = file.tell() - 8 - room
-            entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        assert len(header) <= room
-        file.seek(0)
-        file.write(room.to_bytes(8, "little") + header.ljust(room))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
-    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def write(path: Path, content: bytes) -> None:

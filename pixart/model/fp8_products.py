@@ -29,6 +29,7 @@ INPUT, WEIGHT, GRAD_OUTPUT = range(3)
 SLOTS = ("input", "weight", "grad_output")
 FORMATS = (E4M3, E4M3, E5M2)
 
+CACHED = 1 << 15  # float32 values that a core's own cache holds several times over
 BLACKWELL = (10, 0)  # compute capability from which on FP8 products take both operands in either layout
 
 
@@ -36,7 +37,12 @@ def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """x * scale, saturated and rounded to `fmt`: an FP8 tensor on a GPU, its exact float32 values on a CPU."""
     if x.is_cuda:
         return (x.float() * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
-    return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt)
+    if scale.dim() or torch.compiler.is_compiling():  # a compiler makes one pass of it
+        return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt)
+    found = torch.empty(x.shape)
+    for piece, own in zip(found.view(-1).split(CACHED), x.detach().reshape(-1).split(CACHED), strict=True):
+        round_to_format_(torch.mul(own.float(), scale, out=piece).clamp_(-fmt.max, fmt.max), fmt)
+    return found
 
 
 def round_to_format_(x: Tensor, fmt: Format) -> Tensor:

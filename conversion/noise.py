@@ -1,0 +1,155 @@
+"""What FP8 does to every linear, on batches held out: amax, headroom, shares of values lost, and noise.
+
+Signal to quantization noise (SQNR) is 10 log10(sum of squares / sum of squared errors), in dB. Of a large linear it
+is taken over every n-th output alone, with the scales that the whole tensors have.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conversion.calibrate import CalibrationBatch, largest, watch
+from pixart.checkpoint import Checkpoint
+from pixart.model.dit import DiT
+from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, round_to_format_
+
+MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
+MX_EXPONENTS = (-126, 126)  # of a block's scale
+SAMPLED = 1 << 18  # weights of a linear that figures are taken over, or up to twice as many where it has no more
+
+
+def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
+    """x as it comes out of FP8, in float32."""
+    return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt) / scale
+
+
+def cast_by_recipe(x: Tensor, fmt: Format, recipe: str) -> Tensor:
+    """x as it comes out of a recipe that measures its scales; the last dimension is the one that a product sums over.
+
+    MXFP8 keeps E4M3 for gradients too.
+    """
+    if recipe == "mxfp8":
+        blocks = F.pad(x.float(), (0, -x.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK))
+        exponent = torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True) / E4M3.max)).clamp(*MX_EXPONENTS)
+        return cast(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
+    amax = x.abs().amax(-1, keepdim=True) if recipe == "rowwise" else largest(x, fmt)
+    return cast(x, dynamic_scale(amax, fmt), fmt)
+
+
+def dynamic_scale(amax: Tensor, fmt: Format) -> Tensor:
+    return torch.where(amax > 0, fmt.max / amax.float(), 1.0)
+
+
+Squares = dict[str, Tensor]  # by name, sums of squares of the signal and of its error (2,)
+
+
+def squares(exact: Tensor, got: Tensor) -> Tensor:
+    return torch.stack([exact.square().sum(), (got - exact).square_().sum()]).double()
+
+
+def decibels(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """None where there is no signal, or no error."""
+    return {name: float(10 * torch.log10(own[0] / own[1])) if (own > 0).all() else None for name, own in sums.items()}
+
+
+class LayerFigures:
+    """Of one linear, over all batches shown: amax, headroom, shares of values lost, and SQNR."""
+
+    def __init__(self, scale: Tensor | None, recipe: str) -> None:
+        """`scale` (3,), or none for a recipe without."""
+        self.scale, self.recipe = scale, recipe
+        self.amax = torch.zeros(len(FORMATS), dtype=torch.float64)
+        self.lost = torch.zeros(2, len(FORMATS), dtype=torch.float64)  # underflow and overflow, sums of shares
+        self.batches = 0
+        self.sums: dict[str, Squares] = {}
+
+    def add(self, x: Tensor, weight: Tensor, grad: Tensor) -> None:
+        """x (rows, in), weight (out, in), grad (rows, out)."""
+        amax = [largest(tensor, fmt) for tensor, fmt in zip((x, weight, grad), FORMATS, strict=True)]
+        every = max(1, weight.numel() // SAMPLED)
+        tensors = x.float(), weight[::every].float(), grad[:, ::every].float()
+        exact = products(*tensors)
+        if self.batches:
+            del exact["weight"]  # is the same in every batch
+        self.batches += 1
+        self.amax = self.amax.maximum(torch.stack(amax).double().cpu())
+        dynamic = products(*cast_all(tensors, [dynamic_scale(*own) for own in zip(amax, FORMATS, strict=True)]))
+        self.compare("dynamic", exact, dynamic)
+        if self.scale is None:
+            is_dynamic = self.recipe == "current"
+            self.compare("sqnr", exact, dynamic if is_dynamic else products_by_recipe(*tensors, self.recipe))
+            return
+        scale = self.scale.to(x.device)
+        casts = cast_all(tensors, scale)
+        self.compare("sqnr", exact, products(*casts))
+        aligned = [aligned_scale(*own) for own in zip(amax, scale, FORMATS, strict=True)]
+        self.compare("aligned", exact, products(*cast_all(tensors, aligned)))
+        uncalibrated = cast(tensors[GRAD_OUTPUT], 1.0, E5M2)
+        self.compare("forward_only", exact, {"weight_gradient": uncalibrated.t() @ casts[INPUT]})
+        for slot, (tensor, fmt) in enumerate(zip(tensors, FORMATS, strict=True)):
+            self.lost[0, slot] += int(tensor.count_nonzero() - casts[slot].count_nonzero()) / tensor.numel()
+            self.lost[1, slot] += int((tensor.abs() > fmt.max / scale[slot]).sum()) / tensor.numel()
+
+    def compare(self, key: str, exact: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+        own = self.sums.setdefault(key, {})
+        for name, tensor in got.items():
+            if name in exact:
+                own[name] = own.get(name, 0) + squares(exact[name], tensor)
+
+    def report(self) -> dict[str, Any]:
+        nothing = [None] * len(FORMATS)
+        found: dict[str, Any] = {"amax": self.amax.tolist()}
+        found |= dict.fromkeys(("headroom", "underflow", "overflow"), nothing)
+        if self.scale is not None:
+            top = self.amax * self.scale.cpu()
+            room = [fmt.max / float(value) if value else None for fmt, value in zip(FORMATS, top, strict=True)]
+            found["headroom"] = [value and math.log2(value) for value in room]
+            found["underflow"], found["overflow"] = (self.lost / self.batches).tolist()
+        return found | {key: decibels(own) for key, own in self.sums.items()}
+
+
+def cast_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:
+    return [cast(*own) for own in zip(tensors, scales, FORMATS, strict=True)]
+
+
+def aligned_scale(amax: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:
+    """Dynamic scaling's, but for less than a power of two, so that both round the same values alike.
+
+    Where a few values make up most of a product, how these happen to round outweighs what a scale is to be judged by:
+    whether it keeps them all in range.
+    """
+    ratio = fmt.max / amax / calibrated
+    return calibrated * torch.exp2(torch.floor(torch.log2(torch.where(ratio.isfinite(), ratio, 1.0))))
+
+
+def layer_figures(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBatch]) -> list[dict[str, Any]]:
+    """Of each linear of the checkpoint's plan that a gradient reaches."""
+    plan, scales = checkpoint.plan, checkpoint.scales
+    assert plan is not None
+    inputs: dict[str, Tensor] = {}
+    found: dict[str, LayerFigures] = {}
+
+    def visit(name: str, slot: int, tensor: Tensor) -> None:
+        if slot == INPUT:
+            inputs[name] = tensor
+        if slot == GRAD_OUTPUT:
+            own = found.setdefault(name, LayerFigures(scales.get(f"{name}.scale"), plan.recipe))
+            own.add(inputs.pop(name), model.get_submodule(name).weight.detach(), tensor)
+
+    watch(model, plan.linears, batches, visit)
+    return [{"name": name, **found[name].report()} for name in plan.linears if name in found]
+
+
+def products(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    return {"input": x, "weight": weight, "output": x @ weight.t(), "weight_gradient": grad.t() @ x}
+
+
+def products_by_recipe(x: Tensor, weight: Tensor, grad: Tensor, recipe: str) -> dict[str, Tensor]:
+    """Each tensor is cast along what its product sums over: the weight gradient, over the rows."""
+    found = products(cast_by_recipe(x, E4M3, recipe), cast_by_recipe(weight, E4M3, recipe), grad)
+    by_column = [cast_by_recipe(tensor.t(), fmt, recipe) for tensor, fmt in ((grad, E5M2), (x, E4M3))]
+    return found | {"weight_gradient": by_column[0] @ by_column[1].t()}
