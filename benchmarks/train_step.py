@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from benchmarks import measure
 from conversion.plan import make_plan
 from pixart.config import TrainConfig
-from pixart.model import fp8, fp8_gather, fp8_torchao
+from pixart.model import fp8, fp8_gather, fp8_te, fp8_torchao
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
 from pixart.training.distributed import Ranks, parallelize, process_group
@@ -58,13 +58,13 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
     model.fuse_projections()
     if recipe:
         plan = make_plan(model, recipe=recipe, batch=options.batch)
-        if backend == "torchao":
-            fp8_torchao.swap_linears(model, plan)
+        if backend in ("torchao", "te"):
+            (fp8_torchao if backend == "torchao" else fp8_te).swap_linears(model, plan)
         else:
             fp8.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
     parallelize(model, ranks, config)
     fp8_gather.gather_in_fp8(model, torch.bfloat16)
-    if recipe == "delayed":
+    if backend.startswith("native"):
         model.plan = plan
     return model
 
@@ -105,6 +105,9 @@ WAYS = {
     ),
     "torchao tensorwise": Way(make=functools.partial(ours, compile=True, recipe="current", backend="torchao")),
     "torchao rowwise": Way(make=functools.partial(ours, compile=True, recipe="rowwise", backend="torchao")),
+    "TransformerEngine delayed": Way(make=functools.partial(ours, compile=True, recipe="delayed", backend="te")),
+    "TransformerEngine current": Way(make=functools.partial(ours, compile=True, recipe="current", backend="te")),
+    "TransformerEngine MXFP8": Way(make=functools.partial(ours, compile=True, recipe="mxfp8", backend="te")),
     "diffusers PixArtTransformer2DModel, BF16": Way(make=diffusers_peer, call=call_peer),
 }
 
@@ -167,7 +170,9 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
     in_products, in_attention, in_casts = shares(step)
     operations = options.batch * operations_of_an_image(options.dim, options.blocks) / 1e12
-    rate = rates["FP8"] if ("FP8" in name or "torchao" in name) and rates["FP8"] else rates["BF16"]
+    rate = (
+        rates["FP8"] if "BF16" not in name.split(",")[0] and "diffusers" not in name and rates["FP8"] else rates["BF16"]
+    )
     traffic = 2 * TRAFFIC * options.dim * (SIDE // 2) ** 2 * options.blocks * options.batch / 1e9
     floor = operations / rate + traffic / rates["GB/s"]
     return (

@@ -26,7 +26,8 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
     stage = options.stage or (record["stage"] if record else 1)
     if record:
         check_start(launch.recipe, options, start, record, stage)
-    check_configuration(launch.recipe, stage, shape.nodes * shape.ranks_per_node, record)
+    gpus = launch.profile.gpus_per_node > 0
+    check_configuration(launch.recipe, stage, shape.nodes * shape.ranks_per_node, record, gpus=gpus)
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])

@@ -46,8 +46,8 @@ def check_start(recipe: Recipe, options: argparse.Namespace, start: Path | None,
         )
 
 
-def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record | None) -> None:
-    """What fits together, or not, whatever the dataset."""
+def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record | None, *, gpus: bool) -> None:
+    """What fits together, or not, whatever the dataset; `gpus`: whether the nodes have any."""
     config = recipe.train(stage)
     check_sizes(recipe, stage, ranks)
     if config.fp8 and not (record and record["plan"]):
@@ -56,7 +56,12 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
             f"name it by --from, or set stage{stage}.fp8=false"
         )
     if config.fp8 and record:
-        fp8_backend(config.fp8_backend, record["plan"]["recipe"])
+        backend = fp8_backend(config.fp8_backend, record["plan"]["recipe"])
+        if backend == "te" and not gpus:
+            raise ValueError(
+                f"FP8 by TransformerEngine needs GPUs, which this cluster's profile has none of: convert with another "
+                f"--recipe than {record['plan']['recipe']}, or name another --cluster"
+            )
 
 
 def check_pipeline(recipe: Recipe, ranks: int) -> None:

@@ -84,7 +84,8 @@ class ModelConfig:
         require_at_least(1, **dataclasses.asdict(self))
 
 
-FP8_BACKENDS = {"delayed": "native", "current": "torchao", "rowwise": "torchao"}  # that follow a plan's recipe
+# That follow a plan's recipe, the one to be taken first; TransformerEngine (te) needs a GPU.
+FP8_BACKENDS = {"delayed": ("native",), "current": ("torchao", "te"), "rowwise": ("torchao",), "mxfp8": ("te",)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ class TrainConfig:
     short: float = 0.0  # share of short captions; stage 2, of a dataset with data.short_captions
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False  # needs a checkpoint that the conversion wrote
-    fp8_backend: Literal["auto", "native", "torchao"] = "auto"  # auto: by the recipe of the checkpoint's plan
+    fp8_backend: Literal["auto", "native", "torchao", "te"] = "auto"  # auto: by the recipe of the checkpoint's plan
     fp8_weight_gradient: bool = True  # false: the native backend's third product stays in BF16
     seed: int = 0
     skip_limit: int = 10  # steps in a row, left out as their gradient is not finite, after which training ends
@@ -288,12 +289,12 @@ def read_data(values: dict[str, Any]) -> DataConfig:
 
 
 def fp8_backend(wanted: str, recipe: str) -> str:
-    """What trains in FP8 by a plan of this recipe. Raises ValueError where `wanted`, or anything, does not."""
-    backend = FP8_BACKENDS.get(recipe)
-    if backend is None or wanted not in ("auto", backend):
-        allowed = ", ".join(f"{able} for {name}" for name, able in FP8_BACKENDS.items())
+    """What trains in FP8 by a plan of this recipe. Raises ValueError where `wanted` does not."""
+    able = FP8_BACKENDS[recipe]
+    if wanted not in ("auto", *able):
+        allowed = ", ".join(f"{' or '.join(backends)} for {name}" for name, backends in FP8_BACKENDS.items())
         raise ValueError(
             f"fp8_backend={wanted}: does not follow the plan's recipe {recipe!r} ({allowed}); convert with another "
             "--recipe to train here"
         )
-    return backend
+    return able[0] if wanted == "auto" else wanted

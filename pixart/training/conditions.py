@@ -7,6 +7,8 @@ from pixart.data.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
 
+ALIGNMENT = 8  # of the number of keys: attention reads a mask by 16 bytes, and compiled blocks see few lengths
+
 
 class ClassCondition:
     """Stage 1: the class, or "no class" where it is dropped or not known."""
@@ -42,6 +44,7 @@ class TextCondition:
             states = batch.text_states.to(self.device, non_blocking=True).float()
         # Padding is on the right, and keys that no caption has are left out: counted on the CPU, without a wait.
         longest = max(int(batch.token_mask.sum(1).max()), self.null_length)
+        longest += -longest % ALIGNMENT
         states = torch.where(dropped[:, None, None], self.null_states, states)
         return {"text": states[:, :longest], "text_mask": mask[:, :longest]}
 

@@ -84,11 +84,13 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
 
     Master weights stay float32; computation is in `config.precision`.
     """
+    # In one piece, but for TransformerEngine's linears, which run outside of a compiled graph.
+    whole = not any("transformer_engine" in type(module).__module__ for module in model.modules())
     for block in model.dit_blocks:
         if config.activation_checkpointing != "none":
             block.forward = recomputed(config.activation_checkpointing, block.forward)
         if config.compile:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=whole)
     # Time stays float32 on its way in: the model casts what it multiplies with weights.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype_of(config.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
