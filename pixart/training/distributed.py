@@ -21,6 +21,7 @@ aten = torch.ops.aten
 # Products and attention: what costs most to compute again. Norms, modulations and activations are made anew.
 KEPT = (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm)
 ATTENTION = "_scaled_dot_product"
+GRAPHS = 64  # of a block: training, validation and previews, lengths of text, a linear that has left FP8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,8 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
 
     Master weights stay float32; computation is in `config.precision`.
     """
+    if config.compile:
+        torch._dynamo.config.recompile_limit = GRAPHS
     # In one piece, but for TransformerEngine's linears, which run outside of a compiled graph.
     whole = not any("transformer_engine" in type(module).__module__ for module in model.modules())
     for block in model.dit_blocks:
