@@ -115,7 +115,8 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches, one after the other, of which a rank's part of the batch is made up
     sharding: Literal["full", "hybrid"] = "full"  # hybrid: over the ranks of a node, with a replica on each node
     reshard: bool = True  # free a block's gathered weights after its forward pass: less memory, one gather more
-    compile: bool = False  # each block, by torch.compile
+    compile: bool = False  # each block, by torch.compile; the text encoder too
+    text_encoder: Literal["replicated", "sharded"] = "replicated"  # where the dataset has no states of the text
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products are kept
 
     log_every: int = 10

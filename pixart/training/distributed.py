@@ -104,6 +104,15 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
 
 
+def shard_frozen(model: nn.Module, ranks: Ranks) -> None:
+    """FSDP2 around a model that is not trained, in place: each item of its lists of layers a unit, the rest another."""
+    mesh = make_mesh(ranks, "full")
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
 def dtype_of(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 

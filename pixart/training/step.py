@@ -59,7 +59,7 @@ class Training:
         self.ema = Ema(self.model, config.ema)
         self.skipped_in_row = torch.zeros((), device=ranks.device)
         self.condition = (
-            ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks.device)
+            ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks, config)
         )
 
     def swap_linears(self, plan: Plan) -> None:
