@@ -30,7 +30,7 @@ SLOTS = ("input", "weight", "grad_output")
 FORMATS = (E4M3, E4M3, E5M2)
 
 CACHED = 1 << 15  # float32 values that a core's own cache holds several times over
-BLACKWELL = (10, 0)  # compute capability from which on FP8 products take both operands in either layout
+BLACKWELL = 10  # compute capability from which on a product takes operands in either layout; before, sums are of rows
 
 
 def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
@@ -81,23 +81,50 @@ def scaled_matmul(
     if not a.is_cuda:
         product = a @ b if bias is None else torch.addmm(bias.float() / unscale, a, b)
         return (product * unscale).to(dtype)
-    if torch.cuda.get_device_properties(a.device).major < BLACKWELL[0]:  # Hopper's and Ada's sum along contiguous rows
-        a, b = a.contiguous(), b.t().contiguous().t()
     whole = unscale.dim() == 0
     one = torch.ones((), device=a.device)
     fused = whole and bias is not None and dtype != torch.float32  # cuBLAS has no bias for a float32 result
-    product = torch._scaled_mm(
-        a,
-        b,
-        scale_a=scale_a.reciprocal() if whole else one,
-        scale_b=scale_b.reciprocal() if whole else one,
-        bias=bias if fused else None,
-        out_dtype=dtype,
-        use_fast_accum=fast,
-    )
+    scales = (scale_a.reciprocal(), scale_b.reciprocal()) if whole else (one, one)
+    turned = (not a.is_contiguous(), not b.is_contiguous())
+    given = [tensor.t() if turn else tensor for tensor, turn in zip((a, b), turned, strict=True)]
+    product = tensor_core_product(*given, *turned, *scales, bias if fused else None, dtype, fast)
     if not whole:
         product = (product * unscale).to(dtype)
     return product if fused or bias is None else product + bias
+
+
+@torch.library.custom_op("pixart::tensor_core_product", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def tensor_core_product(
+    a: Tensor,
+    b: Tensor,
+    turn_a: bool,
+    turn_b: bool,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    """FP8 a (m, k) times FP8 b (k, n), times both scales, plus bias (n,) -> (m, n). What is turned is given as its
+    transpose; all that is given is contiguous.
+
+    To a compiler it is one piece: what torch has for it insists on sums along rows also where the card does not, and a
+    transposed copy that became part of a cast by rows would write single bytes a whole row apart.
+    """
+    a, b = a.contiguous(), b.contiguous()  # a compiler may choose
+    if torch.cuda.get_device_properties(a.device).major < BLACKWELL:
+        a, turn_a = (transposed(a) if turn_a else a), False
+        b, turn_b = (b if turn_b else transposed(b)), True
+    a, b = (a.t() if turn_a else a), (b.t() if turn_b else b)
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast)
+
+
+@tensor_core_product.register_fake
+def _(a, b, turn_a, turn_b, scale_a, scale_b, bias, dtype, fast):
+    return a.new_empty(a.shape[turn_a], b.shape[1 - turn_b], dtype=dtype)
+
+
+transposed = torch.compile(lambda x: x.t().contiguous(), dynamic=True)  # in tiles, which a plain copy is not
 
 
 class Float8Product(torch.autograd.Function):

@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pixart.config import TrainConfig
+from pixart.model import fp8_products  # noqa: F401 - its operator is one of those below
 
 aten = torch.ops.aten
 # Products and attention: what costs most to compute again. Norms, modulations and activations are made anew.
-KEPT = (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm)
+KEPT = (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm, torch.ops.pixart.tensor_core_product)
 ATTENTION = "_scaled_dot_product"
 GRAPHS = 64  # of a block: training, validation and previews, lengths of text, a linear that has left FP8
 
