@@ -11,6 +11,7 @@ from pixart.model import fp8
 from pixart.model.dit import DiT
 from pixart.model.fp8_gather import gather_as_given, gather_in_fp8
 from pixart.training.distributed import process_group, recomputed, whole
+from pixart.training.ema import reshard, set_weights
 from tests import ranks
 from tests.fp8_models import fp8_model, inputs, plan_of
 
@@ -56,6 +57,9 @@ def trained(model: DiT, falls_at: int = -1) -> dict[str, torch.Tensor]:
     found |= {name: whole(parameter.grad) for name, parameter in parameters.items()}
     with torch.no_grad():
         found["without gradients"] = model(x, t, text=text, text_mask=mask)
+        reshard(model)
+        set_weights(model, {name: 1.5 * parameter for name, parameter in model.named_parameters()})
+        found["with other weights"] = model(x, t, text=text, text_mask=mask)
     return {**found, **fp8.scale_state(model)}
 
 
