@@ -62,8 +62,10 @@ class Gathering:
         if self.made_of != now:
             rows = -(-outer_size[0] // mesh.size())
             cast = quantize(self.shard, scale[WEIGHT], E4M3).to(E4M3.dtype)
-            self.cast = F.pad(cast.view(torch.uint8), (0, 0, 0, rows - len(cast))).view(E4M3.dtype)
-            self.amax = largest(self.shard) if len(cast) else torch.zeros((), device=scale.device)
+            if rows > len(cast):
+                cast = F.pad(cast.view(torch.uint8), (0, 0, 0, rows - len(cast))).view(E4M3.dtype)
+            self.cast = cast
+            self.amax = largest(self.shard) if len(self.shard) else torch.zeros((), device=scale.device)
             self.made_of = now
         return (self.cast,), None
 

@@ -89,6 +89,7 @@ def test_the_same_as_unsharded(tmp_path, world, how, most):
     """
     ranks.run(world, child, how, str(tmp_path / "found.pt"))
     found = torch.load(Path(tmp_path, "found.pt"), weights_only=True)
+    torch.set_num_threads(1)  # as the ranks: sums in another order may become a step of FP8
     alone = trained(fp8_model(2), how.get("falls_at", -1))
     assert found.keys() == alone.keys()
     for name, tensor in alone.items():
