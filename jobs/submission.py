@@ -243,8 +243,12 @@ def make_dataset(launch: Launch) -> None:
         cluster = Cluster(profiles.load("local"), folder)
         job = cluster.submit_ranks(Shape(kind="init"), functools.partial(init.run, to_json(launch.recipe)))
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
-        while runs.under_way(found := runs.elements(run)):
-            time.sleep(POLL_SECONDS["local"] / 5)
+        try:
+            while runs.under_way(found := runs.elements(run)):
+                time.sleep(POLL_SECONDS["local"] / 5)
+        except KeyboardInterrupt:
+            queue.cancel(run.executor, run.job_ids)
+            raise
         if found[0].state == "failed":  # by the source, a model, or the place: there is no log to point to any more
             kind, _, said = found[0].note.partition(": ")
             raise ValueError(said if kind == "ValueError" else f"dataset {launch.dataset} cannot be made: {said}")
