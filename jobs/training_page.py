@@ -137,7 +137,8 @@ def figure(
         few, group = reduced(values)
         grouped = max(grouped, group)
         smooth = key == "train/loss" and len(few) >= SMOOTH
-        shown.append((key, few, f"var(--c{index % COLORS})", "faint" if smooth else "curve"))
+        mark = "dot" if len(few) == 1 else "faint" if smooth else "curve"  # of a single point there is no line to see
+        shown.append((key, few, f"var(--c{index % COLORS})", mark))
         if smooth:
             half = max(2, len(few) // SMOOTH // 2)
             shown.append((f"{key}, mean over {2 * half + 1} points", smoothed(few, half), "var(--c7)", "curve"))
