@@ -9,11 +9,10 @@ from jobs.dataset_commands import prepare_dataset, require_audit
 from jobs.model_commands import last_checkpoint, submit_conversion, submit_training, training_shape
 from jobs.runs import Run
 from jobs.sample_commands import describe_samples, submit_sampling
-from jobs.submission import Launch, NothingSubmitted, use_dataset, waited
+from jobs.submission import Launch, NothingSubmitted, planned_cluster, use_dataset, waited
 from jobs.tracking import Tracker
 from jobs.training_checks import check_dataset, check_pipeline
 from pixart.config import to_json
-from slurm.cluster import Cluster
 
 
 def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -64,7 +63,7 @@ def where_runs_are(tracker: Tracker) -> str:
 
 
 def describe_plan(launch: Launch, options: argparse.Namespace) -> str:
-    cluster = Cluster(launch.profile, launch.home / "runs" / "RUN", after=["BEFORE"])
+    cluster = planned_cluster(launch, after=["BEFORE"])
     shards = range(launch.recipe.data.shards)
     shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
     training = cluster.ranks_shape("train", options.nodes, None)
