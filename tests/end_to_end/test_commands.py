@@ -298,7 +298,7 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
 @pytest.mark.slow
 def test_interrupting_ends_the_jobs_too(tmp_path):
     """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
-    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=20000", "--set", "data.shards=200"]
+    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=8000", "--set", "data.shards=200"]
     launcher = subprocess.Popen(
         words, cwd=tmp_path, env=bare_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
