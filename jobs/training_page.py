@@ -209,7 +209,8 @@ def headline(curves: Mapping[str, Points]) -> dict[str, str]:
     found = {}
     if loss := curves.get("train/loss"):
         last = loss[-max(1, len(loss) // SMOOTH) :]
-        found["loss"] = f"{fmean(value for _, value in last):.4f} (mean of the last {len(last)} reports)"
+        of = f"mean of the last {len(last)} reports" if len(last) > 1 else "last report"
+        found["loss"] = f"{fmean(value for _, value in last):.4f} ({of})"
     if held_out := curves.get("val/loss_ema"):
         found["held out"] = f"{held_out[-1][1]:.4f}, of the average, at step {held_out[-1][0]:,}"
     if rate := curves.get("train/images_per_second"):
