@@ -9,6 +9,7 @@ from jobs.records import read_record
 
 MARKER = "training.json"  # written last
 INFERENCE = "inference.json"  # of FP8 weights for inference
+FOREIGN = (".metadata", "diffusion_pytorch_model.safetensors")  # of torch.distributed.checkpoint, of diffusers
 KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files")
 
 
@@ -42,6 +43,11 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
 def checkpoint_record(directory: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises ValueError for one that is damaged."""
     return read_record(directory / MARKER, *KEYS)
+
+
+def is_foreign(directory: Path) -> bool:
+    """Whether it is a checkpoint of another kind than the suite's, which the conversion reads too."""
+    return any((directory / name).exists() for name in FOREIGN)
 
 
 def check_file(path: Path) -> None:

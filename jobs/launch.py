@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name == "lineage":
             job.add_argument("what", nargs="?", help="run, PNG, checkpoint or dataset (default: the newest run)")
-            job.add_argument("--html", metavar="FILE", help="write it as a page too")
+            job.add_argument("--html", metavar="FILE", type=named, help="write it as a page too")
         elif name == "release":
             job.add_argument("checkpoint", help="checkpoint or run folder")
             job.add_argument("--name", default="pixart", help="of the registered model (default: pixart)")
@@ -123,7 +123,9 @@ def add_sampling(job: argparse.ArgumentParser) -> None:
         help="pictures of each prompt or class; all count on from sample.seed (default: 1)",
     )
     job.add_argument("--weights", choices=("ema", "master"), default="ema", help="(default: ema, the average)")
-    job.add_argument("--export", metavar="FOLDER", help="write a diffusers pipeline, and pictures just where asked for")
+    job.add_argument(
+        "--export", metavar="FOLDER", type=named, help="write a diffusers pipeline, and pictures just where asked for"
+    )
 
 
 def add_settings(job: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from conversion.options import Options, default_output, from_arguments
 from conversion.report import PAGE
 from jobs import ledger, runs
-from jobs.checkpoints import check_file, checkpoint_record, find_checkpoint
+from jobs.checkpoints import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.dataset_commands import prepare_dataset, require_audit
 from jobs.pages import SUMMARY
 from jobs.runs import Run
@@ -87,12 +87,11 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
     source = Path(options.checkpoint).absolute()
     if not source.is_file() and not source.is_dir():
         raise ValueError(f"checkpoint {options.checkpoint}: no such file or directory")
-    if source.is_dir():
+    if source.is_dir() and not is_foreign(source):
         source = find_checkpoint(str(source))
     target = Path(options.output).absolute() if options.output else default_output(source)
     how = from_arguments(options)
-    if source.is_file():
-        check_file(source)
+    check_source(source, how)
     if target.exists() and not how.overwrite:
         raise ValueError(f"{target} exists: name another --output, or give --overwrite")
     run = submit_conversion(launch, source, target, how)
@@ -100,6 +99,22 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
         return describe_submission(run)
     following = f"python -m jobs.launch train --stage {how.stage} --from {target}"
     return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following}"
+
+
+def check_source(source: Path, how: Options) -> None:
+    """What can be said of a checkpoint, and of the data to calibrate on, without torch."""
+    if source.is_file():
+        check_file(source)
+    elif is_foreign(source):
+        check_lengths(source)
+    else:
+        record = checkpoint_record(source)
+        if record["plan"]:
+            raise ValueError(f"{source} is an FP8 checkpoint already")
+        if record["stage"] > how.stage:
+            raise ValueError(f"--stage {how.stage}: {source} is of stage {record['stage']} already")
+    if how.data and ledger.manifest(how.data) is None:
+        raise ValueError(f"--data {how.data}: there is no dataset")
 
 
 def submit_conversion(launch: Launch, source: Path, target: Path, how: Options, after: Sequence[str] = ()) -> Run:

@@ -75,6 +75,8 @@ def check_options(options: argparse.Namespace, checkpoint: Path, stage: int, in_
         raise ValueError(f"--export: {checkpoint} is in FP8, which diffusers has no scales for; name the checkpoint")
     if options.export and Path(options.export).exists():
         raise ValueError(f"--export {options.export}: is there already, name another folder")
+    if options.export and any(parent.is_file() for parent in Path(options.export).absolute().parents):
+        raise ValueError(f"--export {options.export}: lies below a file")
 
 
 def own_dataset(

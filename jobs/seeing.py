@@ -27,8 +27,8 @@ def lineage_command(home: Path, options: argparse.Namespace) -> int:
     node = lineage.trace(home, options.what)
     if options.html:
         target = Path(options.html).absolute()
-        if not target.parent.is_dir():
-            raise ValueError(f"--html {options.html}: there is no folder {target.parent}")
+        if not target.parent.is_dir() or target.is_dir():
+            raise ValueError(f"--html {options.html}: no file can be there")
         write_atomically(target, lineage_page.page(node, target.parent))
     lineage.show(node)
     if options.html:

@@ -95,7 +95,7 @@ def begin(
 
     Raises ValueError, with nothing made, for what the cluster would never run.
     """
-    planned = Cluster(launch.profile, launch.home / "runs" / "RUN", after=after)
+    planned = planned_cluster(launch, after)
     planned.check(shape)
     if launch.dry_run:
         raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
@@ -111,6 +111,17 @@ def begin(
     launch.folders.append(folder)
     tell(launch, folder)
     return prepared(launch, folder, shape, after)
+
+
+def planned_cluster(launch: Launch, after: Sequence[str] = ()) -> Cluster:
+    """As a submission will have it, of a run that has no name yet."""
+    run = launch.home / "runs" / "RUN"
+    return Cluster(launch.profile, run, code=next_code(run), after=after)
+
+
+def next_code(run: Path) -> Path:
+    """Where the copy of the code for another submission of a run lies."""
+    return run / f"code-{len(list(run.glob('code-*'))) + 1}"
 
 
 def common_tags(launch: Launch, job: str) -> dict[str, str]:
@@ -139,7 +150,7 @@ def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = 
     """The cluster, ready for a submission into a run folder: on Slurm, with a copy of the code."""
     if launch.profile.executor != "slurm":
         return Cluster(launch.profile, folder)
-    code = folder / f"code-{len(list(folder.glob('code-*'))) + 1}"
+    code = next_code(folder)
     copy_code(code)
     cluster = Cluster(launch.profile, folder, code=code, after=after)
     (folder / "sbatch.txt").write_text(cluster.sbatch_text(shape))
@@ -151,7 +162,7 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     missing = [number for number, element in runs.elements(run).items() if element.state == "failed"]
     if not missing:
         return run, []
-    planned = Cluster(launch.profile, run.folder)
+    planned = Cluster(launch.profile, run.folder, code=next_code(run.folder))
     if run.elements:
         shape = planned.array_shape(run.kind, missing)
     else:
@@ -243,8 +254,12 @@ def make_dataset(launch: Launch) -> None:
         cluster = Cluster(profiles.load("local"), folder)
         job = cluster.submit_ranks(Shape(kind="init"), functools.partial(init.run, to_json(launch.recipe)))
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
-        while runs.under_way(found := runs.elements(run)):
-            time.sleep(POLL_SECONDS["local"] / 5)
+        try:
+            while runs.under_way(found := runs.elements(run)):
+                time.sleep(POLL_SECONDS["local"] / 5)
+        except KeyboardInterrupt:
+            queue.cancel(run.executor, run.job_ids)
+            raise
         if found[0].state == "failed":  # by the source, a model, or the place: there is no log to point to any more
             kind, _, said = found[0].note.partition(": ")
             raise ValueError(said if kind == "ValueError" else f"dataset {launch.dataset} cannot be made: {said}")

@@ -137,7 +137,8 @@ def figure(
         few, group = reduced(values)
         grouped = max(grouped, group)
         smooth = key == "train/loss" and len(few) >= SMOOTH
-        shown.append((key, few, f"var(--c{index % COLORS})", "faint" if smooth else "curve"))
+        mark = "dot" if len(few) == 1 else "faint" if smooth else "curve"  # of a single point there is no line to see
+        shown.append((key, few, f"var(--c{index % COLORS})", mark))
         if smooth:
             half = max(2, len(few) // SMOOTH // 2)
             shown.append((f"{key}, mean over {2 * half + 1} points", smoothed(few, half), "var(--c7)", "curve"))
@@ -208,7 +209,8 @@ def headline(curves: Mapping[str, Points]) -> dict[str, str]:
     found = {}
     if loss := curves.get("train/loss"):
         last = loss[-max(1, len(loss) // SMOOTH) :]
-        found["loss"] = f"{fmean(value for _, value in last):.4f} (mean of the last {len(last)} reports)"
+        of = f"mean of the last {len(last)} reports" if len(last) > 1 else "last report"
+        found["loss"] = f"{fmean(value for _, value in last):.4f} ({of})"
     if held_out := curves.get("val/loss_ema"):
         found["held out"] = f"{held_out[-1][1]:.4f}, of the average, at step {held_out[-1][0]:,}"
     if rate := curves.get("train/images_per_second"):

@@ -62,6 +62,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_at_least(1, shards=self.shards, image_size=self.image_size, text_tokens=self.text_tokens)
         require_at_least(1, images=1 if self.images is None else self.images)
+        require_at_least(0, seed=self.seed, text_scale=self.text_scale)
         if self.shards > MOST_SHARDS:
             raise ValueError(f"shards={self.shards}: must be at most {MOST_SHARDS}")
 
@@ -136,10 +137,12 @@ class TrainConfig:
         require_at_least(1, accumulate=self.accumulate, skip_limit=self.skip_limit, keep_last=self.keep_last)
         require_at_least(1, previews=self.previews, fp8_every=self.fp8_every)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
+        require_at_least(0, eps=self.eps, seed=self.seed)
         require_at_least(0, validate_every=self.validate_every, preview_every=self.preview_every, profile=self.profile)
         require_at_least(0, validation_rows=self.validation_rows, keep_every=self.keep_every)
         require_at_least(0.01, stall_minutes=self.stall_minutes)
         require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop, short=self.short)
+        require_share(beta1=self.beta1, beta2=self.beta2)
         if self.validate_every and not self.validation_rows:
             raise ValueError(f"validate_every={self.validate_every}: needs validation_rows, which are 0")
 

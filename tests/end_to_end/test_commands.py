@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from conversion.exports import export_inference
-from jobs import ledger
+from jobs import launch, ledger
 from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
@@ -95,6 +95,9 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch caption --home ", "--home: is empty"),
         ("python -m jobs.launch caption --home broken.pt", "Not a directory"),
         ("python -m jobs.launch caption --home /proc/home", "/proc/home"),
+        ("python -m jobs.launch caption --set data.path=", "data.path: is empty"),
+        ("python -m jobs.launch caption --set data.text_scale=nan", "data.text_scale=nan"),
+        ("python -m jobs.launch train --set stage1.beta1=2", "stage1.beta1=2"),
         ("python -m jobs.launch caption --dataset broken.pt", "Not a directory"),
         ("python -m jobs.launch caption --dataset damaged", "manifest.json is damaged"),
         ("python -m jobs.launch caption --cluster damaged/binary.toml", "damaged/binary.toml"),
@@ -132,6 +135,8 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch convert done", "--overwrite"),
         ("python -m jobs.launch convert broken.pt", "no PyTorch checkpoint"),
         ("python -m jobs.launch convert pipe.pt", "pipe.pt"),
+        ("python -m jobs.launch convert text --stage 1 --output out", "is of stage 2 already"),
+        ("python -m jobs.launch convert failed --output out --data nodata", "--data nodata"),
         ("python -m jobs.launch convert failed --batches 0", "--batches must be at least 1"),
         ("python -m jobs.launch sample nowhere", "nowhere"),
         ("python -m jobs.launch sample done", "done names no dataset"),
@@ -151,6 +156,8 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch sample text --per-prompt 0", "'0'"),
         ("python -m jobs.launch sample text --weights best", "best"),
         ("python -m jobs.launch sample text --export done", "--export done"),
+        ("python -m jobs.launch sample text --export broken.pt/folder", "lies below a file"),
+        ("python -m jobs.launch sample text --export ", "--export: is empty"),
         ("python -m jobs.launch sample wide", "text states of width 11"),
         ("python -m jobs.launch sample fp8 --weights master", "--weights master"),
         ("python -m jobs.launch sample fp8 --export folder", "is in FP8"),
@@ -179,6 +186,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch lineage damaged", "training.json is damaged"),
         ("python -m jobs.launch lineage other.png", "names no checkpoint"),
         ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),
+        ("python -m jobs.launch lineage done --html damaged", "--html damaged"),
         ("python -m jobs.launch release nowhere", "nowhere"),
         ("python -m jobs.launch release done", "no run folder"),
         ("python -m jobs.launch release done --name a/b", "'a/b'"),
@@ -215,6 +223,18 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     assert errors.count("\n") == 1, errors
     assert errors.startswith("error: ")
     assert tree(tmp_path) == before
+
+
+def test_the_convert_job_takes_checkpoints_of_other_kinds(tmp_path, monkeypatch, stage1, capsys):
+    monkeypatch.setenv("PIXART_CLUSTER", "local")
+    folder = tmp_path / "weights"
+    checkpoints.save_weights(stage1.model, stage1.config, folder)
+    words = ["convert", str(folder), "--home", str(tmp_path / "home"), "--dry-run"]
+    assert launch.main(words) == 0
+    file = folder / checkpoints.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-10])
+    assert launch.main(words) == 2
+    assert "damaged or truncated" in capsys.readouterr().err
 
 
 def save_what_is_damaged(folder: Path) -> None:
@@ -278,7 +298,7 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
 @pytest.mark.slow
 def test_interrupting_ends_the_jobs_too(tmp_path):
     """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
-    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=20000", "--set", "data.shards=200"]
+    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=8000", "--set", "data.shards=200"]
     launcher = subprocess.Popen(
         words, cwd=tmp_path, env=bare_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

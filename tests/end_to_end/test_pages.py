@@ -87,6 +87,7 @@ def test_a_training_page_tells_of_the_run(demo, look):
             assert page.query_selector(f"h2:text-is('{heading}')"), heading
         assert len(page.query_selector_all(".previews img")) == STEPS // 4
         assert page.query_selector_all("path.event title")
+        assert page.query_selector("h2:text-is('FP8 headroom') + figure g.series path.dot")  # looked at once
         losses = page.query_selector("h2:text-is('Loss') + figure")
         assert len(losses.query_selector_all("g.series path.curve, g.series path.faint")) >= STEPS
         assert "optimizer step" in losses.inner_text()
@@ -129,6 +130,10 @@ def test_mlflow_shows_runs_curves_pictures_and_pages(demo, look, mlflow_page, sc
             page.wait_for_selector(f"text={name}")
         page.wait_for_selector(".js-plotly-plot path.js-line", state="attached")
         page.wait_for_selector("text=preview")
+        page.focus("[role=slider]")
+        page.keyboard.press("ArrowRight")  # from before the first picture to it
+        picture = page.wait_for_selector("img[src*='preview%2Bstep%2B4%2B']")
+        page.wait_for_function("picture => picture.complete && picture.naturalWidth > 0", arg=picture)
     with look(f"{at}/runs/{run}/system-metrics", scheme, "mlflow-system", says=MLFLOW_SAYS) as page:
         page.wait_for_selector("text=cpu_percent_node0")
     with look(f"{at}/runs/{run}/artifacts/summary.html", scheme, "mlflow-page", says=MLFLOW_SAYS) as page:

@@ -146,6 +146,26 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
     assert [(line["job"], line["arguments"]) for line in starts] == [(job, [list(own)]) for job, own in run.jobs]
 
 
+def test_a_dry_run_says_just_what_is_submitted_then_of_a_copy_of_the_code(profile, tmp_path, capsys):
+    words, settings = (
+        ("caption", "--cluster", str(profile), "--array", "0,2"),
+        {"data.shards": 4, "data.images": 16_000},
+    )
+    submit(tmp_path, *words, "--dry-run", settings=settings)
+    told = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    submit(tmp_path, *words, settings=settings)
+    run = newest(tmp_path, "caption")
+    files = {name: (run.folder / name).read_text() for name in ("sbatch.txt", "config.json", "profile.json", "git.txt")}
+    assert told.replace("runs/RUN", f"runs/{run.folder.name}") == f"{files['sbatch.txt']}\n{files['config.json']}"
+    job = run.job_of()[0]
+    wait_until(lambda: bool(task_processes(job)), what="a task")
+    (copy,) = {Path(f"/proc/{pid}/cwd").resolve() for pid in task_processes(job)}
+    assert copy == run.folder / "code-1"
+    assert (copy / "jobs/launch.py").read_text() == Path(launch.__file__).read_text()
+    assert set(settle(run).values()) == {"done"}
+
+
 PIPELINE = SMALL | {
     "data.images": 64,
     "stage1.steps": 6,
