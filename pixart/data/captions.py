@@ -50,6 +50,7 @@ class Screened:
     """A source item after screening; without an image it is rejected."""
 
     item: Item
+    digest: bytes  # of the item's data
     image: Image.Image | None = None
     statistics: Statistics | None = None
     reason: str = ""
@@ -59,6 +60,7 @@ class Screened:
 
 def screen(item: Item, limits: ScreeningConfig) -> Screened:
     image = statistics = None
+    digest = screening.digest(item.data)
     try:
         image, size = screening.decode_shrunk(item.data, limits, MAX_PIXELS)
         statistics = screening.measure(image, size)
@@ -66,12 +68,13 @@ def screen(item: Item, limits: ScreeningConfig) -> Screened:
     except screening.Rejected as rejected:
         return Screened(
             item=item,
+            digest=digest,
             statistics=statistics,
             reason=rejected.reason,
             detail=rejected.detail,
             thumbnail=screening.thumbnail(image) if image else None,
         )
-    return Screened(item=item, image=image, statistics=statistics)
+    return Screened(item=item, digest=digest, image=image, statistics=statistics)
 
 
 def make_part(items: Iterable[Item], captioner: Captioner, limits: ScreeningConfig) -> pa.Table:
@@ -113,7 +116,7 @@ def append(columns: dict[str, list[Any]], screened: Screened) -> None:
         "reason": screened.reason,
         "detail": screened.detail,
         "thumbnail": screened.thumbnail,
-        "digest": screening.digest(screened.item.data),
+        "digest": screened.digest,
         **(asdict(screened.statistics) if screened.statistics else {}),
     }
     for name, values in columns.items():
