@@ -21,10 +21,10 @@ from pixart.model.dit import DiT, parameter_groups
 
 CGROUP = Path("/sys/fs/cgroup/memory/conversion-limits")
 COUNTED = (
-    "Passes of the model, which fit (stage), calibrate and verify, are measured by themselves. All else is held against "
-    "`cp` and fsync of the source, before and after, on the same disk: reading and checking every value, deriving what "
-    "changes, writing, fsync. The source's hash and the comparison of every carried tensor with it are made by a thread "
-    "beside the passes; what they take beyond these counts, as `comparing`."
+    "Passes of the model, which fit (stage), calibrate and verify, are measured by themselves. All else is held "
+    "against `cp` and fsync of the source, before and after, on the same disk: reading and checking every value, "
+    "deriving what changes, writing, fsync. The source's hash and the comparison of every carried tensor with it are "
+    "made by a thread beside the passes; what they take beyond these counts, as `comparing`."
 )
 PASSES = ("stage", "calibrating", "verifying")  # steps of the report that are passes of the model
 
