@@ -20,6 +20,12 @@ from pixart.config import ModelConfig
 from pixart.model.dit import DiT, parameter_groups
 
 CGROUP = Path("/sys/fs/cgroup/memory/conversion-limits")
+COUNTED = (
+    "Passes of the model, which fit (stage), calibrate and verify, are measured by themselves. All else is held "
+    "against `cp` and fsync of the source, before and after, on the same disk: reading and checking every value, "
+    "deriving what changes, writing, fsync. The source's hash and the comparison of every carried tensor with it are "
+    "made by a thread beside the passes; what they take beyond these counts, as `comparing`."
+)
 PASSES = ("stage", "calibrating", "verifying")  # steps of the report that are passes of the model
 
 
@@ -91,15 +97,15 @@ def main() -> None:
     path = options.folder / "large.pt"
     parameters = write_checkpoint(path)
     subprocess.run(["sync"], check=True)
-    lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB."]
+    lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB.", "", COUNTED]
     for stage in (1, 2):
         before, (seconds, peak), after = copy_seconds(path), convert(path, stage), copy_seconds(path)
         own = sum(value for name, value in seconds.items() if name not in PASSES)
         written = sum(file.stat().st_size for file in path.with_suffix(".fp8").rglob("*") if file.is_file())
         lines += [
             "",
-            f"To stage {stage}, {written / 1e9:.1f} GB. The source copied and synced: {before:.0f} s before, "
-            f"{after:.0f} s after.",
+            f"To stage {stage}, {written / 1e9:.1f} GB. The source copied and synced: {before:.1f} s before, "
+            f"{after:.1f} s after.",
             "",
             "| step | seconds |",
             "|---|---|",

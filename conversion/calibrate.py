@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conversion.options import Statistic
-from pixart.checkpoint import Normalization
+from conversion.options import STATEFUL, Options, Statistic
+from pixart.checkpoint import Checkpoint, Normalization
 from pixart.data import manifest as manifests
 from pixart.data.store import Store
 from pixart.data.text import TextEncoder
 from pixart.model.dit import DiT, no_class
 from pixart.model.flow import flow_loss, interpolate, stratified_time
+from pixart.model.fp8 import Plan, calibrated_state
 from pixart.model.fp8_products import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, round_to_format_
 
 SYNTHETIC_TEXT_TOKENS = 32
@@ -221,3 +222,21 @@ def measure_amax(
         dist.all_reduce(together, op=dist.ReduceOp.MAX)
         amax = dict(zip(amax, together.cpu(), strict=True))
     return amax
+
+
+def calibrate(
+    checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
+) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """The checkpoint with scales, and the amax of each linear's slots; none for a recipe without scales."""
+    plan = checkpoint.plan
+    assert plan is not None
+    if plan.recipe != STATEFUL:
+        return dataclasses.replace(checkpoint, scales={}), {}
+    amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
+    return dataclasses.replace(checkpoint, scales=calibrated_state(amax, plan)), amax
+
+
+def unmeasured(amax: Mapping[str, Tensor], plan: Plan) -> list[str]:
+    """Names of the slots that no value has reached."""
+    found = {name: (amax[name] == 0).nonzero().flatten().tolist() for name in plan.linears if name in amax}
+    return [f"{name}.{SLOTS[slot]}" for name, slots in found.items() for slot in slots]

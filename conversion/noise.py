@@ -1,7 +1,7 @@
 """What FP8 does to every linear, on batches held out: amax, headroom, shares of values lost, and noise.
 
 Signal to quantization noise (SQNR) is 10 log10(sum of squares / sum of squared errors), in dB. Of a large linear it
-is taken over every n-th output alone, with the scales that the whole tensors have.
+is taken over some of its outputs, with the scales that the whole tensors have.
 """
 
 import math
@@ -19,7 +19,7 @@ from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, F
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # of a block's scale
-SAMPLED = 1 << 18  # weights of a linear that figures are taken over, or up to twice as many where it has no more
+SAMPLED = 1 << 18  # weights of a linear that figures are taken over; all of them where it has less than twice as many
 
 
 def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
@@ -62,6 +62,7 @@ class LayerFigures:
     def __init__(self, scale: Tensor | None, recipe: str) -> None:
         """`scale` (3,), or none for a recipe without."""
         self.scale, self.recipe = scale, recipe
+        self.outputs = (0, 0)  # that figures are of, and those that there are
         self.amax = torch.zeros(len(FORMATS), dtype=torch.float64)
         self.lost = torch.zeros(2, len(FORMATS), dtype=torch.float64)  # underflow and overflow, sums of shares
         self.batches = 0
@@ -70,8 +71,9 @@ class LayerFigures:
     def add(self, x: Tensor, weight: Tensor, grad: Tensor) -> None:
         """x (rows, in), weight (out, in), grad (rows, out)."""
         amax = [largest(tensor, fmt) for tensor, fmt in zip((x, weight, grad), FORMATS, strict=True)]
-        every = max(1, weight.numel() // SAMPLED)
-        tensors = x.float(), weight[::every].float(), grad[:, ::every].float()
+        outputs = chosen_outputs(weight, grad)
+        self.outputs = max(self.outputs, (len(outputs), len(weight)))
+        tensors = x.float(), weight[outputs].float(), grad[:, outputs].float()
         exact = products(*tensors)
         if self.batches:
             del exact["weight"]  # is the same in every batch
@@ -102,7 +104,7 @@ class LayerFigures:
 
     def report(self) -> dict[str, Any]:
         nothing = [None] * len(FORMATS)
-        found: dict[str, Any] = {"amax": self.amax.tolist()}
+        found: dict[str, Any] = {"outputs": self.outputs, "amax": self.amax.tolist()}
         found |= dict.fromkeys(("headroom", "underflow", "overflow"), nothing)
         if self.scale is not None:
             top = self.amax * self.scale.cpu()
@@ -110,6 +112,13 @@ class LayerFigures:
             found["headroom"] = [value and math.log2(value) for value in room]
             found["underflow"], found["overflow"] = (self.lost / self.batches).tolist()
         return found | {key: decibels(own) for key, own in self.sums.items()}
+
+
+def chosen_outputs(weight: Tensor, grad: Tensor) -> Tensor:
+    """All of them; of a large linear every n-th, and those of the largest values, which a scale cuts first."""
+    every = max(1, weight.numel() // SAMPLED)
+    peaks = [torch.linalg.vector_norm(tensor, torch.inf, dim).argmax() for tensor, dim in ((weight, 1), (grad, 0))]
+    return torch.cat([torch.arange(0, len(weight), every, device=weight.device), torch.stack(peaks)]).unique()
 
 
 def cast_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:

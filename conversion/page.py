@@ -153,13 +153,15 @@ def layers(report: Mapping[str, Any]) -> str:
         for layer in found
         if drawable(own := weight_gradient(layer, "sqnr")) and drawable(dynamic := weight_gradient(layer, "dynamic"))
     ]
+    outputs = [layer["outputs"] for layer in found]
+    some = "Of large linears some outputs stand for all. " if any(own[0] < own[1] for own in outputs) else ""
     worst = "The largest gap below dynamic scaling is {:.3f} dB, of {}.".format(*max(gaps)) if gaps else ""
     return (
         f"{title}<h3>Signal to quantization noise of the weight gradient</h3>\n"
         + chart(
             "SQNR by block and kind of linear. Dynamic scaling measures each tensor's scale anew, so that its largest "
             "value is exact; the gate compares with one that rounds alike. "
-            f"{'Forward only leaves the scale of the gradient at 1. ' if keeps_scales else ''}{worst}",
+            f"{'Forward only leaves the scale of the gradient at 1. ' if keeps_scales else ''}{some}{worst}",
             decibels,
             axis,
             linear_axis("SQNR, dB", decibels),

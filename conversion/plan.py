@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
+import torch
 from torch import nn
 
-from conversion.options import STATEFUL, Recipe
+from conversion.exports import check_exports
+from conversion.options import AUTO, STATEFUL, Options, Recipe
+from conversion.reparameterize import stage2_config
+from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8 import Plan
 
@@ -43,3 +47,17 @@ def make_plan(
         else:
             linears.append(name)
     return Plan(linears=tuple(linears), kept=kept, recipe=recipe, history=history, margin=margin, batch=batch)
+
+
+def plan_by_rule(start: Checkpoint, options: Options, text_dim: int) -> Plan:
+    """Before anything is measured. Raises ValueError for patterns and exports that do not fit the model."""
+    config = start.config
+    if start.stage < options.stage:
+        config = stage2_config(config, text_dim)
+    with torch.device("meta"):
+        model = DiT(**config)
+    patterns = [pattern for pattern in options.keep_bf16 if pattern != AUTO]
+    sizes = {name: getattr(options, name) for name in ("recipe", "history", "margin", "batch")}
+    plan = make_plan(model, keep=patterns, **sizes)
+    check_exports(options.exports, plan)
+    return plan

@@ -15,7 +15,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conversion import formats, noise, reparameterize, sensitivity, verify, ways
-from conversion.calibrate import CalibrationBatch, dataset_batches, measure_amax, synthetic_batches
-from conversion.exports import EXPORTS, check_exports
-from conversion.options import AUTO, STATEFUL, TEXT_DIM, Options, Parser, add_options, default_output, from_arguments
+from conversion import formats, noise, sensitivity, verify, ways
+from conversion.calibrate import CalibrationBatch, calibrate, dataset_batches, synthetic_batches, unmeasured
+from conversion.exports import EXPORTS
+from conversion.options import AUTO, TEXT_DIM, Options, Parser, add_options, default_output, from_arguments
 from conversion.page import page
-from conversion.plan import make_plan
+from conversion.plan import plan_by_rule
 from conversion.progress import Progress
 from conversion.report import PAGE, REPORT, describe
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
 from pixart.data import manifest as manifests
-from pixart.model import fp8
 from pixart.model.dit import DiT, load_model
-from pixart.model.fp8 import Plan
 from pixart.training.distributed import process_group
 
 HELD_OUT = 4  # batches that verification has for itself
-ERROR_LOGITS = torch.linspace(-3, 3, 13)  # of the values of t that errors are shown at
 STEPS = 7
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
@@ -56,9 +53,9 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
     with Progress(STEPS, shown=first_rank()) as progress, ThreadPoolExecutor(1) as background:
         progress.begin(f"reading {source}")
         start, batches, data = prepare(source, output, options)
-        plan = plan_by_rule(start, batches, options)
+        plan = plan_by_rule(start, options, text_dim=batches[0].text.shape[-1])
         progress.begin("stage 1 to stage 2" if start.stage < options.stage else "no change of stage")
-        result, fates, reparameterization = change_stage(start, options, batches[0])
+        result, fates, reparameterization = ways.change_stage(start, options, batches[0])
         result.plan = plan
         if not first_rank():
             calibrate(result, load_model(result.config, result.model, options.device), batches, options)
@@ -155,63 +152,6 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     return start, batches, data
 
 
-def change_stage(
-    start: Checkpoint, options: Options, batch: CalibrationBatch
-) -> tuple[Checkpoint, dict[str, str], dict[str, Any] | None]:
-    """The training state in the stage that is asked for, the fate of every tensor, and each way's error."""
-    if start.stage == options.stage:
-        return start, dict.fromkeys(start.model, "carried"), None
-    stage1 = load_model(start.config, start.model, options.device)
-    modulations, average = ways.find_modulations(start, stage1, options.way, batch.latents)
-    t = ERROR_LOGITS.sigmoid()
-    latents = ways.affordable(stage1, batch.latents, passes=len(modulations) * 2 * len(t)).to(options.device)
-    tried = list(modulations.values())
-    curves, means = zip(*ways.output_errors(stage1, tried, latents, t), strict=True)
-    found = {
-        "way": options.way,
-        "t": t.tolist(),
-        "output_error": dict(zip(modulations, curves, strict=True)),
-        "mean_error": dict(zip(modulations, means, strict=True)),
-        "sample_error": dict(zip(modulations, ways.sample_errors(stage1, tried, latents), strict=True)),
-    }
-    own = modulations[options.way]
-    result = reparameterize.to_stage2(start, own, average, text_dim=batch.text.shape[-1])
-    result.provenance["reparameterization"] = options.way
-    return result, reparameterize.fates(start, result.config, own), found
-
-
-def plan_by_rule(start: Checkpoint, batches: Sequence[CalibrationBatch], options: Options) -> Plan:
-    """Before anything is measured. Raises ValueError for patterns and exports that do not fit the model."""
-    config = start.config
-    if start.stage < options.stage:
-        config = reparameterize.stage2_config(config, batches[0].text.shape[-1])
-    with torch.device("meta"):
-        model = DiT(**config)
-    patterns = [pattern for pattern in options.keep_bf16 if pattern != AUTO]
-    sizes = {name: getattr(options, name) for name in ("recipe", "history", "margin", "batch")}
-    plan = make_plan(model, keep=patterns, **sizes)
-    check_exports(options.exports, plan)
-    return plan
-
-
-def calibrate(
-    checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
-) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
-    """The checkpoint with scales, and the amax of each linear's slots; none for a recipe without scales."""
-    plan = checkpoint.plan
-    assert plan is not None
-    if plan.recipe != STATEFUL:
-        return dataclasses.replace(checkpoint, scales={}), {}
-    amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
-    return dataclasses.replace(checkpoint, scales=fp8.calibrated_state(amax, plan)), amax
-
-
-def unmeasured(amax: Mapping[str, torch.Tensor], plan: Plan) -> list[str]:
-    """Names of the slots that no value has reached."""
-    found = {name: (amax[name] == 0).nonzero().flatten().tolist() for name in plan.linears if name in amax}
-    return [f"{name}.{fp8.SLOTS[slot]}" for name, slots in found.items() for slot in slots]
-
-
 def measure(
     start: Checkpoint, model: DiT, result: Checkpoint, batches: Sequence[CalibrationBatch], options: Options
 ) -> tuple[Checkpoint, list[dict[str, Any]], dict[str, float], float | None]:
@@ -260,7 +200,7 @@ def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Op
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
     """What a conversion would do, of what can be said without measuring."""
     start, batches, data = prepare(source, output or default_output(source), options)
-    plan = plan_by_rule(start, batches, options)
+    plan = plan_by_rule(start, options, text_dim=batches[0].text.shape[-1])
     lines = [
         f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
         f"would calibrate on {data or 'synthetic data'}",

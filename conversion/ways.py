@@ -1,13 +1,15 @@
 """The ways from stage 1's modulations to the shared one, and how far from stage 1 each of them is."""
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from conversion import distill
+from conversion import distill, reparameterize
+from conversion.calibrate import CalibrationBatch
 from conversion.modulation import NODES, Fit, Modulation, paper, sensitivity, velocities
-from conversion.options import Way
+from conversion.options import Options, Way
 from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT, load_model
 from pixart.model.flow import interpolate, stratified_time
@@ -20,8 +22,34 @@ CHOICE_IMAGES = 4  # at the least
 IMAGES = 32  # at the most, of whatever is measured here
 OPERATIONS = {"cpu": 3e11, "cuda": 1e14}  # that a measurement may take: beyond them, fewer and smaller images
 SMALLEST_GRID = 4
+ERROR_LOGITS = torch.linspace(-3, 3, 13)  # of the values of t that errors are shown at
 SAMPLES = 4
 SAMPLE_STEPS = 20
+
+
+def change_stage(
+    start: Checkpoint, options: Options, batch: CalibrationBatch
+) -> tuple[Checkpoint, dict[str, str], dict[str, Any] | None]:
+    """The training state in the stage that is asked for, the fate of every tensor, and each way's error."""
+    if start.stage == options.stage:
+        return start, dict.fromkeys(start.model, "carried"), None
+    stage1 = load_model(start.config, start.model, options.device)
+    modulations, average = find_modulations(start, stage1, options.way, batch.latents)
+    t = ERROR_LOGITS.sigmoid()
+    latents = affordable(stage1, batch.latents, passes=len(modulations) * 2 * len(t)).to(options.device)
+    tried = list(modulations.values())
+    curves, means = zip(*output_errors(stage1, tried, latents, t), strict=True)
+    found = {
+        "way": options.way,
+        "t": t.tolist(),
+        "output_error": dict(zip(modulations, curves, strict=True)),
+        "mean_error": dict(zip(modulations, means, strict=True)),
+        "sample_error": dict(zip(modulations, sample_errors(stage1, tried, latents), strict=True)),
+    }
+    own = modulations[options.way]
+    result = reparameterize.to_stage2(start, own, average, text_dim=batch.text.shape[-1])
+    result.provenance["reparameterization"] = options.way
+    return result, reparameterize.fates(start, result.config, own), found
 
 
 def find_modulations(

@@ -67,6 +67,7 @@ def layer(block: int, kind: str) -> dict[str, Any]:
     decibels = None if silent else 24.25 + block
     return {
         "name": f"dit_blocks.{block}.{kind}",
+        "outputs": [32, 32],
         "amax": [7.125, 0.25, 0.0 if silent else 3e-5],
         "headroom": [1.0, 1.25, None if silent else 0.75],
         "underflow": [0.0625, 0.0, 0.0],
@@ -233,6 +234,13 @@ def test_saturation_is_marked():
     assert 'class="bad"' not in page(report)
     report["layers"][0].update(headroom=[-0.5, 1.0, 1.0], overflow=[0.0, 0.0, 0.125])
     assert re.findall('<b class="bad">(.*?)</b>', page(report)) == ["-0.5", "12.5"]
+
+
+def test_some_outputs_of_large_linears():
+    report = make_report()
+    assert "stand for all" not in page(report)
+    report["layers"][0]["outputs"] = [16, 32]
+    assert "some outputs stand for all" in page(report)
 
 
 def test_curves_of_the_error():

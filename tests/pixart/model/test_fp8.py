@@ -10,7 +10,7 @@ from torch import nn
 
 from pixart.model import fp8, fp8_products
 from pixart.model.fp8 import Plan
-from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT
+from pixart.model.fp8_products import CACHED, E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT
 
 
 def all_codes(fmt: fp8_products.Format) -> torch.Tensor:
@@ -53,6 +53,16 @@ def test_quantize_saturates():
     big = torch.tensor([1e6, -1e6, 1.0])
     assert fp8_products.quantize(big, torch.tensor(1.0), E4M3).tolist() == [448, -448, 1]
     assert fp8_products.quantize(big, torch.tensor(1.0), E5M2).tolist() == [57344, -57344, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantize_in_pieces(dtype):
+    """What is larger than a piece, and in another order than its memory's, has the values of a cast of the whole."""
+    x = torch.randn(300, 257).to(dtype).t()
+    assert x.numel() > 2 * CACHED
+    wanted = (x.float() * 3).clamp(-448, 448).to(E4M3.dtype).float()
+    assert torch.equal(fp8_products.quantize(x, torch.tensor(3.0), E4M3), wanted)
+    assert torch.equal(fp8_products.quantize(x, torch.full((300,), 3.0), E4M3), wanted)
 
 
 @pytest.mark.parametrize("amax", [0.0, float("inf"), float("nan"), 1e-45])

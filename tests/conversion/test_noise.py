@@ -1,0 +1,87 @@
+"""Figures of a linear: against real casts in float64, and of some of its outputs against all."""
+
+import pytest
+import torch
+
+from conversion import noise
+from conversion.noise import LayerFigures
+from pixart.model.fp8_products import FORMATS
+
+SCALE = torch.tensor([70.0, 1000.0, 5e8])
+
+
+def tensors(rows: int = 96, width: int = 64, out: int = 320) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, width, generator=generator), 0.02 * torch.randn(out, width, generator=generator)
+    weight[3] *= 4  # amax is of one output, which may not be among those sampled
+    return x, weight, 1e-5 * torch.randn(rows, out, generator=generator)
+
+
+def decibels(exact: torch.Tensor, got: torch.Tensor) -> float:
+    return float(10 * torch.log10(exact.square().sum() / (exact - got).square().sum()))
+
+
+def by_hand(batches: list[tuple[torch.Tensor, ...]], scales: list[torch.Tensor] | None) -> dict[str, float]:
+    """SQNR by real casts; without scales by each tensor's own amax."""
+    exact: dict[str, list[torch.Tensor]] = {}
+    got: dict[str, list[torch.Tensor]] = {}
+    for batch in batches:
+        own = scales or [fmt.max / tensor.abs().max() for tensor, fmt in zip(batch, FORMATS, strict=True)]
+        casts = [
+            (tensor * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype).double() / scale
+            for tensor, scale, fmt in zip(batch, own, FORMATS, strict=True)
+        ]
+        for found, (x, weight, grad) in ((exact, [tensor.double() for tensor in batch]), (got, casts)):
+            products = {"input": x, "weight": weight, "output": x @ weight.t(), "weight_gradient": grad.t() @ x}
+            for name, product in products.items():
+                found.setdefault(name, []).append(product)
+    return {name: decibels(torch.stack(exact[name]), torch.stack(got[name])) for name in exact}
+
+
+def test_against_real_casts():
+    batches = [tensors(), tuple(1.5 * tensor for tensor in tensors())]
+    batches[1] = (batches[1][0], batches[0][1], batches[1][2])  # the weight is the same in every batch
+    figures = LayerFigures(SCALE, "delayed")
+    for batch in batches:
+        figures.add(*batch)
+    found = figures.report()
+    assert found["sqnr"] == pytest.approx(by_hand(batches, list(SCALE)), abs=1e-3)
+    assert found["dynamic"] == pytest.approx(by_hand(batches, None), abs=1e-3)
+    assert found["amax"] == pytest.approx([float(tensor.abs().max()) for tensor in batches[1]])
+    assert found["underflow"][0] < 0.01
+    assert found["overflow"] == [0, 0, 0]
+
+
+def both_ways(monkeypatch, scale: torch.Tensor | None, recipe: str) -> list[dict]:
+    """By all outputs, and by a quarter of them."""
+    found = []
+    for sampled in (1 << 18, 320 * 64 // 4):
+        monkeypatch.setattr(noise, "SAMPLED", sampled)
+        figures = LayerFigures(scale, recipe)
+        for _ in range(2):
+            figures.add(*tensors())
+        found.append(figures.report())
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise", "mxfp8"])
+def test_some_outputs_stand_for_all(monkeypatch, recipe):
+    whole, some = both_ways(monkeypatch, SCALE if recipe == "delayed" else None, recipe)
+    assert some["amax"] == whole["amax"]
+    assert some["headroom"] == whole["headroom"]
+    for key in ("sqnr", "dynamic"):
+        assert some[key] == pytest.approx(whole[key], abs=0.3)
+    if recipe == "delayed":
+        gaps = [each["aligned"]["weight_gradient"] - each["sqnr"]["weight_gradient"] for each in (whole, some)]
+        assert gaps == pytest.approx([0, 0], abs=0.01)
+
+
+def test_what_a_scale_cuts_is_among_them(monkeypatch):
+    """A gradient's largest output beyond the format's range costs as much, or more."""
+    x, weight, grad = tensors()
+    grad[:, 5] *= 20
+    monkeypatch.setattr("tests.conversion.test_noise.tensors", lambda: (x, weight, grad))
+    whole, some = both_ways(monkeypatch, SCALE, "delayed")
+    gaps = [each["aligned"]["weight_gradient"] - each["sqnr"]["weight_gradient"] for each in (whole, some)]
+    assert gaps[1] >= gaps[0] > 0.5
+    assert some["overflow"][2] > 0
