@@ -75,7 +75,7 @@ def child(how: dict, file: str) -> None:
     [
         (1, {}, 1e-6),
         pytest.param(4, {}, 1e-6, marks=pytest.mark.slow),
-        pytest.param(5, {"recompute": "full"}, 1e-6, marks=pytest.mark.slow),  # 48 rows: not all have as many
+        pytest.param(5, {"recompute": "full"}, 2e-3, marks=pytest.mark.slow),  # 48 rows: not all have as many
         pytest.param(2, {"recompute": "selective"}, 1e-6, marks=pytest.mark.slow),
         pytest.param(2, {"falls_at": 3}, 1e-6, marks=pytest.mark.slow),
         pytest.param(2, {"backend": "aot_eager", "recompute": "selective"}, 2e-3, marks=pytest.mark.slow),
@@ -85,7 +85,7 @@ def child(how: dict, file: str) -> None:
 def test_the_same_as_unsharded(tmp_path, world, how, most):
     """Losses, gradients, scales and histories, within `most` of each tensor's norm.
 
-    Where a compiled kernel rounds another way, the next cast may make a step of FP8 of it.
+    Where a compiled kernel, or a mean over five, rounds another way, the next cast may make a step of FP8 of it.
     """
     ranks.run(world, child, how, str(tmp_path / "found.pt"))
     found = torch.load(Path(tmp_path, "found.pt"), weights_only=True)
