@@ -245,6 +245,6 @@ def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F81
     ]
     target = tmp_path / "exported"
     assert launch.main(["sample", str(saved[1]), *where, "--export", str(target)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"exported: {target}"
+    assert f"exported: {target}" in capsys.readouterr().out.splitlines()
     assert (target / "model_index.json").exists()
     assert not list((tmp_path / "runs").glob("*/samples.png"))[1:]  # the export alone makes no pictures
