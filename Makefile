@@ -19,6 +19,7 @@ demo: install
 
 .venv/.installed-dev: .venv/.installed
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable ".[dev]"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-torchao --no-deps "torchao>=0.18,<0.19"
 	@touch $@
 
 check: .venv/.installed-dev
@@ -35,4 +36,4 @@ test: .venv/.installed-dev
 	@$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv .venv-vllm outputs build *.egg-info
+	rm -rf .venv .venv-vllm .venv-torchao outputs build *.egg-info

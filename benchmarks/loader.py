@@ -34,7 +34,7 @@ from pixart.data.store import Store
 
 SHARD, SHAPE, TOKENS, BATCH = 1024, (16, 32, 32), 120, 256
 ROW = 2 * int(np.prod(SHAPE))  # bytes of the latents of a row
-REPEATS = 5
+REPEATS = 9
 
 
 def columns(manifest: Manifest, shard: int, latents: np.ndarray) -> dict[str, np.ndarray]:

@@ -37,7 +37,7 @@ def read(path: str | Path, *, base_image_size: int | None = None) -> Checkpoint:
     shapes that make no model; and, when the tensor is asked for, for one with a value that is not finite.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir() and (path / distributed_checkpoint.METADATA).exists():
         content = from_groups(distributed_checkpoint.read(path), path, "torch.distributed.checkpoint")

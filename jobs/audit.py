@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import ledger
+from jobs.records import parse_record
 from jobs.tracking import Journal
 from pixart.config import from_json
 
@@ -68,7 +69,7 @@ def require(dataset: str | Path) -> None:
     (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
     if text is None:
         raise ValueError(f"dataset {dataset} has not been audited: {told}")
-    summary = json.loads(text)
+    summary = parse_record(text, f"{dataset}/{FOLDER}/{SUMMARY}", "manifest", "captions", "passed", "checks")
     now = captions_digest(dataset, manifest["data"]["shards"])
     if (summary["manifest"], summary["captions"]) != (manifest["hash"], now):
         raise ValueError(f"dataset {dataset} has changed since its audit: {told}")

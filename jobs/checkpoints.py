@@ -1,11 +1,16 @@
 """Checkpoint directories as the launcher sees them: by names and sizes, without torch."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
+from jobs.records import read_record
+
 MARKER = "training.json"  # written last
 INFERENCE = "inference.json"  # of FP8 weights for inference
+FOREIGN = (".metadata", "diffusion_pytorch_model.safetensors")  # of torch.distributed.checkpoint, of diffusers
+KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files")
 
 
 def find_checkpoint(name: str) -> Path:
@@ -30,16 +35,36 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
-        return path, json.loads((path / INFERENCE).read_text())
+        return path, read_record(path / INFERENCE, "stage", "step", "dataset")
     path = find_checkpoint(name)
-    return path, json.loads((path / MARKER).read_text())
+    return path, checkpoint_record(path)
+
+
+def checkpoint_record(directory: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises ValueError for one that is damaged."""
+    return read_record(directory / MARKER, *KEYS)
+
+
+def is_foreign(directory: Path) -> bool:
+    """Whether it is a checkpoint of another kind than the suite's, which the conversion reads too."""
+    return any((directory / name).exists() for name in FOREIGN)
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError for what is neither safetensors nor a zip archive, as torch.save writes, or not all of it."""
+    if zipfile.is_zipfile(path):
+        return
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            raise ValueError(f"{path} cannot be read: it is no PyTorch checkpoint, or a truncated one")
+    check_length(path)
 
 
 def check_lengths(directory: Path) -> None:
     for file in sorted(directory.rglob("*.safetensors")):
         check_length(file)
-    record = directory / MARKER
-    for name, (length, _) in (json.loads(record.read_text())["files"] if record.exists() else {}).items():
+    files = checkpoint_record(directory)["files"] if (directory / MARKER).exists() else {}
+    for name, (length, _) in files.items():
         file = directory / "state" / name
         if not file.exists() or file.stat().st_size != length:
             raise ValueError(f"{file} is missing, damaged or truncated")
@@ -47,12 +72,13 @@ def check_lengths(directory: Path) -> None:
 
 def check_length(file: Path) -> None:
     """Raises ValueError unless a safetensors file is as long as its header says."""
+    length = file.stat().st_size
     with file.open("rb") as stream:
         header_length = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(header_length))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged or truncated") from error
-    end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
-    if file.stat().st_size != 8 + header_length + end:
+            header = json.loads(stream.read(min(header_length, length)))
+            end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, AttributeError, TypeError, LookupError):
+            end = -1
+    if length != 8 + header_length + end:
         raise ValueError(f"{file} is damaged or truncated")

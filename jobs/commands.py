@@ -56,6 +56,8 @@ def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:
     if options.dataset:
         path = options.dataset if is_url(options.dataset) else Path(options.dataset).absolute()
         recipe = override(recipe, [f"data.path={path}"])
+    if not recipe.data.path.strip():
+        raise ValueError("data.path: is empty")
     return recipe
 
 

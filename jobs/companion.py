@@ -1,5 +1,5 @@
-"""A small process beside a job's first rank: the node's own figures go into the journal, and, where MLflow is a server
-that the node reaches, the journal into it.
+"""A small process beside the first rank of each node: the node's own figures go into the journal, and, where MLflow is
+a server that the first node reaches, the journal into it.
 
 It ends with the rank, however that ends: its standard input closes. It never imports torch; MLflow, for a server.
 """
@@ -31,19 +31,23 @@ PAUSE_SECONDS = 60.0
 
 
 def accompanied(function: Callable[..., Any], run: str, *arguments: Any, **request: Any) -> Any:
-    """Calls `function(run, ...)`, on the first rank with a companion, which also says how it has ended."""
+    """Calls `function(run, ...)`, on the first rank of a node with a companion; the very first says how it ended."""
     import submitit
 
-    if submitit.JobEnvironment().global_rank:
+    place = submitit.JobEnvironment()
+    if place.local_rank:
         return function(run, *arguments, **request)
-    companion = subprocess.Popen([sys.executable, "-m", "jobs.companion", run], stdin=subprocess.PIPE, cwd=ROOT)
+    words = [sys.executable, "-m", "jobs.companion", run, str(place.node)]
+    companion = subprocess.Popen(words, stdin=subprocess.PIPE, cwd=ROOT)
     assert companion.stdin
     try:
         result = function(run, *arguments, **request)
-        set_status(Path(run), "FINISHED")
+        if place.global_rank == 0:
+            set_status(Path(run), "FINISHED")
         return result
     except Exception:
-        set_status(Path(run), "FAILED")
+        if place.global_rank == 0:
+            set_status(Path(run), "FAILED")
         raise
     finally:
         companion.stdin.close()
@@ -72,7 +76,7 @@ def published(function: Callable[..., Any], run: str, *arguments: Any) -> None:
             file.write(".")
 
 
-def main(run: str) -> None:
+def main(run: str, node: str) -> None:
     os.nice(19)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the rank does
     folder, journal = Path(run), Journal(run)
@@ -82,8 +86,9 @@ def main(run: str) -> None:
     while True:
         ended = bool(select.select([sys.stdin], [], [], SECONDS)[0])
         before, busy = busy, processor_times()
-        journal.metrics(int(time.time() - begun), node_figures(folder, before, busy))
-        if tracker.uri.startswith("http"):
+        figures = node_figures(folder, before, busy)
+        journal.metrics(int(time.time() - begun), {f"system/{name}_node{node}": own for name, own in figures.items()})
+        if node == "0" and tracker.uri.startswith("http"):
             try_publish(tracker, folder)
         if ended:
             return
@@ -95,9 +100,9 @@ def node_figures(folder: Path, before: tuple[int, int], after: tuple[int, int]) 
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     used = sum(sign * int(memory[name].split()[0]) for name, sign in (("MemTotal", 1), ("MemAvailable", -1)))
     found = {
-        "system/cpu_percent": 100 * (after[0] - before[0]) / passed,
-        "system/memory_gb": used * 1024 / GB,
-        "system/disk_free_gb": shutil.disk_usage(folder).free / GB,
+        "cpu_percent": 100 * (after[0] - before[0]) / passed,
+        "ram_gb": used * 1024 / GB,
+        "disk_free_gb": shutil.disk_usage(folder).free / GB,
     }
     return found | gpu_figures()
 
@@ -118,8 +123,8 @@ def gpu_figures() -> dict[str, float]:
     if done.returncode or not rows:
         return {}
     use, memory, power = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-    return {"system/gpu_percent": use, "system/gpu_memory_gb": memory * 2**20 / GB, "system/gpu_watts": power}
+    return {"gpu_percent": use, "gpu_memory_gb": memory * 2**20 / GB, "gpu_watts": power}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

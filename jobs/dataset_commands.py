@@ -26,8 +26,8 @@ def init_command(launch: Launch, options: argparse.Namespace) -> str:
 def array_command(launch: Launch, options: argparse.Namespace) -> str:
     asked, limit = parse_array(options.array) if options.array is not None else (None, None)
     job = options.job
-    manifest = use_own_dataset(launch, options)
-    shards = check_shards(launch, manifest, asked)
+    manifest = use_own_dataset(launch, options, asked)
+    shards = check_shards(launch, manifest["data"]["shards"], asked)
     if job == "latents":
         ledger.captions(launch.dataset, shards)
     run = run_array(launch, job, shards, limit)
@@ -43,17 +43,23 @@ def array_command(launch: Launch, options: argparse.Namespace) -> str:
     )
 
 
-def use_own_dataset(launch: Launch, options: argparse.Namespace) -> dict[str, Any]:
-    """The manifest of a dataset that may be written to. Raises ValueError for one behind a URL."""
+def use_own_dataset(launch: Launch, options: argparse.Namespace, asked: list[int] | None = None) -> dict[str, Any]:
+    """The manifest of a dataset that may be written to; `init` and `caption` make it.
+
+    Raises ValueError for one behind a URL, or that is not there or would not have the shards of `asked`.
+    """
     if is_url(launch.dataset):
         raise ValueError(
             f"{options.job} of {launch.dataset}: a dataset is made on a file system, and copied from there"
         )
+    if ledger.manifest(launch.dataset) is None and not launch.dry_run:
+        if options.job not in ("init", "caption"):
+            raise ValueError(f"dataset {launch.dataset}: there is none; caption makes it")
+        check_shards(launch, launch.recipe.data.shards, asked)
     return use_dataset(launch, options.overrides)
 
 
-def check_shards(launch: Launch, manifest: dict[str, Any], asked: list[int] | None) -> list[int]:
-    shards = manifest["data"]["shards"]
+def check_shards(launch: Launch, shards: int, asked: list[int] | None) -> list[int]:
     if asked is None:
         return list(range(shards))
     if asked[-1] >= shards:
@@ -65,7 +71,7 @@ def check_shards(launch: Launch, manifest: dict[str, Any], asked: list[int] | No
 
 def audit_command(launch: Launch, options: argparse.Namespace) -> str:
     manifest = use_own_dataset(launch, options)
-    ledger.captions(launch.dataset, check_shards(launch, manifest, None))
+    ledger.captions(launch.dataset, check_shards(launch, manifest["data"]["shards"], None))
     run = submit_single(launch, "audit")
     if not launch.wait:
         return describe_submission(run)
@@ -102,15 +108,13 @@ def submit_single(launch: Launch, kind: str, after: list[str] | None = None) -> 
     )
 
 
-def prepare_dataset(
-    launch: Launch, overrides: list[str], *, any_source: bool = False
-) -> tuple[dict[str, Any], list[str]]:
+def prepare_dataset(launch: Launch, overrides: list[str], *, any_source: bool = False) -> list[str]:
     """Runs what is missing of the two data jobs, so that training on the embedded default needs no step before it.
 
-    Returns the manifest and the jobs to wait for.
+    Returns the jobs to wait for.
     """
     manifest = use_dataset(launch, overrides)
-    shards = check_shards(launch, manifest, None)
+    shards = check_shards(launch, manifest["data"]["shards"], None)
     after: list[str] = []
     for job in ("caption", "latents"):
         there = ledger.shards(launch.dataset, job)
@@ -123,7 +127,7 @@ def prepare_dataset(
             print(f"{job} first: {len(missing)} of {len(shards)} shards of the dataset are not there yet", flush=True)
         if missing and not launch.dry_run:
             after = waited(launch, run_array(launch, job, missing, None, after))
-    return manifest, after
+    return after
 
 
 def require_audit(launch: Launch, after: list[str], *, any_source: bool = False) -> list[str]:

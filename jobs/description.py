@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.ledger import write_atomically
+from jobs.records import read_record
 from slurm.task import attempts
 
 FILE = "tracking.json"
@@ -39,7 +40,7 @@ def describe(
 
 
 def read_description(run: Path) -> dict[str, Any]:
-    return json.loads((run / FILE).read_text())
+    return read_record(run / FILE, "key", "tags", "children", "status")
 
 
 def change(run: Path, **values: Any) -> None:

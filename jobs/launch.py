@@ -42,10 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB", parser_class=Parser)
     for name, summary in {**JOBS, **AFTERWARDS}.items():
         job = jobs.add_parser(name, help=summary, description=f"{name}: {summary}.")
-        job.add_argument("--home", help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)")
+        job.add_argument(
+            "--home", type=named, help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)"
+        )
         if name == "lineage":
             job.add_argument("what", nargs="?", help="run, PNG, checkpoint or dataset (default: the newest run)")
-            job.add_argument("--html", metavar="FILE", help="write it as a page too")
+            job.add_argument("--html", metavar="FILE", type=named, help="write it as a page too")
         elif name == "release":
             job.add_argument("checkpoint", help="checkpoint or run folder")
             job.add_argument("--name", default="pixart", help="of the registered model (default: pixart)")
@@ -121,7 +123,9 @@ def add_sampling(job: argparse.ArgumentParser) -> None:
         help="pictures of each prompt or class; all count on from sample.seed (default: 1)",
     )
     job.add_argument("--weights", choices=("ema", "master"), default="ema", help="(default: ema, the average)")
-    job.add_argument("--export", metavar="FOLDER", help="write a diffusers pipeline, and pictures just where asked for")
+    job.add_argument(
+        "--export", metavar="FOLDER", type=named, help="write a diffusers pipeline, and pictures just where asked for"
+    )
 
 
 def add_settings(job: argparse.ArgumentParser) -> None:
@@ -129,7 +133,7 @@ def add_settings(job: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--recipe", dest="settings", default=DEFAULT_RECIPE, help=f"one of {', '.join(RECIPES)} (default: demo)"
     )
-    job.add_argument("--dataset", help="the dataset's directory, short for data.path=DIRECTORY")
+    job.add_argument("--dataset", type=named, help="the dataset's directory, short for data.path=DIRECTORY")
 
 
 def add_submission(job: argparse.ArgumentParser) -> None:
@@ -147,6 +151,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def named(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = run(arguments)
@@ -154,6 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # such as a home that may not be written to
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+        return 2
     return code
 
 

@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.records import parse_record
 from pixart.config import is_url
+
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +64,12 @@ def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:
 
 
 def manifest(dataset: str | Path) -> dict[str, Any] | None:
-    """The dataset's manifest as plain values, for a process that must not import what made it."""
-    (text,) = read_files(dataset, ["manifest.json"])
-    return None if text is None else json.loads(text)
+    """The dataset's manifest as plain values, for a process that must not import what made it.
+
+    None where there is none. Raises ValueError for a damaged one.
+    """
+    (text,) = read_files(dataset, [MANIFEST])
+    return None if text is None else parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
 
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:

@@ -4,14 +4,13 @@ A PNG names its checkpoint, a checkpoint its conversion or its run, a run what i
 """
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from conversion.report import PAGE, REPORT
 from jobs import audit, ledger, runs
-from jobs.checkpoints import INFERENCE, MARKER, find_checkpoint
+from jobs.checkpoints import INFERENCE, MARKER, checkpoint_record, find_checkpoint
 from jobs.description import FILE as DESCRIPTION
 from jobs.description import read_description
 from jobs.runs import Run
@@ -110,7 +109,7 @@ class Walk:
         if not (path / MARKER).exists():
             there = "" if path.exists() else "not there any more"
             return self.made("checkpoint", str(path), note=there or "a file of another program")
-        record = json.loads((path / MARKER).read_text())
+        record = checkpoint_record(path)
         origin = record["provenance"]
         node = self.made("checkpoint", str(path), stage=record["stage"], step=f"{record['step']:,}")
         if (path / REPORT).exists():
@@ -171,23 +170,33 @@ class Walk:
         if manifest is None:
             return self.made("dataset", path, hash=trained_on, note="not there any more")
         data, models = manifest["data"], manifest["models"]
-        told = f", {data['caption_model']} ({models['captioner']})" if data["captioner"] == "vllm" else ""
         node = self.made(
             "dataset",
             path,
             source=data["source"],
             images=f"{manifest['images']:,} of {data['image_size']} px in {data['shards']} shards",
-            captioner=f"{data['captioner']}{told}",
+            **captioner(data, models["captioner"]),
             VAE=f"{data['vae']} ({models['vae']})",
             text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",
             hash=manifest["hash"],
         )
         for kind in ("caption", "latents", "audit"):
-            names = [run.folder.name for run in self.known() if run.kind == kind and run.dataset == path]
+            names = {run.folder.name for run in self.known() if run.kind == kind and run.dataset == path}
             if names:
-                node.facts[kind] = ", ".join(names)
+                node.facts[kind] = ", ".join(sorted(names))
         node.pages = {"audit": Path(path) / audit.FOLDER / audit.PAGE}
         return node
+
+
+def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
+    """Who wrote a dataset's captions and, where it was a model, what it was told, which its fingerprint ends with."""
+    from pixart.data.captioner import INSTRUCTION, prompt_hash
+
+    if data["captioner"] != "vllm":
+        return {"captioner": data["captioner"]}
+    own = fingerprint.endswith(f"-{prompt_hash(INSTRUCTION)}")
+    said = INSTRUCTION if own else "another version's, by its hash above"
+    return {"captioner": f"vllm, {data['caption_model']} ({fingerprint})", "instruction": said}
 
 
 def in_order(node: Node) -> list[Node]:

@@ -1,7 +1,6 @@
 """The commands that make a model: train, convert."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,11 +8,11 @@ from pathlib import Path
 from conversion.options import Options, default_output, from_arguments
 from conversion.report import PAGE
 from jobs import ledger, runs
-from jobs.checkpoints import MARKER, find_checkpoint
+from jobs.checkpoints import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.dataset_commands import prepare_dataset, require_audit
 from jobs.pages import SUMMARY
 from jobs.runs import Run
-from jobs.submission import Launch, describe_submission, run_ranks
+from jobs.submission import Launch, describe_submission, run_ranks, use_dataset
 from jobs.training_checks import check_configuration, check_dataset, check_start, find_start
 from pixart.config import override
 from slurm.cluster import Cluster, Shape
@@ -23,16 +22,19 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
     shape = training_shape(launch, options.nodes)
     Cluster(launch.profile, launch.home).check(shape)
     start, resumed = find_start(options)
-    record = json.loads((start / MARKER).read_text()) if start else None
+    record = checkpoint_record(start) if start else None
     stage = options.stage or (record["stage"] if record else 1)
     if record:
         check_start(launch.recipe, options, start, record, stage)
-    check_configuration(launch.recipe, stage, shape.nodes * max(1, shape.ranks_per_node), record)
+    gpus = launch.profile.gpus_per_node > 0
+    check_configuration(launch.recipe, stage, shape.nodes * shape.ranks_per_node, record, gpus=gpus)
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
-    manifest, after = prepare_dataset(launch, options.overrides)
-    check_dataset(launch.recipe, stage, manifest, record)
+    manifest = use_dataset(launch, options.overrides)
+    if not launch.dry_run:
+        check_dataset(launch.recipe, stage, manifest, record)
+    after = prepare_dataset(launch, options.overrides)
     if not options.accept_failed_audit:
         after = require_audit(launch, after)
     run = submit_training(launch, stage, options.nodes, start=None if resumed else start, folder=resumed, after=after)
@@ -83,12 +85,13 @@ def last_checkpoint(launch: Launch, stage: int, run: Run) -> Path:
 
 def convert_command(launch: Launch, options: argparse.Namespace) -> str:
     source = Path(options.checkpoint).absolute()
-    if not source.exists():
+    if not source.is_file() and not source.is_dir():
         raise ValueError(f"checkpoint {options.checkpoint}: no such file or directory")
-    if source.is_dir():
+    if source.is_dir() and not is_foreign(source):
         source = find_checkpoint(str(source))
     target = Path(options.output).absolute() if options.output else default_output(source)
     how = from_arguments(options)
+    check_source(source, how)
     if target.exists() and not how.overwrite:
         raise ValueError(f"{target} exists: name another --output, or give --overwrite")
     run = submit_conversion(launch, source, target, how)
@@ -96,6 +99,22 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
         return describe_submission(run)
     following = f"python -m jobs.launch train --stage {how.stage} --from {target}"
     return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following}"
+
+
+def check_source(source: Path, how: Options) -> None:
+    """What can be said of a checkpoint, and of the data to calibrate on, without torch."""
+    if source.is_file():
+        check_file(source)
+    elif is_foreign(source):
+        check_lengths(source)
+    else:
+        record = checkpoint_record(source)
+        if record["plan"]:
+            raise ValueError(f"{source} is an FP8 checkpoint already")
+        if record["stage"] > how.stage:
+            raise ValueError(f"--stage {how.stage}: {source} is of stage {record['stage']} already")
+    if how.data and ledger.manifest(how.data) is None:
+        raise ValueError(f"--data {how.data}: there is no dataset")
 
 
 def submit_conversion(launch: Launch, source: Path, target: Path, how: Options, after: Sequence[str] = ()) -> Run:

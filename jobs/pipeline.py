@@ -6,12 +6,13 @@ import functools
 from conversion.options import Options, default_output
 from jobs import runs
 from jobs.dataset_commands import prepare_dataset, require_audit
-from jobs.model_commands import last_checkpoint, submit_conversion, submit_training
+from jobs.model_commands import last_checkpoint, submit_conversion, submit_training, training_shape
 from jobs.runs import Run
 from jobs.sample_commands import describe_samples, submit_sampling
-from jobs.submission import Launch, NothingSubmitted, waited
+from jobs.submission import Launch, NothingSubmitted, planned_cluster, use_dataset, waited
+from jobs.tracking import Tracker
+from jobs.training_checks import check_dataset, check_pipeline
 from pixart.config import to_json
-from slurm.cluster import Cluster
 
 
 def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -24,9 +25,12 @@ def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:
 
 
 def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
+    shape = training_shape(launch, options.nodes)
+    check_pipeline(launch.recipe, shape.nodes * shape.ranks_per_node)
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options))
-    _, after = prepare_dataset(launch, options.overrides, any_source=True)
+    check_dataset(launch.recipe, 1, use_dataset(launch, options.overrides), None)
+    after = prepare_dataset(launch, options.overrides, any_source=True)
     if not options.accept_failed_audit:
         after = require_audit(launch, after, any_source=True)
     stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
@@ -45,12 +49,21 @@ def describe_pipeline(launch: Launch, submitted: list[Run]) -> str:
     return (
         f"{describe_samples(runs.result(samples))}\ncheckpoint: {last_checkpoint(launch, 2, stage2)}\n"
         f"pages: python -m jobs.launch open {stage2.folder.name}, python -m jobs.launch lineage {samples.folder.name}\n"
-        f"runs: mlflow ui --backend-store-uri {launch.tracker.uri}"
+        f"runs: {where_runs_are(launch.tracker)}"
+    )
+
+
+def where_runs_are(tracker: Tracker) -> str:
+    """The page of runs by its address, for MLflow's own first page is one of chats."""
+    if tracker.uri.startswith("http"):
+        return tracker.uri
+    return (
+        f"mlflow ui --backend-store-uri {tracker.uri}, at http://127.0.0.1:5000/#/experiments/{tracker.experiment}/runs"
     )
 
 
 def describe_plan(launch: Launch, options: argparse.Namespace) -> str:
-    cluster = Cluster(launch.profile, launch.home / "runs" / "RUN", after=["BEFORE"])
+    cluster = planned_cluster(launch, after=["BEFORE"])
     shards = range(launch.recipe.data.shards)
     shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
     training = cluster.ranks_shape("train", options.nodes, None)

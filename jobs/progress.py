@@ -23,6 +23,7 @@ class ProgressLine:
                 TextColumn("{task.description:<14}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
@@ -32,7 +33,7 @@ class ProgressLine:
     def __enter__(self) -> "ProgressLine":
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task(self.name, total=self.total, note="")
+            self.task = self.bar.add_task(self.name, total=self.total, rate="", note="")
         else:
             print(f"{self.name}: begun", flush=True)
         return self
@@ -41,16 +42,20 @@ class ProgressLine:
         if self.first is None:
             self.first = done
         if self.bar:
-            self.bar.update(self.task, completed=done, note=note)
+            self.bar.update(self.task, completed=done, rate=spoken(self.rate(done)), note=note)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
             print(self.plain(done, note), flush=True)
 
+    def rate(self, done: int) -> float:
+        return (done - (self.first or 0)) / (time.monotonic() - self.begun)
+
     def plain(self, done: int, note: str) -> str:
-        seconds = time.monotonic() - self.begun
-        rate = (done - (self.first or 0)) / seconds
-        left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
-        return f"{self.name}: {done} of {self.total}, {rate:.1f}/s{left}{', ' if note else ''}{note}"
+        rate = self.rate(done)
+        if not rate:
+            return f"{self.name}: {done} of {self.total} after {time.monotonic() - self.begun:.0f} s"
+        left = (self.total - done) / rate
+        return f"{self.name}: {done} of {self.total}, {spoken(rate)}, {left:.0f} s left{', ' if note else ''}{note}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -59,3 +64,8 @@ class ProgressLine:
             self.bar.stop()
         elif kind is None:
             print(f"{self.name}: done in {time.monotonic() - self.begun:.0f} s", flush=True)
+
+
+def spoken(rate: float) -> str:
+    """Things a second, by the minute where they take longer than some seconds each."""
+    return f"{rate:.1f}/s" if rate >= 0.5 or not rate else f"{60 * rate:.1f}/min"

@@ -23,6 +23,8 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
     output = Path(options.output) if options.output else None
     if output and output.suffix not in SUFFIXES:
         raise ValueError(f"--output {output}: must end in {', '.join(SUFFIXES)}")
+    if output and not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}")
     captions = dataset_captions(options.compare, COMPARED) if options.compare else []
     if options.compare and not captions:
         raise ValueError(f"--compare {options.compare}: has no captions")

@@ -1,7 +1,6 @@
 """A release: a checkpoint's averaged weights as a model version in MLflow, with what it comes from."""
 
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from jobs import lineage, lineage_page, runs
-from jobs.checkpoints import MARKER, find_checkpoint
+from jobs.checkpoints import checkpoint_record, find_checkpoint
 from jobs.ledger import write_atomically
 from jobs.publish import publish
 from jobs.tracking import Tracker, run_id
@@ -29,7 +28,7 @@ def release(home: Path, name: str, model: str) -> str:
     run = checkpoint.parents[1]
     if not (run / runs.RECORD).exists():
         raise ValueError(f"{checkpoint} lies in no run folder: what is released comes from a training run")
-    record = json.loads((checkpoint / MARKER).read_text())
+    record = checkpoint_record(checkpoint)
     tracker = Tracker(run.parents[1])
     publish(tracker, run)
     page = checkpoint.parent / f"{checkpoint.name}.lineage.html"

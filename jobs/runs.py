@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs import ledger
 from jobs.journal import read_tail
+from jobs.records import read_record
 from slurm import queue
 from slurm.cluster import Submitted
 from slurm.task import RESULT
@@ -66,7 +67,7 @@ class Run:
 def load(folder: Path) -> Run:
     """Raises ValueError for a folder that is no run's."""
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = read_record(folder / RECORD, "kind", "executor", "dataset", "total", "elements", "jobs")
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is no run folder") from None
     jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
@@ -151,6 +152,12 @@ def last_error(run: Run, job: str) -> str:
         if told := own or [line for line in lines if line]:
             return told[-1]
     return f"no word in {run.log(job)}"
+
+
+def seconds_per_step(run: Run) -> float | None:
+    """As training has last told it; None before."""
+    told = [line["metrics"] for line in read_tail(run.folder) if "train/seconds_per_step" in line.get("metrics", {})]
+    return told[-1]["train/seconds_per_step"] if told else None
 
 
 def progress(run: Run) -> tuple[int, str]:

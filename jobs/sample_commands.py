@@ -54,7 +54,9 @@ def sample_command(launch: Launch, options: argparse.Namespace) -> str:
         export=Path(options.export).absolute() if options.export else None,
         after=after,
     )
-    return describe_samples(runs.result(run)) if launch.wait else describe_submission(run)
+    if not launch.wait:
+        return describe_submission(run)
+    return f"{describe_samples(runs.result(run))}\nnext: python -m jobs.launch lineage {run.folder.name}"
 
 
 def check_options(options: argparse.Namespace, checkpoint: Path, stage: int, in_fp8: bool) -> None:
@@ -73,6 +75,8 @@ def check_options(options: argparse.Namespace, checkpoint: Path, stage: int, in_
         raise ValueError(f"--export: {checkpoint} is in FP8, which diffusers has no scales for; name the checkpoint")
     if options.export and Path(options.export).exists():
         raise ValueError(f"--export {options.export}: is there already, name another folder")
+    if options.export and any(parent.is_file() for parent in Path(options.export).absolute().parents):
+        raise ValueError(f"--export {options.export}: lies below a file")
 
 
 def own_dataset(

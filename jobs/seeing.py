@@ -12,9 +12,10 @@ from jobs.release import release
 
 
 def open_command(home: Path, options: argparse.Namespace) -> int:
-    """Prints where a run's page lies, made anew; on a machine with a display a browser shows it too."""
+    """Prints where a run's page lies, made anew unless it is somebody else's; with a display a browser shows it too."""
     run = runs.find(home, options.run)
-    gather(run, pages=True)
+    if os.access(run.folder, os.W_OK):
+        gather(run, pages=True)
     path = pages.main_page(run)
     print(path)
     if not options.print and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
@@ -26,8 +27,8 @@ def lineage_command(home: Path, options: argparse.Namespace) -> int:
     node = lineage.trace(home, options.what)
     if options.html:
         target = Path(options.html).absolute()
-        if not target.parent.is_dir():
-            raise ValueError(f"--html {options.html}: there is no folder {target.parent}")
+        if not target.parent.is_dir() or target.is_dir():
+            raise ValueError(f"--html {options.html}: no file can be there")
         write_atomically(target, lineage_page.page(node, target.parent))
     lineage.show(node)
     if options.html:

@@ -1,12 +1,14 @@
 """After submitting: how a run stands, its logs, ending it, and doing again what is missing."""
 
 import argparse
+import os
 import time
 from collections import Counter
 from pathlib import Path
 
 from jobs import ledger, runs
 from jobs.description import FILE as DESCRIPTION
+from jobs.progress import spoken
 from jobs.publish import publish, publish_in_background, settle
 from jobs.runs import Element, Run
 from jobs.tracking import Tracker, behind
@@ -23,7 +25,9 @@ def status_command(home: Path, options: argparse.Namespace) -> int:
     run = runs.find(home, options.run)
     found = runs.elements(run)
     print_table(run, found)
-    if (run.folder / DESCRIPTION).exists():
+    if (run.folder / DESCRIPTION).exists() and os.access(
+        run.folder, os.W_OK
+    ):  # that of somebody else is just looked at
         settle(run, found)
         if behind(run.folder):
             publish_in_background(home, [run.folder])
@@ -53,8 +57,7 @@ def print_table(run: Run, found: dict[int, Element]) -> None:
             table.add_row(Text(state, style), str(counts[state]), Text(notes.get(state, "")))
     console.print(table)
     if run.kind == "train":
-        step, note = runs.progress(run)
-        console.print(f"step {step} of {run.total}{', ' if note else ''}{note}", markup=False)
+        console.print(describe_steps(run, under_way=runs.under_way(found)), markup=False)
     failed = [(number, element) for number, element in found.items() if element.state == "failed"]
     for number, element in failed[:SHOWN]:
         what = f"shard {number}" if run.elements else run.kind
@@ -63,6 +66,15 @@ def print_table(run: Run, found: dict[int, Element]) -> None:
         console.print(f"and {len(failed) - SHOWN} more")
     following = "retry" if failed else "status" if runs.under_way(found) else "open"
     console.print(f"next: python -m jobs.launch {following} {run.folder.name}", markup=False)
+
+
+def describe_steps(run: Run, *, under_way: bool) -> str:
+    """How far training is and, while it goes on, how fast, and the time that the rest takes at that rate."""
+    step, note = runs.progress(run)
+    parts = [f"step {step} of {run.total}", note]
+    if under_way and (seconds := runs.seconds_per_step(run)):
+        parts.append(f"{spoken(1 / seconds)}, {(run.total - step) * seconds / 60:.1f} minutes left")
+    return ", ".join(filter(None, parts))
 
 
 def describe_rate(run: Run, found: dict[int, Element]) -> str:
@@ -111,7 +123,7 @@ def cancel_command(home: Path, options: argparse.Namespace) -> int:
     run = runs.find(home, options.run)
     active = {element.job for element in runs.elements(run).values() if element.state in ("pending", "running")}
     queue.cancel(run.executor, sorted({job.partition("_")[0] for job in active}))
-    print(f"cancelled {len(active)} jobs of {run.folder}")
+    print(f"cancelled {len(active)} jobs of {run.folder}\nnext: python -m jobs.launch retry {run.folder.name}")
     return 0
 
 

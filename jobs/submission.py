@@ -95,7 +95,7 @@ def begin(
 
     Raises ValueError, with nothing made, for what the cluster would never run.
     """
-    planned = Cluster(launch.profile, launch.home / "runs" / "RUN", after=after)
+    planned = planned_cluster(launch, after)
     planned.check(shape)
     if launch.dry_run:
         raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
@@ -113,10 +113,26 @@ def begin(
     return prepared(launch, folder, shape, after)
 
 
+def planned_cluster(launch: Launch, after: Sequence[str] = ()) -> Cluster:
+    """As a submission will have it, of a run that has no name yet."""
+    run = launch.home / "runs" / "RUN"
+    return Cluster(launch.profile, run, code=next_code(run), after=after)
+
+
+def next_code(run: Path) -> Path:
+    """Where the copy of the code for another submission of a run lies."""
+    return run / f"code-{len(list(run.glob('code-*'))) + 1}"
+
+
 def common_tags(launch: Launch, job: str) -> dict[str, str]:
-    user, command = getpass.getuser(), shlex.join(sys.argv)
+    user, command = getpass.getuser(), command_line()
     own = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.user": user, "pixart.command": command}
     return {**own, "mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "JOB"}
+
+
+def command_line() -> str:
+    """As it was given; Python itself has put the module's file in the place of `-m` and its name."""
+    return shlex.join(["python", "-m", "jobs.launch", *sys.argv[1:]])
 
 
 def commit_tags(commit: str | None) -> dict[str, str]:
@@ -134,7 +150,7 @@ def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = 
     """The cluster, ready for a submission into a run folder: on Slurm, with a copy of the code."""
     if launch.profile.executor != "slurm":
         return Cluster(launch.profile, folder)
-    code = folder / f"code-{len(list(folder.glob('code-*'))) + 1}"
+    code = next_code(folder)
     copy_code(code)
     cluster = Cluster(launch.profile, folder, code=code, after=after)
     (folder / "sbatch.txt").write_text(cluster.sbatch_text(shape))
@@ -146,7 +162,7 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     missing = [number for number, element in runs.elements(run).items() if element.state == "failed"]
     if not missing:
         return run, []
-    planned = Cluster(launch.profile, run.folder)
+    planned = Cluster(launch.profile, run.folder, code=next_code(run.folder))
     if run.elements:
         shape = planned.array_shape(run.kind, missing)
     else:
@@ -162,7 +178,7 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
 
 def write_settings(launch: Launch, folder: Path) -> None:
     (folder / "config.json").write_text(to_json(launch.recipe) + "\n")
-    (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+    (folder / "command.txt").write_text(command_line() + "\n")
     (folder / "profile.json").write_text(json.dumps(asdict(launch.profile), indent=2) + "\n")
 
 
@@ -238,9 +254,15 @@ def make_dataset(launch: Launch) -> None:
         cluster = Cluster(profiles.load("local"), folder)
         job = cluster.submit_ranks(Shape(kind="init"), functools.partial(init.run, to_json(launch.recipe)))
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
-        while runs.under_way(found := runs.elements(run)):
-            time.sleep(POLL_SECONDS["local"] / 5)
-        raise_first_failure(run, found)
+        try:
+            while runs.under_way(found := runs.elements(run)):
+                time.sleep(POLL_SECONDS["local"] / 5)
+        except KeyboardInterrupt:
+            queue.cancel(run.executor, run.job_ids)
+            raise
+        if found[0].state == "failed":  # by the source, a model, or the place: there is no log to point to any more
+            kind, _, said = found[0].note.partition(": ")
+            raise ValueError(said if kind == "ValueError" else f"dataset {launch.dataset} cannot be made: {said}")
 
 
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from conversion.options import STATEFUL
 from jobs.checkpoints import find_checkpoint
 from pixart.config import Recipe, fp8_backend
 
@@ -45,16 +46,37 @@ def check_start(recipe: Recipe, options: argparse.Namespace, start: Path | None,
         )
 
 
-def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record | None) -> None:
-    """What fits together, or not, whatever the dataset."""
+def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record | None, *, gpus: bool) -> None:
+    """What fits together, or not, whatever the dataset; `gpus`: whether the nodes have any."""
     config = recipe.train(stage)
+    check_sizes(recipe, stage, ranks)
     if config.fp8 and not (record and record["plan"]):
         raise ValueError(
             f"stage {stage} trains in FP8, from a checkpoint that `python -m conversion.to_fp8` wrote: "
             f"name it by --from, or set stage{stage}.fp8=false"
         )
     if config.fp8 and record:
-        fp8_backend(config.fp8_backend, record["plan"]["recipe"])
+        backend = fp8_backend(config.fp8_backend, record["plan"]["recipe"])
+        if backend == "te" and not gpus:
+            raise ValueError(
+                f"FP8 by TransformerEngine needs GPUs, which this cluster's profile has none of: convert with another "
+                f"--recipe than {record['plan']['recipe']}, or name another --cluster"
+            )
+
+
+def check_pipeline(recipe: Recipe, ranks: int) -> None:
+    """Both stages, with the conversion between."""
+    for stage in (1, 2):
+        check_sizes(recipe, stage, ranks)
+    if recipe.stage1.fp8:
+        raise ValueError("stage1.fp8=true: FP8 begins with the conversion, after stage 1")
+    if recipe.stage2.fp8:
+        fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
+
+
+def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:
+    """The batch over ranks and micro-batches, and the model's sizes among each other."""
+    config, model = recipe.train(stage), recipe.model
     if config.batch % ranks:
         raise ValueError(f"stage{stage}.batch={config.batch} does not divide over {ranks} ranks")
     if config.batch // ranks % config.accumulate:
@@ -64,11 +86,21 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
         )
     if stage == 1 and config.short > 0:
         raise ValueError(f"stage1.short={config.short}: stage 1 reads no captions")
+    for divisor, what in ((model.num_heads, "heads"), (4, "sines and cosines of two axes")):
+        if model.dim % divisor:
+            raise ValueError(f"model.dim={model.dim}: does not divide into {divisor} {what}")
+    if model.cond_dim % 2:
+        raise ValueError(f"model.cond_dim={model.cond_dim}: must be even")
 
 
 def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: Record | None) -> None:
     """Whether this model, or the one of the checkpoint, can read the dataset."""
     classes, sizes = len(manifest["class_names"]), recipe.model.num_classes
+    channels, side, _ = manifest["latent_shape"]
+    if not record and recipe.model.in_dim != channels:
+        raise ValueError(f"model.in_dim={recipe.model.in_dim}: the dataset's latents have {channels} channels")
+    if not record and side % recipe.model.patch_size:
+        raise ValueError(f"model.patch_size={recipe.model.patch_size}: does not divide latents of {side} x {side}")
     if stage == 1 and not record and classes >= sizes:
         raise ValueError(
             f"model.num_classes={sizes}: the dataset has {classes} classes, and one more index means no class; "
@@ -76,7 +108,7 @@ def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: 
         )
     if record is None:
         return
-    config, channels = record["config"], manifest["latent_shape"][0]
+    config = record["config"]
     if config["in_dim"] != channels:
         raise ValueError(f"the checkpoint reads {config['in_dim']} latent channels, the dataset has {channels}")
     if stage == 2 and config["text_dim"] != manifest["text_dim"]:

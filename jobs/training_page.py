@@ -15,7 +15,7 @@ POINTS = 400  # of a curve; where there are more, each is the mean of several
 SMOOTH = 20  # a smoothed curve's points are means of one in so many of all, and of five at least
 SPREAD = 30.0  # largest over smallest value, from which on an axis of LOGARITHMIC is
 LOGARITHMIC = {"train/loss", "train/grad_norm"}
-SHOWN, FURTHER = 12, 16  # previews, and curves beyond those that every run has
+SHOWN = 12  # previews
 PREVIEW_PIXELS = 1100
 STYLE = """
 .previews { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 14px; }
@@ -31,6 +31,24 @@ CHARTS = (
     ("Learning rate", "learning rate", "Learning rate that the optimizer stepped with.", ("train/lr",)),
     ("Throughput", "images per second", "Images of the global batch per second.", ("train/images_per_second",)),
 )
+# Label of the vertical axis and caption; of figures of nodes also the horizontal axis.
+FURTHER = {
+    "train/tokens_per_second": ("tokens per second", "Latent patches of the global batch per second."),
+    "train/tflops_per_rank": ("TFLOP/s", "Operations of a step by count, for each rank."),
+    "train/mfu": ("share of the peak", "Operations by count against the card's peak."),
+    "train/data_wait": ("share of a step", "Time that a step waits for its batch."),
+}
+NODES = {
+    "cpu_percent": ("%", "Processors in use, of all of a node.", SECONDS),
+    "load": ("processes", "Processes that run or wait to, mean over a minute.", STEPS),
+    "ram_gb": ("GB", "Memory of a node that is in use.", SECONDS),
+    "memory_gb": ("GB", "Largest memory so far of the node's first rank: of its GPU, where it has one.", STEPS),
+    "disk_free_gb": ("GB", "Room that is left where the run lies.", SECONDS),
+    "gpu_percent": ("%", "Time in which GPUs did something, mean over those of a node.", SECONDS),
+    "gpu_memory_gb": ("GB", "Memory of GPUs in use, mean over those of a node.", SECONDS),
+    "gpu_watts": ("W", "Power of GPUs, mean over those of a node.", SECONDS),
+}
+COLORS = 8  # of the pages' style
 SLOTS = ("input", "weight", "grad_output")
 FP8_CHARTS = (
     (
@@ -67,13 +85,13 @@ def page(
     events = [(one.step, f"step {one.step}: {one.what}") for one in incidents if one.step is not None]
     drawn = "".join(section(heading, label, caption, keys, curves, events) for heading, label, caption, keys in CHARTS)
     drawn += "".join(section(*chosen, curves, events) for chosen in FP8_CHARTS)
-    known = {key for *_, keys in CHARTS for key in keys} | {"train/seconds_per_step"}  # the throughput says it
-    own = [key for key in curves if key.startswith("train/") and key not in known][:FURTHER]
-    further = "".join(figure(key, f"{key}, as reported.", {key: curves[key]}, STEPS, events) for key in own)
+    further = "".join(
+        figure(*words, {key: curves[key]}, STEPS, events) for key, words in FURTHER.items() if key in curves
+    )
     nodes = "".join(
-        figure(key, f"{key}, as reported.", {key: values}, STEPS if "_node" in key else SECONDS, ())
-        for key, values in curves.items()
-        if key.startswith("system/")
+        figure(label, caption, own, across, ())
+        for name, (label, caption, across) in NODES.items()
+        if (own := of_nodes(name, curves))
     )
     body = (
         f'<h1>{text(title)}</h1>\n<div class="facts">{table((), facts.items())}</div>'
@@ -96,6 +114,12 @@ def section(
     return f"<h2>{heading}</h2>\n{figure(label, caption, there, STEPS, events)}" if there else ""
 
 
+def of_nodes(name: str, curves: Mapping[str, Points]) -> dict[str, Points]:
+    """A figure's curves by node, in their order."""
+    begin = f"system/{name}_node"
+    return {key: curves[key] for key in sorted(curves, key=lambda key: (len(key), key)) if key.startswith(begin)}
+
+
 def told(incidents: Sequence[Incident]) -> str:
     if not incidents:
         return "<h2>Incidents</h2>\n<p>None: one attempt, no step left out, no fallback.</p>\n"
@@ -113,7 +137,8 @@ def figure(
         few, group = reduced(values)
         grouped = max(grouped, group)
         smooth = key == "train/loss" and len(few) >= SMOOTH
-        shown.append((key, few, f"var(--c{index})", "faint" if smooth else "curve"))
+        mark = "dot" if len(few) == 1 else "faint" if smooth else "curve"  # of a single point there is no line to see
+        shown.append((key, few, f"var(--c{index % COLORS})", mark))
         if smooth:
             half = max(2, len(few) // SMOOTH // 2)
             shown.append((f"{key}, mean over {2 * half + 1} points", smoothed(few, half), "var(--c7)", "curve"))
@@ -184,7 +209,8 @@ def headline(curves: Mapping[str, Points]) -> dict[str, str]:
     found = {}
     if loss := curves.get("train/loss"):
         last = loss[-max(1, len(loss) // SMOOTH) :]
-        found["loss"] = f"{fmean(value for _, value in last):.4f} (mean of the last {len(last)} reports)"
+        of = f"mean of the last {len(last)} reports" if len(last) > 1 else "last report"
+        found["loss"] = f"{fmean(value for _, value in last):.4f} ({of})"
     if held_out := curves.get("val/loss_ema"):
         found["held out"] = f"{held_out[-1][1]:.4f}, of the average, at step {held_out[-1][0]:,}"
     if rate := curves.get("train/images_per_second"):

@@ -5,10 +5,13 @@ Imports neither torch nor anything heavy, so that the launcher may read it.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+MOST_SHARDS = 1_000_000  # each is a file or two of one folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_at_least(1, shards=self.shards, image_size=self.image_size, text_tokens=self.text_tokens)
         require_at_least(1, images=1 if self.images is None else self.images)
+        require_at_least(0, seed=self.seed, text_scale=self.text_scale)
+        if self.shards > MOST_SHARDS:
+            raise ValueError(f"shards={self.shards}: must be at most {MOST_SHARDS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +81,12 @@ class ModelConfig:
     base_image_size: int = 32  # latent side at the reference resolution
     num_classes: int = 1001  # of stage 1; the last index means "no class"
 
+    def __post_init__(self) -> None:
+        require_at_least(1, **dataclasses.asdict(self))
 
-FP8_BACKENDS = {"delayed": "native", "current": "torchao", "rowwise": "torchao"}  # that follow a plan's recipe
+
+# That follow a plan's recipe, the one to be taken first; TransformerEngine (te) needs a GPU.
+FP8_BACKENDS = {"delayed": ("native",), "current": ("torchao", "te"), "rowwise": ("torchao",), "mxfp8": ("te",)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +108,7 @@ class TrainConfig:
     short: float = 0.0  # share of short captions; stage 2, of a dataset with data.short_captions
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False  # needs a checkpoint that the conversion wrote
-    fp8_backend: Literal["auto", "native", "torchao"] = "auto"  # auto: by the recipe of the checkpoint's plan
+    fp8_backend: Literal["auto", "native", "torchao", "te"] = "auto"  # auto: by the recipe of the checkpoint's plan
     fp8_weight_gradient: bool = True  # false: the native backend's third product stays in BF16
     seed: int = 0
     skip_limit: int = 10  # steps in a row, left out as their gradient is not finite, after which training ends
@@ -106,7 +116,8 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches, one after the other, of which a rank's part of the batch is made up
     sharding: Literal["full", "hybrid"] = "full"  # hybrid: over the ranks of a node, with a replica on each node
     reshard: bool = True  # free a block's gathered weights after its forward pass: less memory, one gather more
-    compile: bool = False  # each block, by torch.compile
+    compile: bool = False  # each block, by torch.compile; the text encoder too
+    text_encoder: Literal["replicated", "sharded"] = "replicated"  # where the dataset has no states of the text
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products are kept
 
     log_every: int = 10
@@ -126,10 +137,12 @@ class TrainConfig:
         require_at_least(1, accumulate=self.accumulate, skip_limit=self.skip_limit, keep_last=self.keep_last)
         require_at_least(1, previews=self.previews, fp8_every=self.fp8_every)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
+        require_at_least(0, eps=self.eps, seed=self.seed)
         require_at_least(0, validate_every=self.validate_every, preview_every=self.preview_every, profile=self.profile)
         require_at_least(0, validation_rows=self.validation_rows, keep_every=self.keep_every)
         require_at_least(0.01, stall_minutes=self.stall_minutes)
         require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop, short=self.short)
+        require_share(beta1=self.beta1, beta2=self.beta2)
         if self.validate_every and not self.validation_rows:
             raise ValueError(f"validate_every={self.validate_every}: needs validation_rows, which are 0")
 
@@ -188,10 +201,12 @@ def is_url(path: str) -> bool:
 
 
 def require_at_least(least: float, **values: float) -> None:
-    """Raises ValueError for the first value that is smaller."""
+    """Raises ValueError for the first value that is smaller, or no finite number."""
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name}={value}: must be at least {least}")
+        if math.isinf(value):
+            raise ValueError(f"{name}={value}: must be finite")
 
 
 def require_share(**values: float) -> None:
@@ -278,12 +293,12 @@ def read_data(values: dict[str, Any]) -> DataConfig:
 
 
 def fp8_backend(wanted: str, recipe: str) -> str:
-    """What trains in FP8 by a plan of this recipe. Raises ValueError where `wanted`, or anything, does not."""
-    backend = FP8_BACKENDS.get(recipe)
-    if backend is None or wanted not in ("auto", backend):
-        allowed = ", ".join(f"{able} for {name}" for name, able in FP8_BACKENDS.items())
+    """What trains in FP8 by a plan of this recipe. Raises ValueError where `wanted` does not."""
+    able = FP8_BACKENDS[recipe]
+    if wanted not in ("auto", *able):
+        allowed = ", ".join(f"{' or '.join(backends)} for {name}" for name, backends in FP8_BACKENDS.items())
         raise ValueError(
             f"fp8_backend={wanted}: does not follow the plan's recipe {recipe!r} ({allowed}); convert with another "
             "--recipe to train here"
         )
-    return backend
+    return able[0] if wanted == "auto" else wanted

@@ -18,6 +18,7 @@ DEMO_TRAINING: dict[str, Any] = {
 }
 XL_TRAINING: dict[str, Any] = {
     **{"batch": 2048, "lr": 1e-4, "warmup": 1000, "weight_decay": 0.03, "activation_checkpointing": "selective"},
+    **{"compile": True},
     **{"validate_every": 1000, "validation_rows": 4096, "preview_every": 1000, "keep_every": 50_000},
 }
 

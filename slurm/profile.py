@@ -69,7 +69,7 @@ def load(name: str) -> Profile:
         raise ValueError(f"unknown cluster profile {name!r}: it must be {known()}")
     try:
         values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"profile {path}: {error}") from error
     hints = get_type_hints(Profile)
     for key, value in values.items():

@@ -94,7 +94,8 @@ def is_running(job: str) -> bool:
     """Whether a local job, a process of submitit's, is there."""
     with suppress(OSError):
         status = Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[0]
-        return status != "Z" and b"submitit" in Path(f"/proc/{job}/cmdline").read_bytes()
+        words = Path(f"/proc/{job}/cmdline").read_bytes()
+        return status != "Z" and (not words or b"submitit" in words)  # one that has just begun has no words yet
     return False
 
 

@@ -49,7 +49,7 @@ def look(browser) -> Callable:
         own = urlparse(url).netloc
         context = browser.new_context(color_scheme=scheme, viewport=LAPTOP)
         page, wrong = context.new_page(), []
-        page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+        page.on("console", lambda said: wrong.append(complaint(said)) if said.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda asked: wrong.append(f"asks for {asked.url}") if foreign(asked.url, own) else None)
         page.goto(url)
@@ -60,6 +60,11 @@ def look(browser) -> Callable:
         assert [what for what in wrong if not any(known in what for known in says)] == []
 
     return look
+
+
+def complaint(said) -> str:
+    """With the address that it is about: of a file that is missing, the text does not say which."""
+    return f"{said.text} ({said.location['url']})"
 
 
 def foreign(url: str, own: str) -> bool:

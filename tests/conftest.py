@@ -24,6 +24,13 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao for one test, out of a folder of its own: where it is installed, diffusers talks of it at every start."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / ".venv-torchao")
+    pytest.importorskip("torchao.float8", reason="needs the extra torchao, which `make check` puts into .venv-torchao")
+
+
 @pytest.fixture(scope="session")
 def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """64 scenes in 4 shards, through the caption and latents jobs, with a model that steps in milliseconds."""

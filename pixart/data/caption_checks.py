@@ -32,7 +32,10 @@ REFUSAL = re.compile(
     rf"|as an? {AI}\b(?!-)|as a (?:language|text) model"
     r"|(?:there is )?no (?:image|picture|photo|prompt|text|request) (?:was |is |has been )?"
     r"(?:provided|given|attached|visible)"
-    r"|please (?:provide|upload|share|send|attach) (?:an?|the|your|me)\b"
+    r"|(?:could you )?please (?:provide|upload|share|send|attach) (?:an?|the|your|me)\b"
+    r"|it (?:seems|appears|looks)(?: like| that)? (?:you|(?:there is )?no (?:image|picture|photo))\b"
+    r"|i (?:would )?need to see\b|the image (?:could not|can ?not|can'?t) be\b"
+    r"|this (?:request|content|image) (?:violates|goes against)\b"
     r")",
     re.IGNORECASE,
 )
@@ -53,21 +56,24 @@ FOLLOWS = r"(?:we|you|one|i|there|a|an|the|two|three|four|several|some|many|it|h
 OPENING = re.compile(
     rf"(?:the|this|these|a|an) {BETWEEN}{PICTURE}s? {ADVERB}{TELLS}\b"
     rf"|(?:the|this) (?:given |provided )?(?:image|picture|photo|photograph) (?:is|has|was)\b"
-    rf"|this is an? (?:[\w'-]+ ){{0,3}}{PICTURE}\b"
+    rf"|(?:this|it) is an? (?:[\w'-]+ ){{0,3}}{PICTURE}\b"
+    r"|(?:pictured|depicted|shown) (?:here |in (?:the|this) \w+ )?(?:is|are)\b"
     rf"|(?:in|within) (?:the|this) {BETWEEN}{PICTURE}(?:,| {FOLLOWS}\b)"
-    r"|(?:here,? )?(?:we|you|one|i) (?:can |could |may )?(?:clearly |also )?(?:see|observe|notice)\b"
+    r"|(?:here,? |what )?(?:we|you|one|i|the viewer) (?:can |could |may )?(?:clearly |also )?(?:sees?|observe|notice)\b"
     r"|(?:sure|certainly|of course|okay|absolutely)\s*[,.!]|here(?:'s| is| are) (?:\w+ ){0,3}?"
     r"(?:caption|description|text|rewrit\w+|prompt|version)\b"
-    r"|(?:caption|description|prompt|rewritten(?: \w+)?|answer|output|image|response)\s*:",
+    r"|(?:image )?(?:caption|description|prompt|rewritten(?: \w+)?|answer|output|image|response)\s*:",
     re.IGNORECASE,
 )
 # Of a later sentence, less is sure: a pictured photo may itself show something.
 LATER = re.compile(
-    rf"(?:the|this) (?:overall )?image {ADVERB}{TELLS}\b"
-    rf"|this (?:picture|photo|photograph|caption|description) {ADVERB}{TELLS}\b"
-    rf"|(?:in|within) (?:the|this) image(?:,| {FOLLOWS}\b)"
+    rf"this (?:picture|photo|photograph|caption|description) {ADVERB}{TELLS}\b"
     r"|(?:here,? )?(?:we|you|i) (?:can |could )?(?:also |clearly )?see\b",
     re.IGNORECASE,
+)
+# Whoever says so stands outside the picture, wherever in a sentence.
+OUTSIDE = re.compile(
+    r"\b(?:the|this) (?:provided |given |overall )?image\b(?! (?:of|on|onto|in|sensor)\b)", re.IGNORECASE
 )
 
 REPEATED_CHARACTER = re.compile(r"(\S)(?:\s*\1){11,}")
@@ -133,9 +139,9 @@ def is_refusal(text: str) -> bool:
 
 
 def is_narration(text: str) -> bool:
-    """A sentence that begins with the image as its subject, or with the one who looks at it."""
+    """A sentence that begins with the image as its subject, or with the one who looks at it, or speaks of the image."""
     first, *later = sentences_of(text) or [""]
-    return bool(OPENING.match(first)) or any(LATER.match(sentence) for sentence in later)
+    return bool(OPENING.match(first) or OUTSIDE.search(text)) or any(LATER.match(sentence) for sentence in later)
 
 
 def repeats(text: str) -> bool:

@@ -12,7 +12,7 @@ from PIL import Image
 from pixart.config import ScreeningConfig
 from pixart.data import screening
 from pixart.data.ahead import made_ahead
-from pixart.data.captioner import Caption, Captioner
+from pixart.data.captioner import MAX_PIXELS, Caption, Captioner
 from pixart.data.screening import Statistics
 from pixart.data.sources import Item
 
@@ -50,6 +50,7 @@ class Screened:
     """A source item after screening; without an image it is rejected."""
 
     item: Item
+    digest: bytes  # of the item's data
     image: Image.Image | None = None
     statistics: Statistics | None = None
     reason: str = ""
@@ -59,19 +60,21 @@ class Screened:
 
 def screen(item: Item, limits: ScreeningConfig) -> Screened:
     image = statistics = None
+    digest = screening.digest(item.data)
     try:
-        image = screening.decode(item.data, limits)
-        statistics = screening.measure(image)
+        image, size = screening.decode_shrunk(item.data, limits, MAX_PIXELS)
+        statistics = screening.measure(image, size)
         screening.check(statistics, limits)
     except screening.Rejected as rejected:
         return Screened(
             item=item,
+            digest=digest,
             statistics=statistics,
             reason=rejected.reason,
             detail=rejected.detail,
             thumbnail=screening.thumbnail(image) if image else None,
         )
-    return Screened(item=item, image=image, statistics=statistics)
+    return Screened(item=item, digest=digest, image=image, statistics=statistics)
 
 
 def make_part(items: Iterable[Item], captioner: Captioner, limits: ScreeningConfig) -> pa.Table:
@@ -113,7 +116,7 @@ def append(columns: dict[str, list[Any]], screened: Screened) -> None:
         "reason": screened.reason,
         "detail": screened.detail,
         "thumbnail": screened.thumbnail,
-        "digest": screening.digest(screened.item.data),
+        "digest": screened.digest,
         **(asdict(screened.statistics) if screened.statistics else {}),
     }
     for name, values in columns.items():

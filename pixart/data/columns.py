@@ -9,6 +9,7 @@ import math
 import os
 import uuid
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PIECE = 1 << 20  # bytes that are fetched together at least, where a file has th
 Layout = dict[str, tuple[tuple[int, ...], str]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Column:
     """One array; a file has `rows` rows, a chunk one of them or all."""
 
@@ -38,11 +39,11 @@ class Column:
     rows: int
     chunk: int
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Bytes of a chunk and its checksum."""
         return self.row_bytes * self.chunk + CHECKSUM

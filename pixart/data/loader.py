@@ -99,7 +99,7 @@ class Loader:
         def column(name: str, chosen: np.ndarray | None = None) -> Tensor:
             if name in self.by_window:
                 pieces = [window.columns[name][window.own(part)] for window, part in parts]
-                whole = pieces[0] if len(pieces) == 1 else pin(torch.cat(pieces))
+                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, out=self._empty(name, len(rows)))
                 return whole if chosen is None else whole[chosen]
             return self._read_rows(name, rows if chosen is None else rows[chosen])
 

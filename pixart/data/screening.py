@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pixart.config import ScreeningConfig
-from pixart.data.image_files import Reason, Rejected, decode
+from pixart.data.image_files import Reason, Rejected, decode, decode_shrunk
 
 __all__ = [
     "Reason",
@@ -21,6 +21,7 @@ __all__ = [
     "Statistics",
     "check",
     "decode",
+    "decode_shrunk",
     "digest",
     "measure",
     "resize_and_crop",
@@ -49,8 +50,9 @@ class Statistics:
     phash: int  # 64 bits, see `perceptual_hash`
 
 
-def measure(image: Image.Image) -> Statistics:
-    """Measures an RGB image on a copy of 128 x 128 pixels."""
+def measure(image: Image.Image, size: tuple[int, int] | None = None) -> Statistics:
+    """Measures an RGB image on a copy of 128 x 128 pixels; `size` is that of the whole where it has been shrunk."""
+    width, height = size or image.size
     small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     luma = np.asarray(small.convert("L"))
     histogram = np.bincount(luma.ravel(), minlength=256) / luma.size
@@ -60,8 +62,8 @@ def measure(image: Image.Image) -> Statistics:
     colors = np.bincount((red << 8 | green << 4 | blue).ravel())
     across, down = np.abs(np.diff(levels, axis=1)), np.abs(np.diff(levels, axis=0))
     return Statistics(
-        width=image.width,
-        height=image.height,
+        width=width,
+        height=height,
         brightness=float(levels.mean() / 255),
         entropy=float(-(used * np.log2(used)).sum()) + 0.0,
         dominant=float(colors.max() / luma.size),

@@ -102,11 +102,10 @@ class Store:
         if out is None:
             out = np.empty((len(rows), *column.shape), column.dtype)
         if column.chunk > 1:
-            shards, places = np.divmod(rows, column.rows)
-            for shard in np.unique(shards):
-                whole = np.empty(column.rows, column.dtype)
-                self._read_rows(column, shard[None], whole.view(np.uint8)[None], np.array([0]))
-                out[shards == shard] = whole[places[shards == shard]]
+            shards, own = np.unique(rows // column.rows, return_inverse=True)
+            wholes = np.empty((len(shards), column.rows), column.dtype)
+            self._read_rows(column, shards, wholes.view(np.uint8), np.arange(len(shards)))
+            out[...] = wholes[own, rows % column.rows]
             return out
         target = out.reshape(-1).view(np.uint8).reshape(len(rows), column.row_bytes)
         parts = np.array_split(np.argsort(rows, kind="stable"), READERS)

@@ -52,11 +52,11 @@ class Encoder:
         """Token ids (B, L) and mask (B, L), arrays or tensors -> float32 tensor (B, L, text_dim), padding zero."""
         import torch
 
-        device = self.model.device
-        ids, mask = torch.as_tensor(token_ids).to(device).long(), torch.as_tensor(mask).to(device)
+        ids, mask = torch.as_tensor(token_ids), torch.as_tensor(mask)
         longest = max(int(mask.sum(1).max()), 1)  # padding is on the right: what no caption reaches need not be run
+        ids, mask = (tensor.to(self.model.device, non_blocking=True) for tensor in (ids, mask))
         with torch.no_grad():
-            states = self.model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
+            states = self.model(input_ids=ids[:, :longest].long(), attention_mask=mask[:, :longest]).last_hidden_state
         states = states.float() * self.scale * mask[:, :longest, None]
         return torch.nn.functional.pad(states, (0, 0, 0, ids.shape[1] - longest))
 

@@ -6,6 +6,7 @@ gradient of the output is E5M2. On a GPU the products run on FP8 tensor cores; o
 the same grid and multiplied in float32, which gives the same result up to the order of summation.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -148,6 +149,11 @@ def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:
     )
 
 
+@functools.cache
+def format_maxima(device: torch.device) -> Tensor:  # by slot; copied to the device once: a copy waits for it
+    return torch.tensor([fmt.max for fmt in FORMATS], device=device)
+
+
 @torch.no_grad()
 def update_scales(model: nn.Module, plan: Plan) -> None:
     """Ends a step: staged amax, reduced over ranks, joins the history, and the scales follow its maximum.
@@ -162,7 +168,7 @@ def update_scales(model: nn.Module, plan: Plan) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(staged, op=dist.ReduceOp.MAX)
     histories[:, 0] = torch.where(staged.isfinite(), staged, histories[:, -1])
-    format_max = torch.tensor([fmt.max for fmt in FORMATS], device=histories.device)
+    format_max = format_maxima(histories.device)
     previous = torch.stack([module.scale for module in linears])
     over = (histories[:, 0] * previous > format_max).float()
     shares = torch.stack([module.overflow_share for module in linears]).lerp_(over, OVERFLOW_WEIGHT)
@@ -187,7 +193,7 @@ def health(model: nn.Module) -> dict[str, dict[str, float]]:
     scales = torch.stack([module.scale for module in linears.values()])
     newest = torch.stack([module.amax_history[-1] for module in linears.values()])
     shares = torch.stack([module.overflow_share for module in linears.values()])
-    format_max = torch.tensor([fmt.max for fmt in FORMATS], device=scales.device)
+    format_max = format_maxima(scales.device)
     headroom = torch.where(newest > 0, (format_max / (newest * scales)).log2(), 0.0)
     keys = [f"{name}.{slot}" for name in linears for slot in SLOTS]
     measures = {"scale": scales, "headroom": headroom, "overflow_share": shares}
@@ -220,7 +226,7 @@ def calibrated_state(amax: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor
 
     A zero leaves a slot's scale at 1 until a step has seen its tensor.
     """
-    format_max = torch.tensor([fmt.max for fmt in FORMATS])
+    format_max = format_maxima(torch.device("cpu"))
     state = {}
     for name in plan.linears:
         history = torch.zeros(plan.history, len(SLOTS))

@@ -47,7 +47,7 @@ class Gathering:
     """A weight of which this rank has a shard, cast again when shard or scale has changed."""
 
     def __init__(self, linear: Float8Linear, dtype: torch.dtype) -> None:
-        self.linear, self.dtype = linear, dtype
+        self.linear, self.dtype, self.weight = linear, dtype, linear.weight
         self.shard: Any = linear.weight._local_tensor  # itself: `to_local` gives another with the same memory
         self.shard.fsdp_pre_all_gather, self.shard.fsdp_post_all_gather = self.before, self.after
         self.made_of: tuple[int, int] | None = None
@@ -57,12 +57,16 @@ class Gathering:
     ) -> tuple[tuple[Tensor], None]:
         """What this rank gives: as many rows as every rank, whether it has them or not."""
         scale = self.linear.scale
-        if self.made_of != (self.shard._version, scale._version):
+        # The fused kernels of an optimizer do not count as a change of the weight, but scales follow each of its steps.
+        now = (self.weight._version, scale._version)
+        if self.made_of != now:
             rows = -(-outer_size[0] // mesh.size())
             cast = quantize(self.shard, scale[WEIGHT], E4M3).to(E4M3.dtype)
-            self.cast = F.pad(cast.view(torch.uint8), (0, 0, 0, rows - len(cast))).view(E4M3.dtype)
-            self.amax = largest(self.shard) if len(cast) else torch.zeros((), device=scale.device)
-            self.made_of = (self.shard._version, scale._version)
+            if rows > len(cast):
+                cast = F.pad(cast.view(torch.uint8), (0, 0, 0, rows - len(cast))).view(E4M3.dtype)
+            self.cast = cast
+            self.amax = largest(self.shard) if len(self.shard) else torch.zeros((), device=scale.device)
+            self.made_of = now
         return (self.cast,), None
 
     def after(

@@ -30,7 +30,7 @@ SLOTS = ("input", "weight", "grad_output")
 FORMATS = (E4M3, E4M3, E5M2)
 
 CACHED = 1 << 15  # float32 values that a core's own cache holds several times over
-BLACKWELL = (10, 0)  # compute capability from which on FP8 products take both operands in either layout
+BLACKWELL = 10  # compute capability from which on a product takes operands in either layout; before, sums are of rows
 
 
 def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
@@ -57,11 +57,11 @@ def round_to_format_(x: Tensor, fmt: Format) -> Tensor:
 
 
 def largest(x: Tensor) -> Tensor:
-    """The largest magnitude, in float32 -> (); a not-a-number wins.
-
-    First of each row: a compiler makes that part of the kernel of a norm, whose rows are the same.
-    """
-    return x.detach().abs().amax(-1).amax().float()
+    """The largest magnitude, in float32 -> (); a not-a-number wins."""
+    if x.is_cuda or torch.compiler.is_compiling():  # by rows, as the kernel of a norm goes
+        return x.detach().abs().amax(-1).amax().float()
+    low, high = torch.aminmax(x.detach())
+    return torch.maximum(-low, high).float()
 
 
 def record(staged: Tensor, slot: int, amax: Tensor) -> None:
@@ -79,25 +79,55 @@ def scaled_matmul(
     """
     unscale = (scale_a * scale_b).reciprocal()
     if not a.is_cuda:
-        product = a @ b if bias is None else torch.addmm(bias.float() / unscale, a, b)
-        return (product * unscale).to(dtype)
-    if torch.cuda.get_device_properties(a.device).major < BLACKWELL[0]:  # Hopper's and Ada's sum along contiguous rows
-        a, b = a.contiguous(), b.t().contiguous().t()
+        if unscale.dim() < 2 and b.numel() < a.shape[0] * b.shape[1]:  # scales are divided out of what is smaller
+            scaled = b * unscale
+            return (a @ scaled if bias is None else torch.addmm(bias.float(), a, scaled)).to(dtype)
+        product = a @ b * unscale
+        return (product if bias is None else product + bias).to(dtype)
     whole = unscale.dim() == 0
     one = torch.ones((), device=a.device)
     fused = whole and bias is not None and dtype != torch.float32  # cuBLAS has no bias for a float32 result
-    product = torch._scaled_mm(
-        a,
-        b,
-        scale_a=scale_a.reciprocal() if whole else one,
-        scale_b=scale_b.reciprocal() if whole else one,
-        bias=bias if fused else None,
-        out_dtype=dtype,
-        use_fast_accum=fast,
-    )
+    scales = (scale_a.reciprocal(), scale_b.reciprocal()) if whole else (one, one)
+    turned = (not a.is_contiguous(), not b.is_contiguous())
+    given = [tensor.t() if turn else tensor for tensor, turn in zip((a, b), turned, strict=True)]
+    product = tensor_core_product(*given, *turned, *scales, bias if fused else None, dtype, fast)
     if not whole:
         product = (product * unscale).to(dtype)
     return product if fused or bias is None else product + bias
+
+
+@torch.library.custom_op("pixart::tensor_core_product", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def tensor_core_product(
+    a: Tensor,
+    b: Tensor,
+    turn_a: bool,
+    turn_b: bool,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    """FP8 a (m, k) times FP8 b (k, n), times both scales, plus bias (n,) -> (m, n). What is turned is given as its
+    transpose; all that is given is contiguous.
+
+    To a compiler it is one piece: what torch has for it insists on sums along rows also where the card does not, and a
+    transposed copy that became part of a cast by rows would write single bytes a whole row apart.
+    """
+    a, b = a.contiguous(), b.contiguous()  # a compiler may choose
+    if torch.cuda.get_device_properties(a.device).major < BLACKWELL:
+        a, turn_a = (transposed(a) if turn_a else a), False
+        b, turn_b = (b if turn_b else transposed(b)), True
+    a, b = (a.t() if turn_a else a), (b.t() if turn_b else b)
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast)
+
+
+@tensor_core_product.register_fake
+def _(a, b, turn_a, turn_b, scale_a, scale_b, bias, dtype, fast):
+    return a.new_empty(a.shape[turn_a], b.shape[1 - turn_b], dtype=dtype)
+
+
+transposed = torch.compile(lambda x: x.t().contiguous(), dynamic=True)  # in tiles, which a plain copy is not
 
 
 class Float8Product(torch.autograd.Function):
@@ -123,9 +153,11 @@ class Float8Product(torch.autograd.Function):
         x8, weight_scale = quantize(x, scales[0, INPUT], E4M3), spread(scales[:, WEIGHT], outs)
         if weight8 is None:
             weight8 = quantize(weight, weight_scale if len(outs) == 1 else weight_scale.unsqueeze(-1), E4M3)
+        elif not weight8.is_cuda:
+            weight8 = weight8.float()
         ctx.save_for_backward(x if fine_weight_gradient else x8, weight8, scales)
         ctx.outs, ctx.fine, ctx.staged, ctx.dtypes = outs, fine_weight_gradient, staged, (x.dtype, weight.dtype)
-        return scaled_matmul(x8, values(weight8).t(), scales[0, INPUT], weight_scale, x.dtype, bias=bias, fast=True)
+        return scaled_matmul(x8, weight8.t(), scales[0, INPUT], weight_scale, x.dtype, bias=bias, fast=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,18 +174,13 @@ class Float8Product(torch.autograd.Function):
         grad_x = grad_weight = None
         if wants_x:
             scale = grad_scale if len(ctx.outs) == 1 else torch.ones_like(weight_scale)
-            grad_x = scaled_matmul(grad8, values(weight8), scale, weight_scale, x_dtype, bias=None, fast=False)
+            grad_x = scaled_matmul(grad8, weight8, scale, weight_scale, x_dtype, bias=None, fast=False)
         if wants_weight and ctx.fine:
             grad_weight = (grad.t() @ x8).to(weight_dtype)
         elif wants_weight:
             by_row = grad_scale if len(ctx.outs) == 1 else grad_scale.unsqueeze(-1)
             grad_weight = scaled_matmul(grad8.t(), x8, by_row, scales[0, INPUT], weight_dtype, bias=None, fast=False)
         return grad_x, grad_weight, None, grad.sum(0) if wants_bias else None, *[None] * (3 + len(ctx.staged))
-
-
-def values(weight8: Tensor) -> Tensor:
-    """What a product takes of a weight that is there in FP8: a CPU multiplies its values."""
-    return weight8 if weight8.is_cuda else weight8.float()
 
 
 def spread(numbers: Tensor, sizes: Sequence[int]) -> Tensor:

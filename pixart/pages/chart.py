@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from pixart.pages.markup import text
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1110, 10, 250  # of a plot, and of the frame within it, in pixels
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1090, 10, 250  # of a plot, and of the frame within it, in pixels
 SAME = 1e-9  # difference of values, of their size, that is rounding
 MARKS = {
     "dot": "M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0",

@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+from pixart.config import TrainConfig
 from pixart.data.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
+from pixart.training.distributed import Ranks, shard_frozen
+
+ALIGNMENT = 8  # of the number of keys: attention reads a mask by 16 bytes, and compiled blocks see few lengths
 
 
 class ClassCondition:
@@ -22,15 +26,19 @@ class ClassCondition:
 class TextCondition:
     """Stage 2: the caption's states, from the store or from the encoder, or those of the empty text."""
 
-    def __init__(self, dataset: Manifest, device: torch.device) -> None:
+    def __init__(self, dataset: Manifest, ranks: Ranks, config: TrainConfig) -> None:
         from pixart.data.text import TextEncoder
 
-        data = dataset.data
+        data, device = dataset.data, ranks.device
         encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
         self.null_states, self.null_mask = (tensor.to(device) for tensor in encoder.encode([""]))
         self.null_length = int(self.null_mask.sum())
         self.encoder, self.device = None if data.text_states else encoder, device
         self.tokenizer = encoder.tokenizer
+        if self.encoder and config.compile:
+            self.encoder.model.compile()
+        if self.encoder and config.text_encoder == "sharded":
+            shard_frozen(self.encoder.model, ranks)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         dropped = batch.dropped.to(self.device, non_blocking=True)
@@ -42,6 +50,7 @@ class TextCondition:
             states = batch.text_states.to(self.device, non_blocking=True).float()
         # Padding is on the right, and keys that no caption has are left out: counted on the CPU, without a wait.
         longest = max(int(batch.token_mask.sum(1).max()), self.null_length)
+        longest += -longest % ALIGNMENT
         states = torch.where(dropped[:, None, None], self.null_states, states)
         return {"text": states[:, :longest], "text_mask": mask[:, :longest]}
 

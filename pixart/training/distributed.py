@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pixart.config import TrainConfig
+from pixart.model import fp8_products  # noqa: F401 - its operator is one of those below
 
 aten = torch.ops.aten
 # Products and attention: what costs most to compute again. Norms, modulations and activations are made anew.
-KEPT = (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm)
+KEPT = (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm, torch.ops.pixart.tensor_core_product)
 ATTENTION = "_scaled_dot_product"
+GRAPHS = 64  # of a block: training, validation and previews, lengths of text, a linear that has left FP8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +86,15 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
 
     Master weights stay float32; computation is in `config.precision`.
     """
+    if config.compile:
+        torch._dynamo.config.recompile_limit = GRAPHS
+    # In one piece, but for TransformerEngine's linears, which run outside of a compiled graph.
+    whole = not any("transformer_engine" in type(module).__module__ for module in model.modules())
     for block in model.dit_blocks:
         if config.activation_checkpointing != "none":
             block.forward = recomputed(config.activation_checkpointing, block.forward)
         if config.compile:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=whole)
     # Time stays float32 on its way in: the model casts what it multiplies with weights.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype_of(config.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -97,6 +103,15 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
     for block in model.dit_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+
+
+def shard_frozen(model: nn.Module, ranks: Ranks) -> None:
+    """FSDP2 around a model that is not trained, in place: each item of its lists of layers a unit, the rest another."""
+    mesh = make_mesh(ranks, "full")
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def dtype_of(precision: str) -> torch.dtype:

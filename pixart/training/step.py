@@ -12,9 +12,10 @@ from pixart.config import ModelConfig, TrainConfig, fp8_backend
 from pixart.data.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store import Store
-from pixart.model import fp8, fp8_gather, fp8_torchao
+from pixart.model import fp8, fp8_gather, fp8_te, fp8_torchao
 from pixart.model.dit import DiT, own_config
 from pixart.model.flow import flow_loss, interpolate, sample_time
+from pixart.model.fp8 import Plan
 from pixart.training.conditions import ClassCondition, TextCondition
 from pixart.training.distributed import Ranks, dtype_of, parallelize
 from pixart.training.ema import Ema
@@ -48,10 +49,8 @@ class Training:
         check_fits(self.model, self.dataset, stage)
         self.model.train()
         self.model.fuse_projections()
-        if self.plan and fp8_backend(config.fp8_backend, self.plan.recipe) == "native":
-            fp8.swap_linears(self.model, self.plan, fine_weight_gradient=not config.fp8_weight_gradient)
-        elif self.plan:
-            fp8_torchao.swap_linears(self.model, self.plan)
+        if self.plan:
+            self.swap_linears(self.plan)
         parallelize(self.model, ranks, config)
         if start:
             self.model.to_empty(device=ranks.device)
@@ -60,8 +59,18 @@ class Training:
         self.ema = Ema(self.model, config.ema)
         self.skipped_in_row = torch.zeros((), device=ranks.device)
         self.condition = (
-            ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks.device)
+            ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks, config)
         )
+
+    def swap_linears(self, plan: Plan) -> None:
+        """By the backend that follows the plan."""
+        backend = fp8_backend(self.config.fp8_backend, plan.recipe)
+        if backend == "native":
+            fp8.swap_linears(self.model, plan, fine_weight_gradient=not self.config.fp8_weight_gradient)
+        elif backend == "torchao":
+            fp8_torchao.swap_linears(self.model, plan)
+        else:
+            fp8_te.swap_linears(self.model, plan)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's part of the global batch -> its loss () and the gradient's norm ().

@@ -47,8 +47,10 @@ def test_fp8_weights_are_the_average(converted):
     assert 0 < (wanted - got).norm() / wanted.norm() < 0.1
 
 
+@pytest.mark.usefixtures("torchao")
 def test_torchao_trains_from_the_same_weights(converted):
-    torchao = pytest.importorskip("torchao.float8", reason="needs the extra torchao")
+    import torchao.float8 as torchao
+
     saved = checkpoints.load(converted)
     record = json.loads((converted / "torchao.json").read_text())
     model = DiT(**saved.config)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from conversion.exports import export_inference
-from jobs import ledger
+from jobs import launch, ledger
 from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
@@ -90,6 +90,24 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch caption --array -1", "--array"),
         ("python -m jobs.launch caption --array=-1", "'-1'"),
         ("python -m jobs.launch caption --array ", "''"),
+        ("python -m jobs.launch caption --array 0-999999999999", "at most 1000000 shards"),
+        ("python -m jobs.launch caption --array 0-300", "shard 300"),
+        ("python -m jobs.launch caption --home ", "--home: is empty"),
+        ("python -m jobs.launch caption --home broken.pt", "Not a directory"),
+        ("python -m jobs.launch caption --home /proc/home", "/proc/home"),
+        ("python -m jobs.launch caption --set data.path=", "data.path: is empty"),
+        ("python -m jobs.launch caption --set data.text_scale=nan", "data.text_scale=nan"),
+        ("python -m jobs.launch train --set stage1.beta1=2", "stage1.beta1=2"),
+        ("python -m jobs.launch caption --dataset broken.pt", "Not a directory"),
+        ("python -m jobs.launch caption --dataset damaged", "manifest.json is damaged"),
+        ("python -m jobs.launch caption --cluster damaged/binary.toml", "damaged/binary.toml"),
+        ("python -m jobs.launch latents", "there is none"),
+        ("python -m jobs.launch audit", "there is none"),
+        ("python -m jobs.launch verify", "there is none"),
+        ("python -m jobs.launch demo --nodes 3", "does not divide over 3 ranks"),
+        ("python -m jobs.launch demo --set model.num_heads=3", "model.dim=128"),
+        ("python -m jobs.launch demo --set stage1.fp8=true", "stage1.fp8=true"),
+        ("python -m jobs.launch pipeline --set stage2.fp8_backend=torchao", "fp8_backend=torchao"),
         ("python -m jobs.launch caption --recipe nothing", "unknown recipe 'nothing'"),
         ("python -m jobs.launch caption --set data.sauce=demo", "'data.sauce'"),
         ("python -m jobs.launch caption --set data.source=/no/such/folder", "/no/such/folder"),
@@ -101,6 +119,9 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from nowhere", "nowhere"),
         ("python -m jobs.launch train --from broken.pt", "no checkpoint directory"),
         ("python -m jobs.launch train --from truncated", "truncated"),
+        ("python -m jobs.launch train --from damaged", "training.json is damaged"),
+        ("python -m jobs.launch train --set model.num_blocks=0", "model.num_blocks=0"),
+        ("python -m jobs.launch train --set stage1.lr=inf", "stage1.lr=inf"),
         ("python -m jobs.launch train --resume nowhere", "nowhere"),
         ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
@@ -112,6 +133,10 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from done --set model.dim=64", "model.dim=64"),
         ("python -m jobs.launch convert nowhere", "nowhere"),
         ("python -m jobs.launch convert done", "--overwrite"),
+        ("python -m jobs.launch convert broken.pt", "no PyTorch checkpoint"),
+        ("python -m jobs.launch convert pipe.pt", "pipe.pt"),
+        ("python -m jobs.launch convert text --stage 1 --output out", "is of stage 2 already"),
+        ("python -m jobs.launch convert failed --output out --data nodata", "--data nodata"),
         ("python -m jobs.launch convert failed --batches 0", "--batches must be at least 1"),
         ("python -m jobs.launch sample nowhere", "nowhere"),
         ("python -m jobs.launch sample done", "done names no dataset"),
@@ -131,6 +156,8 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch sample text --per-prompt 0", "'0'"),
         ("python -m jobs.launch sample text --weights best", "best"),
         ("python -m jobs.launch sample text --export done", "--export done"),
+        ("python -m jobs.launch sample text --export broken.pt/folder", "lies below a file"),
+        ("python -m jobs.launch sample text --export ", "--export: is empty"),
         ("python -m jobs.launch sample wide", "text states of width 11"),
         ("python -m jobs.launch sample fp8 --weights master", "--weights master"),
         ("python -m jobs.launch sample fp8 --export folder", "is in FP8"),
@@ -143,23 +170,29 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch recaption", "needs a request"),
         ("python -m jobs.launch recaption --file nowhere.txt", "--file nowhere.txt"),
         ("python -m jobs.launch recaption dog --output dog.png", "--output dog.png"),
+        ("python -m jobs.launch recaption dog --output nowhere/dogs.txt", "no folder nowhere"),
         ("python -m jobs.launch recaption dog --compare nowhere", "--compare nowhere"),
+        ("python -m jobs.launch recaption dog --compare broken.pt", "Not a directory"),
         ("python -m jobs.launch recaption dog --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
         ("python -m jobs.launch status", "no runs"),
         ("python -m jobs.launch status nowhere", "no runs"),
+        ("python -m jobs.launch status --home damaged", "run.json is damaged"),
         ("python -m jobs.launch retry", "no runs"),
         ("python -m jobs.launch logs --shard x", "'x'"),
         ("python -m jobs.launch sync", "no runs"),
         ("python -m jobs.launch open nowhere", "no runs"),
         ("python -m jobs.launch lineage", "no runs"),
         ("python -m jobs.launch lineage broken.pt", "no picture"),
+        ("python -m jobs.launch lineage damaged", "training.json is damaged"),
         ("python -m jobs.launch lineage other.png", "names no checkpoint"),
         ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),
+        ("python -m jobs.launch lineage done --html damaged", "--html damaged"),
         ("python -m jobs.launch release nowhere", "nowhere"),
         ("python -m jobs.launch release done", "no run folder"),
         ("python -m jobs.launch release done --name a/b", "'a/b'"),
         ("python -m conversion.to_fp8 nowhere.pt", "nowhere.pt"),
         ("python -m conversion.to_fp8 broken.pt", "broken.pt"),
+        ("python -m conversion.to_fp8 pipe.pt", "pipe.pt"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch, capfd, stage1, command, message):
@@ -177,6 +210,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
         checkpoints.save(stage1, tmp_path / name)
     checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
     save_what_can_be_sampled(stage1, tmp_path)
+    save_what_is_damaged(tmp_path)
     before = tree(tmp_path)
     module, *arguments = command.removeprefix("python -m ").split(" ")
     try:
@@ -189,6 +223,29 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     assert errors.count("\n") == 1, errors
     assert errors.startswith("error: ")
     assert tree(tmp_path) == before
+
+
+def test_the_convert_job_takes_checkpoints_of_other_kinds(tmp_path, monkeypatch, stage1, capsys):
+    monkeypatch.setenv("PIXART_CLUSTER", "local")
+    folder = tmp_path / "weights"
+    checkpoints.save_weights(stage1.model, stage1.config, folder)
+    words = ["convert", str(folder), "--home", str(tmp_path / "home"), "--dry-run"]
+    assert launch.main(words) == 0
+    file = folder / checkpoints.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-10])
+    assert launch.main(words) == 2
+    assert "damaged or truncated" in capsys.readouterr().err
+
+
+def save_what_is_damaged(folder: Path) -> None:
+    """What every command reads first, cut off or of another program; and a file that nobody ever writes to."""
+    run = folder / "damaged/runs/20260101-000000-train-abcd"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"kind": ')
+    (folder / "damaged/training.json").write_text("{}")
+    (folder / "damaged/manifest.json").write_text('{"data": {}')
+    (folder / "damaged/binary.toml").write_bytes(b"\xff\xfe")
+    os.mkfifo(folder / "pipe.pt")
 
 
 def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
@@ -241,7 +298,7 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
 @pytest.mark.slow
 def test_interrupting_ends_the_jobs_too(tmp_path):
     """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
-    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=20000", "--set", "data.shards=200"]
+    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=8000", "--set", "data.shards=200"]
     launcher = subprocess.Popen(
         words, cwd=tmp_path, env=bare_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

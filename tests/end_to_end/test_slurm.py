@@ -123,18 +123,47 @@ def check_ranks(run: Run, *, per_node: int) -> None:
     assert len({match[5] for match in words}) == 1
 
 
-def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, monkeypatch):
-    """One after the other, so that no more run at once than was asked for; each element keeps its shard."""
+def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, monkeypatch, capsys):
+    """One after the other, so that no more run at once than was asked for; each element keeps its shard.
+
+    With `--wait`, the command ends when they have.
+    """
     monkeypatch.setattr("slurm.queue.max_array_size", lambda: 2)
     submit(
-        *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1"),
+        *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1", "--wait"),
         settings={"data.shards": 8, "data.images": 64},
     )
     run = newest(tmp_path, "caption")
     assert len(run.job_ids) == 3
-    assert settle(run) == dict.fromkeys((1, 3, 4, 6, 7), "done")
+    assert {number: element.state for number, element in runs.elements(run).items()} == dict.fromkeys(
+        (1, 3, 4, 6, 7), "done"
+    )
+    told = capsys.readouterr().out
+    assert "caption: begun\n" in told
+    assert "caption: done in" in told
+    assert "caption: 5 shards, 40 of 40 images valid" in told
     starts = attempts(run.folder)
     assert [(line["job"], line["arguments"]) for line in starts] == [(job, [list(own)]) for job, own in run.jobs]
+
+
+def test_a_dry_run_says_just_what_is_submitted_then_of_a_copy_of_the_code(profile, tmp_path, capsys):
+    words, settings = (
+        ("caption", "--cluster", str(profile), "--array", "0,2"),
+        {"data.shards": 4, "data.images": 16_000},
+    )
+    submit(tmp_path, *words, "--dry-run", settings=settings)
+    told = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    submit(tmp_path, *words, settings=settings)
+    run = newest(tmp_path, "caption")
+    files = {name: (run.folder / name).read_text() for name in ("sbatch.txt", "config.json", "profile.json", "git.txt")}
+    assert told.replace("runs/RUN", f"runs/{run.folder.name}") == f"{files['sbatch.txt']}\n{files['config.json']}"
+    job = run.job_of()[0]
+    wait_until(lambda: bool(task_processes(job)), what="a task")
+    (copy,) = {Path(f"/proc/{pid}/cwd").resolve() for pid in task_processes(job)}
+    assert copy == run.folder / "code-1"
+    assert (copy / "jobs/launch.py").read_text() == Path(launch.__file__).read_text()
+    assert set(settle(run).values()) == {"done"}
 
 
 PIPELINE = SMALL | {
@@ -163,6 +192,18 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
     started = sorted((path.parent for path in tmp_path.glob("runs/*/attempts.jsonl")), key=first_start)
     kinds = [folder.name.split("-")[2] for folder in started]
     assert kinds == ["caption", "latents", "audit", "train", "convert", "train", "sample"]
+
+
+def test_a_pipeline_stops_where_an_element_fails(profile, tmp_path):
+    """Nothing is made of half a dataset: what was to come after is called off, and has not begun."""
+    settings = {"data.shards": SHARDS, "data.images": 64}
+    submit(tmp_path, "init", "--cluster", str(profile), settings=settings)
+    (tmp_path / "datasets/demo/captions/00003.parquet").mkdir(parents=True)  # in the way of the element's own file
+    submit(tmp_path, "pipeline", "--cluster", str(profile), settings=settings)
+    assert settle(newest(tmp_path, "caption")) == {0: "done", 1: "done", 2: "done", 3: "failed"}
+    assert set(settle(newest(tmp_path, "latents")).values()) == {"failed"}
+    assert settle(newest(tmp_path, "sample")) == {0: "failed"}
+    assert [path.parent.name.split("-")[2] for path in tmp_path.glob("runs/*/attempts.jsonl")] == ["caption"]
 
 
 def first_start(folder: Path) -> str:
@@ -358,7 +399,7 @@ def test_print_the_matrix(capsys):
 def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
     """Five of 64 elements are killed, two as they run; status names them, and retry submits those five."""
     words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
-    submit(tmp_path, *words, "--array", "0-63%4", settings={"data.shards": 64, "data.images": 64_000})
+    submit(tmp_path, *words, "--array", "0-63%4", settings={"data.shards": 64, "data.images": 16_000})
     run = newest(tmp_path, "caption")
     slurm("scancel", *(run.job_of()[shard] for shard in (40, 55, 63)))
     wait_until(lambda: len(attempts(run.folder)) >= 2, what="two tasks")

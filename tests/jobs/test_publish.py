@@ -90,14 +90,14 @@ def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
     assert found[0].state == ("failed" if fail else "done"), found
     assert read_description(run.folder)["status"] == ("FAILED" if fail else "FINISHED")
     keys = {key for key, *_ in points(read_journal(run.folder)[0], set())}
-    assert {"train/loss", "system/cpu_percent", "system/memory_gb", "system/disk_free_gb"} <= keys
+    assert {"train/loss", "system/cpu_percent_node0", "system/ram_gb_node0", "system/disk_free_gb_node0"} <= keys
 
 
 def test_a_companion_ends_with_a_rank_that_is_killed(tmp_path):
     run = make_run(tmp_path, "train", nodes=1)
     code = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'jobs.companion', sys.argv[1]], stdin=subprocess.PIPE)\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'jobs.companion', sys.argv[1], '0'], stdin=subprocess.PIPE)\n"
         "print(child.pid, flush=True)\ntime.sleep(600)\n"
     )
     words = [sys.executable, "-c", code, str(run.folder)]
@@ -189,3 +189,31 @@ def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlf
     publish(tracker, captions.folder)
     stored = tracker.client.get_run(run_id(captions.folder))
     assert (stored.info.status, stored.data.metrics["data/images"]) == ("FINISHED", 11.0)
+
+
+@pytest.mark.slow
+def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, mlflow_server):
+    """None fails and none waits for another; what the one that sends had not seen yet is there with the next sync."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    run = make_run(tmp_path, "caption", elements=tuple(range(256)), total=256)
+    gate, opener = os.pipe()
+    children = []
+    for shard in range(256):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            os.close(opener)
+            os.read(gate, 1)  # until the parent closes the other end
+            companion.published(functools.partial(record, run, shard), str(run.folder), 10 + shard)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(opener)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 256
+    tracker = Tracker(tmp_path)
+    assert tracker.client.get_metric_history(run_id(run.folder), "data/images")
+    publish(tracker, run.folder)
+    images = tracker.client.get_metric_history(run_id(run.folder), "data/images")
+    assert sorted((point.step, point.value) for point in images) == [(shard, 10.0 + shard) for shard in range(256)]
+    assert tracker.client.get_run(run_id(run.folder)).info.status == "FINISHED"

@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from jobs import ledger, runs, status
+from jobs.journal import Journal
 from jobs.runs import Run
+from slurm.task import RESULT
 
 ENTRY = ledger.Entry(manifest="m", inputs="", rows=1, valid=1, checksum="c", seconds=1.0, versions={})
 
@@ -97,6 +100,24 @@ def test_logs_of_one_shard(tmp_path, capsys):
         status.logs_command(tmp_path, options(shard=9))
 
 
+def test_logs_are_followed_to_the_end_of_the_jobs(tmp_path, process, capsys):
+    run = make_run(tmp_path, jobs=[(process, (0,))], shards=1)
+    log = run.log(process, stream="out")
+    log.write_text("at first\n")
+
+    def work() -> None:
+        time.sleep(3 * status.FOLLOW_SECONDS)
+        with log.open("a") as file:
+            file.write("later\n")
+        ledger.record(run.dataset, "caption", 0, ENTRY)
+
+    task = threading.Thread(target=work)
+    task.start()
+    assert status.logs_command(tmp_path, options(follow=True)) == 0
+    task.join()
+    assert capsys.readouterr().out == "at first\nlater\n"
+
+
 def test_cancel_ends_what_runs(tmp_path, process, capsys):
     make_run(tmp_path, jobs=[(process, (0, 1)), ("999999991", (2, 3))])
     status.cancel_command(tmp_path, options())
@@ -115,3 +136,20 @@ def test_ten_thousand_shards_in_two_seconds(tmp_path, capsys):
     status.status_command(tmp_path, options())
     assert time.perf_counter() - begun < 2
     assert "5000" in capsys.readouterr().out
+
+
+def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys):
+    """The steps since the last report count, and none of a run that has ended."""
+    make_run(tmp_path, jobs=[(process, (0, 1))])
+    folder = tmp_path / "runs/2-train-b"
+    run = Run(folder=folder, kind="train", executor="local", dataset="", total=100, nodes=1, jobs=((process, ()),))
+    folder.mkdir()
+    run.save()
+    journal = Journal(folder)
+    for step in (1, 2):
+        journal.metrics(step, {"train/loss": 0.5, "train/seconds_per_step": 30.0 * step})
+    status.status_command(tmp_path, options())
+    assert "step 2 of 100, loss 0.5000, 1.0/min, 98.0 minutes left" in capsys.readouterr().out
+    (folder / RESULT).write_text('"there"')
+    status.status_command(tmp_path, options())
+    assert "step 2 of 100, loss 0.5000\n" in capsys.readouterr().out

@@ -39,15 +39,22 @@ def test_a_dataset_that_the_checkpoint_cannot_read(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("recipe", "backend"), [("mxfp8", "auto"), ("delayed", "torchao"), ("rowwise", "native")])
+@pytest.mark.parametrize(("recipe", "backend"), [("mxfp8", "native"), ("delayed", "torchao"), ("rowwise", "te")])
 def test_a_plan_that_the_backend_does_not_follow(recipe, backend):
     def with_backend(name):
         stage2 = dataclasses.replace(demo("").stage2, fp8_backend=name)
         return dataclasses.replace(demo(""), stage2=stage2)
 
-    check_configuration(with_backend("native"), 2, 1, record(plan={"recipe": "delayed"}))
+    check_configuration(with_backend("native"), 2, 1, record(plan={"recipe": "delayed"}), gpus=False)
     with pytest.raises(ValueError, match=f"fp8_backend={backend}.*{recipe}"):
-        check_configuration(with_backend(backend), 2, 1, record(plan={"recipe": recipe}))
+        check_configuration(with_backend(backend), 2, 1, record(plan={"recipe": recipe}), gpus=True)
+
+
+def test_a_backend_that_needs_gpus_where_there_are_none():
+    mxfp8 = record(plan={"recipe": "mxfp8"})
+    check_configuration(demo(""), 2, 1, mxfp8, gpus=True)
+    with pytest.raises(ValueError, match="TransformerEngine needs GPUs"):
+        check_configuration(demo(""), 2, 1, mxfp8, gpus=False)
 
 
 def test_too_many_classes():

@@ -51,3 +51,14 @@ def test_a_machine_without_slurm_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="no Slurm"):
         queue.states("slurm", ["1"])
+
+
+def test_a_local_job_that_has_just_begun_is_running():
+    """For a moment after a program was begun, the kernel shows no words of it."""
+    for _ in range(100):
+        job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
+        try:
+            assert queue.is_running(str(job.pid))
+        finally:
+            job.kill()
+            job.wait()

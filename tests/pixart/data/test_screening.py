@@ -18,6 +18,7 @@ from pixart.data.screening import (
     Rejected,
     check,
     decode,
+    decode_shrunk,
     digest,
     measure,
     resize_and_crop,
@@ -212,6 +213,33 @@ def test_flat_jpegs_are_whole(progressive):
     assert decode(data, ALL).size == page.size
     assert decode(data + b"trailing bytes", ALL).size == page.size
     assert decode(encoded(Image.new("RGB", (203, 201)), "JPEG", progressive=progressive), ALL).size == page.size
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_large_jpegs_are_decoded_smaller(progressive):
+    image = scene(size=400).crop((0, 0, 400, 303))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    for options, turned in ({}, image), ({"exif": exif}, image.transpose(Image.Transpose.ROTATE_270)):
+        data = encoded(image, "JPEG", progressive=progressive, **options)
+        small, size = decode_shrunk(data, ALL, 90 * 70)
+        assert (small.size, size) == (tuple(-(-side // 4) for side in turned.size), turned.size)
+        assert np.abs(np.asarray(small).astype(int) - np.asarray(turned.resize(small.size))).mean() < 4
+    assert decode_shrunk(encoded(image), ALL, 90 * 70)[0].size == image.size  # a PNG has no smaller self
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_jpegs_that_are_decoded_smaller_are_read_to_their_end(scale):
+    page = Image.new("RGB", (403, 301), "white")
+    page.paste(noise("RGB", (400, 280)))
+    data, pixels = encoded(page, "JPEG"), 390 * 290 // scale**2
+    begin = data.index(b"\xff\xda") + 14
+    assert decode_shrunk(data, ALL, pixels)[0].width == -(-403 // scale)
+    for end in np.linspace(begin, len(data) * 0.9, 20).astype(int):
+        for cut in (data[:end], data[:end] + b"\xff\xd9"):
+            with pytest.raises(Rejected) as found:
+                decode_shrunk(cut, ALL, pixels)
+            assert found.value.reason == Reason.TRUNCATED
 
 
 def test_png_is_held_against_its_checksums():

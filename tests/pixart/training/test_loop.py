@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -102,6 +103,30 @@ def test_fp8_resume_is_exact_and_scales_move(small_recipe, converted, tmp_path):
     assert one.scales["dit_blocks.0.cross_attention.q_proj.amax_history"][-1, 2] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
+def test_fp8_compiled_with_all_that_a_run_does(small_recipe, converted, tmp_path):
+    """Captions of many lengths, micro-batches, recomputation, validation and previews; the losses of eager steps."""
+    found = {}
+    for compile in (False, True):
+        curves = Curves()
+        (tmp_path / str(compile)).mkdir()
+        config = dataclasses.replace(
+            small_recipe.stage2,
+            compile=compile,
+            accumulate=2,
+            activation_checkpointing="selective",
+            **{"validate_every": 2, "validation_rows": 6, "preview_every": 3, "previews": 3},
+        )
+        run_stage(small_recipe, tmp_path / str(compile), 2, config, start=converted, curves=curves)
+        found[compile] = curves
+    for name in ("train/loss", "val/loss", "val/loss_ema"):
+        eager, compiled = found[False].values[name], found[True].values[name]
+        assert compiled.keys() == eager.keys()
+        assert all(compiled[step] == pytest.approx(eager[step], rel=5e-3) for step in eager)
+    assert len(found[True].artifacts) == 2
+
+
 def test_stage2_begins_where_stage1_ended(small_recipe, stage1, converted):
     curves = Curves()
     config = dataclasses.replace(small_recipe.stage2, steps=1, lr=0.0, drop=0.0)
@@ -142,10 +167,10 @@ def test_stage_of_the_checkpoint_is_checked(small_recipe, stage1, tmp_path):
         run_stage(small_recipe, tmp_path, 2, config, start=stage1[0])
 
 
+@pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("recipe", ["current", "rowwise"])
 def test_torchao_trains_by_a_plan_of_its_recipes(small_recipe, stage1, tmp_path, recipe):
     """Emulated on a CPU; near to what BF16 training gives, and a checkpoint without scales goes on."""
-    pytest.importorskip("torchao.float8", reason="needs the extra torchao")
     convert(stage1[0], tmp_path / "c.fp8", Options(batches=2, batch=8, recipe=recipe))
     found = {}
     for fp8 in (True, False):

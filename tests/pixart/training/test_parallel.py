@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from pixart.config import from_json, to_json
 from pixart.data import manifest as manifests
@@ -17,6 +18,7 @@ from pixart.data.loader import Loader
 from pixart.data.order import held_out_rows
 from pixart.data.store import Store
 from pixart.model.dit import DiT
+from pixart.training.conditions import TextCondition
 from pixart.training.distributed import process_group
 from pixart.training.loop import Stopped, train
 from pixart.training.step import Training
@@ -109,6 +111,37 @@ def test_compiled_blocks_give_the_same_losses(small_recipe, alone, tmp_path):
     found = losses(small_recipe, tmp_path, 2, **LONG, compile=True)
     assert found.keys() == alone.keys()
     assert all(found[step] == pytest.approx(alone[step], rel=1e-4) for step in range(1, 7))
+
+
+def text_child(recipe_json: str, file: str) -> None:
+    """The states of a batch's captions by the encoder."""
+    recipe = from_json(recipe_json)
+    with process_group() as group:
+        store = Store(manifests.read(recipe.data.path))
+        manifest = dataclasses.replace(store.manifest, data=dataclasses.replace(store.manifest.data, text_states=False))
+        condition = TextCondition(manifest, group, recipe.stage2)
+        found = condition(Loader(store, batch=8, seed=0, drop=0.2).read(0))
+        kept = sum(
+            parameter.to_local().nbytes
+            for parameter in condition.encoder.model.parameters()
+            if isinstance(parameter, DTensor)
+        )
+        if group.first:
+            torch.save({**found, "bytes": torch.tensor(kept)}, file)
+
+
+@pytest.mark.slow
+def test_a_sharded_text_encoder_says_the_same(small_recipe, tmp_path):
+    found = []
+    for world, how in ((1, "replicated"), (2, "sharded")):
+        recipe = dataclasses.replace(small_recipe, stage2=dataclasses.replace(small_recipe.stage2, text_encoder=how))
+        ranks.run(world, text_child, to_json(recipe), str(tmp_path / how))
+        found.append(torch.load(tmp_path / how, weights_only=True))
+    replicated, sharded = found
+    assert torch.allclose(replicated["text"], sharded["text"], atol=1e-5)
+    assert torch.equal(replicated["text_mask"], sharded["text_mask"])
+    assert replicated["bytes"] == 0
+    assert 40e6 < sharded["bytes"] < 50e6  # MiniLM's 91 MB by two
 
 
 def gradients_child(recipe_json: str, folder: str) -> None:

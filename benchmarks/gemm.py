@@ -1,0 +1,90 @@
+"""The model's products, BF16 against FP8: alone, and with the casts of what they multiply.
+
+    python -m benchmarks.gemm [--batch 320] [--dim 1152]
+
+prints the table and writes it to `benchmarks/results/`. Each product stands for itself and for the two of the way back.
+"""
+
+import argparse
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from pixart.model.fp8_products import E4M3, E5M2, Format, quantize, scaled_matmul
+
+TOKENS, TEXT, TEXT_DIM = 256, 120, 2048
+
+
+def shapes(batch: int, dim: int) -> dict[str, tuple[int, int, int]]:
+    """rows, inputs and outputs of each linear of a block."""
+    rows = batch * TOKENS
+    return {
+        "q, k, v together": (rows, dim, 3 * dim),
+        "q, k or v alone": (rows, dim, dim),
+        "keys and values of the text": (batch * TEXT, TEXT_DIM, 2 * dim),
+        "linear1": (rows, dim, 4 * dim),
+        "linear2": (rows, 4 * dim, dim),
+    }
+
+
+def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Tensor, Tensor, Format, bool]]:
+    """Both operands of the three products of a linear, the format of the first, and whether bits may be saved."""
+    device = measure.device()
+    x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(rows, outputs, device=device, dtype=torch.bfloat16)
+    return {
+        "forward": (x, weight.t(), E4M3, True),
+        "gradient of the input": (grad, weight, E5M2, False),
+        "gradient of the weight": (grad.t(), x, E5M2, False),
+    }
+
+
+def row(name: str, a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> str:
+    scale = torch.full((), 8.0, device=a.device)
+    a8, b8 = quantize(a, scale, fmt), quantize(b, scale, E4M3)
+
+    def alone(a8: Tensor, b8: Tensor) -> Tensor:
+        return scaled_matmul(a8, b8, scale, scale, torch.bfloat16, bias=None, fast=fast)
+
+    def with_casts(a: Tensor, b: Tensor) -> Tensor:
+        return alone(quantize(a, scale, fmt), quantize(b, scale, E4M3))
+
+    ways: list[Callable[[], object]] = [lambda: a @ b]
+    for way, given in ((alone, (a8, b8)), (with_casts, (a, b))):
+        compiled = torch.compile(way, fullgraph=True)
+        ways.append(lambda compiled=compiled, given=given: compiled(*given))
+    operations = 2 * a.shape[0] * a.shape[1] * b.shape[1] / 1e12
+    plain, fp8, cast = (operations / measure.seconds(way, repeats) for way in ways)
+    return f"| {name} | {plain:.3g} | {fp8:.3g} | {cast:.3g} | {fp8 / plain:.2f} | {cast / plain:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=320)
+    parser.add_argument("--dim", type=int, default=1152)
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    lines = [
+        f"# The products of a block, batch {options.batch}, width {options.dim}, on {measure.card()}",
+        "",
+        f"torch {torch.__version__}. Transposed copies that the card's FP8 products want count as part of these.",
+        "" if torch.cuda.is_available() else "\nHere FP8 is emulated: of a GPU the ratios say nothing.\n",
+        "| product | BF16, TFLOP/s | FP8 alone | FP8 with casts | alone / BF16 | with casts / BF16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for linear, sizes in shapes(options.batch, options.dim).items():
+        for name, operands in products(*sizes).items():
+            lines.append(row(f"{linear}, {name}", *operands, options.repeats))
+            print(lines[-1], flush=True)
+            torch._dynamo.reset()
+    target = Path(__file__).parent / "results" / f"{date.today()}-gemm.md"
+    target.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

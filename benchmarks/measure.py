@@ -1,0 +1,60 @@
+"""What the benchmarks of products and steps share: time on a device, and what its card can do."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def card() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+
+
+def seconds(function: Callable[[], object], repeats: int) -> float:
+    """Median of `repeats` calls, each waited for, after one that warms up."""
+    taken = []
+    for repeat in range(repeats + 1):
+        wait()
+        begun = time.perf_counter()
+        function()
+        wait()
+        if repeat:
+            taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matrix_rate(size: int, repeats: int = 20) -> float:
+    """TFLOP/s of one large product in BF16."""
+    a, b = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, repeats) / 1e12
+
+
+def fp8_matrix_rate(size: int, repeats: int = 20) -> float:
+    """TFLOP/s of one large product in FP8; 0 where there is no hardware for it."""
+    if not torch.cuda.is_available():
+        return 0.0
+    a, b = (torch.randn(size, size, device=device()).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device())
+
+    def product() -> Tensor:
+        return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return 2 * size**3 / seconds(product, repeats) / 1e12
+
+
+def bandwidth(size: int = 1 << 28, repeats: int = 20) -> float:
+    """GB/s read and written by the copy of so many bytes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device())
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), repeats) / 1e9

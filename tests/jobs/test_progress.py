@@ -1,0 +1,41 @@
+"""Progress in a log: plain lines that say how far, how fast and how long."""
+
+import pytest
+
+from jobs import progress
+from jobs.progress import ProgressLine, spoken
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the test sets."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_now_and_then(clock, capsys):
+    with ProgressLine("caption", 40) as line:
+        line.update(8)  # what was done before does not count for the rate
+        for seconds, done in ((105, 10), (110, 18), (115, 20), (120, 28)):
+            clock[0] = seconds
+            line.update(done, "note")
+    assert capsys.readouterr().out.splitlines() == [
+        "caption: begun",
+        "caption: 18 of 40, 1.0/s, 22 s left, note",
+        "caption: 28 of 40, 1.0/s, 12 s left, note",
+        "caption: done in 20 s",
+    ]
+
+
+def test_what_has_no_parts_says_how_long_it_has_run(clock, capsys):
+    with ProgressLine("convert", 1) as line:
+        line.update(0)
+        clock[0] = 130.0
+        line.update(0)
+    assert "convert: 0 of 1 after 30 s\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "words"), [(8.25, "8.2/s"), (0.5, "0.5/s"), (0.1, "6.0/min"), (0.0, "0.0/s")])
+def test_a_rate_has_digits(rate, words):
+    assert spoken(rate) == words

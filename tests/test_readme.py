@@ -1,0 +1,56 @@
+"""The README's commands, options and configuration keys are those that there are."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from conversion import to_bf16, to_fp8
+from jobs import launch
+from pixart.config import override
+from pixart.recipes import RECIPES
+from slurm import devcluster
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    python -m ([a-z0-9_.]+) ?(.*)$", README, re.MULTILINE)
+FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # of torchrun and of MLflow
+
+
+@pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
+def test_commands_of_the_launcher(words):
+    options = launch.make_parser().parse_args(shlex.split(words, comments=True))
+    override(RECIPES[getattr(options, "settings", "demo")]("home"), getattr(options, "overrides", []))
+
+
+def test_other_commands_are_modules():
+    others = {module for module, _ in COMMANDS} - {"jobs.launch"}
+    assert others == {"conversion.to_fp8", "slurm.devcluster"}
+    assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in others)
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test", "check"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
+
+
+def test_options(capsys):
+    """Each that is named anywhere is one of some command's."""
+    helps = [(launch.main, [job, "--help"]) for job in (*launch.JOBS, *launch.AFTERWARDS)]
+    for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    there = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - there == FOREIGN
+
+
+def test_keys():
+    """With the value that is written there, or without one."""
+    named = re.findall(r"`(?:--set )?((?:data|stage1|stage2|sample|audit|model)\.[a-z_.]+)(=[^`]*)?`", README)
+    assert len(named) > 10
+    for key, value in named:
+        if key == "audit.html":  # a page
+            continue
+        found = RECIPES["demo"]("home")
+        for part in key.split("."):
+            found = getattr(found, part)
+        if len(value) > 1:
+            override(RECIPES["demo"]("home"), [key + value])
