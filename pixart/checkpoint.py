@@ -120,13 +120,18 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
 
 
 def write_state(checkpoint: Checkpoint, partial: Path) -> None:
-    """Weights, their average and the optimizer's state, side by side: while one file is synced, another is made."""
-    with ThreadPoolExecutor() as pool:
-        written = [
-            pool.submit(save_weights, checkpoint.model, checkpoint.config, partial / "transformer"),
-            pool.submit(save_weights, checkpoint.ema, checkpoint.config, partial / "ema"),
-            pool.submit(save_tensors, checkpoint.optimizer, partial / "optimizer.safetensors"),
-        ]
+    """Weights, their average and the optimizer's state, side by side, a core each: more would wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor() as pool:
+            written = [
+                pool.submit(save_weights, checkpoint.model, checkpoint.config, partial / "transformer"),
+                pool.submit(save_weights, checkpoint.ema, checkpoint.config, partial / "ema"),
+                pool.submit(save_tensors, checkpoint.optimizer, partial / "optimizer.safetensors"),
+            ]
+    finally:
+        torch.set_num_threads(threads)
     for each in written:
         each.result()
 
