@@ -5,10 +5,6 @@
 Forward and backward; self-attention over 256 tokens, and over 120 states of text with a mask.
 """
 
-import argparse
-from datetime import date
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,9 +43,7 @@ def seconds(given: list[Tensor], mask: Tensor | None, width: int, backend: SDPBa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=320)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser = measure.parser(__doc__, repeats=20)
     options = parser.parse_args()
     lines = [
         f"# Attention there and back, {HEADS} heads of width {WIDTH}, batch {options.batch}, on {measure.card()}",
@@ -71,8 +65,7 @@ def main() -> None:
                     cells.append("")
             lines.append(f"| {name} | {width} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    target = Path(__file__).parent / "results" / f"{date.today()}-attention.md"
-    target.write_text("\n".join(lines) + "\n")
+    measure.write("attention", lines)
 
 
 if __name__ == "__main__":

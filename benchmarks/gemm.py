@@ -5,10 +5,7 @@
 prints the table and writes it to `benchmarks/results/`. Each product stands for itself and for the two of the way back.
 """
 
-import argparse
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,10 +61,8 @@ def row(name: str, a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=320)
+    parser = measure.parser(__doc__, repeats=20)
     parser.add_argument("--dim", type=int, default=1152)
-    parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     lines = [
         f"# The products of a block, batch {options.batch}, width {options.dim}, on {measure.card()}",
@@ -82,8 +77,7 @@ def main() -> None:
             lines.append(row(f"{linear}, {name}", *operands, options.repeats))
             print(lines[-1], flush=True)
             torch._dynamo.reset()
-    target = Path(__file__).parent / "results" / f"{date.today()}-gemm.md"
-    target.write_text("\n".join(lines) + "\n")
+    measure.write("gemm", lines)
 
 
 if __name__ == "__main__":

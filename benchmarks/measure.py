@@ -1,11 +1,26 @@
 """What the benchmarks of products and steps share: time on a device, and what its card can do."""
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--batch", type=int, default=320)
+    found.add_argument("--repeats", type=int, default=repeats)
+    return found
+
+
+def write(name: str, lines: Sequence[str]) -> None:
+    """The dated page of results."""
+    (Path(__file__).parent / "results" / f"{date.today()}-{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def device() -> torch.device:

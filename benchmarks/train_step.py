@@ -13,8 +13,6 @@ import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +118,7 @@ def batch_of(options: argparse.Namespace, device: torch.device) -> list[Tensor]:
     return [latents, t, text.bfloat16(), torch.ones(options.batch, TEXT, dtype=torch.bool, device=device)]
 
 
-def shares(step: Callable[[], object]) -> tuple[float, float, float]:
+def shares(step: Callable[[], object]) -> dict[str, float]:
     """Of a step's time: in products, in attention, and in kernels that cast to FP8 and do nothing else."""
     activity = torch.profiler.ProfilerActivity
     cuda = torch.cuda.is_available()
@@ -132,7 +130,7 @@ def shares(step: Callable[[], object]) -> tuple[float, float, float]:
         spent, name = event.self_device_time_total if cuda else event.self_cpu_time_total, event.key.lower()
         times["all"] += spent
         times[kind_of(name)] = times.get(kind_of(name), 0.0) + spent
-    return tuple(times[kind] / times["all"] for kind in ("products", "attention", "casts"))  # type: ignore[return-value]
+    return {kind: spent / times["all"] for kind, spent in times.items()}
 
 
 def kind_of(kernel: str) -> str:
@@ -168,7 +166,7 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
         torch.cuda.reset_peak_memory_stats()
     taken = measure.seconds(step, options.repeats)
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
-    in_products, in_attention, in_casts = shares(step)
+    share = shares(step)
     operations = options.batch * operations_of_an_image(options.dim, options.blocks) / 1e12
     rate = (
         rates["FP8"] if "BF16" not in name.split(",")[0] and "diffusers" not in name and rates["FP8"] else rates["BF16"]
@@ -177,8 +175,8 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
     floor = operations / rate + traffic / rates["GB/s"]
     return (
         f"| {name} | {options.batch / taken:.1f} | {operations / taken:.3g} | {operations / taken / rates['BF16']:.0%} "
-        f"| {memory:.1f} | {in_products:.0%} | {in_attention:.0%} | {in_casts:.1%} | {1e3 * taken:.0f} "
-        f"| {1e3 * floor:.0f} |"
+        f"| {memory:.1f} | {share['products']:.0%} | {share['attention']:.0%} | {share['casts']:.1%} "
+        f"| {1e3 * taken:.0f} | {1e3 * floor:.0f} |"
     )
 
 
@@ -194,11 +192,9 @@ def operations_of_an_image(dim: int, blocks: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=320)
+    parser = measure.parser(__doc__, repeats=10)
     parser.add_argument("--dim", type=int, default=1152)
     parser.add_argument("--blocks", type=int, default=28)
-    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--matrix", type=int, default=8192, help="side of the product that the card's rate is taken by")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
@@ -226,8 +222,7 @@ def main() -> None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    target = Path(__file__).parent / "results" / f"{date.today()}-train-step.md"
-    target.write_text("\n".join(lines) + "\n")
+    measure.write("train-step", lines)
 
 
 if __name__ == "__main__":

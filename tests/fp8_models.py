@@ -36,3 +36,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     x, text = torch.randn(4, 16, 8, 8, generator=generator), torch.randn(4, 5, 32, generator=generator)
     return x, torch.rand(4, generator=generator), text, torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
+
+
+def sqnr(wanted: Tensor, got: Tensor) -> float:
+    """Signal to quantization noise, in dB."""
+    return (10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum())).item()

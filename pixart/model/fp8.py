@@ -129,6 +129,17 @@ def swap_linears(model: nn.Module, plan: Plan, *, fine_weight_gradient: bool = F
 
     Raises ValueError for a name that is no linear of the model.
     """
+    for parent, child, linear in planned(model, plan):
+        swapped = Float8Linear.from_linear(linear, plan)
+        swapped.fine_weight_gradient = fine_weight_gradient
+        setattr(parent, child, swapped)
+
+
+def planned(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each linear that the plan names, with the module that has it and its name there.
+
+    Raises ValueError for a name that is no linear of the model.
+    """
     for name in plan.linears:
         parent_name, _, child = name.rpartition(".")
         try:
@@ -138,9 +149,7 @@ def swap_linears(model: nn.Module, plan: Plan, *, fine_weight_gradient: bool = F
             linear = None
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"FP8 plan names {name!r}, which is no linear of this model")
-        swapped = Float8Linear.from_linear(linear, plan)
-        swapped.fine_weight_gradient = fine_weight_gradient
-        setattr(parent, child, swapped)
+        yield parent, child, linear
 
 
 def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixart.model.fp8 import Plan
+from pixart.model.fp8 import Plan, planned
 
 # TransformerEngine's names.
 RECIPES = {"mxfp8": "MXFP8BlockScaling", "current": "Float8CurrentScaling", "delayed": "DelayedScaling"}
@@ -33,12 +33,7 @@ def swap_linears(model: nn.Module, plan: Plan) -> None:
     if not there:
         raise ValueError(f"FP8 by TransformerEngine, recipe {plan.recipe}: {why}")
     recipe = getattr(recipes, RECIPES[plan.recipe])()
-    for name in plan.linears:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        linear = parent._modules.get(child)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"FP8 plan names {name!r}, which is no linear of this model")
+    for parent, child, linear in planned(model, plan):
         swapped = te.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         swapped.weight, swapped.bias = linear.weight, linear.bias
         # Each linear alone: what is computed again on the way back is outside of the model's forward pass.

@@ -11,6 +11,7 @@ from torch import nn
 from pixart.model import fp8, fp8_products
 from pixart.model.fp8 import Plan
 from pixart.model.fp8_products import CACHED, E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT
+from tests.fp8_models import sqnr
 
 
 def all_codes(fmt: fp8_products.Format) -> torch.Tensor:
@@ -21,11 +22,6 @@ def all_codes(fmt: fp8_products.Format) -> torch.Tensor:
 def naive(x: torch.Tensor, scale: torch.Tensor, fmt: fp8_products.Format) -> torch.Tensor:
     """Quantized and scaled back, by a real cast."""
     return (x * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype).float() / scale
-
-
-def sqnr(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Signal to quantization noise, in dB."""
-    return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:], ids=["E4M3", "E5M2"])

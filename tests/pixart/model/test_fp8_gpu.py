@@ -5,7 +5,7 @@ import torch
 
 from pixart.model import fp8
 from pixart.model.fp8_products import E4M3, E5M2, quantize
-from tests.fp8_models import fp8_model, inputs
+from tests.fp8_models import fp8_model, inputs, sqnr
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,11 +37,6 @@ def step(device: str, *, exact: bool = False, compile: bool = False) -> dict[str
         fp8.update_scales(model, fp8.Plan(linears=()))
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {name: tensor.detach().float().cpu() for name, tensor in {"output": output, **found}.items()}
-
-
-def sqnr(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Signal to quantization noise, in dB."""
-    return (10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum())).item()
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])

@@ -11,7 +11,7 @@ from pixart.model import fp8
 from pixart.model.dit import DiT
 from pixart.model.fp8 import Plan
 from pixart.model.fp8_products import E4M3, E5M2, GRAD_OUTPUT, INPUT, WEIGHT, Float8Product, quantize
-from tests.fp8_models import fp8_model, inputs
+from tests.fp8_models import fp8_model, inputs, sqnr
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
 
@@ -86,11 +86,6 @@ def test_projections_side_by_side_are_those_one_by_one():
     for name in ("q_proj", "k_proj", "v_proj"):
         key = f"dit_blocks.0.attention.attention.{name}.weight"
         assert sqnr(reference[key], other[key]) > sqnr(reference[key], one[key]) - 0.5
-
-
-def sqnr(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Signal to quantization noise, in dB."""
-    return (10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum())).item()
 
 
 def test_projections_side_by_side_without_fp8_are_those_one_by_one():
