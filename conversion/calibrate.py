@@ -16,10 +16,11 @@ from pixart.checkpoint import Checkpoint, Normalization
 from pixart.data import manifest as manifests
 from pixart.data.store import Store
 from pixart.data.text import TextEncoder
+from pixart.model import fp8_products
 from pixart.model.dit import DiT, no_class
 from pixart.model.flow import flow_loss, interpolate, stratified_time
 from pixart.model.fp8 import Plan, calibrated_state
-from pixart.model.fp8_products import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, round_to_format_
+from pixart.model.fp8_products import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, through_fp8
 
 SYNTHETIC_TEXT_TOKENS = 32
 PERCENTILE = 0.9999
@@ -165,8 +166,7 @@ def recomputed_blocks(model: DiT) -> Iterator[None]:
 
 
 def largest(x: Tensor, fmt: Format) -> Tensor:
-    low, high = torch.aminmax(x)
-    return torch.maximum(-low, high)
+    return fp8_products.largest(x)
 
 
 def percentile(x: Tensor, fmt: Format) -> Tensor:
@@ -177,14 +177,13 @@ def percentile(x: Tensor, fmt: Format) -> Tensor:
 
 def mse_best(x: Tensor, fmt: Format) -> Tensor:
     """Of the largest magnitude's CLIPPINGS the one with which values are cast at the smallest squared error."""
-    values, top = thinned(x).float(), largest(x, fmt).float()
+    values, top = thinned(x).float(), largest(x, fmt)
     if not torch.isfinite(top) or top == 0:
         return top
     errors = []
     for clipping in CLIPPINGS:
         scale = fmt.max / (top * clipping)
-        cast = round_to_format_((values * scale).clamp_(-fmt.max, fmt.max), fmt) / scale
-        errors.append((cast - values).square().sum())
+        errors.append((through_fp8(values, scale, fmt) - values).square().sum())
     return top * CLIPPINGS[int(torch.stack(errors).argmin())]
 
 

@@ -15,16 +15,11 @@ from torch import Tensor
 from conversion.calibrate import CalibrationBatch, largest, watch
 from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, round_to_format_
+from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, through_fp8
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # of a block's scale
 SAMPLED = 1 << 18  # weights of a linear that figures are taken over; all of them where it has less than twice as many
-
-
-def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
-    """x as it comes out of FP8, in float32."""
-    return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt) / scale
 
 
 def cast_by_recipe(x: Tensor, fmt: Format, recipe: str) -> Tensor:
@@ -35,9 +30,9 @@ def cast_by_recipe(x: Tensor, fmt: Format, recipe: str) -> Tensor:
     if recipe == "mxfp8":
         blocks = F.pad(x.float(), (0, -x.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK))
         exponent = torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True) / E4M3.max)).clamp(*MX_EXPONENTS)
-        return cast(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
+        return through_fp8(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
     amax = x.abs().amax(-1, keepdim=True) if recipe == "rowwise" else largest(x, fmt)
-    return cast(x, dynamic_scale(amax, fmt), fmt)
+    return through_fp8(x, dynamic_scale(amax, fmt), fmt)
 
 
 def dynamic_scale(amax: Tensor, fmt: Format) -> Tensor:
@@ -90,7 +85,7 @@ class LayerFigures:
         self.compare("sqnr", exact, products(*casts))
         aligned = [aligned_scale(*own) for own in zip(amax, scale, FORMATS, strict=True)]
         self.compare("aligned", exact, products(*cast_all(tensors, aligned)))
-        uncalibrated = cast(tensors[GRAD_OUTPUT], 1.0, E5M2)
+        uncalibrated = through_fp8(tensors[GRAD_OUTPUT], scale.new_ones(()), E5M2)
         self.compare("forward_only", exact, {"weight_gradient": uncalibrated.t() @ casts[INPUT]})
         for slot, (tensor, fmt) in enumerate(zip(tensors, FORMATS, strict=True)):
             self.lost[0, slot] += int(tensor.count_nonzero() - casts[slot].count_nonzero()) / tensor.numel()
@@ -122,7 +117,7 @@ def chosen_outputs(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def cast_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:
-    return [cast(*own) for own in zip(tensors, scales, FORMATS, strict=True)]
+    return [through_fp8(*own) for own in zip(tensors, scales, FORMATS, strict=True)]
 
 
 def aligned_scale(amax: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:

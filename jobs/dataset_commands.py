@@ -108,12 +108,11 @@ def submit_single(launch: Launch, kind: str, after: list[str] | None = None) -> 
     )
 
 
-def prepare_dataset(launch: Launch, overrides: list[str], *, any_source: bool = False) -> list[str]:
+def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: bool = False) -> list[str]:
     """Runs what is missing of the two data jobs, so that training on the embedded default needs no step before it.
 
     Returns the jobs to wait for.
     """
-    manifest = use_dataset(launch, overrides)
     shards = check_shards(launch, manifest["data"]["shards"], None)
     after: list[str] = []
     for job in ("caption", "latents"):

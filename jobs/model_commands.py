@@ -34,7 +34,7 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
     manifest = use_dataset(launch, options.overrides)
     if not launch.dry_run:
         check_dataset(launch.recipe, stage, manifest, record)
-    after = prepare_dataset(launch, options.overrides)
+    after = prepare_dataset(launch, manifest)
     if not options.accept_failed_audit:
         after = require_audit(launch, after)
     run = submit_training(launch, stage, options.nodes, start=None if resumed else start, folder=resumed, after=after)

@@ -29,8 +29,9 @@ def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
     check_pipeline(launch.recipe, shape.nodes * shape.ranks_per_node)
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options))
-    check_dataset(launch.recipe, 1, use_dataset(launch, options.overrides), None)
-    after = prepare_dataset(launch, options.overrides, any_source=True)
+    manifest = use_dataset(launch, options.overrides)
+    check_dataset(launch.recipe, 1, manifest, None)
+    after = prepare_dataset(launch, manifest, any_source=True)
     if not options.accept_failed_audit:
         after = require_audit(launch, after, any_source=True)
     stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)

@@ -1,6 +1,7 @@
 """Run folders: what each submission was, which jobs it has, and how each of its elements stands."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -46,6 +47,11 @@ class Run:
         run = replace(self, jobs=(*self.jobs, *jobs))
         run.save()
         return run
+
+    @property
+    def writable(self) -> bool:
+        """Not so that of somebody else, which is just looked at."""
+        return os.access(self.folder, os.W_OK)
 
     @property
     def job_ids(self) -> list[str]:

@@ -14,7 +14,7 @@ from jobs.release import release
 def open_command(home: Path, options: argparse.Namespace) -> int:
     """Prints where a run's page lies, made anew unless it is somebody else's; with a display a browser shows it too."""
     run = runs.find(home, options.run)
-    if os.access(run.folder, os.W_OK):
+    if run.writable:
         gather(run, pages=True)
     path = pages.main_page(run)
     print(path)

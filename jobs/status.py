@@ -1,7 +1,6 @@
 """After submitting: how a run stands, its logs, ending it, and doing again what is missing."""
 
 import argparse
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,9 +24,7 @@ def status_command(home: Path, options: argparse.Namespace) -> int:
     run = runs.find(home, options.run)
     found = runs.elements(run)
     print_table(run, found)
-    if (run.folder / DESCRIPTION).exists() and os.access(
-        run.folder, os.W_OK
-    ):  # that of somebody else is just looked at
+    if run.writable and (run.folder / DESCRIPTION).exists():
         settle(run, found)
         if behind(run.folder):
             publish_in_background(home, [run.folder])

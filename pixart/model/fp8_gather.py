@@ -39,8 +39,9 @@ def gather_as_given(model: nn.Module, name: str) -> None:
 
 def unit_of(model: nn.Module, name: str) -> Any:
     """The module that FSDP2 gathers together with this one."""
-    units = {prefix: module for prefix, module in model.named_modules() if isinstance(module, FSDPModule)}
-    return units[max((prefix for prefix in units if name.startswith(prefix)), key=len)]
+    while not isinstance(module := model.get_submodule(name), FSDPModule):
+        name = name.rpartition(".")[0]
+    return module
 
 
 class Gathering:

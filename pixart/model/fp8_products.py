@@ -56,6 +56,11 @@ def round_to_format_(x: Tensor, fmt: Format) -> Tensor:
     return x.add_(magic).sub_(magic)
 
 
+def through_fp8(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """x as it comes out of FP8, in float32."""
+    return quantize(x, scale, fmt).float() / scale
+
+
 def largest(x: Tensor) -> Tensor:
     """The largest magnitude, in float32 -> (); a not-a-number wins."""
     if x.is_cuda or torch.compiler.is_compiling():  # by rows, as the kernel of a norm goes
