@@ -6,6 +6,8 @@ from pathlib import Path
 from jobs.tracking import Journal
 from pixart.config import from_json
 
+PORTS = range(20_000, 32_768)  # below the default of net.ipv4.ip_local_port_range
+
 
 def run(run_folder: str, *, stage: int, start: str | None) -> str:
     """Called on every rank; returns the last checkpoint's directory.
@@ -34,12 +36,22 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
     return str(last)
 
 
+def quiet_port(number: int) -> int:
+    """Of submitit's number, which every rank draws alike, one that Linux gives to nobody who asks for any port.
+
+    Most of submitit's are of those, and on a busy machine each may be taken by some connection.
+    """
+    return PORTS[number % len(PORTS)]
+
+
 def join_ranks() -> None:
     """Sets the variables that torch.distributed reads; a profile's MASTER_ADDR goes before the first node's name."""
     from submitit.helpers import TorchDistributedEnvironment
 
     found = TorchDistributedEnvironment()
     found.master_addr = os.environ.get("MASTER_ADDR", found.master_addr)
+    if "MASTER_PORT" not in os.environ:
+        found.master_port = quiet_port(found.master_port)
     found.export(set_cuda_visible_devices=False, overwrite=True)
     print(
         f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size}, "

@@ -133,9 +133,13 @@ class DevCluster:
         self.wait_for("slurmctld", lambda: "UP" in self.command("scontrol", "ping"))
 
     def restart_controller(self) -> None:
-        """As a crash and a new start: jobs go on meanwhile."""
+        """As a crash and a new start: jobs go on meanwhile. Returns when the nodes have made themselves known to it.
+
+        Until then it refuses what asks for a GPU.
+        """
         os.kill(int((self.folder / "slurmctld.pid").read_text()), signal.SIGKILL)
         self.start_controller()
+        self.wait_for("the nodes", lambda: "SlurmdStartTime=None" not in self.command("scontrol", "show", "nodes"))
 
     def start_node(self, name: str) -> None:
         self.start(f"slurmd-{name}", "slurmd", "-D", "-N", name)

@@ -23,7 +23,7 @@ from pixart.data import manifest as manifests
 from pixart.data.store import Store
 from slurm import devcluster
 from slurm.devcluster import URGENT, DevCluster
-from slurm.task import attempts
+from slurm.task import ATTEMPTS, attempts
 from tests.slurm.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -290,9 +290,12 @@ def cancel(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
 
 
 def restart_controller(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
-    """Once it has saved the job, as it does every few seconds: what it has not saved, Slurm forgets."""
-    submitted = (run.folder / runs.RECORD).stat().st_mtime
-    wait_until(lambda: (cluster.folder / "state/job_state").stat().st_mtime > submitted, what="a saved state")
+    """Once it has saved that the job runs, as it does every few seconds: what it has not saved, Slurm forgets.
+
+    Of a job that it has saved as waiting, it ends the tasks that run, and may hold it.
+    """
+    begun = (run.folder / ATTEMPTS).stat().st_mtime
+    wait_until(lambda: (cluster.folder / "state/job_state").stat().st_mtime > begun, what="a saved state")
     cluster.restart_controller()
 
 
