@@ -1,6 +1,6 @@
 """The captioner's stream against bare `LLM.chat` on the same images, already decoded, in turn on one engine.
 
-`PYTHON benchmarks/captioning.py MODEL IMAGES` by the Python of an environment with vLLM, from the repository's root.
+`PYTHON -m benchmarks.captioning MODEL IMAGES` by the Python of an environment with vLLM, from the repository's root.
 The stream is what the caption job does with a shard: it decodes, screens, captions and checks, with the next images on
 their way meanwhile. The images are captioned as they are, and enlarged to two megapixels. No caption is made again:
 that is work which the bare call does not do. Nor does any image come twice, as in a dataset: where there are too few,
@@ -14,13 +14,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from benchmarks import measure
 from pixart.config import ScreeningConfig
 from pixart.data import captioner as captioners
 from pixart.data import captions, screening
@@ -68,7 +68,7 @@ def forget(engine) -> None:
     engine.llm_engine.reset_encoder_cache()
 
 
-def measure(name: str, captioner: captioners.VllmCaptioner, items: list[Item], read: float) -> str:
+def compared(name: str, captioner: captioners.VllmCaptioner, items: list[Item], read: float) -> str:
     """A row of the table."""
     limits, engine, clock = ScreeningConfig(), captioner._engine, Clock()
     assert all(captions.screen(item, limits).image for item in items), "the benchmark wants images that all pass"
@@ -116,8 +116,8 @@ def main() -> None:
     items = list(islice(source.read(0, len(source)), COUNT))
     read = (time.perf_counter() - begun) * COUNT / len(items)
     items = different(items)
-    rows = [measure("as they are", captioner, items, read)]
-    rows.append(measure("2 megapixels", captioner, [enlarged(item) for item in items], read))
+    rows = [compared("as they are", captioner, items, read)]
+    rows.append(compared("2 megapixels", captioner, [enlarged(item) for item in items], read))
     lines = [
         f"# {COUNT} images captioned with {Path(options.model).name}, {os.cpu_count()} CPU cores",
         "",
@@ -128,8 +128,7 @@ def main() -> None:
         "|---" * (len(STAGES) + 5) + "|",
         *rows,
     ]
-    target = Path(__file__).parent / "results" / f"{date.today()}-captioning.md"
-    target.write_text("\n".join(lines) + "\n")
+    measure.write("captioning", lines)
     print("\n".join(lines))
 
 

@@ -1,6 +1,6 @@
 """Time and memory of converting a checkpoint of the real run's size, against a copy of its bytes on the same disk.
 
-`python benchmarks/conversion_limits.py FOLDER` writes about 30 GB there; with `--memory BYTES`, as root where the
+`python -m benchmarks.conversion_limits FOLDER` writes about 30 GB there; with `--memory BYTES`, as root where the
 memory controller of cgroups is mounted, the conversion also runs within that much memory. Latents are small and few:
 what is compared is everything but the passes of the model, which fit, calibrate and verify.
 """
@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 import time
-from datetime import date
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from benchmarks import measure
 from pixart.config import ModelConfig
 from pixart.model.dit import DiT, parameter_groups
 
@@ -95,7 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / "large.pt"
-    parameters = write_checkpoint(path)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # whose memory goes with it
+        parameters = process.submit(write_checkpoint, path).result()
     subprocess.run(["sync"], check=True)
     lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB.", "", COUNTED]
     for stage in (1, 2):
@@ -122,8 +125,7 @@ def main() -> None:
         begun = time.perf_counter()
         convert(path, 1, options.memory)
         lines += ["", f"Within {options.memory / 1e9:.2f} GB of memory: {time.perf_counter() - begun:.0f} s."]
-    target = Path(__file__).parent / "results" / f"{date.today()}-conversion-limits.md"
-    target.write_text("# Converting a checkpoint of the real size, on two CPU cores\n\n" + "\n".join(lines) + "\n")
+    measure.write("conversion-limits", ["# Converting a checkpoint of the real size, on two CPU cores", "", *lines])
     print("\n".join(lines))
 
 

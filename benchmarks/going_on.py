@@ -1,18 +1,18 @@
 """Training that goes on after a conversion: BF16, FP8 with calibrated scales, FP8 with cold scales, FP8 from scratch.
 
-`python benchmarks/going_on.py HOME` takes the demo's dataset and stage-1 checkpoint from a home that `make demo` has
+`python -m benchmarks.going_on HOME` takes the demo's dataset and stage-1 checkpoint from a home that `make demo` has
 filled, and writes a table and a plot to `benchmarks/results/`.
 """
 
 import argparse
 import dataclasses
-from datetime import date
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from benchmarks import measure
 from conversion.calibrate import dataset_batches, mean_loss
 from conversion.options import Options
 from conversion.to_fp8 import convert
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def write(found: dict[str, list[list[float]]], lr: float) -> None:
-    results, steps = Path(__file__).parent / "results", range(0, STEPS + 1, EVERY)
+    steps = range(0, STEPS + 1, EVERY)
     name = f"going-on-lr-{lr:g}"
     finals = {arm: np.array(curves)[:, -1] for arm, curves in found.items()}
     base = finals["BF16 continued"]
@@ -143,10 +143,9 @@ def write(found: dict[str, list[list[float]]], lr: float) -> None:
     )
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(results / f"{name}.png", bbox_inches="tight")
-    title = f"# Training that goes on after the conversion, learning rate {lr:g}, on two CPU cores, FP8 emulated\n\n"
-    text = title + "\n".join(lines) + f"\n\n![Held-out loss by steps]({name}.png)\n"
-    (results / f"{date.today()}-{name}.md").write_text(text)
+    figure.savefig(measure.RESULTS / f"{name}.png", bbox_inches="tight")
+    title = f"# Training that goes on after the conversion, learning rate {lr:g}, on two CPU cores, FP8 emulated"
+    measure.write(name, [title, "", *lines, "", f"![Held-out loss by steps]({name}.png)"])
     print("\n".join(lines))
 
 

@@ -1,18 +1,17 @@
 """The latents job against the VAE alone on the same batches, alternating in one run.
 
-`python benchmarks/latents.py IMAGES VAE` takes a folder of images and an autoencoder's folder.
+`python -m benchmarks.latents IMAGES VAE` takes a folder of images and an autoencoder's folder.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import measure
 from jobs import caption, latents
 from pixart.config import DataConfig
 from pixart.data import manifest as manifests
@@ -66,8 +65,7 @@ def main() -> None:
         f"Ratio, median of {REPEATS} alternating repetitions: {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f}).",
     ]
-    target = Path(__file__).parent / "results" / f"{date.today()}-latents.md"
-    target.write_text("\n".join(lines) + "\n")
+    measure.write("latents", lines)
     print("\n".join(lines))
 
 

@@ -1,6 +1,6 @@
 """The loader against bare tensorstore, np.memmap, numpy.tofile and MosaicML StreamingDataset, in one run.
 
-`python benchmarks/loader.py FOLDER --peer-python PYTHON` makes 200,000 rows of 16x32x32 float16 with their captions'
+`python -m benchmarks.loader FOLDER --peer-python PYTHON` makes 200,000 rows of 16x32x32 float16 with their captions'
 tokens in FOLDER (6.6 GB, twice that with the peer), prints the table and writes it to `benchmarks/results/`. PYTHON is
 an interpreter that has the package mosaicml-streaming; without one the peer is left out.
 """
@@ -15,7 +15,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
+from benchmarks import measure
 from pixart.config import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data import store as stores
@@ -283,13 +283,12 @@ def main() -> None:
         if not options.keep:
             shutil.rmtree(options.folder / "dataset", ignore_errors=True)
     load = os.getloadavg()[2]
-    title = f"# The loader, {options.rows:,} rows, warm page cache, one process, {os.cpu_count()} CPU cores\n\n"
+    title = f"# The loader, {options.rows:,} rows, warm page cache, one process, {os.cpu_count()} CPU cores"
     note = (
-        f"\nPython {platform.python_version()}, tensorstore {version('tensorstore')}, load of the machine over the "
-        f"last 15 minutes {load:.1f}. Medians of {REPEATS} repetitions, what is compared in turn.\n"
+        f"Python {platform.python_version()}, tensorstore {version('tensorstore')}, load of the machine over the "
+        f"last 15 minutes {load:.1f}. Medians of {REPEATS} repetitions, what is compared in turn."
     )
-    target = Path(__file__).parent / "results" / f"{date.today()}-loader.md"
-    target.write_text(title + "\n".join(table) + "\n" + note)
+    measure.write("loader", [title, "", *table, "", note])
     print("\n".join(table))
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of products and steps share: time on a device, and what its card can do."""
+"""What the benchmarks share: the page of results, time on a device, and what its card can do."""
 
 import argparse
 import statistics
@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,7 +22,7 @@ def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
 
 def write(name: str, lines: Sequence[str]) -> None:
     """The dated page of results."""
-    (Path(__file__).parent / "results" / f"{date.today()}-{name}.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{date.today()}-{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def device() -> torch.device:

@@ -1,16 +1,15 @@
 """Rounding to an FP8 grid on a CPU: ours against a cast to FP8 and back, in the same run.
 
-`python benchmarks/rounding.py` prints the table and writes it to `benchmarks/results/`.
+`python -m benchmarks.rounding` prints the table and writes it to `benchmarks/results/`.
 """
 
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import measure
 from pixart.model.fp8_products import E4M3, E5M2, Format, quantize
 
 SHAPES = ((1024, 128), (1024, 512), (4096, 1152))
@@ -42,9 +41,8 @@ def main() -> None:
             lines.append(
                 f"| {name} | {shape[0]} x {shape[1]} | {cast * 1e3:.2f} | {ours * 1e3:.2f} | {cast / ours:.1f} |"
             )
-    title = f"# Rounding to FP8 on a CPU, one thread, torch {torch.__version__}\n\n"
-    target = Path(__file__).parent / "results" / f"{date.today()}-rounding.md"
-    target.write_text(title + "\n".join(lines) + "\n")
+    title = f"# Rounding to FP8 on a CPU, one thread, torch {torch.__version__}"
+    measure.write("rounding", [title, "", *lines])
     print("\n".join(lines))
 
 

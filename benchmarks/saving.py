@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint: saved in the background against saved at once, in one run.
 
-    python benchmarks/saving.py FOLDER [--blocks 8] [--repeats 5]
+    python -m benchmarks.saving FOLDER [--blocks 8] [--repeats 5]
 
 The state is that of a stage-1 model of width 1152, in float32: weights, average and both moments.
 """
@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import measure
 from jobs import caption, init, latents
 from pixart.config import ModelConfig, TrainConfig, to_json
 from pixart.data import manifest as manifests
@@ -31,24 +32,36 @@ def main() -> None:
     options = parser.parse_args()
     sizes = ModelConfig(dim=1152, num_blocks=options.blocks, base_image_size=8, num_classes=5)
     config = TrainConfig(steps=1, batch=8, lr=1e-4, warmup=1)
-    held: dict[str, list[float]] = {"background": [], "at once": []}
+    held: dict[str, list[float]] = {"in the background": [], "at once": []}
     with tempfile.TemporaryDirectory() as folder, process_group() as ranks:
         dataset = make_dataset(folder)
         training = Training(None, 1, sizes, config, Store(manifests.read(dataset)), ranks)
         saver = Saver(options.folder / "run", ranks, keep_last=1, keep_every=0)
         for _ in range(1 + options.repeats):  # the first makes the memory that the others use again
-            for how in ("background", "at once"):
+            for how, seconds in held.items():
                 begun = time.perf_counter()
                 saver.save(training)
                 if how == "at once":
                     saver.wait()
-                held[how].append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - begun)
                 saver.wait()
         saver.close()
     size = sum(tensor.nbytes for tensor in training.tensors().values())
-    background, at_once = (statistics.median(held[how][1:]) for how in ("background", "at once"))
-    share = background / at_once
-    print(f"{size / 1e9:.2f} GB: at once {at_once:.2f} s, in the background {background:.3f} s, {share:.1%} of it")
+    share = statistics.median(held["in the background"][1:]) / statistics.median(held["at once"][1:])
+    lines = [
+        f"# How long training stands still for a checkpoint of {size / 1e9:.2f} GB, on two CPU cores",
+        "",
+        "| saved | seconds, median | fastest to slowest |",
+        "|---|---|---|",
+        *(
+            f"| {how} | {statistics.median(own[1:]):.3f} | {min(own[1:]):.3f} to {max(own[1:]):.3f} |"
+            for how, own in held.items()
+        ),
+        "",
+        f"In the background it is {share:.1%} of what it is at once.",
+    ]
+    measure.write("saving", lines)
+    print("\n".join(lines))
     shutil.rmtree(options.folder / "run")
 
 

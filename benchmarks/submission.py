@@ -1,6 +1,6 @@
 """An array of 256 submitted by the launcher and by bare sbatch, in turn, on a cluster of this machine. Needs root.
 
-`python benchmarks/submission.py` prints the table and writes it to `benchmarks/results/`.
+`python -m benchmarks.submission` prints the table and writes it to `benchmarks/results/`.
 """
 
 import os
@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
+from benchmarks import measure
 from slurm import devcluster
 
 REPEATS = 7
@@ -48,8 +48,7 @@ def main() -> None:
     lines += [f"| {way} | {statistics.median(own):.2f} | {min(own):.2f} |" for way, own in measured.items()]
     gap = statistics.median(measured["launcher"]) - statistics.median(measured["bare sbatch"])
     lines.append(f"\nThe launcher takes {gap:.2f} s longer, the start of Python and the copy of the code included.")
-    target = Path(__file__).parent / "results" / f"{date.today()}-submission.md"
-    target.write_text("# Submitting an array, on two CPU cores\n\n" + "\n".join(lines) + "\n")
+    measure.write("submission", ["# Submitting an array, on two CPU cores", "", *lines])
     print("\n".join(lines))
 
 

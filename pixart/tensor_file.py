@@ -1,7 +1,8 @@
 """Writing a safetensors file tensor by tensor, past the page cache.
 
 A copy into the page cache costs a core more time than a fast disk takes to write, and drives out of memory what is
-about to be read. So bytes gather in a buffer of our own, which the disk takes by itself (O_DIRECT).
+about to be read. So bytes gather in a buffer of our own, which the disk takes by itself (O_DIRECT), while the next
+bytes gather in another.
 """
 
 import errno
@@ -9,6 +10,7 @@ import json
 import mmap
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ BUFFER = 1 << 24
 
 
 class DirectFile:
-    """A new file that grows by whole buffers; file systems without direct writing take the same by way of the cache."""
+    """A new file, written from `place` on by whole buffers; where the file system has no direct writing, by its cache.
 
-    def __init__(self, path: Path) -> None:
+    What a write raises, the next one or `finish` does.
+    """
+
+    def __init__(self, path: Path, place: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
             self.descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
@@ -31,27 +36,42 @@ class DirectFile:
             if error.errno != errno.EINVAL:
                 raise
             self.descriptor = os.open(path, flags, 0o666)
-        self.memory = mmap.mmap(-1, BUFFER)  # begins with a page, as direct writing asks
-        self.buffer = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.filled = 0
+        self.filling, self.writing = (mmap.mmap(-1, BUFFER) for _ in range(2))  # each begins with a page
+        self.place, self.filled = place, 0
+        self.writer = ThreadPoolExecutor(1)
+        self.written: Future[Any] = self.writer.submit(int)  # there is none before the first
 
     def append(self, values: Tensor) -> None:  # (bytes,), uint8
         while len(values):
             part = values[: BUFFER - self.filled]
-            self.buffer[self.filled : self.filled + len(part)] = part
+            torch.frombuffer(self.filling, dtype=torch.uint8)[self.filled : self.filled + len(part)] = part
             self.filled += len(part)
             values = values[len(part) :]
             if self.filled == BUFFER:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what has gathered, up to the end of its last block."""
-        left = memoryview(self.memory)[: self.filled + -self.filled % BLOCK]
+        """Begins to write what has gathered, up to the end of its last block, once what was before is written."""
+        self.written.result()
+        self.filling, self.writing = self.writing, self.filling
+        self.written = self.writer.submit(self.write, self.writing, self.filled, self.place)
+        self.place, self.filled = self.place + self.filled, 0
+
+    def write(self, memory: mmap.mmap, size: int, place: int) -> None:
+        left = memoryview(memory)[: size + -size % BLOCK]
         while left:
-            left = left[os.write(self.descriptor, left) :]
-        self.filled = 0
+            done = os.pwrite(self.descriptor, left, place)
+            left, place = left[done:], place + done
+
+    def finish(self, size: int) -> None:
+        """The file is of `size` bytes and on the disk."""
+        self.flush()
+        self.written.result()
+        os.ftruncate(self.descriptor, size)
+        os.fsync(self.descriptor)
 
     def close(self) -> None:
+        self.writer.shutdown()
         os.close(self.descriptor)
 
 
@@ -64,23 +84,20 @@ def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     room += -(room + 8) % BLOCK
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    file = DirectFile(path)
+    file = DirectFile(path, place=8 + room)
     try:
-        os.lseek(file.descriptor, 8 + room, os.SEEK_SET)
         for name, tensor in state.items():
             values = as_bytes(tensor.detach().cpu())
             file.append(values)
             begin, end = end, end + len(values)
             entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         file.flush()
-        os.ftruncate(file.descriptor, 8 + room + end)
         header = json.dumps(entries, separators=(",", ":")).encode()
         assert len(header) <= room
-        os.lseek(file.descriptor, 0, os.SEEK_SET)
         head = room.to_bytes(8, "little") + header.ljust(room)
+        file.place = 0
         file.append(torch.frombuffer(bytearray(head), dtype=torch.uint8))
-        file.flush()
-        os.fsync(file.descriptor)
+        file.finish(8 + room + end)
     finally:
         file.close()
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from pixart.data.caption_checks import judge
 from pixart.data.caption_text import short_form
+from pixart.data.screening import digest
 
 if TYPE_CHECKING:
     from pixart.data.sources import Item
@@ -161,7 +162,12 @@ class VllmCaptioner:
                 self._engine.llm_engine.abort_request([each.inner for each in waiting.values()], internal=True)
 
     def _enqueue(self, given: "Given", attempt: int, waiting: "dict[str, Waiting]") -> None:
-        prompt = {"prompt_token_ids": self._prompt, "multi_modal_data": {"image": prepare(given[1])}}
+        _, image, item = given
+        prompt = {
+            "prompt_token_ids": self._prompt,
+            "multi_modal_data": {"image": prepare(image)},
+            "multi_modal_uuids": {"image": [digest(item.data).hex()]},  # or the engine hashes the pixels
+        }
         (inner,) = self._engine.enqueue(prompt, self._attempts[attempt][0], use_tqdm=False)
         waiting[inner.partition("-")[0]] = Waiting(given=given, attempt=attempt, inner=inner)
 

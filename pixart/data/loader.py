@@ -136,6 +136,8 @@ class Loader:
 
     def _drawn(self, step: int, use: int, share: float) -> np.ndarray:
         """-> bool, this rank's part of a draw over the global batch."""
+        if share == 0:
+            return np.zeros(self.part.stop - self.part.start, bool)
         return random_numbers(self.batch, self.seed, step, use)[self.part] < share * 2.0**64
 
     def _read_ahead(self, keys: list[tuple[int, int]]) -> None:

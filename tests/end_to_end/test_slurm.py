@@ -22,7 +22,8 @@ from pixart import checkpoint as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store import Store
 from slurm import devcluster
-from slurm.devcluster import URGENT, DevCluster
+from slurm.devcluster import DevCluster
+from slurm.devcluster_files import URGENT
 from slurm.task import ATTEMPTS, attempts
 from tests.slurm.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
 

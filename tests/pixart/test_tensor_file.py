@@ -58,3 +58,19 @@ def test_written_over(tmp_path):
     save_tensors({"a": torch.zeros(100_000)}, tmp_path / "x")
     save_tensors({"a": torch.ones(3)}, tmp_path / "x")
     assert load_file(tmp_path / "x")["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("writes", [0, 1, 4], ids=["the first", "the second", "the header"])
+def test_a_full_disk_is_told(tmp_path, monkeypatch, writes):
+    monkeypatch.setattr(tensor_file, "BUFFER", 2 * BLOCK)
+    real, done = os.pwrite, []
+
+    def full(descriptor, data, place):
+        if len(done) == writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done.append(place)
+        return real(descriptor, data, place)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors({"a": torch.zeros(2 * BLOCK)}, tmp_path / "x")

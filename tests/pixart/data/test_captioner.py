@@ -84,19 +84,23 @@ def test_images_are_prepared_as_the_model_will_see_them(size, wanted):
 
 SCRIPT = """
 import dataclasses, json, sys
+from pathlib import Path
 from PIL import Image
 from pixart.data.captioner import Sampling, conversation, make_captioner
+from pixart.data.sources import Item
 
 if __name__ == "__main__":
     model, *paths = sys.argv[1:]
+    items = [Item(id=path, data=Path(path).read_bytes(), label=-1, text="") for path in paths]
     images = [Image.open(path).convert("RGB") for path in paths]
+    given = list(zip(range(len(paths)), images, items))
     captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
 
-    def captions(images):
-        found = dict(captioner.stream((row, image, None) for row, image in enumerate(images)))
-        return [dataclasses.asdict(found[row]) for row in range(len(images))]
+    def captions(given):
+        found = dict(captioner.stream(given))
+        return [dataclasses.asdict(found[row]) for row in sorted(found)]
 
-    left = captioner.stream((row, image, None) for row, image in enumerate(images))
+    left = captioner.stream(given)
     next(left)
     left.close()  # with captions under way, of which the next stream must hear nothing
     engine, sampling = captioner._engine, captioner._attempts[0][0]
@@ -107,9 +111,9 @@ if __name__ == "__main__":
 
     result = {
         "name": captioner.name,
-        "captions": captions(images),
-        "again": captions(images),
-        "reversed": captions(images[::-1])[::-1],
+        "captions": captions(given),
+        "again": captions(given),
+        "reversed": captions(given[::-1]),
         "none": captions([]),
         "chat": [chat[0].prompt_token_ids, chat[0].outputs[0].text],
         "generated": [generated[0].prompt_token_ids, generated[0].outputs[0].text],
