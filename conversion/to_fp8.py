@@ -35,6 +35,7 @@ from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
 from pixart.data import manifest as manifests
 from pixart.model.dit import DiT, load_model
+from pixart.tensor_file import map_tensors
 from pixart.training.distributed import process_group
 
 HELD_OUT = 4  # batches that verification has for itself
@@ -63,7 +64,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         with checkpoints.appearing(output) as partial:
             progress.begin("writing weights, average and moments")
             checkpoints.write_state(result, partial)
-            result.model, result.ema, result.optimizer = checkpoints.load_state(partial)
+            result.model, result.ema, result.optimizer = checkpoints.load_state(partial, map_tensors)
             digest = background.submit(formats.file_hash, source)
             carried = background.submit(verify.carried_check, start, result, fates)
             model = load_model(result.config, result.model, options.device)

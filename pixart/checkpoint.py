@@ -278,18 +278,18 @@ def check_files(directory: Path, part: slice = slice(None)) -> None:
             raise ValueError(f"{file} is missing, damaged or truncated")
 
 
-def load_state(directory: Path) -> tuple[State, State, State]:
-    """The weights, average and optimizer's state that `write_state` wrote, mapped from the files."""
-    files = f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors"
-    model, ema, optimizer = (load_tensors(directory / file) for file in files)
-    return model, ema, optimizer
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+
+
+def load_state(directory: Path, load: Callable[[Path], State] = load_tensors) -> tuple[State, State, State]:
+    """The weights, average and optimizer's state that `write_state` wrote, mapped from the files."""
+    files = f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors"
+    model, ema, optimizer = (load(directory / file) for file in files)
+    return model, ema, optimizer
 
 
 def check_shapes(state: State, config: dict[str, Any], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Writing a safetensors file tensor by tensor, past the page cache.
+"""Files of tensors, safetensors' format, that may be larger than memory: written tensor by tensor, past the page cache.
 
 A copy into the page cache costs a core more time than a fast disk takes to write, and drives out of memory what is
 about to be read. So bytes gather in a buffer of our own, which the disk takes by itself (O_DIRECT), while the next
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 BLOCK = mmap.PAGESIZE  # what is written directly begins, ends and lies in memory at multiples of it
 BUFFER = 1 << 24
 
@@ -100,6 +101,22 @@ def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
         file.finish(8 + room + end)
     finally:
         file.close()
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `save_tensors`, of which nothing is read before it is used.
+
+    safetensors' own reader, which checks a file first, reads all of it ahead.
+    """
+    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(content[:8].numpy(), "little")
+    entries = json.loads(content[8:start].numpy().tobytes())
+    del entries["__metadata__"]
+    found = {}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        found[name] = content[start + begin : start + end].view(BY_NAME[entry["dtype"]]).view(entry["shape"])
+    return found
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

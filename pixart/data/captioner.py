@@ -37,6 +37,8 @@ MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses m
 MAX_NUM_SEQS = 256  # images that the engine captions at once
 WAITING = 384  # that it may have at a time: those and half as many for which it never has to wait
 RETRY_TEMPERATURE = 0.7  # with the most likely tokens, another seed would change nothing
+# Where there are no graphs, and compiling takes long; and where others need memory, or the engine refuses to start.
+ON_A_CPU: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,12 +133,12 @@ class VllmCaptioner:
         self._engine = vllm.LLM(
             model=model,
             dtype=dtype,
-            enforce_eager=not vllm.platforms.current_platform.is_cuda_alike(),  # a CPU has no graphs, and compiles long
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=MAX_NUM_SEQS,
             limit_mm_per_prompt={"image": 1, "video": 0},
             mm_processor_kwargs={"max_pixels": MAX_PIXELS},
             mm_processor_cache_gb=0,  # no image comes twice
+            **({} if vllm.platforms.current_platform.is_cuda_alike() else ON_A_CPU),
         )
         tokenizer: Any = self._engine.get_tokenizer()
         asked = tokenizer.apply_chat_template(

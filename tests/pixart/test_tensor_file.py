@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from pixart import tensor_file
-from pixart.tensor_file import BLOCK, save_tensors
+from pixart.tensor_file import BLOCK, map_tensors, save_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
@@ -42,9 +42,9 @@ def test_read_back(tmp_path, monkeypatch, dtype, size):
     }
     path = tmp_path / "x.safetensors"
     save_tensors(state, path)
-    found = load_file(path)
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in state.items())
+    for found in (load_file(path), map_tensors(path)):
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in state.items())
 
 
 def test_no_tensors_and_a_full_name(tmp_path):
