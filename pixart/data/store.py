@@ -188,8 +188,7 @@ class Store:
 def residue(chunks: int, stride: int) -> int:
     """The CRC-32C of so many chunks that each end in their own, `stride` bytes with it.
 
-    It is the same whatever they hold: from the CRC's linearity, as with the residue of one (R. N. Williams, "A Painless
-    Guide to CRC Error Detection Algorithms", 1993). So neighbours are checked by one call.
+    A CRC is linear: it is the same whatever they hold, as long as they are whole. So one call checks neighbours.
     """
     zeros = np.zeros(stride - CHECKSUM, np.uint8).tobytes()
     return google_crc32c.value((zeros + checksum(zeros)) * chunks)
