@@ -80,6 +80,7 @@ def curve(folder: Path, arm: str, seed: int, lr: float, start: Checkpoint, home:
         lr=lr,
         seed=seed,
         save_every=EVERY,
+        keep_last=STEPS // EVERY,
         precision="bf16",
         fp8=arm.startswith("FP8"),
     )
