@@ -27,7 +27,7 @@ from pixart.data import captioner as captioners
 from pixart.data import captions, screening
 from pixart.data.sources import Item, open_source
 
-COUNT, REPEATS = 256, 11
+COUNT, REPEATS = 256, 7
 LARGE = (1632, 1224)  # pixels
 
 
