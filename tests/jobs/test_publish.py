@@ -77,6 +77,7 @@ def work(run: str, *, fail: bool) -> str:
     return "result"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", [False, True])
 def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
     """The node's figures are there, and how the rank has ended, said by itself."""

@@ -34,6 +34,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], m
         assert (tensor - other[name]).norm() <= most * tensor.norm() + 1e-12, name
 
 
+@pytest.mark.slow
 def test_a_block_compiles_without_a_break():
     whole = step(fp8_model(1), lambda forward: torch.compile(forward, fullgraph=True, backend="aot_eager"))
     assert_close(step(fp8_model(1)), whole, 1e-5)
