@@ -11,6 +11,7 @@ Made = TypeVar("Made")
 # Pillow gives up the interpreter while it decodes and resizes; half of the processors are left to the taker of results.
 THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 AHEAD = 128  # results that may wait
+NICENESS = 10  # of each thread, as Linux has it: they work when whoever takes the results, and its engine, leave time
 
 
 def made_ahead(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
@@ -24,7 +25,7 @@ def made_ahead(function: Callable[[Given], Made], items: Iterable[Given]) -> Ite
         item = asked.result()
         return item if item is end else function(item)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS, "ahead", os.nice, (NICENESS,)) as pool:
         pending = deque(pool.submit(make, reader.submit(next, source, end)) for _ in range(AHEAD))
         try:
             while (made := pending.popleft().result()) is not end:

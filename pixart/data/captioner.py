@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,12 +14,9 @@ from PIL import Image, ImageOps
 
 from pixart.data.caption_checks import judge
 from pixart.data.caption_text import short_form
-from pixart.data.screening import digest
 
 if TYPE_CHECKING:
     from pixart.data.sources import Item
-
-    Given = tuple[int, Image.Image, Item]  # row, image, and the source's item that it is of
 
 STYLE = (
     "Write noun phrases with what can be seen: the main subject first, then colour, material, number, size, position, "
@@ -31,14 +29,23 @@ REWRITING = (
     "You rewrite a user's short request for a picture as the caption of that picture, from which a text-to-image model "
     f"paints it. Keep all that the request says; add only what it leaves open. {STYLE}"
 )
-MAX_PIXELS = 512 * 512  # an image that is larger reaches the model at this size: 256 tokens of 32 x 32 pixels
+TOKEN = 32  # pixels of an image's side that make a token
+MAX_PIXELS = 512 * 512  # an image that is larger reaches the model at this size: 256 tokens
 MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
 MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses more than 200
 MAX_NUM_SEQS = 256  # images that the engine captions at once
 WAITING = 384  # that it may have at a time: those and half as many for which it never has to wait
 RETRY_TEMPERATURE = 0.7  # with the most likely tokens, another seed would change nothing
-# Where there are no graphs, and compiling takes long; and where others need memory, or the engine refuses to start.
-ON_A_CPU: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """An image that wants a caption."""
+
+    row: int
+    image: Image.Image
+    item: "Item"  # of the source, that the image is of
+    digest: bytes  # of the item's data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +66,8 @@ class Captioner(Protocol):
         """As the model will see it; for the threads that decode, ahead of `stream`."""
         ...
 
-    def stream(self, given: "Iterable[Given]") -> "Iterator[tuple[int, Caption]]":
-        """The captions of (row, image, item), each with its row, in whatever order they are ready."""
+    def stream(self, given: Iterable[Given]) -> Iterator[tuple[int, Caption]]:
+        """The captions, each with its row, in whatever order they are ready."""
         ...
 
 
@@ -94,10 +101,10 @@ class LabelsCaptioner:
     def prepare(self, image: Image.Image) -> Image.Image:
         return image
 
-    def stream(self, given: "Iterable[Given]") -> Iterator[tuple[int, Caption]]:
-        for row, _, item in given:
-            text = class_caption(item.text) if item.text_is_class else item.text
-            yield row, Caption(text=text, short=short_form(text), problem="", seed=0)
+    def stream(self, given: Iterable[Given]) -> Iterator[tuple[int, Caption]]:
+        for each in given:
+            text = class_caption(each.item.text) if each.item.text_is_class else each.item.text
+            yield each.row, Caption(text=text, short=short_form(text), problem="", seed=0)
 
 
 def class_caption(name: str) -> str:
@@ -138,7 +145,7 @@ class VllmCaptioner:
             limit_mm_per_prompt={"image": 1, "video": 0},
             mm_processor_kwargs={"max_pixels": MAX_PIXELS},
             mm_processor_cache_gb=0,  # no image comes twice
-            **({} if vllm.platforms.current_platform.is_cuda_alike() else ON_A_CPU),
+            **({} if vllm.platforms.current_platform.is_cuda_alike() else on_a_cpu()),
         )
         tokenizer: Any = self._engine.get_tokenizer()
         asked = tokenizer.apply_chat_template(
@@ -149,7 +156,7 @@ class VllmCaptioner:
     def prepare(self, image: Image.Image) -> Image.Image:
         return prepare(image)
 
-    def stream(self, given: "Iterable[Given]") -> Iterator[tuple[int, Caption]]:
+    def stream(self, given: Iterable[Given]) -> Iterator[tuple[int, Caption]]:
         waiting: dict[str, Waiting] = {}  # by the engine's id
         images = iter(given)
         try:
@@ -163,12 +170,11 @@ class VllmCaptioner:
             if waiting:  # the stream is left before its end: the next must hear nothing of it
                 self._engine.llm_engine.abort_request([each.inner for each in waiting.values()], internal=True)
 
-    def _enqueue(self, given: "Given", attempt: int, waiting: "dict[str, Waiting]") -> None:
-        _, image, item = given
+    def _enqueue(self, given: Given, attempt: int, waiting: "dict[str, Waiting]") -> None:
         prompt = {
             "prompt_token_ids": self._prompt,
-            "multi_modal_data": {"image": prepare(image)},
-            "multi_modal_uuids": {"image": [digest(item.data).hex()]},  # or the engine hashes the pixels
+            "multi_modal_data": {"image": prepare(given.image)},
+            "multi_modal_uuids": {"image": [given.digest.hex()]},  # or the engine hashes the pixels
         }
         (inner,) = self._engine.enqueue(prompt, self._attempts[attempt][0], use_tqdm=False)
         waiting[inner.partition("-")[0]] = Waiting(given=given, attempt=attempt, inner=inner)
@@ -184,16 +190,31 @@ class VllmCaptioner:
                 self._enqueue(each.given, each.attempt + 1, waiting)
             else:
                 seed = self._attempts[each.attempt][1]
-                yield each.given[0], Caption(text=text, short=short_form(text), problem=found or "", seed=seed)
+                yield each.given.row, Caption(text=text, short=short_form(text), problem=found or "", seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
     """An image that the engine has, and its `inner` id there: it adds random characters, and answers without them."""
 
-    given: "Given"
+    given: Given
     attempt: int
     inner: str
+
+
+def on_a_cpu() -> dict[str, Any]:
+    """The engine's settings where there is no GPU; sets the number of its threads in the environment, where it looks.
+
+    There are no graphs, and compiling takes long. Others need memory, or the engine refuses to start. And others need
+    a processor: one is left to those that decode, and engine and model share a process. As the two processes that vLLM
+    makes of them on a CPU, each polls for the other's word without a pause.
+    """
+    import torch
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
+    return {"enforce_eager": True, "gpu_memory_utilization": 0.5, "distributed_executor_backend": UniProcExecutor}
 
 
 def prompt_hash(instruction: str) -> str:
@@ -206,7 +227,7 @@ def conversation(content: dict[str, Any]) -> list[Any]:
 
 
 def prepare(image: Image.Image) -> Image.Image:
-    """Cut to its middle where it is too long, and shrunk to MAX_PIXELS; otherwise as it is."""
+    """Cut to its middle where it is too long, and shrunk to MAX_PIXELS as the model would; otherwise as it is."""
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
     if max(width, height) > longest:
@@ -214,6 +235,6 @@ def prepare(image: Image.Image) -> Image.Image:
     scale = math.sqrt(MAX_PIXELS / (image.width * image.height))
     if scale >= 1:
         return image
-    width, height = max(1, math.floor(image.width * scale)), max(1, math.floor(image.height * scale))
+    width, height = (max(1, math.floor(side * scale / TOKEN)) * TOKEN for side in image.size)
     longest = MAX_ASPECT * min(width, height)  # by rounding, it may have become too long
     return image.resize((min(width, longest), min(height, longest)), Image.Resampling.BICUBIC, reducing_gap=1.0)

@@ -12,7 +12,7 @@ from PIL import Image
 from pixart.config import ScreeningConfig
 from pixart.data import screening
 from pixart.data.ahead import made_ahead
-from pixart.data.captioner import MAX_PIXELS, Caption, Captioner
+from pixart.data.captioner import MAX_PIXELS, Caption, Captioner, Given
 from pixart.data.screening import Statistics
 from pixart.data.sources import Item
 
@@ -86,11 +86,11 @@ def make_part(items: Iterable[Item], captioner: Captioner, limits: ScreeningConf
         screened = screen(item, limits)
         return replace(screened, image=captioner.prepare(screened.image)) if screened.image else screened
 
-    def kept() -> Iterator[tuple[int, Image.Image, Item]]:
+    def kept() -> Iterator[Given]:
         for row, screened in enumerate(made_ahead(ready, items)):
             append(columns, screened)
             if screened.image:
-                yield row, screened.image, screened.item
+                yield Given(row=row, image=screened.image, item=screened.item, digest=screened.digest)
 
     for row, caption in captioner.stream(kept()):
         set_caption(columns, row, caption)

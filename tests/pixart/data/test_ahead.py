@@ -1,10 +1,11 @@
+import os
 import threading
 import time
 
 import pytest
 
 from pixart.data import ahead
-from pixart.data.ahead import made_ahead
+from pixart.data.ahead import NICENESS, made_ahead
 
 
 def test_results_come_in_order_whatever_takes_longer():
@@ -63,3 +64,10 @@ def test_what_is_left_early_is_not_worked_on():
     results.close()
     assert time.monotonic() - begun < 0.5
     assert len(done) < 20
+
+
+def test_threads_give_way_to_whoever_takes_the_results():
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    found = list(made_ahead(lambda _: os.getpriority(os.PRIO_PROCESS, 0), range(3)))
+    assert found == [min(19, before + NICENESS)] * 3
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

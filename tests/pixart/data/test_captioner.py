@@ -2,12 +2,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from pixart.data.captioner import MAX_PIXELS, article, class_caption, make_captioner, prepare
+from pixart.data.captioner import MAX_PIXELS, Given, article, class_caption, make_captioner, prepare
+from pixart.data.screening import digest
 from pixart.data.sources import Item, open_source
 from tests.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
 
@@ -18,10 +20,15 @@ def item(text: str, text_is_class: bool = False) -> Item:
     return Item(id="0", data=b"", label=0, text=text, text_is_class=text_is_class)
 
 
+def given(items: list[Item]) -> Iterator[Given]:
+    for row, each in enumerate(items):
+        yield Given(row=row, image=Image.new("RGB", (8, 8)), item=each, digest=digest(each.data))
+
+
 def test_labels_are_the_items_own_texts():
     captioner = make_captioner("labels", model="")
     items = [item("a red circle on the left"), item(""), item("brown bear", True), item("airliner", True)]
-    captions = dict(captioner.stream((row, Image.new("RGB", (8, 8)), item) for row, item in enumerate(items)))
+    captions = dict(captioner.stream(given(items)))
     assert [captions[row].text for row in range(4)] == [
         "a red circle on the left",
         "",
@@ -33,8 +40,7 @@ def test_labels_are_the_items_own_texts():
 
 def test_labels_of_the_demo_are_its_captions():
     items = list(open_source("demo", images=5, image_size=16).read(0, 5))
-    given = ((row, Image.new("RGB", (8, 8)), item) for row, item in enumerate(items))
-    captions = dict(make_captioner("labels", model="").stream(given))
+    captions = dict(make_captioner("labels", model="").stream(given(items)))
     assert [captions[row].text for row in range(5)] == [item.text for item in items]
     assert all(caption.text.count(" ") > 4 for caption in captions.values())
 
@@ -69,10 +75,10 @@ def test_missing_vllm_is_an_error(monkeypatch):
         ((64, 48), (64, 48)),
         ((512, 512), (512, 512)),
         ((1024, 1024), (512, 512)),
-        ((2000, 1500), (591, 443)),
+        ((2000, 1500), (576, 416)),
         ((1, 300), (1, 100)),
         ((9000, 30), (3000, 30)),
-        ((40000, 100), (5100, 51)),
+        ((40000, 100), (3200, 32)),
     ],
 )
 def test_images_are_prepared_as_the_model_will_see_them(size, wanted):
@@ -86,14 +92,18 @@ SCRIPT = """
 import dataclasses, json, sys
 from pathlib import Path
 from PIL import Image
-from pixart.data.captioner import Sampling, conversation, make_captioner
+from pixart.data.captioner import Given, Sampling, conversation, make_captioner
+from pixart.data.screening import digest
 from pixart.data.sources import Item
 
 if __name__ == "__main__":
     model, *paths = sys.argv[1:]
     items = [Item(id=path, data=Path(path).read_bytes(), label=-1, text="") for path in paths]
     images = [Image.open(path).convert("RGB") for path in paths]
-    given = list(zip(range(len(paths)), images, items))
+    given = [
+        Given(row=row, image=image, item=item, digest=digest(item.data))
+        for row, (image, item) in enumerate(zip(images, items))
+    ]
     captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
 
     def captions(given):
@@ -108,6 +118,8 @@ if __name__ == "__main__":
     chat = engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling, use_tqdm=False)
     asked = {"prompt_token_ids": captioner._prompt, "multi_modal_data": {"image": image}}
     generated = engine.generate(asked, sampling, use_tqdm=False)
+    large = images[6], captioner.prepare(images[6])
+    seen = [engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling) for image in large]
 
     result = {
         "name": captioner.name,
@@ -117,6 +129,7 @@ if __name__ == "__main__":
         "none": captions([]),
         "chat": [chat[0].prompt_token_ids, chat[0].outputs[0].text],
         "generated": [generated[0].prompt_token_ids, generated[0].outputs[0].text],
+        "tokens": [len(output.prompt_token_ids) for (output,) in seen],
         "unfinished": engine.llm_engine.get_num_unfinished_requests(),
     }
     with open("result.json", "w") as file:
@@ -179,6 +192,7 @@ def test_vllm_writes_a_caption_with_a_problem_once_more(result):
 def test_vllm_is_asked_what_its_own_chat_would_ask(result):
     assert result["generated"] == result["chat"]
     assert len(result["chat"][0]) > 100
+    assert result["tokens"][0] == result["tokens"][1]  # of a large image, and as it is prepared
 
 
 @pytest.mark.vllm
