@@ -25,7 +25,7 @@ MEAN_DECIBELS, WORST_DECIBELS = 0.1, 0.5  # that calibrated weight gradients may
 
 def quantized(model: DiT, plan: Plan, scales: State) -> DiT:
     """A model on the same weights whose linears run as the plan says; those of a stateless recipe are emulated."""
-    copy = load_model(own_config(model.config), model.state_dict())
+    copy = load_model(own_config(model.config), model.state_dict(), model.adaLN1.weight.device)
     if plan.recipe == STATEFUL:
         fp8.swap_linears(copy, plan)
         fp8.load_scale_state(copy, scales)

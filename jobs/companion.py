@@ -67,7 +67,7 @@ def published(function: Callable[..., Any], run: str, *arguments: Any) -> None:
     with (Path(run) / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:  # another has it; or the file system has no locks, and the launcher brings the run there
             return
         if time.time() - os.fstat(file.fileno()).st_mtime > PAUSE_SECONDS or not file.tell():
             words = [sys.executable, "-m", "jobs.publish", str(home), run]

@@ -2,19 +2,20 @@
 
 import hashlib
 import time
-from itertools import islice
+from itertools import islice, zip_longest
 
 from jobs import ledger
 from jobs.caption import for_each_shard, read_part
 
 BATCH = 32  # images that the VAE and captions that the text encoder are given at a time
+FINER = 2  # times the resolution that is wanted: a JPEG that has more is decoded at less
 
 
 def run(dataset: str, shards: list[int]) -> None:
     """Encodes shards one after the other; those that the ledger has, made from the same captions, are left alone."""
 
     from pixart.data import manifest as manifests
-    from pixart.data.text import TextEncoder
+    from pixart.data.text import TextEncoder, Tokenizer, load_tokenizer
     from pixart.data.vae import load_vae
 
     manifest = manifests.read(dataset)
@@ -26,7 +27,11 @@ def run(dataset: str, shards: list[int]) -> None:
         manifests.check_model(manifest, kind)
     source = manifests.open_images(manifest)
     vae = load_vae(data.vae)
-    text = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+    text: Tokenizer = (
+        TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+        if data.text_states
+        else Tokenizer(load_tokenizer(data.text_encoder), tokens=data.text_tokens)
+    )
     for_each_shard(todo, lambda shard: encode_shard(manifest, shard, source, vae, text))
 
 
@@ -41,7 +46,7 @@ def checksum(columns) -> str:
     """SHA-256 of all that a shard has in the store, arrays by name."""
     digest = hashlib.sha256()
     for name in sorted(columns):
-        digest.update(columns[name].tobytes())
+        digest.update(columns[name])
     return digest.hexdigest()
 
 
@@ -55,14 +60,15 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     captions = ledger.read(manifest.data.path, "caption", shard)
     assert captions is not None  # `complete` has looked
     captions_of = {"": "caption", "short_": "short_caption"} if manifest.data.short_captions else {"": "caption"}
-    table = read_part(manifest.data.path, shard).select(["label", "valid", *captions_of.values()]).to_pydict()
+    names = ["id", "digest", "label", "valid", *captions_of.values()]
+    table = read_part(manifest.data.path, shard).select(names).to_pydict()
     valid = np.array(table["valid"], dtype=bool)
     columns = {name: np.zeros((len(valid), *shape), dtype) for name, (shape, dtype) in layout(manifest).items()}
     columns["label"][:] = table["label"]
     columns["valid"][:] = valid
     for prefix, caption in captions_of.items() if len(valid) else ():
         columns[f"{prefix}token_ids"], columns[f"{prefix}token_mask"] = text.tokenize(table[caption])
-    for rows, latents in encoded(manifest, source.read(*manifest.shard(shard)), valid, vae):
+    for rows, latents in encoded(manifest, source.read(*manifest.shard(shard)), table, vae):
         columns["latents"][rows] = latents
         for prefix in captions_of if manifest.data.text_states else ():
             states = text.states(columns[f"{prefix}token_ids"][rows], columns[f"{prefix}token_mask"][rows])
@@ -88,21 +94,34 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     )
 
 
-def encoded(manifest, items, valid, vae):
-    """Row numbers (B,) and latents (B, C, h, w) of the valid items; the next images are decoded meanwhile."""
+def encoded(manifest, items, table, vae):
+    """Row numbers (B,) and latents (B, C, h, w) of the valid items; the next images are decoded meanwhile.
+
+    Raises ValueError where the items are not those that the captions of the table are of.
+    """
     import numpy as np
 
     from pixart.data.ahead import made_ahead
-    from pixart.data.screening import decode, resize_and_crop
+    from pixart.data.screening import decode_shrunk, digest, resize_and_crop
     from pixart.data.vae import encode
+
+    size = manifest.data.image_size
+
+    def wanted():
+        for row, (item, id) in enumerate(zip_longest(items, table["id"])):
+            if item is None or item.id != id:
+                raise ValueError(f"row {row} was {id}, now {item and item.id}: the source has changed since `caption`")
+            if table["valid"][row]:
+                yield row, item
 
     def prepare(numbered):
         row, item = numbered
-        image = decode(item.data, manifest.data.screening)
-        return row, np.asarray(resize_and_crop(image, manifest.data.image_size))
+        if digest(item.data) != table["digest"][row]:
+            raise ValueError(f"{item.id} is another image than the one that was captioned")
+        image, _ = decode_shrunk(item.data, manifest.data.screening, lambda *sides: FINER * size / min(sides))
+        return row, np.asarray(resize_and_crop(image, size))
 
-    wanted = ((row, item) for row, item in enumerate(items) if valid[row])
-    images_ahead = made_ahead(prepare, wanted)
+    images_ahead = made_ahead(prepare, wanted())
     while batch := list(islice(images_ahead, BATCH)):
         rows, images = zip(*batch, strict=True)
         yield list(rows), encode(vae, np.stack(images))

@@ -4,7 +4,6 @@ import fcntl
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from jobs import ledger, runs
@@ -86,8 +85,13 @@ def main(home: str, *folders: str) -> int:
     """Leaves alone what another process is at."""
     tracker, done = Tracker(home), True
     for folder in map(Path, folders):
-        with (folder / TURN).open("w") as turn, suppress(BlockingIOError):
-            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (folder / TURN).open("w") as turn:
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            except OSError:  # a file system without locks
+                pass
             done = try_publish(tracker, folder) and done
     return 0 if done else 1
 

@@ -70,6 +70,11 @@ class Lazy(Mapping[str, Tensor]):
 State = Mapping[str, Tensor]
 
 
+@functools.cache
+def by_channel(values: tuple[float, ...], device: torch.device | str) -> Tensor:  # copied once: a copy waits for a GPU
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normalization:
     """Latents as the model sees them: (latent - mean) / std, per channel."""
@@ -78,8 +83,7 @@ class Normalization:
     std: tuple[float, ...]
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:  # each (1, C, 1, 1)
-        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return mean, std
+        return by_channel(self.mean, device), by_channel(self.std, device)
 
     def apply(self, latents: Tensor) -> Tensor:
         mean, std = self.tensors(latents.device)

@@ -56,7 +56,7 @@ def xl(home: str) -> Recipe:
         data=DataConfig(
             path=f"{home}/datasets/xl",
             source="",
-            shards=14_000,
+            shards=256,  # some minutes of work each, for which a task starts its engine once
             vae="stabilityai/stable-diffusion-3-medium-diffusers/vae",
             text_encoder="google/t5gemma-xl-xl-ul2",
             captioner="vllm",

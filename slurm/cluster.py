@@ -96,7 +96,9 @@ class Cluster:
         return f"{shape.kind}: {shape.nodes * shape.ranks_per_node} ranks on this machine"
 
     def lanes(self, shape: Shape) -> int:
-        return min(self.profile.array_parallelism or os.cpu_count() or 1, len(shape.elements))
+        """Processes on this machine; each has a GPU of its own where there are any."""
+        most = self.profile.array_parallelism or os.cpu_count() or 1
+        return min(most, self.profile.gpus_per_node or most, len(shape.elements))
 
     def submit_array(self, shape: Shape, function: Callable[[list[int]], Any]) -> list[Submitted]:
         """One task per element on Slurm; on this machine, as many processes as may run at once share the elements.
@@ -106,9 +108,12 @@ class Cluster:
         elements, task = shape.elements, Task(function=function, run=str(self.run))
         if not self.is_slurm:
             shares = [elements[lane :: self.lanes(shape)] for lane in range(self.lanes(shape))]
+            gpus = range(self.profile.gpus_per_node)
             with environment(self.local_environment(processes=len(shares))):
-                local = self.local_executor(shape)
-                return [Submitted(job=local.submit(task, list(share)), elements=share) for share in shares]
+                return [
+                    Submitted(job=self.local_executor(shape, gpus[lane:][:1]).submit(task, list(share)), elements=share)
+                    for lane, share in enumerate(shares)
+                ]
         largest, submitted = queue.max_array_size(), list[Submitted]()
         for begin in range(0, len(elements), largest):
             part = elements[begin : begin + largest]
@@ -123,7 +128,8 @@ class Cluster:
         if self.is_slurm:
             return Submitted(job=self.slurm_executor(shape).submit(task), elements=())
         with environment(self.local_environment(processes=shape.nodes * shape.ranks_per_node)):
-            return Submitted(job=self.local_executor(shape).submit(task), elements=())
+            gpus = range(self.profile.gpus_per_node)
+            return Submitted(job=self.local_executor(shape, gpus).submit(task), elements=())
 
     def slurm_executor(self, shape: Shape, before: str = "") -> submitit.SlurmExecutor:
         """The jobs begin when `before` has ended, in whatever way."""
@@ -134,13 +140,14 @@ class Cluster:
         executor.update_parameters(**parameters)
         return executor
 
-    def local_executor(self, shape: Shape) -> submitit.LocalExecutor:
+    def local_executor(self, shape: Shape, gpus: Sequence[int]) -> submitit.LocalExecutor:
         executor = submitit.LocalExecutor(folder=self.folder, python=self.profile.python.get(shape.kind))
         executor.update_parameters(
             timeout_min=LOCAL_MINUTES,
             nodes=1,
             tasks_per_node=shape.nodes * shape.ranks_per_node,
-            gpus_per_node=self.profile.gpus_per_node,  # submitit hides those that are not asked for
+            gpus_per_node=len(gpus),  # submitit hides the others
+            visible_gpus=gpus,
         )
         return executor
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -115,9 +116,13 @@ def restart_count() -> int:
 
 
 def attempts(run: str | Path) -> list[dict[str, Any]]:
-    """Every start of every rank, in order."""
+    """Every start of every rank, in order; without a line that a network file system has torn."""
     try:
         lines = (Path(run) / ATTEMPTS).read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found

@@ -31,11 +31,11 @@ def fp8_model(blocks: int, linears: tuple[str, ...] | None = None) -> DiT:
     return model
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, t, text and its mask, of four images."""
+def inputs(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, t, text of so many tokens and its mask, of four images."""
     generator = torch.Generator().manual_seed(5)
-    x, text = torch.randn(4, 16, 8, 8, generator=generator), torch.randn(4, 5, 32, generator=generator)
-    return x, torch.rand(4, generator=generator), text, torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
+    x, text = torch.randn(4, 16, 8, 8, generator=generator), torch.randn(4, tokens, 32, generator=generator)
+    return x, torch.rand(4, generator=generator), text, torch.arange(tokens) < torch.tensor([[tokens], [3], [1], [4]])
 
 
 def sqnr(wanted: Tensor, got: Tensor) -> float:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-# Pillow gives up the interpreter while it decodes and resizes; half of the processors are left to the taker of results.
-THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+# Pillow gives up the interpreter while it decodes and resizes; a processor is left to the taker of results.
+THREADS = max(1, min(16, len(os.sched_getaffinity(0)) - 1))
 AHEAD = 128  # results that may wait
 NICENESS = 10  # of each thread, as Linux has it: they work when whoever takes the results, and its engine, leave time
 

@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import islice
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from pixart.data.caption_checks import judge
 from pixart.data.caption_text import short_form
+from pixart.data.engine import make_engine
 
 if TYPE_CHECKING:
     from pixart.data.sources import Item
@@ -31,10 +32,10 @@ REWRITING = (
 )
 TOKEN = 32  # pixels of an image's side that make a token
 MAX_PIXELS = 512 * 512  # an image that is larger reaches the model at this size: 256 tokens
-MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
 MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses more than 200
 MAX_NUM_SEQS = 256  # images that the engine captions at once
 WAITING = 384  # that it may have at a time: those and half as many for which it never has to wait
+FINISHED = ("stop", "length")  # an engine that is told to end calls off what is under way, as if it were done
 RETRY_TEMPERATURE = 0.7  # with the most likely tokens, another seed would change nothing
 
 
@@ -137,15 +138,13 @@ class VllmCaptioner:
         self.name = f"{model}, vllm {vllm.__version__}, {settings}, instruction {self.prompt_hash}"
         first, again = sampling, replace(sampling, seed=sampling.seed + 1, temperature=RETRY_TEMPERATURE)
         self._attempts = [(vllm.SamplingParams(**asdict(how)), how.seed) for how in (first, again)]
-        self._engine = vllm.LLM(
-            model=model,
+        self._engine = make_engine(
+            model,
             dtype=dtype,
-            max_model_len=MAX_MODEL_LEN,
             max_num_seqs=MAX_NUM_SEQS,
             limit_mm_per_prompt={"image": 1, "video": 0},
             mm_processor_kwargs={"max_pixels": MAX_PIXELS},
             mm_processor_cache_gb=0,  # no image comes twice
-            **({} if vllm.platforms.current_platform.is_cuda_alike() else on_a_cpu()),
         )
         tokenizer: Any = self._engine.get_tokenizer()
         asked = tokenizer.apply_chat_template(
@@ -168,7 +167,8 @@ class VllmCaptioner:
                 yield from self._finished(waiting)
         finally:
             if waiting:  # the stream is left before its end: the next must hear nothing of it
-                self._engine.llm_engine.abort_request([each.inner for each in waiting.values()], internal=True)
+                with suppress(Exception):  # of an engine that is gone, which must not hide why the stream is left
+                    self._engine.llm_engine.abort_request([each.inner for each in waiting.values()], internal=True)
 
     def _enqueue(self, given: Given, attempt: int, waiting: "dict[str, Waiting]") -> None:
         prompt = {
@@ -184,8 +184,10 @@ class VllmCaptioner:
         for output in self._engine.llm_engine.step():
             if not output.finished:
                 continue
-            each = waiting.pop(output.request_id)
-            text, found = judge(output.outputs[0].text, output.outputs[0].finish_reason == "length")
+            each, answer = waiting.pop(output.request_id), output.outputs[0]
+            if answer.finish_reason not in FINISHED:
+                raise RuntimeError(f"vLLM gave an image up: {answer.finish_reason}")
+            text, found = judge(answer.text, answer.finish_reason == "length")
             if found and each.attempt + 1 < len(self._attempts):
                 self._enqueue(each.given, each.attempt + 1, waiting)
             else:
@@ -200,21 +202,6 @@ class Waiting:
     given: Given
     attempt: int
     inner: str
-
-
-def on_a_cpu() -> dict[str, Any]:
-    """The engine's settings where there is no GPU; sets the number of its threads in the environment, where it looks.
-
-    There are no graphs, and compiling takes long. Others need memory, or the engine refuses to start. And others need
-    a processor: one is left to those that decode, and engine and model share a process. As the two processes that vLLM
-    makes of them on a CPU, each polls for the other's word without a pause.
-    """
-    import torch
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
-    return {"enforce_eager": True, "gpu_memory_utilization": 0.5, "distributed_executor_backend": UniProcExecutor}
 
 
 def prompt_hash(instruction: str) -> str:

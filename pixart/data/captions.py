@@ -1,6 +1,7 @@
 """A caption part: one parquet file a shard, one line for each of the shard's source items, in their order."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -62,7 +63,7 @@ def screen(item: Item, limits: ScreeningConfig) -> Screened:
     image = statistics = None
     digest = screening.digest(item.data)
     try:
-        image, size = screening.decode_shrunk(item.data, limits, MAX_PIXELS)
+        image, size = screening.decode_shrunk(item.data, limits, lambda w, h: math.sqrt(MAX_PIXELS / (w * h)))
         statistics = screening.measure(image, size)
         screening.check(statistics, limits)
     except screening.Rejected as rejected:

@@ -53,11 +53,14 @@ def decode(data: bytes, limits: ScreeningConfig) -> Image.Image:
 
     Raises Rejected for what no decoder reads to its end, and by the header alone for a size beyond the limits.
     """
-    return decode_shrunk(data, limits, limits.max_pixels)[0]
+    return decode_shrunk(data, limits, lambda *sides: 1)[0]
 
 
-def decode_shrunk(data: bytes, limits: ScreeningConfig, pixels: int) -> tuple[Image.Image, tuple[int, int]]:
-    """As `decode`, at a half, a fourth or an eighth of its sides where that leaves `pixels`, and the size of the whole.
+def decode_shrunk(
+    data: bytes, limits: ScreeningConfig, share: Callable[[int, int], float]
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `decode`, at a half, a fourth or an eighth of its sides where that leaves a `share` of them, and the whole's
+    size.
 
     Only JPEG's coding allows it; of a large one, most of the work is saved, and it is read to its end all the same.
     """
@@ -66,8 +69,8 @@ def decode_shrunk(data: bytes, limits: ScreeningConfig, pixels: int) -> tuple[Im
         if image.format == "MPO":  # several JPEGs in one file, as phones and stereo cameras write; the first is it
             image = JpegImageFile(io.BytesIO(data))
         check_size(*image.size, limits)
-        whole, share = image.size, min(1.0, math.sqrt(pixels / (image.width * image.height)))
-        image.draft(None, (math.ceil(share * image.width), math.ceil(share * image.height)))
+        whole, wanted = image.size, min(1.0, share(*image.size))
+        image.draft(None, (math.ceil(wanted * image.width), math.ceil(wanted * image.height)))
         shrunk = image.size
         LOADERS.get(image.format, lambda image, data: image.load())(image, data)
         upright = turned_upright(image)

@@ -53,8 +53,18 @@ class Manifest:
 
 
 def open_images(manifest: Manifest) -> Source:
-    """The dataset's source; what it finds out of its files is kept beside the manifest."""
-    data = manifest.data
+    """The dataset's source. Raises ValueError where it has not as many items as when the dataset was made."""
+    source = open_data(manifest.data)
+    if len(source) != manifest.images:
+        raise ValueError(
+            f"source {manifest.data.source!r} has {len(source)} items, but had {manifest.images} when the dataset "
+            f"{manifest.data.path} was made"
+        )
+    return source
+
+
+def open_data(data: DataConfig) -> Source:
+    """The source; what it finds out of its files is kept beside the manifest."""
     counts = Path(data.path) / "source-files.json"
     return open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size, counts=counts)
 
@@ -64,15 +74,17 @@ def make(data: DataConfig) -> Manifest:
     from pixart.data.text import text_dim
     from pixart.data.vae import latent_shape
 
-    source = open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size)
+    shape, width = latent_shape(data.vae, data.image_size), text_dim(data.text_encoder)
+    models = {kind: model_fingerprint(data, kind) for kind in MODELS}
+    source = open_data(data)  # last: it writes
     return Manifest(
         data=data,
         images=len(source),
         rows_per_shard=-(-len(source) // data.shards),
         class_names=tuple(source.class_names),
-        latent_shape=latent_shape(data.vae, data.image_size),
-        text_dim=text_dim(data.text_encoder),
-        models={kind: model_fingerprint(data, kind) for kind in MODELS},
+        latent_shape=shape,
+        text_dim=width,
+        models=models,
     )
 
 

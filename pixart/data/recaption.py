@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pixart.data.caption_checks import judge
-from pixart.data.captioner import MAX_MODEL_LEN, RETRY_TEMPERATURE, REWRITING
+from pixart.data.captioner import RETRY_TEMPERATURE, REWRITING
+from pixart.data.engine import MAX_MODEL_LEN, make_engine
 
 MAX_TOKENS = 120
 FIRST_SEED = 0
@@ -58,13 +59,7 @@ def engine(model: str) -> Generate:
         import vllm
     except ModuleNotFoundError as error:
         raise ValueError(f"recaption: {error}; install vllm, or name a --server") from None
-    llm = vllm.LLM(
-        model=model,
-        enforce_eager=not vllm.platforms.current_platform.is_cuda_alike(),
-        max_model_len=MAX_MODEL_LEN,
-        limit_mm_per_prompt={"image": 0, "video": 0},
-    )
-
+    llm = make_engine(model, limit_mm_per_prompt={"image": 0, "video": 0})
     tokenizer: Any = llm.get_tokenizer()
 
     def fits(messages: Conversation) -> bool:

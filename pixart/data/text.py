@@ -23,23 +23,24 @@ def text_dim(name: str) -> int:
     return config.get("hidden_size") or config["d_model"]
 
 
+def load_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(encoder_path(name))
+
+
 def load_text_model(name: str):
     """-> tokenizer and model, of an encoder-decoder both halves."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    path = encoder_path(name)
-    return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).requires_grad_(False).eval()
+    return load_tokenizer(name), AutoModel.from_pretrained(encoder_path(name)).requires_grad_(False).eval()
 
 
-class Encoder:
-    """A tokenizer and a frozen model, on the device that it is on; `scale` multiplies the states.
+class Tokenizer:
+    """Captions to `tokens` token ids each."""
 
-    The encoder half of an encoder-decoder is used alone.
-    """
-
-    def __init__(self, tokenizer, model, *, tokens: int, scale: float) -> None:
-        self.tokens, self.scale, self.tokenizer = tokens, scale, tokenizer
-        self.model = model.get_encoder() if model.config.is_encoder_decoder else model
+    def __init__(self, tokenizer, *, tokens: int) -> None:
+        self.tokens, self.tokenizer = tokens, tokenizer
 
     def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """-> token ids int32 (B, L) and mask bool (B, L), true where a token counts."""
@@ -47,6 +48,17 @@ class Encoder:
             captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="np"
         )
         return batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
+
+
+class Encoder(Tokenizer):
+    """A tokenizer and a frozen model, on the device that it is on; `scale` multiplies the states.
+
+    The encoder half of an encoder-decoder is used alone.
+    """
+
+    def __init__(self, tokenizer, model, *, tokens: int, scale: float) -> None:
+        super().__init__(tokenizer, tokens=tokens)
+        self.scale, self.model = scale, model.get_encoder() if model.config.is_encoder_decoder else model
 
     def states(self, token_ids, mask):
         """Token ids (B, L) and mask (B, L), arrays or tensors -> float32 tensor (B, L, text_dim), padding zero."""

@@ -95,6 +95,7 @@ def scaled_matmul(
     scales = (scale_a.reciprocal(), scale_b.reciprocal()) if whole else (one, one)
     turned = (not a.is_contiguous(), not b.is_contiguous())
     given = [tensor.t() if turn else tensor for tensor, turn in zip((a, b), turned, strict=True)]
+    bias = bias if bias is None else bias.to(dtype)  # under autocast it is float32 still
     product = tensor_core_product(*given, *turned, *scales, bias if fused else None, dtype, fast)
     if not whole:
         product = (product * unscale).to(dtype)
@@ -129,6 +130,7 @@ def tensor_core_product(
 
 @tensor_core_product.register_fake
 def _(a, b, turn_a, turn_b, scale_a, scale_b, bias, dtype, fast):
+    assert bias is None or bias.dtype == dtype  # as cuBLAS wants it
     return a.new_empty(a.shape[turn_a], b.shape[1 - turn_b], dtype=dtype)
 
 

@@ -19,8 +19,8 @@ class ClassCondition:
         self.none, self.device = model.config.num_classes - 1, device
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        label, dropped = (tensor.to(self.device, non_blocking=True) for tensor in (batch.label.long(), batch.dropped))
-        return {"label": torch.where(dropped | (label < 0), self.none, label)}
+        label, dropped = (tensor.to(self.device, non_blocking=True) for tensor in (batch.label, batch.dropped))
+        return {"label": torch.where(dropped | (label < 0), self.none, label).long()}
 
 
 class TextCondition:

@@ -77,8 +77,11 @@ def process_group() -> Iterator[Ranks]:
             cpu_group=dist.new_group(backend="gloo"),
             save_group=dist.new_group(backend="gloo"),
         )
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if not cuda:  # NCCL would wait for the others, who wait for this rank, and nobody would hear why
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:

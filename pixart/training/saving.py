@@ -46,7 +46,8 @@ class Saver:
         partial = directory.with_name(f".{directory.name}.partial")
         written = dcp.async_save(
             training.tensors(),
-            storage_writer=FileSystemWriter(partial / STATE),
+            # All is on the CPU already: copying ahead would wait for the first GPU's training, of every rank.
+            storage_writer=FileSystemWriter(partial / STATE, per_thread_copy_ahead=0),
             process_group=self.ranks.save_group,
             async_stager=self.stager,
             no_dist=self.ranks.world == 1,  # Gloo's threads would bring OpenMP teams of their own

@@ -50,6 +50,16 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
     assert "<html" in (directory / "report.html").read_text()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with FP8"
+)
+@pytest.mark.parametrize("recipe", ["delayed", "current", "rowwise", "mxfp8"])
+def test_conversion_on_a_gpu(legacy_file, recipe):
+    words = [*QUICK, "--device", "cuda", "--recipe", recipe]
+    assert main([str(legacy_file), *words]) == 0
+
+
 @pytest.mark.slow
 def test_ranks_share_the_batches(legacy_file):
     """Two ranks with half of the batches each find what one finds; only the first of them writes and speaks."""

@@ -9,6 +9,7 @@ import torch
 from conversion import verify
 from conversion.calibrate import synthetic_batches
 from pixart.model.dit import load_model
+from pixart.model.fp8 import Plan, calibrated_state
 
 LINEARS = ("dit_blocks.0.mlp.linear1", "dit_blocks.1.attention.attention.q_proj")
 LOSSES = {"stage 1, as given": 0.8, "stage 2": 0.804, "stage 2, BF16": 0.804, "stage 2, FP8": 0.805}
@@ -24,6 +25,14 @@ def test_cosine_of_gradients(stage1):
     nothing = load_model(stage1.config, silent)
     assert verify.gradient_cosine(model, nothing, LINEARS, batch) == 0
     assert verify.gradient_cosine(nothing, model, LINEARS, batch) is None
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+def test_quantized_model_is_where_its_weights_are(stage1, recipe):
+    plan = Plan(linears=LINEARS, recipe=recipe, history=4)
+    model = load_model(stage1.config, stage1.model, "meta")
+    scales = calibrated_state({name: torch.ones(3) for name in LINEARS}, plan)
+    assert verify.quantized(model, plan, scales).adaLN1.weight.device.type == "meta"
 
 
 def layer(gap: float) -> dict[str, dict[str, float]]:

@@ -52,6 +52,16 @@ def test_array_shares_elements_over_bounded_processes(local, tmp_path: Path):
     assert len(cluster.submit_array(cluster.array_shape("caption", [4]), squares)) == 1
 
 
+def gpus(elements: list[int]) -> str:
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_processes_of_an_array_have_a_gpu_each(local, tmp_path: Path):
+    cluster = Cluster(dataclasses.replace(local, array_parallelism=0, gpus_per_node=2), tmp_path)
+    submitted = cluster.submit_array(cluster.array_shape("caption", range(6)), gpus)
+    assert [(item.elements, item.job.result()) for item in submitted] == [((0, 2, 4), "0"), ((1, 3, 5), "1")]
+
+
 def test_ranks_of_nodes_are_processes_here(local, tmp_path: Path):
     cluster = Cluster(local, tmp_path)
     job = cluster.submit_ranks(cluster.ranks_shape("train", 4, None), rank).job

@@ -89,7 +89,7 @@ def test_images_are_prepared_as_the_model_will_see_them(size, wanted):
 
 
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, json, os, signal, sys, threading
 from pathlib import Path
 from PIL import Image
 from pixart.data.captioner import Given, Sampling, conversation, make_captioner
@@ -132,6 +132,19 @@ if __name__ == "__main__":
         "tokens": [len(output.prompt_token_ids) for (output,) in seen],
         "unfinished": engine.llm_engine.get_num_unfinished_requests(),
     }
+    for ending in signal.SIGTERM, signal.SIGKILL:
+        core = captioner._engine.llm_engine.engine_core
+        (process,) = core.resources.engine_manager.processes
+        threading.Timer(0.5, os.kill, (process.pid, ending)).start()
+        try:
+            list(captioner.stream(given * 40))
+            result[ending.name] = "nothing"
+        except Exception as error:
+            result[ending.name] = type(error).__name__
+        if ending == signal.SIGTERM:
+            core.shutdown()
+            captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
+
     with open("result.json", "w") as file:
         json.dump(result, file)
 """
@@ -193,6 +206,14 @@ def test_vllm_is_asked_what_its_own_chat_would_ask(result):
     assert result["generated"] == result["chat"]
     assert len(result["chat"][0]) > 100
     assert result["tokens"][0] == result["tokens"][1]  # of a large image, and as it is prepared
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_an_engine_that_ends_ends_the_stream(result):
+    """Asked to end, it calls its captions off; killed, it says nothing more."""
+    assert result["SIGTERM"] in ("RuntimeError", "EngineDeadError")
+    assert result["SIGKILL"] == "EngineDeadError"
 
 
 @pytest.mark.vllm

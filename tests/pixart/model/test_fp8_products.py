@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixart.model import fp8
 from pixart.model.dit import DiT
 from pixart.model.fp8 import Plan
-from pixart.model.fp8_products import E4M3, E5M2, GRAD_OUTPUT, INPUT, WEIGHT, Float8Product, quantize
+from pixart.model.fp8_products import E4M3, E5M2, GRAD_OUTPUT, INPUT, WEIGHT, Float8Product, quantize, scaled_matmul
 from tests.fp8_models import fp8_model, inputs, sqnr
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
@@ -125,3 +126,14 @@ def test_a_weight_that_is_there_in_fp8_is_taken_as_it_is():
     nothing = torch.zeros(()).expand(16, 32)
     given = Float8Product.apply(x, nothing, weight8, None, scales, (16,), False, torch.zeros(3))
     assert torch.equal(given, Float8Product.apply(x, weight, None, None, scales, (16,), False, torch.zeros(3)))
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_a_bias_has_the_type_of_the_product_on_a_gpu(rows):
+    """Under autocast it is float32 where the product is BF16; cuBLAS refuses that. On a GPU without memory."""
+    with FakeTensorMode(), torch.device("cuda"):
+        a, b = torch.empty(32, 48).to(torch.float8_e4m3fn), torch.empty(48, 64).to(torch.float8_e4m3fn)
+        scales, bias = (torch.empty(rows, 1) if rows > 1 else torch.empty(()), torch.empty(())), torch.empty(64)
+        product = scaled_matmul(a, b, *scales, torch.bfloat16, bias=bias, fast=True)
+    assert product.dtype == torch.bfloat16
+    assert product.shape == (32, 64)

@@ -1,0 +1,47 @@
+"""vLLM's engine, for captions and for recaptioning."""
+
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
+
+
+def make_engine(model: str, **settings: Any) -> Any:
+    """A `vllm.LLM`; where its process dies, whoever waits for an answer hears of it."""
+    import vllm
+
+    if not vllm.platforms.current_platform.is_cuda_alike():
+        settings |= on_a_cpu()
+    engine = vllm.LLM(model=model, max_model_len=MAX_MODEL_LEN, **settings)
+    core: Any = engine.llm_engine.engine_core
+    if hasattr(core, "outputs_queue"):  # it has a process
+        sentinels = [process.sentinel for process in core.resources.engine_manager.processes]
+        Thread(target=tell_of_end, args=(sentinels, core.outputs_queue), daemon=True).start()
+    return engine
+
+
+def tell_of_end(sentinels: Sequence[Any], answers: Queue) -> None:
+    """vLLM itself notices that the process is gone, and leaves those who wait for its answer to wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    wait(sentinels)
+    answers.put(EngineDeadError())
+
+
+def on_a_cpu() -> dict[str, Any]:
+    """The engine's settings where there is no GPU; sets the number of its threads in the environment, where it looks.
+
+    There are no graphs, and compiling takes long. Others need memory, or the engine refuses to start. And others need
+    a processor: one is left to those that decode, and engine and model share a process. As the two processes that vLLM
+    makes of them on a CPU, each polls for the other's word without a pause.
+    """
+    import torch
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
+    return {"enforce_eager": True, "gpu_memory_utilization": 0.5, "distributed_executor_backend": UniProcExecutor}
