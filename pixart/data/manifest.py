@@ -10,6 +10,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pixart.config import DataConfig, read_data
@@ -18,6 +19,7 @@ from pixart.data.sources import Source, open_source
 
 FORMAT = 2
 FILE = "manifest.json"
+COUNTS = "source-files.json"  # rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
 
 
@@ -54,38 +56,44 @@ class Manifest:
 
 def open_images(manifest: Manifest) -> Source:
     """The dataset's source. Raises ValueError where it has not as many items as when the dataset was made."""
-    source = open_data(manifest.data)
+    data = manifest.data
+    source = open_data(data, Path(data.path) / COUNTS)
     if len(source) != manifest.images:
         raise ValueError(
-            f"source {manifest.data.source!r} has {len(source)} items, but had {manifest.images} when the dataset "
-            f"{manifest.data.path} was made"
+            f"source {data.source!r} has {len(source)} items, but had {manifest.images} when the dataset {data.path} "
+            "was made"
         )
     return source
 
 
-def open_data(data: DataConfig) -> Source:
-    """The source; what it finds out of its files is kept beside the manifest."""
-    counts = Path(data.path) / "source-files.json"
+def open_data(data: DataConfig, counts: Path) -> Source:
     return open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size, counts=counts)
 
 
 def make(data: DataConfig) -> Manifest:
-    """Looks at source, VAE and text encoder. Raises ValueError for one that is not there."""
+    """Looks at source, VAE and text encoder, and keeps what it finds out of the source's files for the tasks.
+
+    Raises ValueError, with nothing written, for one that is not there.
+    """
     from pixart.data.text import text_dim
     from pixart.data.vae import latent_shape
 
-    shape, width = latent_shape(data.vae, data.image_size), text_dim(data.text_encoder)
-    models = {kind: model_fingerprint(data, kind) for kind in MODELS}
-    source = open_data(data)  # last: it writes
-    return Manifest(
-        data=data,
-        images=len(source),
-        rows_per_shard=-(-len(source) // data.shards),
-        class_names=tuple(source.class_names),
-        latent_shape=shape,
-        text_dim=width,
-        models=models,
-    )
+    with TemporaryDirectory() as folder:
+        counts = Path(folder) / COUNTS
+        source = open_data(data, counts)
+        manifest = Manifest(
+            data=data,
+            images=len(source),
+            rows_per_shard=-(-len(source) // data.shards),
+            class_names=tuple(source.class_names),
+            latent_shape=latent_shape(data.vae, data.image_size),
+            text_dim=text_dim(data.text_encoder),
+            models={kind: model_fingerprint(data, kind) for kind in MODELS},
+        )
+        if counts.exists():
+            Path(data.path).mkdir(parents=True, exist_ok=True)
+            (Path(data.path) / COUNTS).write_bytes(counts.read_bytes())
+    return manifest
 
 
 def model_fingerprint(data: DataConfig, kind: str) -> str:
