@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conversion.options import BASE_IMAGE_SIZE
 from pixart.checkpoint import Checkpoint, Lazy, Normalization, State, check_shapes
-from pixart.model.dit import DiT, parameter_groups
+from pixart.model.dit import DiT, parameter_groups, state_shapes
 from pixart.training.optimizer import MOMENTS
 
 PREFIXES = ("_orig_mod.", "module.")
@@ -37,6 +37,7 @@ class Content:
 def assemble(content: Content, path: Path, base_image_size: int | None) -> Checkpoint:
     model = clean(content.model, f"{path}: model")
     config = content.config or infer_config(model, base_image_size or BASE_IMAGE_SIZE, path)
+    check_config(config, path)
     ema = clean(content.ema, f"{path}: model_ema") if content.ema else model
     for name, state in (("model", model), ("model_ema", ema)):
         check_shapes(state, config, f"{path}: {name}")
@@ -55,6 +56,17 @@ def assemble(content: Content, path: Path, base_image_size: int | None) -> Check
             "source_config": "its own" if content.config else "inferred from shapes",
         },
     )
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for a configuration that is not of our model."""
+    try:
+        state_shapes(config)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: its configuration is not that of a PixArt of this suite: {error}") from None
+    side, patch = config["base_image_size"], config["patch_size"]
+    if side < patch or side % patch:
+        raise ValueError(f"--base-image-size {side}: must be a multiple of the patch, {patch}")
 
 
 def clean(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:

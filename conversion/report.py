@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from conversion.options import STATEFUL
@@ -44,10 +45,16 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"{word}        {check['name']}: {check['value']} (limit {check['limit']})")
     lines.append(f"written     {report['output']}, with {PAGE}")
     if report["gate"]["passed"]:
-        lines.append(f"next        python -m jobs.launch train --stage {report['stages'][1]} --from {report['output']}")
+        lines.append(f"next        {following(report['stages'][1], report['output'])}")
     else:
         lines.append("next        see what failed: train takes this checkpoint with --accept-failed-conversion only")
     return "\n".join(lines)
+
+
+def following(stage: int, output: str | Path) -> str:
+    """The command that goes on in FP8; stage 1 is trained in BF16 unless told."""
+    command = f"python -m jobs.launch train --stage {stage} --from {output}"
+    return f"{command} --set stage1.fp8=true" if stage == 1 else command
 
 
 def describe_ways(ways: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,8 @@ def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:
         raise ValueError(f"{directory} is no FP8 checkpoint")
     if output.exists() and not (overwrite and (output / checkpoints.MARKER).exists()):
         raise ValueError(f"{output} exists: name another --output, or give --overwrite")
+    if output.resolve() in (directory.resolve(), *directory.resolve().parents):
+        raise ValueError(f"{output} is or holds the source: name another --output")
     checkpoint.plan, checkpoint.scales = None, {}
     checkpoints.save(checkpoint, output)
 
@@ -31,14 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="directory to write (default: beside it, with .bf16)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     options = parser.parse_args(arguments)
-    source = options.checkpoint
+    source = options.checkpoint.absolute()
     output = options.output or source.with_name(f"{source.name.removesuffix('.fp8')}.bf16")
     try:
         if not source.exists():
             raise ValueError(f"{source}: no such file or directory")
         restore(source, output, overwrite=options.overwrite)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"written     {output}")
     return 0

@@ -68,6 +68,8 @@ def losses(start: DiT, after: DiT, copy: DiT, batches: Sequence[CalibrationBatch
 
 def gradient_cosine(after: DiT, copy: DiT, linears: Sequence[str], batch: CalibrationBatch) -> float | None:
     """Of the weight gradients of a first step, FP8 against full precision; of some of the layers of a large model."""
+    if not linears:
+        return None
     total = sum(after.get_submodule(name).weight.numel() for name in linears)
     chosen = linears[:: max(1, -(-total // GRADIENT_PARAMETERS))]
     gradients = []

@@ -13,8 +13,11 @@ FOREIGN = (".metadata", "diffusion_pytorch_model.safetensors")  # of torch.distr
 KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files")
 
 
-def find_checkpoint(name: str) -> Path:
-    """A checkpoint directory, or the newest of a run folder; looks at names, marker and the length of the weights."""
+def find_checkpoint(name: str, *, or_older: bool = False) -> Path:
+    """A checkpoint directory, or the newest of a run folder; looks at names, marker and the length of the weights.
+
+    Raises ValueError where it is damaged; or where they all are, of a run that may go on from an older one.
+    """
     path = Path(name).absolute()
     found = (
         [path]
@@ -26,8 +29,14 @@ def find_checkpoint(name: str) -> Path:
     if not found:
         hint = "; a .pt file goes through `python -m conversion.to_fp8` first" if path.is_file() else ""
         raise ValueError(f"{name} is no checkpoint directory and no run with one{hint}")
-    check_lengths(found[-1])
-    return found[-1]
+    faults = []
+    for directory in reversed(found if or_older else found[-1:]):
+        try:
+            check_lengths(directory)
+            return directory
+        except ValueError as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def find_weights(name: str) -> tuple[Path, dict[str, Any]]:

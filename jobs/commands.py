@@ -16,7 +16,7 @@ from jobs.publish import publish_in_background
 from jobs.sample_commands import sample_command
 from jobs.submission import Launch, NothingSubmitted, resubmit
 from pixart.config import Recipe, from_json, is_url, override
-from pixart.recipes import RECIPES
+from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles
 from slurm.profile import Profile
 
@@ -47,18 +47,42 @@ def prepare(options: argparse.Namespace) -> Launch:
 
 
 def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:
+    """The recipe that is named; of a run that goes on, that of the run, to which `--set` may add."""
     if options.job == "retry":
-        run = runs.find(home, options.run)
-        return from_json((run.folder / "config.json").read_text())
+        return recipe_of(runs.find(home, options.run).folder)
     if options.settings not in RECIPES:
         raise ValueError(f"unknown recipe {options.settings!r}: it must be one of {', '.join(RECIPES)}")
-    recipe = override(RECIPES[options.settings](str(home)), options.overrides)
+    recipe = RECIPES[options.settings](str(home))
+    if options.job == "train" and options.resume:
+        recipe = recipe_of(Path(options.resume))
+        if options.settings not in (DEFAULT_RECIPE, recipe.name):
+            raise ValueError(f"--recipe {options.settings}: {options.resume} is a run of the recipe {recipe.name}")
+    recipe = absolute(override(recipe, options.overrides))
     if options.dataset:
         path = options.dataset if is_url(options.dataset) else Path(options.dataset).absolute()
         recipe = override(recipe, [f"data.path={path}"])
     if not recipe.data.path.strip():
         raise ValueError("data.path: is empty")
     return recipe
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """What a run was asked for."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder}: no run folder")
+    try:
+        return from_json(path.read_text())
+    except (TypeError, LookupError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from None
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """With the names of files as they are from anywhere: jobs run in another directory."""
+    named = {name: getattr(recipe.data, name) for name in ("source", "vae", "text_encoder", "caption_model")}
+    local = {name: value for name, value in named.items() if value not in BUILT_IN and not is_url(value)}
+    there = {name: Path(value).absolute() for name, value in local.items() if "*" in value or Path(value).exists()}
+    return override(recipe, [f"data.{name}={path}" for name, path in there.items()])
 
 
 def retry_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -73,6 +97,7 @@ def retry_command(launch: Launch, options: argparse.Namespace) -> str:
     return f"submitted {what} again as {run.jobs[-1][0].partition('_')[0]}" if not launch.wait else f"{what} done"
 
 
+BUILT_IN = ("", "demo", "minilm")
 COMMANDS = {
     "init": init_command,
     "caption": array_command,

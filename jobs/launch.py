@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversion.options import Parser, add_options
-from pixart.recipes import RECIPES
+from pixart.recipes import DEFAULT_RECIPE, RECIPES
 
 JOBS = {
     "init": "fixes a dataset: its source, shards, image size, VAE, text encoder and captioner",
@@ -33,7 +33,6 @@ AFTERWARDS = {
     "lineage": "shows what a run, PNG, checkpoint or dataset comes from",
     "release": "registers a checkpoint's averaged weights as a model version in MLflow",
 }
-DEFAULT_RECIPE = "demo"
 OVERRIDES = "configuration by dotted key, such as stage1.steps=100 or data.source=s3://bucket/photos; repeatable"
 
 
@@ -67,8 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
             job.add_argument(
                 "--stage", type=int, choices=(1, 2), help="1: classes, 2: text (default: the checkpoint's, else 1)"
             )
-            job.add_argument("--from", dest="start", help="checkpoint or run to go on from")
-            job.add_argument("--resume", help="run folder to continue in")
+            job.add_argument("--from", dest="start", type=named, help="checkpoint or run to go on from")
+            job.add_argument("--resume", type=named, help="run folder to continue in")
             job.add_argument(
                 "--accept-failed-conversion", action="store_true", help="go on from a checkpoint that failed its checks"
             )
@@ -87,10 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
             add_sampling(job)
         if name == "recaption":
             job.add_argument("requests", nargs="*", metavar="REQUEST")
-            job.add_argument("--file", help="more requests, one a line")
-            job.add_argument("--output", help=".txt, .jsonl or .parquet file (default: standard output)")
+            job.add_argument("--file", type=named, help="more requests, one a line")
+            job.add_argument("--output", type=named, help=".txt, .jsonl or .parquet file (default: standard output)")
             job.add_argument("--model", help="folder or hub name (default: the recipe's captioner, or the server's)")
-            job.add_argument("--server", metavar="URL", help="a running vLLM server, such as http://node:8000/v1")
+            job.add_argument(
+                "--server", metavar="URL", type=named, help="a running vLLM server, such as http://node:8000/v1"
+            )
             job.add_argument("--compare", metavar="DATASET", help="report how alike its captions and the answers are")
         if name == "logs":
             job.add_argument("--shard", type=int, metavar="N", help="of this shard only")
@@ -103,9 +104,9 @@ def add_sampling(job: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="stage 2; repeatable (default: the dataset's)"
     )
-    job.add_argument("--file", help='more prompts, one a line; of a .jsonl file "text" or "prompt"')
+    job.add_argument("--file", type=named, help='more prompts, one a line; of a .jsonl file "text" or "prompt"')
     job.add_argument("--recaption", action="store_true", help="rewrite the prompts in the style of the captions first")
-    job.add_argument("--server", metavar="URL", help="of --recaption: a running vLLM server")
+    job.add_argument("--server", metavar="URL", type=named, help="of --recaption: a running vLLM server")
     job.add_argument("--model", help="of --recaption: folder or hub name (default: the captioner's, or the server's)")
     job.add_argument(
         "--class",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conversion.options import Options, default_output, from_arguments
-from conversion.report import PAGE
+from conversion.report import PAGE, following
 from jobs import ledger, runs
 from jobs.checkpoints import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.dataset_commands import prepare_dataset, require_audit
@@ -97,8 +97,7 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
     run = submit_conversion(launch, source, target, how)
     if not launch.wait:
         return describe_submission(run)
-    following = f"python -m jobs.launch train --stage {how.stage} --from {target}"
-    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following}"
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following(how.stage, target)}"
 
 
 def check_source(source: Path, how: Options) -> None:

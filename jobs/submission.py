@@ -3,6 +3,7 @@
 import functools
 import getpass
 import json
+import re
 import secrets
 import shlex
 import sys
@@ -33,6 +34,7 @@ from slurm.task import RESULT
 
 POLL_SECONDS = {"local": 0.5, "slurm": 2.0}  # Slurm's controller serves many
 SYNC_SECONDS = 5.0
+RANK = re.compile(r"^\[rank\d+\]: ")  # torch's, before a line of a process that is one of several
 RETRY_SECONDS = 60.0  # of an MLflow server that did not answer
 ARRAY_JOBS = {"caption": caption.run, "latents": latents.run}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
@@ -211,7 +213,7 @@ def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tu
 def raise_first_failure(run: Run, found: dict[int, Element]) -> None:
     failed = {number: element for number, element in found.items() if element.state == "failed"}
     for number, element in failed.items():
-        name, _, message = element.note.partition(": ")
+        name, _, message = RANK.sub("", element.note).partition(": ")
         if name == "ValueError":
             raise ValueError(message)
         what = f"{run.kind} shard {number}" if run.elements else run.kind

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.options import STATEFUL
+from jobs import runs
 from jobs.checkpoints import find_checkpoint
 from pixart.config import Recipe, fp8_backend
 
@@ -18,9 +19,11 @@ def find_start(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     if not options.resume:
         return (find_checkpoint(options.start) if options.start else None), None
     resumed = Path(options.resume).absolute()
-    if not (resumed / "config.json").exists():
-        raise ValueError(f"--resume {options.resume}: no run folder")
-    return find_checkpoint(str(resumed)), resumed
+    if (resumed / runs.RECORD).exists():
+        active = [element.job for element in runs.elements(runs.load(resumed)).values() if runs.under_way({0: element})]
+        if active:
+            raise ValueError(f"--resume {options.resume}: it is under way as job {active[0]}")
+    return find_checkpoint(str(resumed), or_older=True), resumed
 
 
 def check_start(recipe: Recipe, options: argparse.Namespace, start: Path | None, record: Record, stage: int) -> None:

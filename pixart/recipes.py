@@ -69,4 +69,5 @@ def xl(home: str) -> Recipe:
     )
 
 
+DEFAULT_RECIPE = "demo"
 RECIPES: dict[str, Callable[[str], Recipe]] = {"demo": demo, "xl": xl}

@@ -48,7 +48,7 @@ def find_files(url: str) -> Files:
     sizes = {
         name: info.get("size") or -1
         for name, info in sorted((name.removeprefix(f"{root}/"), info) for name, info in found.items())
-        if info["type"] != "directory" and not any(part.startswith(".") for part in name.split("/"))
+        if is_file(f"{root}/{name}", info) and not any(part.startswith(".") for part in name.split("/"))
     }
     if not found:
         raise ValueError(f"source {url!r}: does not exist or is empty; {ALLOWED}")
@@ -72,6 +72,11 @@ def _below(system: Any, path: str) -> Iterator[tuple[str, dict]]:
             yield from _below(system, name)
         else:
             yield name, info
+
+
+def is_file(path: str, info: dict[str, Any]) -> bool:
+    """Or a link to one: no pipe, which would be read for ever, and no link that leads nowhere."""
+    return info["type"] == "file" or (info.get("islink", False) and Path(path).is_file())
 
 
 def suffix_of(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pixart.config import DataConfig, read_data
+from pixart.config import DataConfig, is_url, read_data
 from pixart.data.objects import read_object
 from pixart.data.sources import Source, open_source
 
@@ -78,6 +78,8 @@ def make(data: DataConfig) -> Manifest:
     from pixart.data.text import text_dim
     from pixart.data.vae import latent_shape
 
+    if not is_url(data.source) and Path(data.source).resolve() in Path(data.path).resolve().parents:
+        raise ValueError(f"the dataset {data.path} would lie within its source {data.source}: name another --home")
     with TemporaryDirectory() as folder:
         counts = Path(folder) / COUNTS
         source = open_data(data, counts)

@@ -84,15 +84,25 @@ def server(url: str, model: str | None = None) -> Generate:
 
     Raises ValueError for one that does not answer as it should.
     """
-    name = model or ask(f"{url}/models")["data"][0]["id"]
+
+    def told(answer: Any, *keys: str | int) -> Any:
+        try:
+            for key in keys:
+                answer = answer[key]
+        except (LookupError, TypeError):
+            raise ValueError(f"--server: {url} answers otherwise than OpenAI's protocol has it: no {keys[0]}") from None
+        return answer
+
+    name = model or told(ask(f"{url}/models"), "data", 0, "id")
 
     def one(messages: Conversation, temperature: float, seed: int) -> Answer | ValueError:
         body = {"model": name, "messages": messages, "temperature": temperature, "seed": seed, "max_tokens": MAX_TOKENS}
         try:
-            choice = ask(f"{url}/chat/completions", body)["choices"][0]
+            answer = ask(f"{url}/chat/completions", body)
         except RefusedError as error:
             return error
-        return choice["message"]["content"] or "", choice["finish_reason"] == "length"
+        text, reason = (told(answer, "choices", 0, *keys) for keys in (["message", "content"], ["finish_reason"]))
+        return str(text or ""), reason == "length"
 
     def generate(conversations: list[Conversation], temperature: float, seed: int) -> list[Answer | None]:
         with ThreadPoolExecutor(CONNECTIONS) as threads:

@@ -25,6 +25,7 @@ def test_cosine_of_gradients(stage1):
     nothing = load_model(stage1.config, silent)
     assert verify.gradient_cosine(model, nothing, LINEARS, batch) == 0
     assert verify.gradient_cosine(nothing, model, LINEARS, batch) is None
+    assert verify.gradient_cosine(model, other, (), batch) is None
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "rowwise"])

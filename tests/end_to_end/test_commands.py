@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -10,14 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from conversion.exports import export_inference
 from jobs import launch, ledger
+from jobs.runs import Run
 from jobs.tracking import read_journal
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
-from pixart.config import DataConfig
+from pixart.config import DataConfig, from_json, override, to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
@@ -123,6 +127,16 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --set model.num_blocks=0", "model.num_blocks=0"),
         ("python -m jobs.launch train --set stage1.lr=inf", "stage1.lr=inf"),
         ("python -m jobs.launch train --resume nowhere", "nowhere"),
+        ("python -m jobs.launch train --resume ", "--resume: is empty"),
+        ("python -m jobs.launch train --resume run --recipe xl", "is a run of the recipe demo"),
+        ("python -m jobs.launch train --resume foreign", "config.json is damaged, or of another version"),
+        ("python -m jobs.launch train --from ", "--from: is empty"),
+        ("python -m jobs.launch train --set stage1.clip=0", "clip=0"),
+        ("python -m jobs.launch init --set data.source=.", "would lie within its source"),
+        ("python -m jobs.launch recaption dog --server ", "--server: is empty"),
+        ("python -m conversion.to_fp8 unknown --text-dim 9", "not that of a PixArt"),
+        ("python -m conversion.to_bf16 fp8-training --output fp8-training --overwrite", "is or holds the source"),
+        ("python -m conversion.to_bf16 fp8-training --output broken.pt/x", "broken.pt"),
         ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
         ("python -m jobs.launch train --set stage1.accumulate=3", "stage1.accumulate=3"),
@@ -206,11 +220,13 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     weights = checkpoints.save(stage1, tmp_path / "truncated") / "transformer" / checkpoints.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
+    checkpoints.save(dataclasses.replace(stage1, plan=Plan(linears=())), tmp_path / "fp8-training")
     for name in ("done", "done.fp8"):
         checkpoints.save(stage1, tmp_path / name)
     checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
     save_what_can_be_sampled(stage1, tmp_path)
     save_what_is_damaged(tmp_path)
+    save_runs(tmp_path)
     before = tree(tmp_path)
     module, *arguments = command.removeprefix("python -m ").split(" ")
     try:
@@ -223,6 +239,51 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     assert errors.count("\n") == 1, errors
     assert errors.startswith("error: ")
     assert tree(tmp_path) == before
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, capsys):
+    """And from an older checkpoint where the newest is cut off."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXART_CLUSTER", "local")
+    own = override(demo(str(tmp_path)), ["stage1.batch=8", "stage1.lr=0.5", "stage1.steps=20", "model.dim=64"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(to_json(own))
+    for step in (3, 9):
+        saved = checkpoints.save(dataclasses.replace(stage1, step=step), tmp_path / f"run/checkpoints/step-{step:08d}")
+    arguments = ["train", "--resume", "run", "--set", "stage1.lr=0.25", "--accept-failed-audit", "--dry-run"]
+    for newest in (9, 3):
+        assert launch.main(arguments) == 0
+        printed = capsys.readouterr().out
+        recipe = from_json(printed[printed.index("{") :])
+        assert (recipe.stage1.batch, recipe.stage1.lr, recipe.stage1.steps) == (8, 0.25, 20)
+        assert launch.main([*arguments, "--set", "stage1.steps=2"]) == 2
+        assert f"has done {newest} steps" in capsys.readouterr().err
+        weights = saved / "transformer" / checkpoints.WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def test_a_run_that_is_under_way_is_not_resumed(tmp_path, monkeypatch, stage1, capsys):
+    monkeypatch.setenv("PIXART_CLUSTER", "local")
+    folder = tmp_path / "runs/20260101-000000-train-abcd"
+    checkpoints.save(dataclasses.replace(stage1, step=3), folder / "checkpoints/step-00000003")
+    (folder / "config.json").write_text(to_json(demo(str(tmp_path))))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"]) as process:
+        jobs = ((str(process.pid), ()),)
+        Run(folder=folder, kind="train", executor="local", dataset="", total=9, nodes=1, jobs=jobs).save()
+        assert launch.main(["train", "--home", str(tmp_path), "--resume", str(folder)]) == 2
+        assert f"it is under way as job {process.pid}" in capsys.readouterr().err
+        process.kill()
+
+
+def test_names_of_files_are_taken_from_where_the_command_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXART_CLUSTER", "local")
+    (tmp_path / "photos").mkdir()
+    words = ["init", "--set", "data.source=photos", "--set", "data.vae=owner/vae", "--home", "home", "--dry-run"]
+    assert launch.main(words) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert (data["source"], data["vae"]) == (f"{tmp_path}/photos", "owner/vae")
+    assert data["text_encoder"] == "minilm"
 
 
 def test_the_convert_job_takes_checkpoints_of_other_kinds(tmp_path, monkeypatch, stage1, capsys):
@@ -246,6 +307,17 @@ def save_what_is_damaged(folder: Path) -> None:
     (folder / "damaged/manifest.json").write_text('{"data": {}')
     (folder / "damaged/binary.toml").write_bytes(b"\xff\xfe")
     os.mkfifo(folder / "pipe.pt")
+
+
+def save_runs(folder: Path) -> None:
+    """A run, one of another version, and other weights than ours."""
+    for name, changed in (("run", {}), ("foreign", {"audit": {"max_noise": 1}})):
+        (folder / name).mkdir()
+        values = {**json.loads(to_json(demo(str(folder)))), **changed}
+        (folder / name / "config.json").write_text(json.dumps(values))
+    (folder / "unknown").mkdir()
+    (folder / "unknown/config.json").write_text('{"act_fn": "silu"}')
+    save_file({"weight": torch.zeros(2)}, folder / "unknown" / checkpoints.WEIGHTS)
 
 
 def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:

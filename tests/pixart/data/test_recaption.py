@@ -35,6 +35,16 @@ def test_what_is_bad_is_asked_again_and_left_alone_if_it_stays_so():
     assert asked == [(["dog", "cat", "owl"], 0.0, 0), (["cat", "owl"], 0.7, 1)]
 
 
+RUBBISH = {
+    "an error": {"error": "overloaded"},
+    "a list": [],
+    "nothing": None,
+    "no choice": {"choices": []},
+    "no message": {"choices": [{"finish_reason": "stop"}]},
+    "no reason": {"choices": [{"message": {"content": "a dog"}}]},
+}
+
+
 class Answers(BaseHTTPRequestHandler):
     """Speaks just what `recaption` asks, to look at what it sends; a real vLLM server is in the tests marked vllm."""
 
@@ -52,6 +62,9 @@ class Answers(BaseHTTPRequestHandler):
             return
         if request == "long":
             self.send_error(400, "longer than the model's context")
+            return
+        if request in RUBBISH:
+            self.answer(RUBBISH[request])
             return
         self.log.append(self.headers["Authorization"])
         text = f"A {request}, {body['model']}, seed {body['seed']}."
@@ -83,6 +96,12 @@ def test_a_server_is_asked_by_openais_protocol(url):
     assert [each.text for each in found] == ["A red ball, some-model, seed 0.", "A blue ball, some-model, seed 0."]
     with pytest.raises(ValueError, match=r"^--server: http://.*/chat/completions answers 500: "):
         rewrite(["bad"], server(url, "model"))
+
+
+@pytest.mark.parametrize("request_", RUBBISH)
+def test_a_server_that_answers_rubbish_is_one_line(url, request_):
+    with pytest.raises(ValueError, match=r"^--server: http://.* answers otherwise than OpenAI's protocol has it"):
+        rewrite([request_], server(url))
 
 
 def test_a_busy_server_is_asked_again(url):

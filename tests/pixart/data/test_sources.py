@@ -165,6 +165,14 @@ def test_folders_behind_symbolic_links_and_odd_names_are_read(tmp_path):
     assert (item.id, item.text, item.data) == ("cat/a[1] b?#%20.jpg", "cat", picture(1))
 
 
+def test_pipes_and_links_that_lead_nowhere_are_no_images(tmp_path):
+    write(f"{tmp_path}/a.jpg", picture(1))
+    (tmp_path / "b.jpg").symlink_to("a.jpg")
+    (tmp_path / "c.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "d.jpg")
+    assert [item.id for item in open_source(f"{tmp_path}").read(0, 9)] == ["a.jpg", "b.jpg"]
+
+
 def test_parquet_has_labels_and_class_names_from_its_schema(tmp_path):
     make_parquet(f"{tmp_path}")
     source = open_source(f"{tmp_path}")
