@@ -116,7 +116,7 @@ def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: boo
     shards = check_shards(launch, manifest["data"]["shards"], None)
     after: list[str] = []
     for job in ("caption", "latents"):
-        there = ledger.shards(launch.dataset, job)
+        there = ledger.current(launch.dataset, job, shards, manifest["hash"]) if "hash" in manifest else set()
         missing = [shard for shard in shards if shard not in there]
         if missing and not any_source and launch.recipe.data.source != "demo":
             raise ValueError(

@@ -6,7 +6,9 @@ if it was made from the same manifest and the same inputs.
 
 import json
 import os
+import re
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from jobs.records import parse_record
 from pixart.config import is_url
 
 MANIFEST = "manifest.json"
+NAME = re.compile(r"([0-9]+)\.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +47,36 @@ def read(dataset: str | Path, job: str, shard: int) -> Entry | None:
 def shards(dataset: str | Path, job: str) -> set[int]:
     """The shards that have an entry, unread: one listing, however many there are."""
     names = list_files(dataset, f"ledger/{job}")
-    return {int(name.removesuffix(".json")) for name in names if name.endswith(".json") and not name.startswith(".")}
+    return {int(found[1]) for name in names if (found := NAME.fullmatch(name))}
 
 
 def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry]:
-    """The entries that are there, by shard."""
+    """The entries that are there and whole, by shard."""
     found = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
-    return {shard: Entry(**json.loads(text)) for shard, text in zip(shards, found, strict=True) if text is not None}
+    whole = {}
+    for shard, text in zip(shards, found, strict=True):
+        with suppress(ValueError, TypeError):
+            if text is not None:
+                whole[shard] = Entry(**json.loads(text))
+    return whole
+
+
+def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> set[int]:
+    """The shards whose entry counts: of this manifest's hash, and made from what their inputs are now."""
+    own = entries(dataset, job, shards)
+    captions = entries(dataset, "caption", shards) if job == "latents" else {}
+    made_from = {shard: captions[shard].checksum if shard in captions else None for shard in own}
+    return {
+        shard
+        for shard, entry in own.items()
+        if entry.manifest == manifest and (job != "latents" or entry.inputs == made_from[shard])
+    }
+
+
+def forget_others(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
+    """Takes away the entries of these shards that do not count, as their job is about to make them anew."""
+    for shard in set(shards) - current(dataset, job, shards, manifest):
+        path(dataset, job, shard).unlink(missing_ok=True)
 
 
 def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:

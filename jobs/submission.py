@@ -273,6 +273,9 @@ def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | Non
     shape = Cluster(launch.profile, launch.home).array_shape(kind, shards)
     parameters = {"dataset": launch.dataset, "shards": len(shards), "source": launch.recipe.data.source}
     cluster = begin(launch, shape, parameters, after=after)
+    manifest = ledger.manifest(launch.dataset)
+    assert manifest is not None  # `use_dataset` has made it
+    ledger.forget_others(launch.dataset, kind, list(shards), manifest["hash"])
     run = new_run(launch, cluster, shape, total=len(shards))
     return submit_array(launch, cluster, shape, run)
 

@@ -96,6 +96,24 @@ def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
     assert ledger.read(data.path, "latents", 1).valid == 2
 
 
+def test_only_what_was_made_of_what_is_there_now_counts(tmp_path):
+    entry = ledger.Entry(manifest="m", inputs="", rows=2, valid=2, checksum="a", seconds=1.0, versions={})
+    for shard in range(5):
+        ledger.record(tmp_path, "caption", shard, entry)
+        ledger.record(tmp_path, "latents", shard, dataclasses.replace(entry, inputs="a"))
+    ledger.record(tmp_path, "caption", 1, dataclasses.replace(entry, checksum="b"))  # made anew
+    ledger.path(tmp_path, "caption", 2).unlink()
+    ledger.record(tmp_path, "latents", 3, dataclasses.replace(entry, inputs="a", manifest="other"))
+    ledger.path(tmp_path, "latents", 4).write_text('{"manifest": ')
+    (tmp_path / "ledger/latents/00000 (copy).json").write_text("{}")
+    shards = list(range(6))
+    assert ledger.current(tmp_path, "caption", shards, "m") == {0, 1, 3, 4}
+    assert ledger.current(tmp_path, "latents", shards, "m") == {0}
+    assert ledger.shards(tmp_path, "latents") == {0, 1, 2, 3, 4}
+    ledger.forget_others(tmp_path, "latents", [0, 1, 4, 5], "m")
+    assert ledger.shards(tmp_path, "latents") == {0, 2, 3}
+
+
 def test_write_atomically_leaves_nothing_behind(tmp_path, monkeypatch):
     target = tmp_path / "file"
     ledger.write_atomically(target, "one")
