@@ -53,6 +53,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def named(text: str) -> str:
+    """Refuses the nothing that a variable which is not set leaves behind."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def default_output(source: Path) -> Path:
     """Beside its source."""
     return source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")
@@ -73,7 +80,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="AUTO|PATTERN",
         help="linears that stay in BF16, by name with * or, with auto, those that lose too much (default: auto)",
     )
-    parser.add_argument("--data", help="dataset to calibrate on (default: the checkpoint's own, else synthetic)")
+    parser.add_argument(
+        "--data", type=named, help="dataset to calibrate on (default: the checkpoint's own, else synthetic)"
+    )
     parser.add_argument("--text-dim", type=int, help=f"width of text states (default: the dataset's, else {TEXT_DIM})")
     parser.add_argument(
         "--base-image-size", type=int, help=f"latent side of a file's model (default: {BASE_IMAGE_SIZE})"

@@ -9,7 +9,9 @@ from jobs.records import read_record
 
 MARKER = "training.json"  # written last
 INFERENCE = "inference.json"  # of FP8 weights for inference
-FOREIGN = (".metadata", "diffusion_pytorch_model.safetensors")  # of torch.distributed.checkpoint, of diffusers
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FOREIGN = (".metadata", WEIGHTS)  # of torch.distributed.checkpoint, of diffusers
+CONVERTED = (f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors")  # of what the conversion wrote
 KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files")
 
 
@@ -73,6 +75,10 @@ def check_lengths(directory: Path) -> None:
     for file in sorted(directory.rglob("*.safetensors")):
         check_length(file)
     files = checkpoint_record(directory)["files"] if (directory / MARKER).exists() else {}
+    if (directory / MARKER).exists() and not files:
+        for name in CONVERTED:
+            if not (directory / name).is_file():
+                raise ValueError(f"{directory / name} is missing: the checkpoint was not copied whole")
     for name, (length, _) in files.items():
         file = directory / "state" / name
         if not file.exists() or file.stat().st_size != length:

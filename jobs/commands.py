@@ -77,6 +77,15 @@ def recipe_of(folder: Path) -> Recipe:
         raise ValueError(f"{path} is damaged, or of another version: {error}") from None
 
 
+def profile_of(folder: Path) -> Profile:
+    """The cluster that a run was submitted to."""
+    path = folder / "profile.json"
+    try:
+        return Profile(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from None
+
+
 def absolute(recipe: Recipe) -> Recipe:
     """With the names of files as they are from anywhere: jobs run in another directory."""
     named = {name: getattr(recipe.data, name) for name in ("source", "vae", "text_encoder", "caption_model")}
@@ -88,7 +97,7 @@ def absolute(recipe: Recipe) -> Recipe:
 def retry_command(launch: Launch, options: argparse.Namespace) -> str:
     run = runs.find(launch.home, options.run)
     if not options.cluster:
-        launch.profile = Profile(**json.loads((run.folder / "profile.json").read_text()))
+        launch.profile = profile_of(run.folder)
         launch.wait = launch.profile.executor == "local" or options.wait
     run, missing = resubmit(launch, run)
     if not missing:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conversion.options import Parser, add_options
+from conversion.options import Parser, add_options, named
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 
 JOBS = {
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
             )
         if name == "convert":
             job.add_argument("checkpoint", help="checkpoint, run folder or .pt file")
-            job.add_argument("--output", help="directory to write (default: beside the checkpoint)")
+            job.add_argument("--output", type=named, help="directory to write (default: beside the checkpoint)")
             add_options(job)
             job.set_defaults(overrides=[], settings=DEFAULT_RECIPE, dataset=None)
         if name == "sample":
@@ -150,12 +150,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return int(text)
-
-
-def named(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

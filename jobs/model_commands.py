@@ -31,6 +31,8 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
+    if launch.recipe.data.source != "demo" and not launch.dry_run and ledger.manifest(launch.dataset) is None:
+        raise ValueError(f"dataset {launch.dataset}: there is none; caption makes it")
     manifest = use_dataset(launch, options.overrides)
     if not launch.dry_run:
         check_dataset(launch.recipe, stage, manifest, record)

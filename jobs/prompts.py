@@ -16,11 +16,14 @@ def read_prompts(file: str) -> list[dict[str, str]]:
     Raises ValueError for a file without any, or one that cannot be read.
     """
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = Path(file).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--file {file}: {getattr(error, 'strerror', None) or error}") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if file.endswith(".jsonl"):
+    suffix = Path(file).suffix.lower()
+    if suffix in (".json", ".csv", ".parquet"):
+        raise ValueError(f"--file {file}: prompts are read from text, one a line, or from .jsonl")
+    if suffix == ".jsonl":
         found = [read_line(line, f"--file {file}: line {number}") for number, line in numbered]
     else:
         found = [{"prompt": line} for _, line in numbered]

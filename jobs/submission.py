@@ -3,6 +3,7 @@
 import functools
 import getpass
 import json
+import os
 import re
 import secrets
 import shlex
@@ -127,7 +128,11 @@ def next_code(run: Path) -> Path:
 
 
 def common_tags(launch: Launch, job: str) -> dict[str, str]:
-    user, command = getpass.getuser(), command_line()
+    command = command_line()
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # within a container, perhaps
+        user = f"user {os.getuid()}"
     own = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.user": user, "pixart.command": command}
     return {**own, "mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "JOB"}
 
@@ -235,7 +240,10 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
         make_dataset(launch)
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
-    made = read_data(manifest["data"])
+    try:
+        made = read_data(manifest["data"])
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{launch.dataset}/{ledger.MANIFEST} is of another version: {error}") from None
     named = {
         assignment.split("=")[0].removeprefix("data.") for assignment in assignments if assignment.startswith("data.")
     }

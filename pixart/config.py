@@ -137,13 +137,17 @@ class TrainConfig:
         require_at_least(1, accumulate=self.accumulate, skip_limit=self.skip_limit, keep_last=self.keep_last)
         require_at_least(1, previews=self.previews, fp8_every=self.fp8_every)
         require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay)
-        require_at_least(1e-9, clip=self.clip)
+        require_at_least(0, clip=self.clip)
+        if self.clip == 0:
+            raise ValueError("clip=0: every gradient would become 0; what is never reached clips nothing")
         require_at_least(0, eps=self.eps, seed=self.seed)
         require_at_least(0, validate_every=self.validate_every, preview_every=self.preview_every, profile=self.profile)
         require_at_least(0, validation_rows=self.validation_rows, keep_every=self.keep_every)
         require_at_least(0.01, stall_minutes=self.stall_minutes)
         require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop, short=self.short)
         require_share(beta1=self.beta1, beta2=self.beta2)
+        if 1 in (self.beta1, self.beta2):
+            raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: must be less than 1")
         if self.validate_every and not self.validation_rows:
             raise ValueError(f"validate_every={self.validate_every}: needs validation_rows, which are 0")
 
@@ -208,6 +212,8 @@ def require_at_least(least: float, **values: float) -> None:
             raise ValueError(f"{name}={value}: must be at least {least}")
         if math.isinf(value):
             raise ValueError(f"{name}={value}: must be finite")
+        if value >= 2**63:
+            raise ValueError(f"{name}={value}: must be less than 2**63")
 
 
 def require_share(**values: float) -> None:

@@ -100,6 +100,8 @@ def check(value: Any, kind: Any, key: str, path: Path) -> Any:
     wanted = origin or kind
     if type(value) is not wanted:
         raise ValueError(f"profile {path}: {key} = {value!r} must be of type {wanted.__name__}")
+    if wanted is int and value < 0:
+        raise ValueError(f"profile {path}: {key} = {value!r} must not be negative")
     return value
 
 

@@ -4,6 +4,7 @@ The order is that of the sorted names, so that row r is the same item in every p
 """
 
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -73,6 +74,11 @@ def _kind(name: str) -> str | None:
     return "image" if suffix in IMAGE_SUFFIXES else suffix[1:] if suffix in (".parquet", ".tar") else None
 
 
+def unicode(name: str) -> str:
+    """A file's name as text; bytes of it that are none are written out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def class_text(name: str) -> str:
     """The name of a class as words."""
     return name.replace("_", " ")
@@ -115,8 +121,9 @@ class FolderSource:
         self._files = files
         self._names = list(islice((name for name in files.sizes if suffix_of(name) in IMAGE_SUFFIXES), images))
         directories = {PurePosixPath(name).parent.name for name in files.sizes if suffix_of(name) in IMAGE_SUFFIXES}
-        self.class_names = [] if "" in directories else sorted(directories)
-        self._labels = {name: label for label, name in enumerate(self.class_names)}
+        classes = [] if "" in directories else sorted(directories)
+        self.class_names = [unicode(name) for name in classes]
+        self._labels = {name: label for label, name in enumerate(classes)}
 
     def __len__(self) -> int:
         return len(self._names)
@@ -132,10 +139,10 @@ class FolderSource:
                 label = self._labels.get(directory, -1)
                 if name in texts:
                     text = texts[name].decode("utf-8", "replace").strip()
-                    yield Item(id=name, data=data, label=label, text=text)
+                    yield Item(id=unicode(name), data=data, label=label, text=text)
                 else:
-                    text = "" if label < 0 else class_text(directory)
-                    yield Item(id=name, data=data, label=label, text=text, text_is_class=label >= 0)
+                    text = "" if label < 0 else class_text(unicode(directory))
+                    yield Item(id=unicode(name), data=data, label=label, text=text, text_is_class=label >= 0)
 
     def _fetch(self, names: list[str]) -> list[bytes]:
         paths = [self._files.path(name) for name in names]

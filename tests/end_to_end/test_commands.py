@@ -123,6 +123,8 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from nowhere", "nowhere"),
         ("python -m jobs.launch train --from broken.pt", "no checkpoint directory"),
         ("python -m jobs.launch train --from truncated", "truncated"),
+        ("python -m jobs.launch train --from half", "ema/diffusion_pytorch_model.safetensors is missing"),
+        ("python -m jobs.launch sample text --file prompts.CSV", "one a line, or from .jsonl"),
         ("python -m jobs.launch train --from damaged", "training.json is damaged"),
         ("python -m jobs.launch train --set model.num_blocks=0", "model.num_blocks=0"),
         ("python -m jobs.launch train --set stage1.lr=inf", "stage1.lr=inf"),
@@ -132,6 +134,11 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --resume foreign", "config.json is damaged, or of another version"),
         ("python -m jobs.launch train --from ", "--from: is empty"),
         ("python -m jobs.launch train --set stage1.clip=0", "clip=0"),
+        ("python -m jobs.launch train --set stage1.beta1=1", "beta1=1"),
+        ("python -m jobs.launch train --set stage1.seed=99999999999999999999", "seed=99999999999999999999"),
+        ("python -m jobs.launch train --set data.source=data", "there is none; caption makes it"),
+        ("python -m jobs.launch convert done --output ", "--output: is empty"),
+        ("python -m conversion.to_fp8 truncated --data ", "--data: is empty"),
         ("python -m jobs.launch init --set data.source=.", "would lie within its source"),
         ("python -m jobs.launch recaption dog --server ", "--server: is empty"),
         ("python -m conversion.to_fp8 unknown --text-dim 9", "not that of a PixArt"),
@@ -221,6 +228,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     weights = checkpoints.save(stage1, tmp_path / "truncated") / "transformer" / checkpoints.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
     checkpoints.save(dataclasses.replace(stage1, plan=Plan(linears=())), tmp_path / "fp8-training")
+    shutil.rmtree(checkpoints.save(stage1, tmp_path / "half") / "ema")
     for name in ("done", "done.fp8"):
         checkpoints.save(stage1, tmp_path / name)
     checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
@@ -335,6 +343,7 @@ def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
     export_inference(text, folder)
     (folder / "inference").rename(folder / "fp8")
     (folder / "empty.txt").write_text("\n")
+    (folder / "prompts.CSV").write_text("text\na dog\n")
     (folder / "bad.jsonl").write_text('{"text": "a dog"}\n{"caption": "a cat"}\n')
 
 

@@ -24,6 +24,7 @@ def test_environment_is_needed_by_name(monkeypatch):
         ('executor = "pbs"', "executor = 'pbs' must be one of local, slurm"),
         ('executor = "slurm"\ngpus_per_node = "8"', "gpus_per_node = '8' must be of type int"),
         ('executor = "slurm"\ngpus_per_node = true', "gpus_per_node = True must be of type int"),
+        ('executor = "slurm"\narray_parallelism = -1', "array_parallelism = -1 must not be negative"),
         ('executor = "slurm"\nsetup = "module load"', "setup = 'module load' must be of type list"),
         ('executor = "slurm"\n[minutes]\ntrain = "1"', "minutes.train = '1' must be of type int"),
         ('executor = "slurm"\n[minutes]\ntrian = 1', "minutes.trian is no job kind"),

@@ -173,6 +173,17 @@ def test_pipes_and_links_that_lead_nowhere_are_no_images(tmp_path):
     assert [item.id for item in open_source(f"{tmp_path}").read(0, 9)] == ["a.jpg", "b.jpg"]
 
 
+def test_names_that_are_no_text_are_written_out(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)  # noqa: PTH102 - of bytes
+    with open(folder + b"/n\xf6.jpg", "wb") as file:  # noqa: PTH123
+        file.write(picture(1))
+    source = open_source(f"{tmp_path}")
+    (item,) = source.read(0, 9)
+    assert (item.id, item.text, item.data) == (r"caf\xe9/n\xf6.jpg", r"caf\xe9", picture(1))
+    assert source.class_names == [r"caf\xe9"]
+
+
 def test_parquet_has_labels_and_class_names_from_its_schema(tmp_path):
     make_parquet(f"{tmp_path}")
     source = open_source(f"{tmp_path}")
