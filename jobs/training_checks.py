@@ -20,9 +20,9 @@ def find_start(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
         return (find_checkpoint(options.start) if options.start else None), None
     resumed = Path(options.resume).absolute()
     if (resumed / runs.RECORD).exists():
-        active = [element.job for element in runs.elements(runs.load(resumed)).values() if runs.under_way({0: element})]
-        if active:
-            raise ValueError(f"--resume {options.resume}: it is under way as job {active[0]}")
+        found = runs.elements(runs.load(resumed))
+        if runs.under_way(found):
+            raise ValueError(f"--resume {options.resume}: it is under way as job {found[0].job}")
     return find_checkpoint(str(resumed), or_older=True), resumed
 
 

@@ -13,8 +13,9 @@ MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
 def make_engine(model: str, **settings: Any) -> Any:
     """A `vllm.LLM`; where its process dies, whoever waits for an answer hears of it."""
     import vllm
+    from vllm.platforms import current_platform
 
-    if not vllm.platforms.current_platform.is_cuda_alike():
+    if not current_platform.is_cuda_alike():
         settings |= on_a_cpu()
     engine = vllm.LLM(model=model, max_model_len=MAX_MODEL_LEN, **settings)
     core: Any = engine.llm_engine.engine_core
