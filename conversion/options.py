@@ -60,6 +60,12 @@ def named(text: str) -> str:
     return text
 
 
+def check_apart(output: Path, source: Path) -> None:
+    """Raises ValueError for an output that would replace its source."""
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{output} is or holds the source: name another --output")
+
+
 def default_output(source: Path) -> Path:
     """Beside its source."""
     return source.with_name(f"{source.stem if source.is_file() else source.name}.fp8")

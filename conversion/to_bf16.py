@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from conversion.options import Parser
+from conversion.options import Parser, check_apart
 from pixart import checkpoint as checkpoints
 
 
@@ -20,8 +20,7 @@ def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:
         raise ValueError(f"{directory} is no FP8 checkpoint")
     if output.exists() and not (overwrite and (output / checkpoints.MARKER).exists()):
         raise ValueError(f"{output} exists: name another --output, or give --overwrite")
-    if output.resolve() in (directory.resolve(), *directory.resolve().parents):
-        raise ValueError(f"{output} is or holds the source: name another --output")
+    check_apart(output, directory)
     checkpoint.plan, checkpoint.scales = None, {}
     checkpoints.save(checkpoint, output)
 

@@ -26,7 +26,16 @@ import torch.distributed as dist
 from conversion import formats, noise, sensitivity, verify, ways
 from conversion.calibrate import CalibrationBatch, calibrate, dataset_batches, synthetic_batches, unmeasured
 from conversion.exports import EXPORTS
-from conversion.options import AUTO, TEXT_DIM, Options, Parser, add_options, default_output, from_arguments
+from conversion.options import (
+    AUTO,
+    TEXT_DIM,
+    Options,
+    Parser,
+    add_options,
+    check_apart,
+    default_output,
+    from_arguments,
+)
 from conversion.page import page
 from conversion.plan import plan_by_rule
 from conversion.progress import Progress
@@ -131,9 +140,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
         raise ValueError(f"{output} exists: name another --output, or give --overwrite")
     if output.exists() and not (output / checkpoints.MARKER).exists():
         raise ValueError(f"{output} exists and is no checkpoint: it is not overwritten")
-    given = checkpoints.find(source) if start.provenance["source_format"] == formats.OWN else source
-    if output.resolve() in (given.resolve(), *given.resolve().parents):
-        raise ValueError(f"{output} is or holds the source: name another --output")
+    check_apart(output, checkpoints.find(source) if start.provenance["source_format"] == formats.OWN else source)
     if start.stage > options.stage:
         raise ValueError(f"--stage {options.stage}: {source} is of stage {start.stage} already")
     if start.plan is not None:

@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from jobs import runs
 from jobs.dataset_commands import array_command, audit_command, init_command, verify_command
@@ -19,6 +21,8 @@ from pixart.config import Recipe, from_json, is_url, override
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles
 from slurm.profile import Profile
+
+Rebuilt = TypeVar("Rebuilt")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,21 +72,20 @@ def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:
 
 def recipe_of(folder: Path) -> Recipe:
     """What a run was asked for."""
-    path = folder / "config.json"
-    if not path.exists():
+    if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run folder")
-    try:
-        return from_json(path.read_text())
-    except (TypeError, LookupError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged, or of another version: {error}") from None
+    return rebuilt(folder / "config.json", from_json)
 
 
 def profile_of(folder: Path) -> Profile:
     """The cluster that a run was submitted to."""
-    path = folder / "profile.json"
+    return rebuilt(folder / "profile.json", lambda text: Profile(**json.loads(text)))
+
+
+def rebuilt(path: Path, rebuild: Callable[[str], Rebuilt]) -> Rebuilt:
     try:
-        return Profile(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
+        return rebuild(path.read_text())
+    except (TypeError, LookupError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged, or of another version: {error}") from None
 
 

@@ -63,14 +63,11 @@ def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry
 
 def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> set[int]:
     """The shards whose entry counts: of this manifest's hash, and made from what their inputs are now."""
-    own = entries(dataset, job, shards)
-    captions = entries(dataset, "caption", shards) if job == "latents" else {}
-    made_from = {shard: captions[shard].checksum if shard in captions else None for shard in own}
-    return {
-        shard
-        for shard, entry in own.items()
-        if entry.manifest == manifest and (job != "latents" or entry.inputs == made_from[shard])
-    }
+    inputs = dict.fromkeys(shards, "")
+    if job == "latents":
+        inputs = {shard: entry.checksum for shard, entry in entries(dataset, "caption", shards).items()}
+    own = entries(dataset, job, shards).items()
+    return {shard for shard, entry in own if (entry.manifest, entry.inputs) == (manifest, inputs.get(shard))}
 
 
 def forget_others(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:

@@ -10,9 +10,10 @@ from conversion.report import PAGE, following
 from jobs import ledger, runs
 from jobs.checkpoints import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.dataset_commands import prepare_dataset, require_audit
+from jobs.datasets import use_dataset
 from jobs.pages import SUMMARY
 from jobs.runs import Run
-from jobs.submission import Launch, describe_submission, run_ranks, use_dataset
+from jobs.submission import Launch, describe_submission, run_ranks
 from jobs.training_checks import check_configuration, check_dataset, check_start, find_start
 from pixart.config import override
 from slurm.cluster import Cluster, Shape

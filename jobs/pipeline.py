@@ -6,10 +6,11 @@ import functools
 from conversion.options import Options, default_output
 from jobs import runs
 from jobs.dataset_commands import prepare_dataset, require_audit
+from jobs.datasets import use_dataset
 from jobs.model_commands import last_checkpoint, submit_conversion, submit_training, training_shape
 from jobs.runs import Run
 from jobs.sample_commands import describe_samples, submit_sampling
-from jobs.submission import Launch, NothingSubmitted, planned_cluster, use_dataset, waited
+from jobs.submission import Launch, NothingSubmitted, planned_cluster, waited
 from jobs.tracking import Tracker
 from jobs.training_checks import check_dataset, check_pipeline
 from pixart.config import to_json

@@ -8,10 +8,11 @@ from typing import Any
 
 from jobs import ledger, runs
 from jobs.checkpoints import INFERENCE, find_weights
+from jobs.datasets import use_dataset
 from jobs.prompt_commands import rewritten_by_server, submit_recaption, tell_problems
 from jobs.prompts import read_prompts
 from jobs.runs import Run
-from jobs.submission import Launch, describe_submission, run_ranks, use_dataset, waited
+from jobs.submission import Launch, describe_submission, run_ranks, waited
 from pixart.config import override
 from slurm.cluster import Cluster
 

@@ -8,16 +8,14 @@ import re
 import secrets
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from jobs import audit, caption, convert, init, latents, ledger, recaption, runs, sample, train, verify
+from jobs import audit, caption, convert, latents, ledger, recaption, runs, sample, train, verify
 from jobs.companion import accompanied, published
 from jobs.description import FILE as DESCRIPTION
 from jobs.description import add_tags, describe, set_status
@@ -26,8 +24,7 @@ from jobs.publish import try_publish
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
 from jobs.tracking import Tracker
-from pixart.config import Recipe, is_url, read_data, to_json
-from slurm import profile as profiles
+from pixart.config import Recipe, to_json
 from slurm import queue
 from slurm.cluster import Cluster, Shape, Submitted
 from slurm.profile import Profile
@@ -224,55 +221,6 @@ def raise_first_failure(run: Run, found: dict[int, Element]) -> None:
         what = f"{run.kind} shard {number}" if run.elements else run.kind
         others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
         raise JobFailedError(f"{what}{others} failed: {element.note}; its log is {run.log(element.job)}")
-
-
-def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
-    """The dataset's manifest, made now if it is not there; `launch.recipe` then says what it was made with.
-
-    Raises ValueError where the recipe asks for another dataset than the one that is there.
-    """
-    manifest = ledger.manifest(launch.dataset)
-    if manifest is None and launch.dry_run:
-        return {"data": asdict(launch.recipe.data), "class_names": []}
-    if manifest is None and is_url(launch.dataset):
-        raise ValueError(f"dataset {launch.dataset}: there is none")
-    if manifest is None:
-        make_dataset(launch)
-        manifest = ledger.manifest(launch.dataset)
-        assert manifest is not None
-    try:
-        made = read_data(manifest["data"])
-    except (TypeError, LookupError) as error:
-        raise ValueError(f"{launch.dataset}/{ledger.MANIFEST} is of another version: {error}") from None
-    named = {
-        assignment.split("=")[0].removeprefix("data.") for assignment in assignments if assignment.startswith("data.")
-    }
-    for name in sorted(named - {"path"}):
-        had, asked = (attrgetter(name)(data) for data in (made, launch.recipe.data))
-        if had != asked:
-            raise ValueError(
-                f"data.{name}={asked!r}: the dataset {launch.dataset} was made with {had!r}; name another by data.path"
-            )
-    launch.recipe = replace(launch.recipe, data=replace(made, path=launch.dataset))
-    return manifest
-
-
-def make_dataset(launch: Launch) -> None:
-    """Runs the init job on this machine: it only looks at the source and writes one small file."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cluster = Cluster(profiles.load("local"), folder)
-        job = cluster.submit_ranks(Shape(kind="init"), functools.partial(init.run, to_json(launch.recipe)))
-        run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
-        try:
-            while runs.under_way(found := runs.elements(run)):
-                time.sleep(POLL_SECONDS["local"] / 5)
-        except KeyboardInterrupt:
-            queue.cancel(run.executor, run.job_ids)
-            raise
-        if found[0].state == "failed":  # by the source, a model, or the place: there is no log to point to any more
-            kind, _, said = found[0].note.partition(": ")
-            raise ValueError(said if kind == "ValueError" else f"dataset {launch.dataset} cannot be made: {said}")
 
 
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:

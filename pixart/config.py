@@ -136,8 +136,7 @@ class TrainConfig:
         require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
         require_at_least(1, accumulate=self.accumulate, skip_limit=self.skip_limit, keep_last=self.keep_last)
         require_at_least(1, previews=self.previews, fp8_every=self.fp8_every)
-        require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay)
-        require_at_least(0, clip=self.clip)
+        require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
         if self.clip == 0:
             raise ValueError("clip=0: every gradient would become 0; what is never reached clips nothing")
         require_at_least(0, eps=self.eps, seed=self.seed)
