@@ -23,8 +23,8 @@ from pixart.config import to_json
 from pixart.model.dit import DiT
 from pixart.model.fp8 import calibrated_state
 from pixart.recipes import demo
+from pixart.training.adamw import MOMENTS
 from pixart.training.loop import train
-from pixart.training.optimizer import MOMENTS
 
 STEPS, EVERY, BATCH, SEEDS = 300, 50, 32, 3
 HELD_OUT_IMAGES = 512

@@ -13,10 +13,11 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 
 
-def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
+def parser(description: str | None, repeats: int = 0) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--batch", type=int, default=320)
-    found.add_argument("--repeats", type=int, default=repeats)
+    if repeats:
+        found.add_argument("--repeats", type=int, default=repeats)
     return found
 
 

@@ -13,6 +13,7 @@ import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from benchmarks import measure
 from conversion.plan import make_plan
 from pixart.config import TrainConfig
-from pixart.model import fp8, fp8_gather, fp8_te, fp8_torchao
+from pixart.model import attention, fp8, fp8_gather, fp8_te, fp8_torchao
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
 from pixart.training.distributed import Ranks, parallelize, process_group
+from pixart.training.ema import Ema
+from pixart.training.one_pass import OnePass
 from pixart.training.optimizer import make_optimizer
 
-SIDE, CHANNELS, TEXT, TEXT_DIM = 32, 16, 120, 2048
+SIDE, CHANNELS, HEADS, TEXT, TEXT_DIM = 32, 16, 16, 120, 2048
 TIMESTEPS = 1000  # of the peer's embedding
 # What has to pass through memory in a block, forward and backward, however kernels are fused: reads and writes between
 # products and attention, in BF16 numbers of a token's width. Norm and modulation 2 + 2, norms of q and k 4, their like
@@ -38,17 +41,18 @@ TRAFFIC = 27 + 49
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a model is made, and called on (latents, t, text, mask)."""
+    """How a model is made, and called on (latents, t, text, mask), and what keeps an average of its weights."""
 
     make: Callable[[argparse.Namespace, Ranks], nn.Module]
     call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor] = lambda model, *given: model(
         given[0], given[1], text=given[2], text_mask=given[3]
     )
+    average: Literal["", "after AdamW", "in one pass"] = ""
 
 
 def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: str = "", backend: str = "") -> nn.Module:
     config = TrainConfig(steps=1, batch=options.batch, lr=1e-4, warmup=1, compile=compile)
-    model = DiT(in_dim=CHANNELS, dim=options.dim, num_heads=16, num_blocks=options.blocks, text_dim=TEXT_DIM).to(
+    model = DiT(in_dim=CHANNELS, dim=options.dim, num_heads=HEADS, num_blocks=options.blocks, text_dim=TEXT_DIM).to(
         ranks.device
     )
     for parameter in model.parameters():  # zeros would let products of zeros count as work
@@ -60,6 +64,9 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
             (fp8_torchao if backend == "torchao" else fp8_te).swap_linears(model, plan)
         else:
             fp8.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
+    if ranks.device.type == "cuda":
+        tokens, width = (SIDE // model.config.patch_size) ** 2, options.dim // HEADS
+        attention.use(model, *attention.measured(options.batch, HEADS, width, tokens, TEXT, ranks.device))
     parallelize(model, ranks, config)
     fp8_gather.gather_in_fp8(model, torch.bfloat16)
     if backend.startswith("native"):
@@ -71,8 +78,8 @@ def diffusers_peer(options: argparse.Namespace, ranks: Ranks) -> nn.Module:
     from diffusers import PixArtTransformer2DModel
 
     model = PixArtTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=options.dim // 16,
+        num_attention_heads=HEADS,
+        attention_head_dim=options.dim // HEADS,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         num_layers=options.blocks,
@@ -98,6 +105,12 @@ WAYS = {
     "BF16 eager": Way(make=functools.partial(ours, compile=False)),
     "BF16": Way(make=functools.partial(ours, compile=True)),
     "FP8 native": Way(make=functools.partial(ours, compile=True, recipe="delayed", backend="native")),
+    "FP8 native, an average after AdamW": Way(
+        make=functools.partial(ours, compile=True, recipe="delayed", backend="native"), average="after AdamW"
+    ),
+    "FP8 native, an average in one pass with AdamW": Way(
+        make=functools.partial(ours, compile=True, recipe="delayed", backend="native"), average="in one pass"
+    ),
     "FP8 native, weight gradient in BF16": Way(
         make=functools.partial(ours, compile=True, recipe="delayed", backend="native, fine weight gradient")
     ),
@@ -154,10 +167,18 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
     config = TrainConfig(steps=1, batch=options.batch, lr=1e-4, warmup=1)
     optimizer = make_optimizer(model, config) if isinstance(model, DiT) else peer_optimizer(model)
     given = batch_of(options, ranks.device)
+    ema = Ema(model, config.ema) if way.average else None
+    one_pass = OnePass(model, optimizer, ema.averages) if ema and way.average == "in one pass" else None
+    never = torch.zeros((), dtype=torch.bool, device=ranks.device)
 
     def step() -> None:
         way.call(model, *given).float().square().mean().backward()
-        optimizer.step()
+        if one_pass:
+            one_pass.step(config.lr, 1 - config.ema, never)
+        else:
+            optimizer.step()
+        if ema and not one_pass:
+            ema.update(model, step=0)
         optimizer.zero_grad()
         if hasattr(model, "plan"):
             fp8.update_scales(model, model.plan)
@@ -187,7 +208,7 @@ def peer_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 @functools.cache
 def operations_of_an_image(dim: int, blocks: int) -> int:
     """Of our model, for every way: who does more for the same picture has no credit for it."""
-    config = {"in_dim": CHANNELS, "dim": dim, "num_heads": 16, "num_blocks": blocks, "text_dim": TEXT_DIM}
+    config = {"in_dim": CHANNELS, "dim": dim, "num_heads": HEADS, "num_blocks": blocks, "text_dim": TEXT_DIM}
     return training_flops(config, SIDE, TEXT)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conversion.modulation import Modulation, absorbed_scales
 from pixart.checkpoint import Checkpoint, Lazy, State
 from pixart.model.dit import state_shapes
-from pixart.training.optimizer import MOMENTS
+from pixart.training.adamw import MOMENTS
 
 
 def to_stage2(source: Checkpoint, modulation: Modulation, average: Modulation, text_dim: int) -> Checkpoint:

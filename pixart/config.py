@@ -117,6 +117,8 @@ class TrainConfig:
     sharding: Literal["full", "hybrid"] = "full"  # hybrid: over the ranks of a node, with a replica on each node
     reshard: bool = True  # free a block's gathered weights after its forward pass: less memory, one gather more
     compile: bool = False  # each block, by torch.compile; the text encoder too
+    one_pass: bool = False  # AdamW and the average of the weights as one compiled pass
+    attention: Literal["measured", "torch"] = "measured"  # on a GPU: the fastest kernel there, or torch's own choice
     text_encoder: Literal["replicated", "sharded"] = "replicated"  # where the dataset has no states of the text
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products are kept
 

@@ -1,14 +1,17 @@
-"""Prints the GPU kernels that torch.compile generates around an FP8 linear, as JSON; needs torch's CUDA build, no GPU.
+"""Prints the GPU kernels that torch.compile generates, as JSON; needs torch's CUDA build, no GPU.
 
-    python gpu_kernels.py
+    python -m tests.gpu_kernels linear      # norm, modulation and an FP8 linear there and back, after an activation
+    python -m tests.gpu_kernels optimizer   # AdamW and the average in one pass
 
-The graph is traced on tensors without memory and lowered for a card that is described here; nothing is run. It is the
-way there and back of norm, modulation and linear, whose gradient comes from an activation.
+The graph is traced on tensors without memory and lowered for a card that is described here; nothing is run.
 """
 
 import json
 import re
+import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _triton
 from triton.backends.compiler import GPUTarget
@@ -27,6 +31,7 @@ from triton.runtime import driver
 
 from pixart.model import fp8_products
 from pixart.model.fp8_products import INPUT, Float8Product
+from pixart.training.adamw import COLUMNS, advance
 
 ROWS, WIDTH = 8192, 1152
 HOPPER = {
@@ -77,15 +82,37 @@ def there_and_back(
     return output, grads[0], grads[1], grads[3], staged
 
 
-def generated() -> str:
-    """The code of the graph."""
+def linear() -> str:
+    """The code of its graph."""
     mode = FakeTensorMode()
     with mode, torch.no_grad():
         bf16 = {"device": "cuda", "dtype": torch.bfloat16}
         given = [torch.empty(ROWS, WIDTH, **bf16), torch.empty(WIDTH, **bf16), torch.empty(WIDTH, WIDTH, **bf16)]
         given += [torch.empty(WIDTH, **bf16), torch.empty(1, 3, device="cuda"), torch.empty(3, device="cuda")]
         given.append(torch.empty(ROWS, WIDTH, **bf16))
-        traced = make_fx(there_and_back, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
+    return generated(mode, there_and_back, given)
+
+
+def optimizer() -> str:
+    """The code of its graph, of a few parameters."""
+    mode = FakeTensorMode()
+    with mode:
+        shapes = [(WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH,), (4 * WIDTH,)]
+        rows = [[torch.empty(() if name == "step" else shape, device="cuda") for name in COLUMNS] for shape in shapes]
+        numbers = [torch.empty((), device="cuda", dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bool)]
+
+    def step(*given: Tensor) -> list[Tensor]:
+        parts = [given[start : start + len(COLUMNS)] for start in range(0, len(given) - len(numbers), len(COLUMNS))]
+        advance(parts, [0.01] * len(parts), *given[-len(numbers) :], 0.9, 0.95, 1e-15)
+        return []
+
+    with config.patch(combo_kernels=True):
+        return generated(mode, functionalize(step), [tensor for row in rows for tensor in row] + numbers)
+
+
+def generated(mode: FakeTensorMode, function: Callable[..., Any], given: list[Tensor]) -> str:
+    with mode, torch.no_grad():
+        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
     with V.set_fake_mode(mode), DebugContext(), torch.no_grad():
         graph = GraphLowering(traced, example_inputs=given)
         with V.set_graph_handler(graph):
@@ -111,6 +138,12 @@ def described(code: str) -> dict:
     return {"kernels": kernels, "products": len(re.findall(r"= torch\.ops\.pixart\.tensor_core_product", code))}
 
 
+def loads_and_stores(code: str) -> list[tuple[int, int]]:
+    """Of each kernel."""
+    sources = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL)
+    return [(source.count("tl.load("), source.count("tl.store(")) for source in sources]
+
+
 if __name__ == "__main__":
     pretend()
-    print(json.dumps(described(generated())))
+    print(json.dumps(described(linear()) if sys.argv[1] == "linear" else loads_and_stores(optimizer())))

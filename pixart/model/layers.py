@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pixart.model.attention import Kernel, attend
+
 MAX_PERIOD = 10_000.0  # "Attention is all you need", section 3.5
 
 
@@ -69,6 +71,7 @@ class Attention(nn.Module):
     """Multi-head attention with biases and an RMSNorm per head on queries and keys."""
 
     fused_projections = False  # one large product instead of several: hooks on the linears would not be called
+    kernel = Kernel()
 
     def __init__(self, dim: int, num_heads: int, kv_dim: int) -> None:
         super().__init__()
@@ -88,7 +91,7 @@ class Attention(nn.Module):
             projected = [self.q_proj(query), *self.project([self.k_proj, self.v_proj], context)]
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in projected)
         q, k = self.q_norm(q), self.k_norm(k)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        attended = attend(q, k, v, None if mask is None else mask[:, None, None], self.kernel)
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
 
     def project(self, linears: list[nn.Linear], x: Tensor) -> Sequence[Tensor]:

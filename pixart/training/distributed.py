@@ -46,6 +46,13 @@ class Ranks:
         dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return int(word)
 
+    def of_first(self, value: Any) -> Any:
+        """Rank 0's value; every rank must call it."""
+        word = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(word, group=self.cpu_group)
+        return word[0]
+
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         """Every rank's value, on rank 0; an empty list elsewhere. Every rank must call it."""
         if self.world == 1:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from pixart.config import TrainConfig
 from pixart.model.dit import parameter_groups
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from pixart.training.adamw import MOMENTS
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,14 +13,18 @@ from pixart.config import ModelConfig, TrainConfig, fp8_backend
 from pixart.data.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store import Store
-from pixart.model import fp8, fp8_gather, fp8_te, fp8_torchao
+from pixart.model import attention, fp8, fp8_gather, fp8_te, fp8_torchao
+from pixart.model.attention import Kernel
 from pixart.model.dit import DiT, own_config
 from pixart.model.flow import flow_loss, interpolate, sample_time
 from pixart.model.fp8 import Plan
-from pixart.training.conditions import ClassCondition, TextCondition
+from pixart.training.conditions import ALIGNMENT, ClassCondition, TextCondition
 from pixart.training.distributed import Ranks, dtype_of, parallelize
-from pixart.training.ema import Ema
+from pixart.training.ema import Ema, decay_at
+from pixart.training.one_pass import OnePass
 from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
+
+ROWS = 16  # that a product of FP8 tensor cores takes at once
 
 
 class Training:
@@ -49,6 +54,8 @@ class Training:
         check_fits(self.model, self.dataset, stage)
         self.model.train()
         self.model.fuse_projections()
+        if config.attention == "measured" and ranks.device.type == "cuda":
+            attention.use(self.model, *ranks.of_first(self.fastest_attention() if ranks.first else None))
         if self.plan:
             self.swap_linears(self.plan)
         parallelize(self.model, ranks, config)
@@ -57,15 +64,32 @@ class Training:
         fp8_gather.gather_in_fp8(self.model, dtype_of(config.precision))
         self.optimizer = make_optimizer(self.model, config)
         self.ema = Ema(self.model, config.ema)
+        self.one_pass = OnePass(self.model, self.optimizer, self.ema.averages) if config.one_pass else None
         self.skipped_in_row = torch.zeros((), device=ranks.device)
         self.condition = (
             ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks, config)
         )
 
+    def fastest_attention(self) -> tuple[Kernel, Kernel]:
+        """To the image and to the text, at the sizes of this run."""
+        model = self.model.config
+        image, text = attention.measured(
+            batch=self.micro_batch,
+            heads=model.num_heads,
+            width=model.dim // model.num_heads,
+            tokens=self.tokens,
+            text=self.dataset.data.text_tokens,
+            device=self.ranks.device,
+        )
+        print(f"attention to the image by {image}, to the text by {text}", flush=True)
+        return image, text
+
     def swap_linears(self, plan: Plan) -> None:
         """By the backend that follows the plan."""
         backend = fp8_backend(self.config.fp8_backend, plan.recipe)
         if backend == "native":
+            if self.ranks.device.type == "cuda" and self.config.fp8_weight_gradient:
+                check_rows(self.micro_batch, self.tokens, self.dataset.data.text_tokens if self.stage == 2 else None)
             fp8.swap_linears(self.model, plan, fine_weight_gradient=not self.config.fp8_weight_gradient)
         elif backend == "torchao":
             fp8_torchao.swap_linears(self.model, plan)
@@ -88,19 +112,26 @@ class Training:
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).full_tensor()
-
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.steps_done, self.config)
-        not_finite = (~norm.isfinite()).float()
-        self.optimizer.found_inf = not_finite  # its fused kernel looks at it
-        self.optimizer.step()
+        not_finite = ~norm.isfinite()
+        self.update(not_finite)
         self.optimizer.zero_grad()
         self.skipped_in_row = (self.skipped_in_row + 1) * not_finite
-        self.ema.update(self.model, self.steps_done)
         if self.plan:
             fp8.update_scales(self.model, self.plan)
         self.steps_done += 1
         return loss, norm
+
+    def update(self, skip: Tensor) -> None:
+        """Weights and moments, unless `skip` () says that they stay, and the average after them."""
+        rate = learning_rate(self.steps_done, self.config)
+        if self.one_pass:
+            self.one_pass.step(rate, 1 - decay_at(self.steps_done, self.config.ema), skip)
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.found_inf = skip.float()  # its fused kernel looks at it
+        self.optimizer.step()
+        self.ema.update(self.model, self.steps_done)
 
     def draw(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """This rank's part of the noise (B, C, h, w) and t (B,) of a global batch, whatever the number of ranks."""
@@ -110,6 +141,13 @@ class Training:
         part = self.config.batch // self.ranks.world
         own = slice(self.ranks.rank * part, (self.ranks.rank + 1) * part)
         return noise[own], t[own]
+
+    @property
+    def tokens(self) -> int:
+        """Of an image."""
+        _, height, width = self.dataset.latent_shape
+        patch = self.model.config.patch_size
+        return (height // patch) * (width // patch)
 
     @property
     def micro_batch(self) -> int:
@@ -185,6 +223,19 @@ def fresh_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:
     sizes = dataclasses.asdict(model)
     classes = sizes.pop("num_classes")
     return DiT(**sizes, **({"num_classes": classes} if stage == 1 else {"text_dim": dataset.text_dim}))
+
+
+def check_rows(images: int, tokens: int, text_tokens: int | None) -> None:
+    """Raises ValueError for rows that an FP8 product on a GPU cannot sum over, as the weight gradient does."""
+    counts = {"image tokens": tokens}
+    if text_tokens:
+        counts["states of text"] = math.gcd(ALIGNMENT, text_tokens)
+    for what, count in counts.items():
+        if images * count % ROWS:
+            raise ValueError(
+                f"FP8 on a GPU: {images} images at once have {images * count} {what}, or a multiple of it, and the "
+                f"weight gradient sums over multiples of {ROWS}: set another batch, or fp8_weight_gradient=false"
+            )
 
 
 def check_fits(model: DiT, dataset: Manifest, stage: int) -> None:

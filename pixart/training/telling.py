@@ -58,8 +58,8 @@ class Interval:
         self.training, self.order, self.reporter = training, order, reporter
         self.config, self.ranks = training.config, training.ranks
         self.before: deque[float] = deque(maxlen=REMEMBERED)
-        model, (_, side, _) = training.model.config, training.dataset.latent_shape
-        self.tokens = (side // model.patch_size) ** 2
+        self.tokens = training.tokens
+        side = training.dataset.latent_shape[-1]
         self.flops = training_flops(training.description().config, side, training.dataset.data.text_tokens)
         precision = "fp8" if training.plan else self.config.precision
         cuda = self.ranks.device.type == "cuda"

@@ -1,11 +1,14 @@
 import math
+import shutil
 
 import pytest
 import torch
 
 from pixart.config import TrainConfig
 from pixart.model.dit import DiT
+from pixart.training.adamw import MOMENTS
 from pixart.training.ema import Ema, decay_at
+from pixart.training.one_pass import OnePass
 from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
 
 CONFIG = TrainConfig(steps=100, batch=8, lr=1e-3, warmup=10, final_lr=0.1)
@@ -78,3 +81,32 @@ def test_average_stands_in_for_the_weights_and_leaves_them_as_they_were():
     with ema.in_place_of(model):
         assert all(torch.equal(parameter, ema.averages[name]) for name, parameter in model.named_parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
+def test_one_pass_is_adamw_and_the_average_after_it():
+    """Steps that are left out too, the first among them."""
+    kinds = {}
+    for kind in ("two", "one"):
+        torch.manual_seed(0)
+        model = DiT(**SIZES | {"num_blocks": 2})
+        kinds[kind] = model, make_optimizer(model, CONFIG), Ema(model, decay=0.9)
+    (model, optimizer, ema), (other, its_optimizer, its_ema) = kinds["two"], kinds["one"]
+    one_pass = OnePass(other, its_optimizer, its_ema.averages)
+    for step in range(6):
+        skip = torch.tensor(step in (0, 3))
+        for parameter, its in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter) / (0 if skip else 1)
+            its.grad = parameter.grad.clone()
+        optimizer.found_inf = skip.float()
+        optimizer.step()
+        ema.update(model, step)
+        one_pass.step(CONFIG.lr, 1 - decay_at(step, 0.9), skip)
+    expected, found = optimizer_tensors(optimizer, model), optimizer_tensors(its_optimizer, other)
+    for name, parameter in model.named_parameters():
+        assert found[f"{name}.step"] == expected[f"{name}.step"] == 4
+        torch.testing.assert_close(other.get_parameter(name), parameter, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(its_ema.averages[name], ema.averages[name], rtol=1e-5, atol=1e-7)
+        for moment in MOMENTS:
+            torch.testing.assert_close(found[f"{name}.{moment}"], expected[f"{name}.{moment}"], rtol=1e-5, atol=1e-7)

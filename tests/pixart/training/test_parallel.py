@@ -113,6 +113,12 @@ def test_compiled_blocks_give_the_same_losses(small_recipe, alone, tmp_path):
     assert all(found[step] == pytest.approx(alone[step], rel=1e-4) for step in range(1, 7))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
+def test_one_pass_of_sharded_weights_gives_the_same_losses(small_recipe, alone, tmp_path):
+    assert close(losses(small_recipe, tmp_path, 2, **LONG, one_pass=True), alone)
+
+
 def text_child(recipe_json: str, file: str) -> None:
     """The states of a batch's captions by the encoder."""
     recipe = from_json(recipe_json)
