@@ -123,14 +123,14 @@ def at_random(manifest: Manifest) -> dict[str, float]:
     return {way: BATCH / statistics.median(own) for way, own in taken.items()}
 
 
-def memmap_pass(manifest: Manifest, store: Store) -> float:
-    """MB/s of the latents' bytes from first to last, copied in slices of a batch."""
+def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
+    """MB/s of the latents' bytes from first to last, copied so many rows at a time, and each copy dropped at once."""
     begun, copied = time.perf_counter(), 0
     for shard in range(manifest.data.shards):
         file = Path(manifest.data.path) / store.columns["latents"].file(shard)
         chunks = np.memmap(file, np.uint8, "r", shape=(SHARD, ROW + CHECKSUM))[:, :ROW]
-        for start in range(0, SHARD, BATCH):
-            copied += np.array(chunks[start : start + BATCH]).nbytes
+        for start in range(0, SHARD, rows):
+            copied += np.array(chunks[start : start + rows]).nbytes
     return copied / (time.perf_counter() - begun) / 1e6
 
 
@@ -226,10 +226,12 @@ def lines(folder: Path, rows: int, python: str | None) -> Iterator[str]:
     store = Store(manifest)
     loader = Loader(store, batch=BATCH, seed=0)
     eighth = Loader(store, batch=8 * BATCH, seed=0, rank=3, world=8)
-    memmap_pass(manifest, store), epoch(loader, 0), epoch(eighth, 0)
-    sequential, shuffled, shared = [], [], []
+    memmap_pass(manifest, store, SHARD), epoch(loader, 0), epoch(eighth, 0)
+    sequential: dict[int, list[float]] = {SHARD: [], BATCH: []}
+    shuffled, shared = [], []
     for number in range(1, REPEATS + 1):
-        sequential.append(memmap_pass(manifest, store))
+        for count, passes in sequential.items():
+            passes.append(memmap_pass(manifest, store, count))
         shuffled.append(epoch(loader, number))
         shared.append(epoch(eighth, number))
     rates, reached = at_random(manifest), statistics.median(shuffled)
@@ -248,12 +250,16 @@ def lines(folder: Path, rows: int, python: str | None) -> Iterator[str]:
         )
     else:
         yield "| shuffled epochs against StreamingDataset | left out: no --peer-python | 4 |"
-    memmap = statistics.median(sequential)
-    listed = ", ".join(f"{rate * mb / straight:.2f}" for rate, straight in zip(shuffled, sequential, strict=True))
-    yield (
-        f"| shuffled epochs, latents: {reached * mb:,.0f} MB/s; np.memmap from first to last: {memmap:,.0f} MB/s "
-        f"| {reached * mb / memmap:.2f} (by pairs {listed}) | 0.5 |"
-    )
+    for count, what in (
+        (SHARD, "a shard at a time"),
+        (BATCH, "256 rows at a time, always into the same cached memory"),
+    ):
+        straight = statistics.median(sequential[count])
+        listed = ", ".join(f"{rate * mb / own:.2f}" for rate, own in zip(shuffled, sequential[count], strict=True))
+        yield (
+            f"| shuffled epochs, latents: {reached * mb:,.0f} MB/s; np.memmap from first to last, {what}: "
+            f"{straight:,.0f} MB/s | {reached * mb / straight:.2f} (by pairs {listed}) | 0.5 |"
+        )
     yield f"| one of 8 ranks, rows scattered over the blocks | {statistics.median(shared) * mb:,.0f} MB/s | |"
     for share in (0.0, 0.9):
         yield f"| first batch at {share:.0%} of an epoch, the store opened | {first_batch(path, share):.2f} s | 1 |"

@@ -84,7 +84,7 @@ class Loader:
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._reader, self._prefetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._ended = Event()
-        self._columns, self._memory = ThreadPoolExecutor(len(names)), Memory()
+        self._memory = Memory()
 
     def read(self, step: int) -> Batch:
         """This rank's contiguous part of the step's global batch."""
@@ -158,8 +158,7 @@ class Loader:
         places = np.arange(first, first + len(rows)) % self.batch
         mine = (places >= self.part.start) & (places < self.part.stop)
         rows, before = rows[mine], np.concatenate([[0], np.cumsum(mine)])
-        read = self._columns.map(lambda name: (name, self._read_rows(name, rows)), self.by_window)
-        return Window(rows=rows, before=before, columns=dict(read))
+        return Window(rows=rows, before=before, columns={name: self._read_rows(name, rows) for name in self.by_window})
 
     def _read_rows(self, name: str, rows: np.ndarray) -> Tensor:
         values = self._empty(name, len(rows))

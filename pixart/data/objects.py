@@ -35,6 +35,9 @@ class Objects(Protocol):
     def readv(self, name: str, start: int, buffers: Buffers) -> int:
         """Fills the buffers from byte `start` on -> how many bytes there were. FileNotFoundError for no such file."""
 
+    def in_memory(self, spans: Sequence[Span]) -> bool:
+        """Whether no part of these would have to be waited for."""
+
     def prefetch(self, spans: Sequence[Span], ended: Event) -> None:
         """Makes parts of files quick to read, until `ended` is set."""
 
@@ -73,6 +76,14 @@ class Local:
     def readv(self, name: str, start: int, buffers: Buffers) -> int:
         file = self._open(name)
         return os.preadv(file.fileno(), buffers, start)
+
+    def in_memory(self, spans: Sequence[Span]) -> bool:
+        try:
+            for name, start, _ in spans:
+                os.preadv(self._open(name).fileno(), [bytearray(1)], start, os.RWF_NOWAIT)
+        except OSError:  # it would, or this file system cannot tell
+            return False
+        return True
 
     def prefetch(self, spans: Sequence[Span], ended: Event) -> None:
         for name, start, stop in spans:
@@ -155,6 +166,9 @@ class Remote(RemoteFiles):
             part, rest = rest[: len(buffer)], rest[len(buffer) :]
             buffer[: len(part)] = np.frombuffer(part, np.uint8)
         return len(data)
+
+    def in_memory(self, spans: Sequence[Span]) -> bool:
+        return False  # the cache's own look at what it has costs little beside a fetch
 
     def prefetch(self, spans: Sequence[Span], ended: Event) -> None:
         pieces = [(name, index) for name, start, stop in spans for index in self._indices(name, start, stop)]

@@ -27,11 +27,12 @@ from pixart.data.columns import (
     write_file,
 )
 from pixart.data.manifest import Manifest
-from pixart.data.objects import open_objects
+from pixart.data.objects import Span, open_objects
 
 __all__ = ["Store", "create", "layout", "write_shard"]
 
 READERS = 2  # threads
+SAMPLE = 16  # blocks of a window
 SMALL = 4096  # bytes of a chunk that is read with its neighbours and then copied to its place
 
 
@@ -109,22 +110,27 @@ class Store:
             out[...] = wholes[own, rows % column.rows]
             return out
         target = out.reshape(-1).view(np.uint8).reshape(len(rows), column.row_bytes)
-        parts = np.array_split(np.argsort(rows, kind="stable"), READERS)
+        parts = np.array_split(np.argsort(rows, kind="stable"), READERS if column.stride > SMALL else 1)
         list(self._readers.map(lambda part: self._read_rows(column, rows[part], target, part), parts))
         return out
 
     def prefetch(self, names: Iterable[str], rows: np.ndarray, ended: Event) -> None:
         """Makes the blocks quick to read that have one of these rows, until `ended` is set.
 
-        What fails here is an error of `read`.
+        Nothing is done where a sample of them is in memory. What fails here is an error of `read`.
         """
+        columns = [self.columns[name] for name in names]
+        if not self.files.in_memory(self._blocks(columns, rows[:: -(-len(rows) // SAMPLE)])):
+            self.files.prefetch(self._blocks(columns, rows), ended)
+
+    def _blocks(self, columns: Iterable[Column], rows: np.ndarray) -> list[Span]:
         per_shard = self.manifest.rows_per_shard
         spans = [
             (column.file(row // per_shard), *column.span(row % per_shard))
-            for column in (self.columns[name] for name in names)
+            for column in columns
             for row in rows.tolist()
         ]
-        self.files.prefetch(list(dict.fromkeys(spans)), ended)
+        return list(dict.fromkeys(spans))
 
     def _read_rows(self, column: Column, chunks: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
         """Ascending chunks of an array, each into its place in the target (B, bytes); neighbours at once."""
