@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def prepare(options: argparse.Namespace) -> Launch:
-    home = Path(options.home or os.environ.get("PIXART_HOME") or "outputs").absolute()
+    home = runs.home(options.home)
     profile = profiles.load(options.cluster or profiles.default_name())
     if options.gpus_per_node:
         profile = replace(profile, gpus_per_node=options.gpus_per_node)

@@ -17,6 +17,8 @@ from slurm import profile as profiles
 from slurm import queue
 from slurm.cluster import Cluster, Shape
 
+ARRAYS = "latents.zarr"  # that a dataset's making begins with
+
 
 def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
     """The dataset's manifest, made now if it is not there; `launch.recipe` then says what it was made with.
@@ -29,6 +31,7 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
     if manifest is None and is_url(launch.dataset):
         raise ValueError(f"dataset {launch.dataset}: there is none")
     if manifest is None:
+        check_own_folder(launch.dataset)
         make_dataset(launch)
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
@@ -47,6 +50,17 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
             )
     launch.recipe = replace(launch.recipe, data=replace(made, path=launch.dataset))
     return manifest
+
+
+def check_own_folder(dataset: str) -> None:
+    """Raises ValueError where a new dataset would lie among files of others, such as the images themselves."""
+    there = sorted(Path(dataset).iterdir()) if Path(dataset).is_dir() else []
+    others = [path.name for path in there if path.name != ARRAYS and not path.name.startswith(".")]
+    if others:
+        raise ValueError(
+            f"dataset {dataset}: is no dataset, and has files of others, such as {others[0]}; name a new folder, and "
+            "images by --set data.source=FOLDER"
+        )
 
 
 def make_dataset(launch: Launch) -> None:

@@ -40,7 +40,7 @@ def describe(
 
 
 def read_description(run: Path) -> dict[str, Any]:
-    return read_record(run / FILE, "key", "tags", "children", "status")
+    return read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
 
 
 def change(run: Path, **values: Any) -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from conversion.options import Parser, add_options, named
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
@@ -189,12 +188,11 @@ def run(arguments: Sequence[str] | None) -> int:
 
 def look(options: argparse.Namespace) -> int:
     """The commands that submit nothing."""
-    from jobs import seeing, status
+    from jobs import runs, seeing, status
     from jobs.tracking import StoreError
 
-    home = Path(options.home or os.environ.get("PIXART_HOME") or "outputs").absolute()
     try:
-        return {**status.COMMANDS, **seeing.COMMANDS}[options.job](home, options)
+        return {**status.COMMANDS, **seeing.COMMANDS}[options.job](runs.home(options.home), options)
     except KeyboardInterrupt:
         return 130
     except ValueError as error:

@@ -1,6 +1,7 @@
 """The commands that make a model: train, convert."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,9 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
         check_start(launch.recipe, options, start, record, stage)
     gpus = launch.profile.gpus_per_node > 0
     check_configuration(launch.recipe, stage, shape.nodes * shape.ranks_per_node, record, gpus=gpus)
+    if record and record["plan"] and not launch.recipe.train(stage).fp8:
+        hint = f"its plan and its scales are left behind; --set stage{stage}.fp8=true keeps them"
+        print(f"goes on without FP8, though {start} is in FP8: {hint}", file=sys.stderr)
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
         launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])

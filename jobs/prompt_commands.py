@@ -25,6 +25,8 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
         raise ValueError(f"--output {output}: must end in {', '.join(SUFFIXES)}")
     if output and not output.absolute().parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}")
+    if output and options.file and output.exists() and output.samefile(options.file):
+        raise ValueError(f"--output {output}: is the file that --file names")
     captions = dataset_captions(options.compare, COMPARED) if options.compare else []
     if options.compare and not captions:
         raise ValueError(f"--compare {options.compare}: has no captions")

@@ -15,6 +15,7 @@ from jobs.tracking import Tracker, run_id
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ALIAS = "newest"
+ROOT = Path(__file__).parents[1]
 
 
 def release(home: Path, name: str, model: str) -> str:
@@ -30,13 +31,16 @@ def release(home: Path, name: str, model: str) -> str:
         raise ValueError(f"{checkpoint} lies in no run folder: what is released comes from a training run")
     record = checkpoint_record(checkpoint)
     tracker = Tracker(run.parents[1])
-    publish(tracker, run)
     page = checkpoint.parent / f"{checkpoint.name}.lineage.html"
-    write_atomically(page, lineage_page.page(lineage.trace(home, str(checkpoint)), page.parent))
-    with tempfile.TemporaryDirectory() as folder, tracker.opened():
+    with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "ema"
-        subprocess.run([sys.executable, "-m", "jobs.release", checkpoint, weights], check=True)
-        version = register(tracker, model, run, weights, page, {
+        words = [sys.executable, "-m", "jobs.release", str(checkpoint), str(weights)]
+        done = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ValueError(f"{checkpoint} cannot be released: {done.stderr.strip().rpartition(chr(10))[2]}")
+        publish(tracker, run)
+        write_atomically(page, lineage_page.page(lineage.trace(home, str(checkpoint)), page.parent))
+        tags = {
             "sha256": file_hash(next(weights.glob("*.safetensors"))),
             "stage": str(record["stage"]),
             "step": str(record["step"]),
@@ -45,7 +49,9 @@ def release(home: Path, name: str, model: str) -> str:
             "dataset_hash": str(record["provenance"].get("dataset_hash")),
             "converted_from": str(record["provenance"].get("converted_from")),
             "gate": str(record["provenance"].get("gate")),
-        })  # fmt: skip
+        }
+        with tracker.opened():
+            version = register(tracker, model, run, weights, page, tags)
     return f"released: {model} version {version}, the average of {checkpoint}\nlineage: {page}\nMLflow: {tracker.uri}"
 
 
@@ -87,4 +93,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    export(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        export(Path(sys.argv[1]), Path(sys.argv[2]))
+    except ValueError as error:
+        sys.exit(str(error))

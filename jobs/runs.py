@@ -10,11 +10,13 @@ from typing import Any
 from jobs import ledger
 from jobs.journal import read_tail
 from jobs.records import read_record
+from pixart.config import is_url
 from slurm import queue
 from slurm.cluster import Submitted
 from slurm.task import RESULT
 
 RECORD = "run.json"
+URL_LETTERS = "?%#"  # which mean something else in the URL of MLflow's embedded store
 TAIL_BYTES = 16_384  # of a log, in which its last line is looked for
 
 
@@ -70,6 +72,14 @@ class Run:
         return [log for rank in range(max(1, self.ranks)) if (log := self.log(job, rank, stream)).exists()]
 
 
+def home(named: str | None) -> Path:
+    """The folder of datasets, runs and tracking. Raises ValueError for a name that it cannot have."""
+    name = named or os.environ.get("PIXART_HOME") or "outputs"
+    if is_url(name) or any(letter in name for letter in URL_LETTERS):
+        raise ValueError(f"home {name}: must be a folder of a file system, without {' '.join(URL_LETTERS)} in its name")
+    return Path(name).absolute()
+
+
 def load(folder: Path) -> Run:
     """Raises ValueError for a folder that is no run's."""
     try:
@@ -77,7 +87,10 @@ def load(folder: Path) -> Run:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is no run folder") from None
     jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
-    return Run(**{**record, "folder": folder, "elements": tuple(record["elements"]), "jobs": jobs})
+    try:
+        return Run(**{**record, "folder": folder, "elements": tuple(record["elements"]), "jobs": jobs})
+    except TypeError as error:
+        raise ValueError(f"{folder / RECORD} is of another version: {error}") from None
 
 
 def folders(home: Path) -> list[Path]:

@@ -29,6 +29,8 @@ def lineage_command(home: Path, options: argparse.Namespace) -> int:
         target = Path(options.html).absolute()
         if not target.parent.is_dir() or target.is_dir():
             raise ValueError(f"--html {options.html}: no file can be there")
+        if target.exists() and target.suffix != ".html":
+            raise ValueError(f"--html {options.html}: is there, and is no page")
         write_atomically(target, lineage_page.page(node, target.parent))
     lineage.show(node)
     if options.html:

@@ -23,6 +23,7 @@ from jobs.description import KEY, read_description, status_of, tags_of
 from jobs.journal import Journal as Journal  # where the jobs look for it
 from jobs.journal import points, read_journal
 from jobs.ledger import write_atomically
+from jobs.records import read_record
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -49,7 +50,7 @@ def behind(run: Path) -> bool:
         return False
     if not (run / STATE).exists():
         return True
-    state = json.loads((run / STATE).read_text())
+    state = read_state(run)
     return (state["offsets"], state["status"]) != (read_journal(run, state["offsets"])[1], status_of(run))
 
 
@@ -121,7 +122,7 @@ class Tracker:
     def state(self, run: Path) -> dict[str, Any] | None:
         """What the store has of the run, which is made there if it has nothing; None where a user has deleted it."""
         if (run / STATE).exists():
-            state = json.loads((run / STATE).read_text())
+            state = read_state(run)
             stage = self.stage(state["run_id"]) if state["uri"] == self.uri else None
             if stage == "deleted":
                 return None
@@ -221,6 +222,10 @@ def store_uri(home: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
 
 
+def read_state(run: Path) -> dict[str, Any]:
+    return read_record(run / STATE, "uri", "run_id", "offsets", "sending", "tags", "status")
+
+
 def save(run: Path, state: dict[str, Any]) -> None:
     write_atomically(run / STATE, json.dumps(state))
 
@@ -243,6 +248,6 @@ def locked(folder: Path) -> Iterator[None]:
 def run_id(run: str | Path) -> str | None:
     """The MLflow id of a run folder, where it has one."""
     try:
-        return json.loads((Path(run) / STATE).read_text())["run_id"]
+        return read_state(Path(run))["run_id"]
     except FileNotFoundError:
         return None

@@ -237,15 +237,18 @@ def describe(directory: Path) -> Checkpoint:
     config = (
         record["config"] if (directory / STATE).exists() else own_config(DiT.load_config(directory / "transformer"))
     )
-    return Checkpoint(
-        stage=record["stage"],
-        step=record["step"],
-        config=config,
-        normalization=normalization(record),
-        plan=record["plan"] and Plan(**{**record["plan"], "linears": tuple(record["plan"]["linears"])}),
-        dataset=record["dataset"],
-        provenance=record["provenance"],
-    )
+    try:
+        return Checkpoint(
+            stage=record["stage"],
+            step=record["step"],
+            config=config,
+            normalization=normalization(record),
+            plan=record["plan"] and Plan(**{**record["plan"], "linears": tuple(record["plan"]["linears"])}),
+            dataset=record["dataset"],
+            provenance=record["provenance"],
+        )
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{directory / MARKER} is damaged, or of another version: {error}") from None
 
 
 def distributed_state(folder: Path) -> dict[str, Lazy]:

@@ -98,6 +98,10 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch caption --array 0-300", "shard 300"),
         ("python -m jobs.launch caption --home ", "--home: is empty"),
         ("python -m jobs.launch caption --home broken.pt", "Not a directory"),
+        ("python -m jobs.launch caption --home s3://bucket/home", "a folder of a file system"),
+        ("python -m jobs.launch status --home what?", "without ? % #"),
+        ("python -m jobs.launch caption --dataset images", "files of others, such as dog.png"),
+        ("python -m jobs.launch status --home newer", "run.json is of another version"),
         ("python -m jobs.launch caption --home /proc/home", "/proc/home"),
         ("python -m jobs.launch caption --set data.path=", "data.path: is empty"),
         ("python -m jobs.launch caption --set data.text_scale=nan", "data.text_scale=nan"),
@@ -192,6 +196,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch recaption --file nowhere.txt", "--file nowhere.txt"),
         ("python -m jobs.launch recaption dog --output dog.png", "--output dog.png"),
         ("python -m jobs.launch recaption dog --output nowhere/dogs.txt", "no folder nowhere"),
+        ("python -m jobs.launch recaption --file dogs.txt --output ./dogs.txt", "is the file that --file names"),
         ("python -m jobs.launch recaption dog --compare nowhere", "--compare nowhere"),
         ("python -m jobs.launch recaption dog --compare broken.pt", "Not a directory"),
         ("python -m jobs.launch recaption dog --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
@@ -208,6 +213,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch lineage other.png", "names no checkpoint"),
         ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),
         ("python -m jobs.launch lineage done --html damaged", "--html damaged"),
+        ("python -m jobs.launch lineage done --html done/training.json", "is no page"),
         ("python -m jobs.launch release nowhere", "nowhere"),
         ("python -m jobs.launch release done", "no run folder"),
         ("python -m jobs.launch release done --name a/b", "'a/b'"),
@@ -270,6 +276,16 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, caps
         weights.write_bytes(weights.read_bytes()[:-10])
 
 
+def test_going_on_without_fp8_from_a_checkpoint_in_fp8_is_told(tmp_path, monkeypatch, stage1, capsys):
+    monkeypatch.setenv("PIXART_CLUSTER", "local")
+    checkpoints.save(dataclasses.replace(stage1, plan=Plan(linears=())), tmp_path / "start")
+    words = ["train", "--from", str(tmp_path / "start"), "--home", str(tmp_path), "--accept-failed-audit", "--dry-run"]
+    assert launch.main(words) == 0
+    assert "stage1.fp8=true keeps them" in capsys.readouterr().err
+    assert launch.main([*words, "--set", "stage1.fp8=true"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_a_run_that_is_under_way_is_not_resumed(tmp_path, monkeypatch, stage1, capsys):
     monkeypatch.setenv("PIXART_CLUSTER", "local")
     folder = tmp_path / "runs/20260101-000000-train-abcd"
@@ -312,6 +328,11 @@ def save_what_is_damaged(folder: Path) -> None:
     run.mkdir(parents=True)
     (run / "run.json").write_text('{"kind": ')
     (folder / "damaged/training.json").write_text("{}")
+    newer = folder / "newer/runs/20260101-000000-train-abcd"
+    Run(folder=newer, kind="train", executor="local", dataset="", total=9).save()
+    (newer / "run.json").write_text((newer / "run.json").read_text().replace("{", '{"hosts": 3, ', 1))
+    (folder / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "images/dog.png")
     (folder / "damaged/manifest.json").write_text('{"data": {}')
     (folder / "damaged/binary.toml").write_bytes(b"\xff\xfe")
     os.mkfifo(folder / "pipe.pt")
@@ -344,6 +365,7 @@ def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
     (folder / "inference").rename(folder / "fp8")
     (folder / "empty.txt").write_text("\n")
     (folder / "prompts.CSV").write_text("text\na dog\n")
+    (folder / "dogs.txt").write_text("a dog\n")
     (folder / "bad.jsonl").write_text('{"text": "a dog"}\n{"caption": "a cat"}\n')
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import launch
 from jobs.tracking import Journal, run_id
 from tests.demo_fixture import STEPS, Demo
 from tests.mlflow_fixture import MlflowServer
@@ -167,3 +168,17 @@ def test_mlflow_has_previews_by_step_and_the_released_weights(demo):
     again = demo.command("release", str(demo.runs("train")[-1]))
     assert again.returncode == 0
     assert len(client.search_model_versions("name = 'pixart'")) == 1
+
+
+def test_a_checkpoint_with_other_bytes_is_not_released(demo, tmp_path, capsys):
+    run = shutil.copytree(demo.runs("train")[-1], tmp_path / "runs/20260101-000000-train-abcd")
+    *_, weights = sorted(run.glob("checkpoints/step-*/state/*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    assert launch.main(["release", str(run), "--home", str(tmp_path)]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(f"{weights.name} is missing, damaged or truncated")

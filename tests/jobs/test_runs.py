@@ -13,7 +13,8 @@ import pytest
 
 from jobs import ledger, runs, status
 from jobs.journal import Journal
-from jobs.runs import Run
+from jobs.runs import Element, Run
+from jobs.submission import JobFailedError, raise_first_failure
 from slurm.task import RESULT
 
 ENTRY = ledger.Entry(manifest="m", inputs="", rows=1, valid=1, checksum="c", seconds=1.0, versions={})
@@ -153,3 +154,13 @@ def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys
     (folder / RESULT).write_text('"there"')
     status.status_command(tmp_path, options())
     assert "step 2 of 100, loss 0.5000\n" in capsys.readouterr().out
+
+
+def test_what_the_user_can_mend_comes_out_of_a_rank_as_one_line(tmp_path):
+    """torch begins each line of several ranks' tracebacks with the rank."""
+    run = make_run(tmp_path)
+    for last in ("[rank3]: ValueError: batch=5: odd", "ValueError: batch=5: odd"):
+        with pytest.raises(ValueError, match=r"^batch=5: odd$"):
+            raise_first_failure(run, {2: Element(state="failed", job="7_2", note=last)})
+    with pytest.raises(JobFailedError, match=r"caption shard 2 failed: KeyError: 'x'; its log is .*7_2_0_log\.err"):
+        raise_first_failure(run, {2: Element(state="failed", job="7_2", note="KeyError: 'x'")})

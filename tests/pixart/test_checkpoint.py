@@ -97,6 +97,15 @@ def test_damage_is_named(tmp_path):
         checkpoints.save_tensors(changed, weights)
         with pytest.raises(ValueError, match=message):
             checkpoints.load(directory)
+    record = checkpoints.read_record(directory)
+    for changed in (
+        {"normalization": {"centre": [0.0]}},
+        {"plan": {"linears": [], "blocks": 3}},
+        {"plan": {"recipe": "delayed"}},
+    ):
+        (directory / "training.json").write_text(json.dumps({**record, **changed}))
+        with pytest.raises(ValueError, match="of another version"):
+            checkpoints.describe(directory)
     (directory / "training.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="99"):
         checkpoints.load(directory)
