@@ -1,7 +1,7 @@
 """Training that goes on after a conversion: BF16, FP8 with calibrated scales, FP8 with cold scales, FP8 from scratch.
 
 `python -m benchmarks.going_on HOME` takes the demo's dataset and stage-1 checkpoint from a home that `make demo` has
-filled, and writes a table and a plot to `benchmarks/results/`.
+filled, and writes a table and a plot to `benchmarks/results/`. On a GPU, FP8 is that of the hardware.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from jobs import caption, init, latents
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
 from pixart.config import to_json
-from pixart.model.dit import DiT
+from pixart.model.dit import DiT, load_model
 from pixart.model.fp8 import calibrated_state
 from pixart.recipes import demo
 from pixart.training.adamw import MOMENTS
 from pixart.training.loop import train
 
-STEPS, EVERY, BATCH, SEEDS = 300, 50, 32, 3
+EVERY, BATCH, SEEDS = 50, 32, 3
 HELD_OUT_IMAGES = 512
 ARMS = {
     "BF16 continued": "tab:blue",
@@ -69,18 +69,20 @@ def fresh(start: Checkpoint, seed: int) -> Checkpoint:
     return dataclasses.replace(cold(start), model=state, ema=state, optimizer=moments)
 
 
-def curve(folder: Path, arm: str, seed: int, lr: float, start: Checkpoint, home: Path, evaluation: str) -> list[float]:
+def curve(
+    folder: Path, arm: str, seed: int, options: argparse.Namespace, start: Checkpoint, evaluation: str
+) -> list[float]:
     """The held-out loss at every EVERY steps."""
-    recipe = demo(str(home))
+    recipe = demo(str(options.home))
     begin = checkpoints.save(start, folder / "start")
     config = dataclasses.replace(
         recipe.stage2,
-        steps=STEPS,
+        steps=options.steps,
         batch=BATCH,
-        lr=lr,
+        lr=options.lr,
         seed=seed,
         save_every=EVERY,
-        keep_last=STEPS // EVERY,
+        keep_last=options.steps // EVERY,
         precision="bf16",
         fp8=arm.startswith("FP8"),
     )
@@ -89,8 +91,7 @@ def curve(folder: Path, arm: str, seed: int, lr: float, start: Checkpoint, home:
     losses = []
     for directory in [begin, *checkpoints.steps(folder)]:
         saved = checkpoints.load(directory)
-        model = DiT(**saved.config)
-        model.load_state_dict(saved.model)
+        model = load_model(saved.config, saved.model, measure.device())
         losses.append(mean_loss(model, batches, torch.bfloat16))
     return losses
 
@@ -99,15 +100,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("home", type=Path)
     parser.add_argument("--lr", type=float, default=demo("").stage2.lr, help="default: the demo's")
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
-    home, lr = options.home.absolute(), options.lr
+    options.home = home = options.home.absolute()
     stage1 = next(
         directory
         for run in sorted(home.glob("runs/*-train-*"))
         for directory in checkpoints.steps(run)[-1:]
         if checkpoints.read_record(directory)["stage"] == 1
     )
-    work, evaluation = home / f"going-on-{lr:g}", held_out(home)
+    work, evaluation = home / f"going-on-{options.lr:g}", held_out(home)
     convert(stage1, work / "start.fp8", Options(batch=BATCH, overwrite=True))
     start = checkpoints.load(work / "start.fp8")
     found: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
@@ -115,13 +117,13 @@ def main() -> None:
         begin = [dataclasses.replace(start, plan=None, scales={}), start, cold(start), fresh(start, seed)]
         for arm, checkpoint in zip(ARMS, begin, strict=True):
             folder = work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-            found[arm].append(curve(folder, arm, seed, lr, checkpoint, home, evaluation))
+            found[arm].append(curve(folder, arm, seed, options, checkpoint, evaluation))
             print(f"{arm}, seed {seed}: {' '.join(f'{loss:.4f}' for loss in found[arm][-1])}", flush=True)
-    write(found, lr)
+    write(found, options.lr)
 
 
 def write(found: dict[str, list[list[float]]], lr: float) -> None:
-    steps = range(0, STEPS + 1, EVERY)
+    steps = [EVERY * number for number in range(len(found["BF16 continued"][0]))]
     name = f"going-on-lr-{lr:g}"
     finals = {arm: np.array(curves)[:, -1] for arm, curves in found.items()}
     base = finals["BF16 continued"]
@@ -145,7 +147,8 @@ def write(found: dict[str, list[list[float]]], lr: float) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(measure.RESULTS / f"{name}.png", bbox_inches="tight")
-    title = f"# Training that goes on after the conversion, learning rate {lr:g}, on two CPU cores, FP8 emulated"
+    where = f"on {measure.card()}" + ("" if torch.cuda.is_available() else ", FP8 emulated")
+    title = f"# Training that goes on after the conversion, learning rate {lr:g}, {where}"
     measure.write(name, [title, "", *lines, "", f"![Held-out loss by steps]({name}.png)"])
     print("\n".join(lines))
 

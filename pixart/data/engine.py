@@ -1,12 +1,17 @@
 """vLLM's engine, for captions and for recaptioning."""
 
+import atexit
+import functools
 import os
+import tempfile
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from queue import Queue
 from threading import Thread
 from typing import Any
 
+SOCKETS = "VLLM_RPC_BASE_PATH"
+LONG = 50  # letters of a folder's name; with a socket's own it may have 107
 MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
 
 
@@ -17,12 +22,22 @@ def make_engine(model: str, **settings: Any) -> Any:
 
     if not current_platform.is_cuda_alike():
         settings |= on_a_cpu()
+    os.environ.setdefault(SOCKETS, own_folder())
     engine = vllm.LLM(model=model, max_model_len=MAX_MODEL_LEN, **settings)
     core: Any = engine.llm_engine.engine_core
     if hasattr(core, "outputs_queue"):  # it has a process
         sentinels = [process.sentinel for process in core.resources.engine_manager.processes]
         Thread(target=tell_of_end, args=(sentinels, core.outputs_queue), daemon=True).start()
     return engine
+
+
+@functools.cache
+def own_folder() -> str:
+    """For the sockets of this process's engines, which vLLM leaves behind; it goes with the process."""
+    place = tempfile.gettempdir()
+    folder = tempfile.TemporaryDirectory(prefix="vllm-", dir=place if len(place) < LONG else "/tmp")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def tell_of_end(sentinels: Sequence[Any], answers: Queue) -> None:

@@ -63,6 +63,7 @@ class Captioning:
 
     def __init__(self, home: Path, source: Path, model: Path, profile: Path) -> None:
         self.home, self.dataset, self.mark = home, home / "data", uuid.uuid4().hex
+        self.temporary = home / "tmp"
         settings = {
             "data.path": self.dataset,
             "data.source": source,
@@ -76,7 +77,8 @@ class Captioning:
         self.words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
     def start(self) -> subprocess.Popen[str]:
-        environment = {**bare_environment(), MARK: self.mark}
+        self.temporary.mkdir(exist_ok=True)
+        environment = {**bare_environment(), MARK: self.mark, "TMPDIR": str(self.temporary)}
         return subprocess.Popen(
             self.words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=self.home
         )
@@ -106,6 +108,7 @@ def undisturbed(tmp_path_factory, source, tiny_qwen, profile) -> tuple[list[dict
     process = bench.start()
     told = process.communicate()[0]
     assert process.returncode == 0, told
+    assert not list(bench.temporary.iterdir())
     return bench.rows(), time.monotonic() - begun
 
 
