@@ -4,7 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +37,22 @@ class Kernel:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel) -> Tensor:
     """q (B, heads, N, width), k and v (B, heads, L, width), mask (B, 1, 1, L) true where a key counts -> as q."""
+    with by(kernel.backend, *BACKENDS):
+        return padded(q, k, v, mask, kernel.width)
+
+
+def by(backend: str | None, *others: str) -> AbstractContextManager[None]:
+    """The others where the first one cannot; torch's own choice where that is None."""
+    if backend is None:
+        return nullcontext()
+    return sdpa_kernel([BACKENDS[name] for name in (backend, *others)], set_priority=True)
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, to: int) -> Tensor:
     width = q.shape[-1]
-    if kernel.width > width:
-        q, k, v = (F.pad(part, (0, kernel.width - width)) for part in (q, k, v))
-    backends = [BACKENDS[kernel.backend], *BACKENDS.values()] if kernel.backend else []
-    with sdpa_kernel(backends, set_priority=True) if backends else nullcontext():
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)
-    return attended[..., :width]
+    if to > width:
+        q, k, v = (F.pad(part, (0, to - width)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)[..., :width]
 
 
 def operands(batch: int, heads: int, width: int, tokens: int, keys: int, device: torch.device) -> list[Tensor]:
@@ -60,9 +69,9 @@ def padding_mask(batch: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(keys, device=device) < lengths
 
 
-def there_and_back(given: Sequence[Tensor], mask: Tensor | None, kernel: Kernel) -> list[Tensor]:
+def there_and_back(given: Sequence[Tensor], mask: Tensor | None, to: int = 0) -> list[Tensor]:
     q, k, v = given
-    out = attend(q, k, v, mask, kernel)
+    out = padded(q, k, v, mask, to)
     return [out, *torch.autograd.grad(out, given, torch.ones_like(out))]
 
 
@@ -70,10 +79,10 @@ def seconds(given: Sequence[Tensor], mask: Tensor | None, kernel: Kernel, exact:
     """Median of the way there and back; None where the kernel cannot, or does not come to what is exact."""
     taken = []
     try:
-        with sdpa_kernel(BACKENDS[kernel.backend]) if kernel.backend else nullcontext():
+        with by(kernel.backend):
             for repeat in range(REPEATS + 1):
                 begun = finished(given[0].device)
-                found = there_and_back(given, mask, kernel)
+                found = there_and_back(given, mask, kernel.width)
                 taken.append(finished(given[0].device) - begun)
                 if repeat == 0 and not all(map(agree, found, exact)):
                     return None
@@ -100,8 +109,8 @@ def timings(
     given = operands(batch, heads, width, tokens, keys, device)
     mask = padding_mask(batch, keys, device) if masked else None
     own = Kernel()
-    exact = there_and_back(given, mask, own)
-    kernels = [own, *(Kernel(backend=name, width=padded) for name in BACKENDS for padded in PADDINGS)]
+    exact = there_and_back(given, mask)
+    kernels = [own, *(Kernel(backend=name, width=to) for name in BACKENDS for to in PADDINGS)]
     found = {
         kernel: seconds(given, mask, kernel, exact) for kernel in kernels if kernel.width == 0 or kernel.width > width
     }
