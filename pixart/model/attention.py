@@ -45,7 +45,8 @@ def by(backend: str | None, *others: str) -> AbstractContextManager[None]:
     """The others where the first one cannot; torch's own choice where that is None."""
     if backend is None:
         return nullcontext()
-    return sdpa_kernel([BACKENDS[name] for name in (backend, *others)], set_priority=True)
+    order = [backend, *(name for name in others if name != backend)]
+    return sdpa_kernel([BACKENDS[name] for name in order], set_priority=True)
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, to: int) -> Tensor:
