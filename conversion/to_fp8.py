@@ -28,6 +28,7 @@ from conversion.calibrate import CalibrationBatch, calibrate, dataset_batches, s
 from conversion.exports import EXPORTS
 from conversion.options import (
     AUTO,
+    STATEFUL,
     TEXT_DIM,
     Options,
     Parser,
@@ -43,6 +44,7 @@ from conversion.report import PAGE, REPORT, describe
 from pixart import checkpoint as checkpoints
 from pixart.checkpoint import Checkpoint
 from pixart.data import manifest as manifests
+from pixart.model import fp8
 from pixart.model.dit import DiT, load_model
 from pixart.tensor_file import map_tensors
 from pixart.training.distributed import process_group
@@ -155,8 +157,13 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
         batches = dataset_batches(data, start.normalization, count, options.batch)
     else:
         batches = synthetic_batches(start.config, text_dim, count, options.batch)
-    if options.stage == 2 and batches[0].text.shape[-1] != text_dim:
-        raise ValueError(f"--data: text states are {batches[0].text.shape[-1]} wide, the model reads {text_dim}")
+    text = batches[0].text
+    if options.stage == 2 and text.shape[-1] != text_dim:
+        raise ValueError(f"--data: text states are {text.shape[-1]} wide, the model reads {text_dim}")
+    if options.device == "cuda" and options.recipe == STATEFUL:
+        tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
+        counts = {"image tokens": tokens} | ({"states of text": text.shape[1]} if options.stage == 2 else {})
+        fp8.check_rows(options.batch, counts)
     return start, batches, data
 
 

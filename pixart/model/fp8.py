@@ -25,6 +25,7 @@ from pixart.model.fp8_products import (
     record,
 )
 
+ROWS = 16  # that a product of tensor cores takes at once
 OVERFLOW_WEIGHT = 1 / 32  # of a step in the running share of steps that overflow
 OVERFLOW_LIMIT = 0.5  # a share above which delayed scaling does not follow a tensor
 
@@ -39,6 +40,19 @@ class Plan:
     history: int = 16  # rows of amax history, the staging row included
     margin: int = 0  # powers of two of headroom
     batch: int = 1  # images of a rank's step: gradients of a mean are in inverse proportion to it
+
+
+def check_rows(images: int, counts: Mapping[str, int]) -> None:
+    """Raises ValueError for rows that a product on a GPU cannot sum over, as the weight gradient does; by what they
+    are, `counts` of an image.
+    """
+    for what, count in counts.items():
+        if images * count % ROWS:
+            raise ValueError(
+                f"FP8 on a GPU: {images} images at once have {images * count} {what}, or a multiple of it, and the "
+                f"weight gradient sums over multiples of {ROWS}: take another batch or, in training, "
+                "fp8_weight_gradient=false"
+            )
 
 
 def scale_from_amax(amax: Tensor, previous: Tensor, format_max: Tensor | float, margin: int = 0) -> Tensor:

@@ -24,8 +24,6 @@ from pixart.training.ema import Ema, decay_at
 from pixart.training.one_pass import OnePass
 from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
 
-ROWS = 16  # that a product of FP8 tensor cores takes at once
-
 
 class Training:
     """Model, optimizer, average and scales of a run, sharded over the ranks.
@@ -89,7 +87,8 @@ class Training:
         backend = fp8_backend(self.config.fp8_backend, plan.recipe)
         if backend == "native":
             if self.ranks.device.type == "cuda" and self.config.fp8_weight_gradient:
-                check_rows(self.micro_batch, self.tokens, self.dataset.data.text_tokens if self.stage == 2 else None)
+                text = {"states of text": math.gcd(ALIGNMENT, self.dataset.data.text_tokens)}
+                fp8.check_rows(self.micro_batch, {"image tokens": self.tokens} | (text if self.stage == 2 else {}))
             fp8.swap_linears(self.model, plan, fine_weight_gradient=not self.config.fp8_weight_gradient)
         elif backend == "torchao":
             fp8_torchao.swap_linears(self.model, plan)
@@ -223,19 +222,6 @@ def fresh_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:
     sizes = dataclasses.asdict(model)
     classes = sizes.pop("num_classes")
     return DiT(**sizes, **({"num_classes": classes} if stage == 1 else {"text_dim": dataset.text_dim}))
-
-
-def check_rows(images: int, tokens: int, text_tokens: int | None) -> None:
-    """Raises ValueError for rows that an FP8 product on a GPU cannot sum over, as the weight gradient does."""
-    counts = {"image tokens": tokens}
-    if text_tokens:
-        counts["states of text"] = math.gcd(ALIGNMENT, text_tokens)
-    for what, count in counts.items():
-        if images * count % ROWS:
-            raise ValueError(
-                f"FP8 on a GPU: {images} images at once have {images * count} {what}, or a multiple of it, and the "
-                f"weight gradient sums over multiples of {ROWS}: set another batch, or fp8_weight_gradient=false"
-            )
 
 
 def check_fits(model: DiT, dataset: Manifest, stage: int) -> None:

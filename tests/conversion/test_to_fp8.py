@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import to_bf16
+from conversion import calibrate, to_bf16, to_fp8
 from conversion.options import Options
 from conversion.to_fp8 import convert, main
 from pixart import checkpoint as checkpoints
@@ -58,6 +58,14 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
 def test_conversion_on_a_gpu(legacy_file, recipe):
     words = [*QUICK, "--device", "cuda", "--recipe", recipe]
     assert main([str(legacy_file), *words]) == 0
+
+
+def test_batches_that_a_gpu_cannot_multiply_are_refused_before_anything_else(legacy_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "SYNTHETIC_TEXT_TOKENS", 20)
+    for device, batch in (("cpu", 1), ("cuda", 4)):
+        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch=batch, base_image_size=8))
+    with pytest.raises(ValueError, match="1 images at once have 20 states of text"):
+        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch=1, base_image_size=8))
 
 
 @pytest.mark.slow

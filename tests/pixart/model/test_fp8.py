@@ -311,3 +311,10 @@ def test_a_step_that_is_not_finite_leaves_no_trace_in_the_scales():
     fp8.update_scales(network, PLAN)
     assert torch.equal(fp8.scale_state(network)["0.scale"], before)
     assert network[0].amax_history.isfinite().all()
+
+
+@pytest.mark.parametrize("counts", [{"states of text": 8}, {"image tokens": 256, "states of text": 77}])
+def test_rows_that_products_on_a_gpu_refuse(counts):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        fp8.check_rows(1, counts)
+    fp8.check_rows(16, counts)

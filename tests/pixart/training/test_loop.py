@@ -20,7 +20,6 @@ from pixart.data.order import rows_of_step
 from pixart.data.store import Store
 from pixart.model.dit import DiT
 from pixart.training.loop import train
-from pixart.training.step import check_rows
 from pixart.training.telling import DivergedError, Quiet
 
 
@@ -317,14 +316,3 @@ def test_the_loop_itself_is_quick(small_recipe, tmp_path, monkeypatch):
     config = dataclasses.replace(small_recipe.stage1, steps=400, save_every=400, log_every=10)
     run_stage(small_recipe, tmp_path, 1, config, curves=curves)
     assert 1 / min(curves.values["train/seconds_per_step"].values()) >= 200
-
-
-@pytest.mark.parametrize(("images", "tokens", "text_tokens"), [(1, 256, 120), (3, 36, None), (2, 16, 77)])
-def test_rows_that_fp8_products_on_a_gpu_refuse(images, tokens, text_tokens):
-    with pytest.raises(ValueError, match="multiples of 16"):
-        check_rows(images, tokens, text_tokens)
-
-
-@pytest.mark.parametrize(("images", "tokens", "text_tokens"), [(2, 256, 120), (1, 256, None), (16, 36, 77)])
-def test_rows_that_they_take(images, tokens, text_tokens):
-    check_rows(images, tokens, text_tokens)
