@@ -26,7 +26,7 @@ check: .venv/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q -m "not slow and not slurm and not vllm and not gpu"
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "not slow and not slurm and not vllm and not gpu"
 
 test: .venv/.installed-dev
 	@sh tests/vllm_environment.sh .venv-vllm

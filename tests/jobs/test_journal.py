@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from jobs.journal import Journal, points, read_journal, read_tail, summarized
 from tests.jobs import tasks
 
@@ -82,6 +84,7 @@ def test_a_report_takes_less_than_a_hundredth_of_a_step(tmp_path):
     assert steps(tmp_path) == list(range(5000))
 
 
+@pytest.mark.slow
 def test_256_tasks_at_once_of_which_50_are_killed(tmp_path):
     """Every point is there just once, as if nothing had happened."""
     words = [sys.executable, "-m", "tests.jobs.tasks", str(tmp_path), "256", "20", "50"]

@@ -167,6 +167,7 @@ def test_stage_of_the_checkpoint_is_checked(small_recipe, stage1, tmp_path):
         run_stage(small_recipe, tmp_path, 2, config, start=stage1[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("recipe", ["current", "rowwise"])
 def test_torchao_trains_by_a_plan_of_its_recipes(small_recipe, stage1, tmp_path, recipe):
