@@ -3,6 +3,7 @@
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def seconds(given: Sequence[Tensor], mask: Tensor | None, kernel: Kernel, exact:
     """Median of the way there and back; None where the kernel cannot, or does not come to what is exact."""
     taken = []
     try:
-        with by(kernel.backend):
+        with by(kernel.backend), warnings.catch_warnings(action="ignore"):  # of why a kernel cannot
             for repeat in range(REPEATS + 1):
                 begun = finished(given[0].device)
                 found = there_and_back(given, mask, kernel.width)
@@ -125,10 +126,12 @@ def fastest(found: Mapping[Kernel, float]) -> Kernel:
 
 
 @functools.cache
-def measured(batch: int, heads: int, width: int, tokens: int, text: int, device: torch.device) -> tuple[Kernel, Kernel]:
+def measured(
+    batch: int, heads: int, width: int, tokens: int, text: int | None, device: torch.device
+) -> tuple[Kernel, Kernel]:
     """The fastest among `tokens` of an image, and from these to `text` states of which some are padding."""
-    to_image = timings(batch, heads, width, tokens, tokens, device, masked=False)
-    return fastest(to_image), fastest(timings(batch, heads, width, tokens, text, device, masked=True))
+    to_image = fastest(timings(batch, heads, width, tokens, tokens, device, masked=False))
+    return to_image, fastest(timings(batch, heads, width, tokens, text, device, masked=True)) if text else Kernel()
 
 
 def use(model: nn.Module, self_attention: Kernel, cross_attention: Kernel) -> None:

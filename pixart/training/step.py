@@ -76,10 +76,10 @@ class Training:
             heads=model.num_heads,
             width=model.dim // model.num_heads,
             tokens=self.tokens,
-            text=self.dataset.data.text_tokens,
+            text=self.dataset.data.text_tokens if self.stage == 2 else None,
             device=self.ranks.device,
         )
-        print(f"attention to the image by {image}, to the text by {text}", flush=True)
+        print(f"attention: {image}" + (f"; to the text, {text}" if self.stage == 2 else ""), flush=True)
         return image, text
 
     def swap_linears(self, plan: Plan) -> None:

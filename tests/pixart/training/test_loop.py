@@ -18,8 +18,11 @@ from pixart.data import manifest as manifests
 from pixart.data.loader import Loader
 from pixart.data.order import rows_of_step
 from pixart.data.store import Store
+from pixart.model.attention import measured, use
 from pixart.model.dit import DiT
+from pixart.training.distributed import process_group
 from pixart.training.loop import train
+from pixart.training.step import Training
 from pixart.training.telling import DivergedError, Quiet
 
 
@@ -317,3 +320,20 @@ def test_the_loop_itself_is_quick(small_recipe, tmp_path, monkeypatch):
     config = dataclasses.replace(small_recipe.stage1, steps=400, save_every=400, log_every=10)
     run_stage(small_recipe, tmp_path, 1, config, curves=curves)
     assert 1 / min(curves.values["train/seconds_per_step"].values()) >= 200
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_attention_is_measured_at_the_sizes_of_the_run(small_recipe, capsys, stage):
+    """And whatever comes out, every block has it."""
+    config = dataclasses.replace(small_recipe.train(stage), fp8=False, accumulate=2)
+    with process_group() as ranks:
+        store = Store(manifests.read(small_recipe.data.path))
+        training = Training(None, stage, small_recipe.model, config, store, ranks)
+        found = training.fastest_attention()
+    assert measured.cache_info().currsize
+    assert found == measured(
+        batch=4, heads=2, width=16, tokens=16, text=None if stage == 1 else 32, device=torch.device("cpu")
+    )
+    assert ("to the text" in capsys.readouterr().out) == (stage == 2)
+    use(training.model, *found)
+    assert {block.attention.attention.kernel for block in training.model.dit_blocks} == {found[0]}
