@@ -9,16 +9,18 @@ same measurement.
 import torch
 
 from benchmarks import measure
-from pixart.model.attention import timings
+from pixart.model.attention import REPEATS, timings
 
 HEADS, WIDTH, TOKENS, TEXT = 16, 72, 256, 120
 
 
 def main() -> None:
-    parser = measure.parser(__doc__)
+    parser = measure.parser(__doc__, repeats=REPEATS)
     options = parser.parse_args()
     image, text = (
-        timings(options.batch, HEADS, WIDTH, TOKENS, keys, measure.device(), masked=keys == TEXT)
+        timings(
+            options.batch, HEADS, WIDTH, TOKENS, keys, measure.device(), masked=keys == TEXT, repeats=options.repeats
+        )
         for keys in (TOKENS, TEXT)
     )
     lines = [

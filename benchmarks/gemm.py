@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from pixart.model.fp8_products import E4M3, E5M2, Format, quantize, scaled_matmul
+from pixart.model.timing import seconds
 
 TOKENS, TEXT, TEXT_DIM = 256, 120, 2048
 
@@ -56,7 +57,7 @@ def row(name: str, a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) 
         compiled = torch.compile(way, fullgraph=True)
         ways.append(lambda compiled=compiled, given=given: compiled(*given))
     operations = 2 * a.shape[0] * a.shape[1] * b.shape[1] / 1e12
-    plain, fp8, cast = (operations / measure.seconds(way, repeats) for way in ways)
+    plain, fp8, cast = (operations / seconds(way, repeats) for way in ways)
     return f"| {name} | {plain:.3g} | {fp8:.3g} | {cast:.3g} | {fp8 / plain:.2f} | {cast / plain:.2f} |"
 
 

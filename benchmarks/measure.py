@@ -1,23 +1,22 @@
-"""What the benchmarks share: the page of results, time on a device, and what its card can do."""
+"""What the benchmarks share: the page of results, and what a device's card can do."""
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pixart.model.timing import seconds
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def parser(description: str | None, repeats: int = 0) -> argparse.ArgumentParser:
+def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--batch", type=int, default=320)
-    if repeats:
-        found.add_argument("--repeats", type=int, default=repeats)
+    found.add_argument("--repeats", type=int, default=repeats)
     return found
 
 
@@ -32,24 +31,6 @@ def device() -> torch.device:
 
 def card() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-
-
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` calls, each waited for, after one that warms up."""
-    taken = []
-    for repeat in range(repeats + 1):
-        wait()
-        begun = time.perf_counter()
-        function()
-        wait()
-        if repeat:
-            taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def matrix_rate(size: int, repeats: int = 20) -> float:

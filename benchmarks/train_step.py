@@ -25,6 +25,7 @@ from pixart.config import TrainConfig
 from pixart.model import attention, fp8, fp8_gather, fp8_te, fp8_torchao
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
+from pixart.model.timing import seconds, wait
 from pixart.training.distributed import Ranks, parallelize, process_group
 from pixart.training.ema import Ema
 from pixart.training.one_pass import OnePass
@@ -137,7 +138,7 @@ def shares(step: Callable[[], object]) -> dict[str, float]:
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
         step()
-        measure.wait()
+        wait()
     times = {"products": 0.0, "attention": 0.0, "casts": 0.0, "all": 0.0}
     for event in profile.key_averages():
         spent, name = event.self_device_time_total if cuda else event.self_cpu_time_total, event.key.lower()
@@ -177,15 +178,15 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
             one_pass.step(config.lr, 1 - config.ema, never)
         else:
             optimizer.step()
-        if ema and not one_pass:
-            ema.update(model, step=0)
+            if ema:
+                ema.update(model, step=0)
         optimizer.zero_grad()
         if hasattr(model, "plan"):
             fp8.update_scales(model, model.plan)
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    taken = measure.seconds(step, options.repeats)
+    taken = seconds(step, options.repeats)
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
     share = shares(step)
     operations = options.batch * operations_of_an_image(options.dim, options.blocks) / 1e12

@@ -36,7 +36,7 @@ def array_command(launch: Launch, options: argparse.Namespace) -> str:
         return describe_submission(run)
     entries = ledger.entries(launch.dataset, job, shards)
     rows, valid = sum(entry.rows for entry in entries.values()), sum(entry.valid for entry in entries.values())
-    place = {"caption": "captions", "latents": "latents.zarr"}[job]
+    place = {"caption": "captions", "latents": ledger.ARRAYS}[job]
     following = {"caption": "latents", "latents": "audit"}[job]
     return (
         f"{job}: {len(shards)} shards, {valid} of {rows} images valid, in {launch.dataset}/{place}\n"

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs import init, ledger, runs
+from jobs.records import of_this_version
 from jobs.runs import Run
 from jobs.submission import POLL_SECONDS, Launch
 from pixart.config import is_url, read_data, to_json
 from slurm import profile as profiles
 from slurm import queue
 from slurm.cluster import Cluster, Shape
-
-ARRAYS = "latents.zarr"  # that a dataset's making begins with
 
 
 def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
@@ -35,10 +34,8 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
         make_dataset(launch)
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
-    try:
+    with of_this_version(f"{launch.dataset}/{ledger.MANIFEST}"):
         made = read_data(manifest["data"])
-    except (TypeError, LookupError) as error:
-        raise ValueError(f"{launch.dataset}/{ledger.MANIFEST} is of another version: {error}") from None
     named = {
         assignment.split("=")[0].removeprefix("data.") for assignment in assignments if assignment.startswith("data.")
     }
@@ -55,7 +52,7 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
 def check_own_folder(dataset: str) -> None:
     """Raises ValueError where a new dataset would lie among files of others, such as the images themselves."""
     there = sorted(Path(dataset).iterdir()) if Path(dataset).is_dir() else []
-    others = [path.name for path in there if path.name != ARRAYS and not path.name.startswith(".")]
+    others = [path.name for path in there if path.name != ledger.ARRAYS and not path.name.startswith(".")]
     if others:
         raise ValueError(
             f"dataset {dataset}: is no dataset, and has files of others, such as {others[0]}; name a new folder, and "

@@ -17,6 +17,7 @@ from jobs.records import parse_record
 from pixart.config import is_url
 
 MANIFEST = "manifest.json"
+ARRAYS = "latents.zarr"  # a folder
 NAME = re.compile(r"([0-9]+)\.json")
 
 

@@ -1,8 +1,19 @@
 """The small JSON files that runs, checkpoints and datasets are known by; a damaged one is an error that names it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def of_this_version(path: Path | str) -> Iterator[None]:
+    """For what is made of a record's fields: raises ValueError where they are others."""
+    try:
+        yield
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{path} is of another version: {error}") from None
 
 
 def read_record(path: Path, *keys: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from jobs.tracking import Tracker, run_id
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ALIAS = "newest"
-ROOT = Path(__file__).parents[1]
 
 
 def release(home: Path, name: str, model: str) -> str:
@@ -35,7 +34,7 @@ def release(home: Path, name: str, model: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "ema"
         words = [sys.executable, "-m", "jobs.release", str(checkpoint), str(weights)]
-        done = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(f"{checkpoint} cannot be released: {done.stderr.strip().rpartition(chr(10))[2]}")
         publish(tracker, run)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs import ledger
 from jobs.journal import read_tail
-from jobs.records import read_record
+from jobs.records import of_this_version, read_record
 from pixart.config import is_url
 from slurm import queue
 from slurm.cluster import Submitted
@@ -87,10 +87,8 @@ def load(folder: Path) -> Run:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is no run folder") from None
     jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
-    try:
+    with of_this_version(folder / RECORD):
         return Run(**{**record, "folder": folder, "elements": tuple(record["elements"]), "jobs": jobs})
-    except TypeError as error:
-        raise ValueError(f"{folder / RECORD} is of another version: {error}") from None
 
 
 def folders(home: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """vLLM's engine, for captions and for recaptioning."""
 
 import atexit
-import functools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ def make_engine(model: str, **settings: Any) -> Any:
 
     if not current_platform.is_cuda_alike():
         settings |= on_a_cpu()
-    os.environ.setdefault(SOCKETS, own_folder())
+    if SOCKETS not in os.environ:
+        os.environ[SOCKETS] = own_folder()
     engine = vllm.LLM(model=model, max_model_len=MAX_MODEL_LEN, **settings)
     core: Any = engine.llm_engine.engine_core
     if hasattr(core, "outputs_queue"):  # it has a process
@@ -31,7 +31,6 @@ def make_engine(model: str, **settings: Any) -> Any:
     return engine
 
 
-@functools.cache
 def own_folder() -> str:
     """For the sockets of this process's engines, which vLLM leaves behind; it goes with the process."""
     place = tempfile.gettempdir()

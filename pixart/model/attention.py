@@ -1,8 +1,6 @@
 """Attention by the kernel that is fastest here: torch has several, and a head's width may suit one better padded."""
 
 import functools
-import statistics
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pixart.model.timing import seconds
 
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -77,35 +77,33 @@ def there_and_back(given: Sequence[Tensor], mask: Tensor | None, to: int = 0) ->
     return [out, *torch.autograd.grad(out, given, torch.ones_like(out))]
 
 
-def seconds(given: Sequence[Tensor], mask: Tensor | None, kernel: Kernel, exact: Sequence[Tensor]) -> float | None:
-    """Median of the way there and back; None where the kernel cannot, or does not come to what is exact."""
-    taken = []
+def alone(
+    given: Sequence[Tensor], mask: Tensor | None, kernel: Kernel, exact: Sequence[Tensor], repeats: int
+) -> float | None:
+    """Seconds of the way there and back; None where the kernel cannot, or does not come to what is exact."""
     try:
         with by(kernel.backend), warnings.catch_warnings(action="ignore"):  # of why a kernel cannot
-            for repeat in range(REPEATS + 1):
-                begun = finished(given[0].device)
-                found = there_and_back(given, mask, kernel.width)
-                taken.append(finished(given[0].device) - begun)
-                if repeat == 0 and not all(map(agree, found, exact)):
-                    return None
+            if not all(map(agree, there_and_back(given, mask, kernel.width), exact)):
+                return None
+            return seconds(lambda: there_and_back(given, mask, kernel.width), repeats)
     except RuntimeError:  # no kernel, or too little memory
         return None
-    return statistics.median(taken[1:])
 
 
 def agree(found: Tensor, exact: Tensor) -> bool:
     return bool((found - exact).float().norm() <= AGREEMENT * exact.float().norm())
 
 
-def finished(device: torch.device) -> float:
-    """The time, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def timings(
-    batch: int, heads: int, width: int, tokens: int, keys: int, device: torch.device, *, masked: bool
+    batch: int,
+    heads: int,
+    width: int,
+    tokens: int,
+    keys: int,
+    device: torch.device,
+    *,
+    masked: bool,
+    repeats: int = REPEATS,
 ) -> dict[Kernel, float]:
     """Seconds there and back by each kernel that can, torch's own choice the first of them."""
     given = operands(batch, heads, width, tokens, keys, device)
@@ -114,7 +112,9 @@ def timings(
     exact = there_and_back(given, mask)
     kernels = [own, *(Kernel(backend=name, width=to) for name in BACKENDS for to in PADDINGS)]
     found = {
-        kernel: seconds(given, mask, kernel, exact) for kernel in kernels if kernel.width == 0 or kernel.width > width
+        kernel: alone(given, mask, kernel, exact, repeats)
+        for kernel in kernels
+        if kernel.width == 0 or kernel.width > width
     }
     return {kernel: taken for kernel, taken in found.items() if taken is not None}
 

@@ -36,7 +36,7 @@ class OnePass:
             rows = [[local(tensor) for tensor in self.tensors(parameter)] for parameter in seen]
             decays = [self.decays[parameter] for parameter in seen]
             self.advance(rows, decays, *numbers, skip, *group["betas"], group["eps"])
-            for parameter in set(part).difference(seen):  # no gradient reaches it
+            for parameter in (own for own in part if own.grad is None):  # no gradient reaches it
                 self.averages[self.names[parameter]].lerp_(parameter, share)
 
     def tensors(self, parameter: nn.Parameter) -> list[Tensor]:
