@@ -1,13 +1,14 @@
 """Time and memory of converting a checkpoint of the real run's size, against a copy of its bytes on the same disk.
 
 `python -m benchmarks.conversion_limits FOLDER` writes about 30 GB there; with `--memory BYTES`, as root where the
-memory controller of cgroups is mounted, the conversion also runs within that much memory. Latents are small and few:
-what is compared is everything but the passes of the model, which fit, calibrate and verify.
+memory controller of cgroups is mounted, the conversion also runs within that much memory.
 """
 
 import argparse
 import os
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -22,13 +23,15 @@ from pixart.config import ModelConfig
 from pixart.model.dit import DiT, parameter_groups
 
 CGROUP = Path("/sys/fs/cgroup/memory/conversion-limits")
+COPIES = 2  # before each conversion, and after it
+IMAGES = 1  # of a batch; calibration has one, verification four
 COUNTED = (
-    "Passes of the model, which fit (stage), calibrate and verify, are measured by themselves. All else is held "
-    "against `cp` and fsync of the source, before and after, on the same disk: reading and checking every value, "
-    "deriving what changes, writing, fsync. The source's hash and the comparison of every carried tensor with it are "
-    "made by a thread beside the passes; what they take beyond these counts, as `comparing`."
+    "`cp` and fsync of the source, before and after on the same disk, are what it is held against; the median counts. "
+    "Calibration is a batch of one small latent, verification four, which more and larger ones would make longer, so "
+    "that passes of the model take as long as its weights make them. The source's hash, and the comparison of every "
+    "carried tensor with it, are made beside what follows the writing; what they take beyond it counts, as `comparing`."
 )
-PASSES = ("stage", "calibrating", "verifying")  # steps of the report that are passes of the model
+CALIBRATION, FIT = "calibrating", "stage"  # steps of the conversion's log
 
 
 def write_checkpoint(path: Path) -> int:
@@ -65,9 +68,9 @@ def copy_seconds(path: Path) -> float:
 
 def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str, float], float]:
     """Seconds of each step, and the peak of memory that is no mapped file, in bytes."""
-    words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--overwrite", "--text-dim", "2048"]
-    words += ["--base-image-size", "8", "--batches", "1", "--batch", "2", "--keep-bf16", "linear_out"]
-    words += ["--stage", str(stage)]
+    shutil.rmtree(path.with_suffix(".fp8"), ignore_errors=True)
+    words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--text-dim", "2048", "--base-image-size", "8"]
+    words += ["--batches", "1", "--batch", str(IMAGES), "--keep-bf16", "linear_out", "--stage", str(stage)]
     log = path.with_suffix(".log")
 
     def enter() -> None:
@@ -102,18 +105,23 @@ def main() -> None:
     subprocess.run(["sync"], check=True)
     lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB.", "", COUNTED]
     for stage in (1, 2):
-        before, (seconds, peak), after = copy_seconds(path), convert(path, stage), copy_seconds(path)
-        own = sum(value for name, value in seconds.items() if name not in PASSES)
+        before = [copy_seconds(path) for _ in range(COPIES)]
+        seconds, peak = convert(path, stage)
+        copies = before + [copy_seconds(path) for _ in range(COPIES)]
         written = sum(file.stat().st_size for file in path.with_suffix(".fp8").rglob("*") if file.is_file())
+        counted = {"all but calibration": sum(value for name, value in seconds.items() if name != CALIBRATION)}
+        if stage == 2:
+            counted["all but calibration and the fit of the stage"] = counted["all but calibration"] - seconds[FIT]
+        median = statistics.median(copies)
         lines += [
             "",
-            f"To stage {stage}, {written / 1e9:.1f} GB. The source copied and synced: {before:.1f} s before, "
-            f"{after:.1f} s after.",
+            f"To stage {stage}, {written / 1e9:.1f} GB. The source copied and synced: "
+            f"{', '.join(f'{each:.1f}' for each in copies)} s.",
             "",
             "| step | seconds |",
             "|---|---|",
             *(f"| {name} | {value:.1f} |" for name, value in seconds.items() if value >= 0.05),
-            f"| all but the passes of the model | {own:.1f} ({2 * own / (before + after):.2f} of the copy) |",
+            *(f"| {name} | {value:.1f} ({value / median:.2f} of the copy) |" for name, value in counted.items()),
             "",
             f"Peak of memory that is no mapped file: {peak / 1e9:.2f} GB; the model in BF16 has "
             f"{2 * parameters / 1e9:.2f} GB.",

@@ -92,7 +92,7 @@ def curve(
     for directory in [begin, *checkpoints.steps(folder)]:
         saved = checkpoints.load(directory)
         model = load_model(saved.config, saved.model, measure.device())
-        losses.append(mean_loss(model, batches, torch.bfloat16))
+        losses.append(mean_loss(model, batches))
     return losses
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from conversion.modulation import ROWS
 from conversion.options import STATEFUL, Options, Statistic
 from pixart.checkpoint import Checkpoint, Normalization
 from pixart.data import manifest as manifests
@@ -91,68 +92,97 @@ def without_class(model: DiT, batch: CalibrationBatch) -> CalibrationBatch:
     return dataclasses.replace(batch, label=no_class(model, len(batch.latents)))
 
 
-def batch_loss(model: DiT, batch: CalibrationBatch, seed: int) -> Tensor:
-    """The training loss at stratified t, with noise by seed -> ()."""
+Numbered = Mapping[int, CalibrationBatch]  # by the seed of a batch's noise
+
+
+def batch_losses(model: DiT, batches: Numbered) -> Tensor:
+    """The training loss of each batch at stratified t, with noise by its seed; all of one size, in one pass -> (n,)."""
     device = model.adaLN1.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    t = stratified_time(len(batch.latents), generator).to(device)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-    data = batch.latents.to(device)
+    together = list(batches.values())
+    data = torch.cat([batch.latents for batch in together]).to(device)
+    draws = [time_and_noise(batch.latents.shape, seed) for seed, batch in batches.items()]
+    t, noise = (torch.cat(parts).to(device) for parts in zip(*draws, strict=True))
     if model.stage == 1:
-        label = batch.label.to(device)
+        label = torch.cat([batch.label for batch in together]).to(device)
         condition = {"label": torch.where(label < 0, model.config.num_classes - 1, label)}
     else:
-        condition = {"text": batch.text.to(device), "text_mask": batch.text_mask.to(device)}
+        condition = {
+            "text": torch.cat([batch.text for batch in together]).to(device),
+            "text_mask": torch.cat([batch.text_mask for batch in together]).to(device),
+        }
     noised = interpolate(data, noise, t)
     if torch.is_grad_enabled():
         noised.requires_grad_()  # so that gradients reach every layer, whether or not its weights ask for them
-    return flow_loss(model(noised, t, **condition), data, noise)
+    parts = (tensor.chunk(len(together)) for tensor in (model(noised, t, **condition), data, noise))
+    return torch.stack([flow_loss(*own) for own in zip(*parts, strict=True)])
+
+
+def time_and_noise(
+    shape: Sequence[int], seed: int
+) -> tuple[Tensor, Tensor]:  # (B, C, h, w) -> t (B,), noise (B, C, h, w)
+    generator = torch.Generator().manual_seed(seed)
+    return stratified_time(shape[0], generator), torch.randn(shape, generator=generator)
+
+
+def passes(model: DiT, batches: Numbered) -> Iterator[Numbered]:
+    """The batches, as many at once as make ROWS."""
+    numbered = list(batches.items())
+    while numbered:
+        tokens = numbered[0][1].latents[:, 0].numel() // model.config.patch_size**2
+        count = max(1, ROWS // tokens)
+        yield dict(numbered[:count])
+        del numbered[:count]
 
 
 @torch.no_grad()
-def mean_loss(model: DiT, batches: Sequence[CalibrationBatch], precision: torch.dtype = torch.float32) -> float:
-    device = model.adaLN1.weight.device.type
-    with torch.autocast(device, precision, enabled=precision != torch.float32):
-        return float(torch.stack([batch_loss(model, batch, seed) for seed, batch in enumerate(batches)]).mean())
+def mean_loss(model: DiT, batches: Sequence[CalibrationBatch]) -> float:
+    """In BF16."""
+    with in_bf16(model):
+        return float(torch.cat([batch_losses(model, own) for own in passes(model, dict(enumerate(batches)))]).mean())
+
+
+def in_bf16(model: DiT, wanted: bool = True) -> torch.autocast:
+    return torch.autocast(model.adaLN1.weight.device.type, torch.bfloat16, enabled=wanted)
 
 
 Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (rows, features)
 
 
-def watch(
-    model: DiT,
-    linears: Sequence[str],
-    batches: Sequence[CalibrationBatch],
-    visit: Visit,
-    start: int = 0,
-    step: int = 1,
-) -> None:
-    """Shows `visit` every linear's input, weight and grad_output, of every `step`th batch, in full precision.
+def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit, *, bf16: bool = False) -> Tensor:
+    """Shows `visit` every linear's input, weight and grad_output, of every batch, and returns the losses (batches,).
 
-    A linear that no gradient reaches is shown no grad_output. One block's tensors are in memory at a time.
+    A linear that no gradient reaches is shown no grad_output, and a weight is shown once for the batches of a pass.
+    One block's tensors are in memory at a time.
     """
     model.requires_grad_(False)
-    backward, handles = False, []
+    backward, count, handles, losses = False, 0, [], []
+
+    def each(name: str, slot: int, tensor: Tensor) -> None:
+        for part in tensor.detach().chunk(count):
+            visit(name, slot, part.flatten(0, -2))
 
     def forward(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if backward or not name.startswith("dit_blocks."):
-            visit(name, INPUT, inputs[0].detach().flatten(0, -2))
+            each(name, INPUT, inputs[0])
             visit(name, WEIGHT, module.weight.detach())
         if output.requires_grad and not backward:
-            output.register_hook(lambda grad: visit(name, GRAD_OUTPUT, grad.flatten(0, -2)))
+            output.register_hook(lambda grad: each(name, GRAD_OUTPUT, grad))
 
     for name in linears:
         handles.append(model.get_submodule(name).register_forward_hook(partial(forward, name)))
     try:
         with recomputed_blocks(model):
-            for seed in range(start, len(batches), step):
-                backward = False
-                loss = batch_loss(model, batches[seed], seed)
+            for own in passes(model, batches):
+                backward, count = False, len(own)
+                with in_bf16(model, bf16):
+                    found = batch_losses(model, own)
                 backward = True
-                loss.backward()
+                found.sum().backward()
+                losses.append(found.detach())
     finally:
         for handle in handles:
             handle.remove()
+    return torch.cat(losses) if losses else torch.zeros(0)
 
 
 @contextmanager
@@ -212,11 +242,9 @@ def measure_amax(
     def visit(name: str, slot: int, x: Tensor) -> None:
         amax[name][slot] = torch.maximum(amax[name][slot], measure(x, FORMATS[slot]).float().cpu())
 
-    if not dist.is_initialized():
-        watch(model, linears, batches, visit)
-        return amax
-    watch(model, linears, batches, visit, start=dist.get_rank(), step=dist.get_world_size())
-    if amax:
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    watch(model, linears, dict(list(enumerate(batches))[rank::ranks]), visit)
+    if dist.is_initialized() and amax:
         together = torch.stack(list(amax.values())).to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(together, op=dist.ReduceOp.MAX)
         amax = dict(zip(amax, together.cpu(), strict=True))

@@ -9,7 +9,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from conversion.modulation import Modulation, modulated, silent
+from conversion.modulation import Modulation, evaluate, modulated, own_modulations, silent
 from pixart.model.dit import DiT
 from pixart.model.flow import interpolate, stratified_time
 
@@ -37,9 +37,10 @@ def distilled(stage1: DiT, start: Modulation, latents: Tensor, *, free_scales: b
     for _ in range(steps):
         t = stratified_time(len(latents), generator)[torch.randperm(len(latents), generator=generator)].to(device)
         noised = interpolate(latents, torch.randn(latents.shape, generator=generator).to(device), t)
-        with torch.no_grad():
+        own, hidden = own_modulations(stage1, t, torch.float32)
+        with torch.no_grad(), modulated(stage1, own):
             wanted = stage1(noised, t, **condition)
-        with modulated(stage1, [modulation()]):
+        with modulated(stage1, evaluate(modulation(), hidden)):
             got = stage1(noised, t, **condition)
         loss = (got - wanted).square().mean()
         optimizer.zero_grad()

@@ -22,6 +22,7 @@ from pixart.model.flow import interpolate
 
 PAPER_T = 0.5
 NODES = 12
+ROWS = 4096  # image tokens of a pass: with fewer, reading the weights is what takes the time
 NODE_SPAN = 2.5  # standard deviations of the logit of t that the nodes reach on either side
 RIDGE = 1e-5  # of the largest squared singular value
 CHUNK = {"gamma1": 0, "beta1": 1, "gamma2": 2, "beta2": 3, "alpha1": 4, "alpha2": 5}
@@ -52,38 +53,33 @@ def constants(width: int) -> Tensor:
     return one.flatten()
 
 
+def evaluate(modulation: Modulation, hidden: Tensor) -> Tensor:
+    """What takes the place of every block's modulation; hidden (T, D) is block 0's layer before -> (blocks, T, 6 D)."""
+    weight, bias, offsets, scales = (getattr(modulation, field.name).to(hidden) for field in fields(modulation))
+    one = constants(hidden.shape[-1]).to(hidden)
+    return scales[:, None] * (F.linear(hidden, weight, bias) + offsets[:, None] + one) - one
+
+
+@torch.no_grad()
+def tables(model: DiT, modulations: Sequence[Modulation | None], t: Tensor) -> Tensor:
+    """What each of M modulations is at every t (T,), stage 1's own for None -> (M, blocks, T, 6 D)."""
+    own, hidden = own_modulations(model, t, torch.float32)
+    return torch.stack([own if m is None else evaluate(m, hidden) for m in modulations])
+
+
 @contextmanager
-def modulated(model: DiT, modulations: Sequence[Modulation | None]) -> Iterator[None]:
-    """Stage 1 with shared modulations in place of every block's own, each for its part of the batch, None for none.
+def modulated(model: DiT, rows: Tensor) -> Iterator[None]:
+    """Stage 1 with these modulations in place of every block's own, an image a row; rows (blocks, B, 6 D).
 
-    That is what stage 2 computes, whose weights have absorbed s, before any text.
+    With `evaluate`'s it computes what stage 2 does, whose weights have absorbed s, before any text.
     """
-    device = model.adaLN1.weight.device
-    own = [
-        None if m is None else Modulation(**{f.name: getattr(m, f.name).to(device) for f in fields(m)})
-        for m in modulations
-    ]
-    one = constants(model.config.dim).to(device)
-    shared: list[Tensor] = []
-
-    def replace(block: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        parts = list(output.chunk(len(own)))
-        if block == 0:
-            hidden = inputs[0].chunk(len(own))
-            shared[:] = [h if m is None else F.linear(h, m.weight, m.bias) for h, m in zip(hidden, own, strict=True)]
-        for part, m in enumerate(own):
-            if m is not None:
-                parts[part] = m.scales[block] * (shared[part] + m.offsets[block] + one) - one
-        return torch.cat(parts)
-
-    handles = [
-        block.adaLN2.register_forward_hook(partial(replace, index)) for index, block in enumerate(model.dit_blocks)
-    ]
+    for block, own in zip(model.dit_blocks, rows, strict=True):
+        block.modulation = partial(lambda own, condition: own, own)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for block in model.dit_blocks:
+            del block.modulation
 
 
 def nodes_of_t() -> tuple[Tensor, Tensor]:
@@ -94,13 +90,13 @@ def nodes_of_t() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def modulations(model: DiT, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Every block's modulation without a class (blocks, T, 6 D), and block 0's hidden layer (T, D); float64, CPU."""
+def own_modulations(model: DiT, t: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Every block's modulation without a class (blocks, T, 6 D), and block 0's layer before it (T, D)."""
     device = model.adaLN1.weight.device
-    condition = model.condition(t.float().to(device), no_class(model, len(t), device)).double()
-    hidden = [linear(condition, block.adaLN1) for block in model.dit_blocks]
-    outputs = [linear(F.silu(h), block.adaLN2) for h, block in zip(hidden, model.dit_blocks, strict=True)]
-    return torch.stack(outputs).cpu(), F.silu(hidden[0]).cpu()
+    condition = model.condition(t.float().to(device), no_class(model, len(t), device)).to(dtype)
+    hidden = [F.silu(linear(condition, block.adaLN1)) for block in model.dit_blocks]
+    outputs = [linear(h, block.adaLN2) for h, block in zip(hidden, model.dit_blocks, strict=True)]
+    return torch.stack(outputs), hidden[0]
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -116,11 +112,14 @@ def silent(model: DiT, count: int, device: torch.device) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def velocities(model: DiT, modulations: Sequence[Modulation | None], noised: Tensor, t: Tensor) -> Tensor:
-    """Of stage 1 without a class, with each of M modulations; noised (B or M B, C, h, w), t (B,) -> (M, B, C, h, w)."""
-    count, images = len(modulations), len(t)
+def velocities(model: DiT, rows: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+    """Of stage 1 without a class, by M modulations each; rows (M, blocks, B, 6 D), noised (B or M B, C, h, w), t (B,).
+
+    -> (M, B, C, h, w)
+    """
+    count, images = len(rows), len(t)
     noised = noised.repeat(count * images // len(noised), 1, 1, 1)
-    with modulated(model, modulations):
+    with modulated(model, rows.transpose(0, 1).flatten(1, 2)):
         together = model(noised, t.repeat(count), **silent(model, count * images, t.device))
     return together.unflatten(0, (count, images))
 
@@ -141,22 +140,25 @@ def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
     handles = [block.adaLN2.register_forward_hook(capture) for block in model.dit_blocks]
     model.requires_grad_(False)
     omega = []
-    for value in nodes_of_t()[0].float():
-        t = value.expand(len(latents)).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        output = model(interpolate(latents, noise, t), t, **silent(model, len(latents), latents.device))
+    tokens = latents[:, 0].numel() // model.config.patch_size**2
+    for values in nodes_of_t()[0].float().split(max(1, ROWS // tokens)):
+        count = len(values)
+        t = values.repeat_interleave(len(latents)).to(latents.device)
+        noise = torch.randn((count, *latents.shape), generator=generator).flatten(0, 1).to(latents.device)
+        noised = interpolate(latents.repeat(count, 1, 1, 1), noise, t)
+        output = model(noised, t, **silent(model, len(t), latents.device))
         probe = torch.randn(output.shape, generator=generator).to(output)
         gradients = torch.autograd.grad((output * probe).sum(), captured)
-        omega.append(torch.stack([gradient.double().square().mean(0).cpu() for gradient in gradients]))
+        omega.append(torch.stack([g.double().square().unflatten(0, (count, -1)).mean(1).cpu() for g in gradients]))
         captured.clear()
     for handle in handles:
         handle.remove()
-    return torch.stack(omega, dim=1)
+    return torch.cat(omega, dim=1)
 
 
 def paper(model: DiT) -> Modulation:
     """f is block 0's modulation, E_i = S_i(t*) - f(t*) at t* = 0.5."""
-    targets, _ = modulations(model, torch.tensor([PAPER_T]))
+    targets = own_modulations(model, torch.tensor([PAPER_T]))[0].cpu()
     first = model.dit_blocks[0].adaLN2
     return Modulation(
         weight=first.weight.detach().cpu(),
@@ -171,7 +173,7 @@ class Fit:
 
     def __init__(self, model: DiT, omega: Tensor) -> None:
         t, density = nodes_of_t()
-        targets, self.hidden = modulations(model, t)  # (blocks, T, 6 D), (T, D)
+        targets, self.hidden = (found.cpu() for found in own_modulations(model, t))  # (blocks, T, 6 D), (T, D)
         self.one = constants(model.config.dim).double()
         self.targets = targets + self.one
         self.trust = density[:, None] * omega.clamp(min=omega.mean() * 1e-6)

@@ -1,25 +1,28 @@
 """What FP8 does to every linear, on batches held out: amax, headroom, shares of values lost, and noise.
 
 Signal to quantization noise (SQNR) is 10 log10(sum of squares / sum of squared errors), in dB. Of a large linear it
-is taken over some of its outputs, with the scales that the whole tensors have.
+is taken over some of its outputs, with the scales that the whole tensors have: every n-th, which stands for n, and
+those of the largest values, which a scale cuts first.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conversion.calibrate import CalibrationBatch, largest, watch
+from conversion.calibrate import CalibrationBatch, largest, passes, watch
 from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, Format, through_fp8
+from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, through_fp8
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # of a block's scale
-SAMPLED = 1 << 18  # weights of a linear that figures are taken over; all of them where it has less than twice as many
+GRADIENT_PARAMETERS = 32_000_000  # at most, of the linears whose gradients are compared
+SAMPLED = 1 << 16  # weights of a linear that figures are taken over; all of them where it has less than twice as many
 
 
 def cast_by_recipe(x: Tensor, fmt: Format, recipe: str) -> Tensor:
@@ -40,10 +43,18 @@ def dynamic_scale(amax: Tensor, fmt: Format) -> Tensor:
 
 
 Squares = dict[str, Tensor]  # by name, sums of squares of the signal and of its error (2,)
+OUTPUTS = {"weight": 0, "weight_gradient": 0, "output": 1, "grad_output": 1}  # which dimension a linear's outputs are
 
 
-def squares(exact: Tensor, got: Tensor) -> Tensor:
-    return torch.stack([exact.square().sum(), (got - exact).square_().sum()]).double()
+def total(name: str, values: Tensor, share: Tensor) -> Tensor:
+    """The sum over all of a linear, of values (rows, in), (out, in) or (rows, out) of outputs that stand for others."""
+    if name not in OUTPUTS:
+        return values.sum(dtype=torch.float32).double()
+    return (values.sum(1 - OUTPUTS[name], dtype=torch.float32) @ share).double()
+
+
+def squares(name: str, exact: Tensor, got: Tensor, share: Tensor) -> Tensor:
+    return torch.stack([total(name, exact.square(), share), total(name, (got - exact).square_(), share)])
 
 
 def decibels(sums: Mapping[str, Tensor]) -> dict[str, float | None]:
@@ -61,41 +72,53 @@ class LayerFigures:
         self.amax = torch.zeros(len(FORMATS), dtype=torch.float64)
         self.lost = torch.zeros(2, len(FORMATS), dtype=torch.float64)  # underflow and overflow, sums of shares
         self.batches = 0
+        self.largest_weights: Tensor | None = None  # of each output
         self.sums: dict[str, Squares] = {}
 
     def add(self, x: Tensor, weight: Tensor, grad: Tensor) -> None:
         """x (rows, in), weight (out, in), grad (rows, out)."""
-        amax = [largest(tensor, fmt) for tensor, fmt in zip((x, weight, grad), FORMATS, strict=True)]
-        outputs = chosen_outputs(weight, grad)
+        if self.largest_weights is None:  # the weight is the same in every batch
+            self.largest_weights = largest_magnitudes(weight, 1)
+        largest_gradients = largest_magnitudes(grad, 0)
+        amax = [largest(x, E4M3), self.largest_weights.amax(), largest_gradients.amax()]
+        peaks = torch.stack([self.largest_weights.argmax(), largest_gradients.argmax()])
+        every = max(1, weight.numel() // SAMPLED)
+        share = torch.zeros(len(weight), device=weight.device)  # how many outputs each stands for
+        share[::every], share[peaks] = every, 1
+        outputs = share.nonzero().flatten()
         self.outputs = max(self.outputs, (len(outputs), len(weight)))
+        share = share[outputs]
         tensors = x.float(), weight[outputs].float(), grad[:, outputs].float()
         exact = products(*tensors)
         if self.batches:
-            del exact["weight"]  # is the same in every batch
+            del exact["weight"]
         self.batches += 1
         self.amax = self.amax.maximum(torch.stack(amax).double().cpu())
         dynamic = products(*cast_all(tensors, [dynamic_scale(*own) for own in zip(amax, FORMATS, strict=True)]))
-        self.compare("dynamic", exact, dynamic)
+        self.compare("dynamic", exact, dynamic, share)
         if self.scale is None:
             is_dynamic = self.recipe == "current"
-            self.compare("sqnr", exact, dynamic if is_dynamic else products_by_recipe(*tensors, self.recipe))
+            own = dynamic if is_dynamic else products_by_recipe(*tensors, self.recipe)
+            self.compare("sqnr", exact, own, share)
             return
         scale = self.scale.to(x.device)
         casts = cast_all(tensors, scale)
-        self.compare("sqnr", exact, products(*casts))
+        self.compare("sqnr", exact, products(*casts), share)
         aligned = [aligned_scale(*own) for own in zip(amax, scale, FORMATS, strict=True)]
-        self.compare("aligned", exact, products(*cast_all(tensors, aligned)))
+        self.compare("aligned", exact, products(*cast_all(tensors, aligned)), share)
         uncalibrated = through_fp8(tensors[GRAD_OUTPUT], scale.new_ones(()), E5M2)
-        self.compare("forward_only", exact, {"weight_gradient": uncalibrated.t() @ casts[INPUT]})
-        for slot, (tensor, fmt) in enumerate(zip(tensors, FORMATS, strict=True)):
-            self.lost[0, slot] += int(tensor.count_nonzero() - casts[slot].count_nonzero()) / tensor.numel()
-            self.lost[1, slot] += int((tensor.abs() > fmt.max / scale[slot]).sum()) / tensor.numel()
+        self.compare("forward_only", exact, {"weight_gradient": uncalibrated.t() @ casts[INPUT]}, share)
+        for slot, (name, tensor, fmt) in enumerate(zip(SLOTS, tensors, FORMATS, strict=True)):
+            whole = (x, weight, grad)[slot].numel()
+            vanished = (casts[slot] == 0) & (tensor != 0)
+            self.lost[0, slot] += total(name, vanished, share).cpu() / whole
+            self.lost[1, slot] += total(name, tensor.abs() > fmt.max / scale[slot], share).cpu() / whole
 
-    def compare(self, key: str, exact: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    def compare(self, key: str, exact: Mapping[str, Tensor], got: Mapping[str, Tensor], share: Tensor) -> None:
         own = self.sums.setdefault(key, {})
         for name, tensor in got.items():
             if name in exact:
-                own[name] = own.get(name, 0) + squares(exact[name], tensor)
+                own[name] = own.get(name, 0) + squares(name, exact[name], tensor, share)
 
     def report(self) -> dict[str, Any]:
         nothing = [None] * len(FORMATS)
@@ -109,11 +132,9 @@ class LayerFigures:
         return found | {key: decibels(own) for key, own in self.sums.items()}
 
 
-def chosen_outputs(weight: Tensor, grad: Tensor) -> Tensor:
-    """All of them; of a large linear every n-th, and those of the largest values, which a scale cuts first."""
-    every = max(1, weight.numel() // SAMPLED)
-    peaks = [torch.linalg.vector_norm(tensor, torch.inf, dim).argmax() for tensor, dim in ((weight, 1), (grad, 0))]
-    return torch.cat([torch.arange(0, len(weight), every, device=weight.device), torch.stack(peaks)]).unique()
+def largest_magnitudes(x: Tensor, dim: int) -> Tensor:
+    """In float32; several times faster than the norm that says the same."""
+    return torch.maximum(x.amax(dim), -x.amin(dim)).float()
 
 
 def cast_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:
@@ -130,22 +151,44 @@ def aligned_scale(amax: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:
     return calibrated * torch.exp2(torch.floor(torch.log2(torch.where(ratio.isfinite(), ratio, 1.0))))
 
 
-def layer_figures(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBatch]) -> list[dict[str, Any]]:
-    """Of each linear of the checkpoint's plan that a gradient reaches."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observed:
+    """A model in BF16 on the batches held out, and what FP8 does to each of its linears."""
+
+    layers: list[dict[str, Any]]  # of each linear of the plan that a gradient reaches
+    loss: float
+    gradients: dict[str, Tensor]  # of some weights (out, in), over the first pass
+
+
+def observe(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBatch]) -> Observed:
     plan, scales = checkpoint.plan, checkpoint.scales
     assert plan is not None
-    inputs: dict[str, Tensor] = {}
+    numbered = dict(enumerate(batches))
+    first = len(next(passes(model, numbered)))
+    sampled = sample_of_linears(model, plan.linears)
+    inputs: dict[str, list[Tensor]] = {name: [] for name in plan.linears}
     found: dict[str, LayerFigures] = {}
+    gradients: dict[str, Tensor] = {}
 
     def visit(name: str, slot: int, tensor: Tensor) -> None:
         if slot == INPUT:
-            inputs[name] = tensor
+            inputs[name].append(tensor)
         if slot == GRAD_OUTPUT:
             own = found.setdefault(name, LayerFigures(scales.get(f"{name}.scale"), plan.recipe))
-            own.add(inputs.pop(name), model.get_submodule(name).weight.detach(), tensor)
+            x = inputs[name].pop(0)
+            own.add(x, model.get_submodule(name).weight.detach(), tensor)
+            if name in sampled and own.batches <= first:
+                gradients[name] = gradients.get(name, 0) + tensor.float().t() @ x.float()
 
-    watch(model, plan.linears, batches, visit)
-    return [{"name": name, **found[name].report()} for name in plan.linears if name in found]
+    losses = watch(model, plan.linears, numbered, visit, bf16=True)
+    layers = [{"name": name, **found[name].report()} for name in plan.linears if name in found]
+    return Observed(layers=layers, loss=float(losses.mean()), gradients=gradients)
+
+
+def sample_of_linears(model: DiT, linears: Sequence[str]) -> Sequence[str]:
+    """Every n-th, so that their weights have no more than GRADIENT_PARAMETERS."""
+    total = sum(model.get_submodule(name).weight.numel() for name in linears)
+    return linears[:: max(1, -(-total // GRADIENT_PARAMETERS))]
 
 
 def products(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:

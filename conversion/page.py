@@ -106,7 +106,7 @@ def losses(report: Mapping[str, Any]) -> str:
     known = f"{cosine:.5f}" if cosine is not None else "not known, as the gradients are zero"
     return (
         f"<h2>Losses</h2>\n{table(('on batches held out', 'loss', 'against the row above'), rows)}"
-        f"<p>Cosine of a first step's weight gradients, FP8 against full precision: {known}.</p>\n"
+        f"<p>Cosine of a first step's weight gradients, FP8 against BF16: {known}.</p>\n"
     )
 
 

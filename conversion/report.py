@@ -39,7 +39,7 @@ def describe(report: Mapping[str, Any]) -> str:
     lines += describe_layers(report["layers"])
     lines += [f"loss        {loss:.5f}  {name}" for name, loss in report["losses"].items()]
     if report["gradient_cosine"] is not None:
-        lines.append(f"gradient    cosine {report['gradient_cosine']:.4f} of FP8 against full precision, first step")
+        lines.append(f"gradient    cosine {report['gradient_cosine']:.4f} of FP8 against BF16, first step")
     for check in report["gate"]["checks"]:
         word = "pass" if check["passed"] else "FAIL"
         lines.append(f"{word}        {check['name']}: {check['value']} (limit {check['limit']})")

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from conversion.calibrate import CalibrationBatch, mean_loss
 from conversion.verify import LOSS_GAP, quantized
 from pixart.checkpoint import Checkpoint
@@ -30,12 +28,12 @@ def by_loss(checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBat
     plan = checkpoint.plan
     assert plan is not None
     batches = batches[:BATCHES]
-    base = mean_loss(model, batches, torch.bfloat16)
+    base = mean_loss(model, batches)
     change = {}
     for name in plan.linears:
         alone = only(checkpoint, (name,))
         assert alone.plan is not None
-        change[name] = mean_loss(quantized(model, alone.plan, alone.scales), batches, torch.bfloat16) / base - 1
+        change[name] = mean_loss(quantized(model, alone.plan, alone.scales), batches) / base - 1
     found: dict[str, str] = {}
     left = sum(change.values())
     for name in sorted(change, key=change.__getitem__, reverse=True):

@@ -8,7 +8,6 @@ goes on from: weights, average, moments, plan and scales, and a report of what b
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from conversion import formats, noise, sensitivity, verify, ways
 from conversion.calibrate import CalibrationBatch, calibrate, dataset_batches, synthetic_batches, unmeasured
@@ -51,7 +51,6 @@ from pixart.training.distributed import process_group
 
 HELD_OUT = 4  # batches that verification has for itself
 STEPS = 7
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def convert(source: str | Path, output: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
@@ -68,18 +67,17 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         plan = plan_by_rule(start, options, text_dim=batches[0].text.shape[-1])
         progress.begin("stage 1 to stage 2" if start.stage < options.stage else "no change of stage")
         result, fates, reparameterization = ways.change_stage(start, options, batches[0])
-        result.plan = plan
+        result = dataclasses.replace(result, plan=plan)  # apart from the source, against which it is checked
         if not first_rank():
             calibrate(result, load_model(result.config, result.model, options.device), batches, options)
             return {}
         with checkpoints.appearing(output) as partial:
             progress.begin("writing weights, average and moments")
+            digest = background.submit(formats.file_hash, source)
             checkpoints.write_state(result, partial)
             result.model, result.ema, result.optimizer = checkpoints.load_state(partial, map_tensors)
-            digest = background.submit(formats.file_hash, source)
-            carried = background.submit(verify.carried_check, start, result, fates)
+            carried = background.submit(verify.carried_check, start, partial, fates)
             model = load_model(result.config, result.model, options.device)
-            return_freed_memory()
             progress.begin(f"calibrating on {options.batches} batches")
             result, amax = calibrate(result, model, batches, options)
             progress.begin("verifying")
@@ -115,13 +113,6 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
             progress.begin(f"writing {output}")
             write(result, report, partial, options)
     return report
-
-
-def return_freed_memory() -> None:
-    """To the system and at once, above 4 MB: glibc keeps freed tensors of up to 32 MB, several times what is in use."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_THRESHOLD, 1 << 22)
 
 
 def first_rank() -> bool:
@@ -175,24 +166,27 @@ def measure(
     Linears that lose too much are taken out of the plan of the checkpoint returned, where that is left to us.
     """
     held_out, chooses = batches[options.batches :], AUTO in options.keep_bf16
-    before = load_model(start.config, start.model, options.device)
-
-    def losses() -> tuple[DiT, dict[str, float]]:
-        assert result.plan is not None
-        copy = verify.quantized(model, result.plan, result.scales)
-        return copy, verify.losses(before, model, copy, held_out)
-
-    layers = noise.layer_figures(model, result, held_out)
+    observed = noise.observe(model, result, held_out)
     if chooses:
-        result = sensitivity.without(result, sensitivity.by_output(layers))
-    copy, loss = losses()
-    if chooses and not verify.loss_gap(loss) <= verify.LOSS_GAP:
+        result = sensitivity.without(result, sensitivity.by_output(observed.layers))
+    loss = {f"stage {result.stage}, BF16": observed.loss}
+    if start.stage < result.stage:
+        loss = {"stage 1, BF16": verify.loss_before(start, held_out, model.adaLN1.weight.device), **loss}
+
+    def in_fp8() -> tuple[dict[str, float], dict[str, Tensor]]:
+        assert result.plan is not None
+        sampled = [name for name in observed.gradients if name in result.plan.linears]
+        copy = verify.quantized(model, result.plan, result.scales)
+        found, gradients = verify.in_fp8(copy, held_out, sampled)
+        return {**loss, f"stage {result.stage}, FP8": found}, gradients
+
+    after, gradients = in_fp8()
+    if chooses and not verify.loss_gap(after) <= verify.LOSS_GAP:
         result = sensitivity.without(result, sensitivity.by_loss(result, model, batches))
-        copy, loss = losses()
+        after, gradients = in_fp8()
     assert result.plan is not None
-    linears = result.plan.linears
-    cosine = verify.gradient_cosine(model, copy, linears, held_out[0])
-    return result, [layer for layer in layers if layer["name"] in linears], loss, cosine
+    layers = [layer for layer in observed.layers if layer["name"] in result.plan.linears]
+    return result, layers, after, verify.gradient_cosine(observed.gradients, gradients)
 
 
 def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Options) -> None:

@@ -2,21 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conversion.calibrate import CalibrationBatch, batch_loss, mean_loss, recomputed_blocks, without_class
+from conversion.calibrate import (
+    CalibrationBatch,
+    batch_losses,
+    in_bf16,
+    mean_loss,
+    passes,
+    recomputed_blocks,
+    without_class,
+)
 from conversion.noise import cast_by_recipe
 from conversion.options import STATEFUL
-from pixart.checkpoint import Checkpoint, State
+from pixart import checkpoint as checkpoints
+from pixart.checkpoint import Checkpoint, Lazy, State
 from pixart.model import fp8
 from pixart.model.dit import DiT, load_model, own_config
 from pixart.model.fp8 import Plan
 from pixart.model.fp8_products import E4M3, E5M2
+from pixart.tensor_file import differing
 
-GRADIENT_PARAMETERS = 32_000_000  # at most, of the layers whose gradients are compared
 # What a conversion must reach to pass.
 LOSS_GAP = 0.0025  # DeepSeek-V3 (arXiv 2412.19437), section 3.3: relative loss error of FP8 training against BF16
 STAGE_GAP = 0.01
@@ -55,33 +66,31 @@ class Check:
     passed: bool
 
 
-def losses(start: DiT, after: DiT, copy: DiT, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
-    """Of stage 1 without a class where that is where it began; BF16 and FP8 leave all else to autocast."""
-    seen = [without_class(start, batch) for batch in batches] if start.stage < after.stage else list(batches)
-    return {
-        f"stage {start.stage}, as given": mean_loss(start, seen),
-        f"stage {after.stage}": mean_loss(after, seen),
-        f"stage {after.stage}, BF16": mean_loss(after, seen, torch.bfloat16),
-        f"stage {after.stage}, FP8": mean_loss(copy, seen, torch.bfloat16),
-    }
+def loss_before(start: Checkpoint, batches: Sequence[CalibrationBatch], device: torch.device) -> float:
+    """Stage 1's, without a class, in BF16."""
+    before = load_model(start.config, start.model, device)
+    return mean_loss(before, [without_class(before, batch) for batch in batches])
 
 
-def gradient_cosine(after: DiT, copy: DiT, linears: Sequence[str], batch: CalibrationBatch) -> float | None:
-    """Of the weight gradients of a first step, FP8 against full precision; of some of the layers of a large model."""
-    if not linears:
-        return None
-    total = sum(after.get_submodule(name).weight.numel() for name in linears)
-    chosen = linears[:: max(1, -(-total // GRADIENT_PARAMETERS))]
-    gradients = []
-    for model in (after, copy):
-        model.requires_grad_(False)
-        weights = [model.get_submodule(name).weight.requires_grad_() for name in chosen]
-        with recomputed_blocks(model):
-            found = torch.autograd.grad(batch_loss(model, batch, seed=0), weights)
-        gradients.append(found)
+def in_fp8(copy: DiT, batches: Sequence[CalibrationBatch], sampled: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
+    """The loss with all else in BF16, and the gradients over the first pass of the weights of the linears named."""
+    copy.requires_grad_(False)
+    weights = {name: copy.get_submodule(name).weight.requires_grad_() for name in sampled}
+    first, *others = passes(copy, dict(enumerate(batches)))
+    with recomputed_blocks(copy):
+        with in_bf16(copy):
+            found = batch_losses(copy, first)
+        gradients = torch.autograd.grad(found.sum(), list(weights.values())) if weights else ()
+    with torch.no_grad(), in_bf16(copy):
+        found = torch.cat([found.detach(), *(batch_losses(copy, own) for own in others)])
+    return float(found.mean()), dict(zip(weights, gradients, strict=True))
+
+
+def gradient_cosine(exact: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float | None:
+    """Between the gradients of the same weights; none where there are none, or only zeros."""
     gram = torch.zeros(2, 2, dtype=torch.float64)  # float32 loses the sum of as many
-    for exact, got in zip(*gradients, strict=True):
-        both = torch.stack([exact.flatten(), got.flatten()]).double()
+    for name, gradient in got.items():
+        both = torch.stack([exact[name].flatten(), gradient.flatten()]).double()
         gram += (both @ both.t()).cpu()
     if gram[0, 0] == 0:
         return None
@@ -97,11 +106,11 @@ def loss_gap(loss: Mapping[str, float]) -> float:
 
 def gate(layers: Sequence[Mapping[str, Any]], loss: Mapping[str, float]) -> list[Check]:
     """What has to hold, but for the bit-exactness of what was carried."""
-    before, full, *_ = loss.values()
     checks = [share("loss, BF16 to FP8", loss_gap(loss), LOSS_GAP)]
-    if len({name.split(",")[0] for name in loss}) > 1:
-        change = share("loss, stage 1 without a class to stage 2", full / before - 1, STAGE_GAP)
-        checks.insert(0, replace(change, passed=abs(full / before - 1) <= STAGE_GAP))  # either way, another model
+    before, after, *more = loss.values()
+    if more:
+        change = share("loss, stage 1 without a class to stage 2", after / before - 1, STAGE_GAP)
+        checks.insert(0, replace(change, passed=abs(after / before - 1) <= STAGE_GAP))  # either way, another model
     figures = [
         (layer["aligned"]["weight_gradient"], layer["sqnr"]["weight_gradient"])
         for layer in layers
@@ -121,17 +130,14 @@ def share(name: str, value: float, limit: float) -> Check:  # not a number passe
     return Check(name=name, value=f"{value:+.3%}", limit=f"{limit:.2%}", passed=value <= limit)
 
 
-def carried_check(source: Checkpoint, written: Checkpoint, fates: Mapping[str, str]) -> Check:
-    """Whether every carried weight, average and moment has its source's bits; `written` is mapped from its files."""
+def carried_check(source: Checkpoint, written: Path, fates: Mapping[str, str]) -> Check:
+    """Whether every carried weight, average and moment has its source's bits in the directory's files."""
     count, different = 0, []
-    for field in ("model", "ema", "optimizer"):
-        state = getattr(written, field)
-        for key in state:
-            name = key if key in fates else key.rpartition(".")[0]
-            if fates.get(name) == "carried":
-                count += 1
-                if not torch.equal(getattr(source, field)[key], state[key]):
-                    different.append(key)
+    for field, file in checkpoints.STATE_FILES.items():
+        state: State = getattr(source, field)
+        carried = [key for key in state if fates.get(key if key in fates else key.rpartition(".")[0]) == "carried"]
+        count += len(carried)
+        different += differing(written / file, Lazy({key: partial(state.__getitem__, key) for key in carried}))
     return Check(
         name="carried tensors with other bits than their source's",
         value=f"{len(different)} of {count}" + (f", such as {different[0]}" if different else ""),

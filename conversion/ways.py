@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conversion import distill, reparameterize
 from conversion.calibrate import CalibrationBatch
-from conversion.modulation import NODES, Fit, Modulation, paper, sensitivity, velocities
+from conversion.modulation import NODES, Fit, Modulation, paper, sensitivity, tables, velocities
 from conversion.options import Options, Way
 from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT, load_model
@@ -65,7 +65,7 @@ def find_modulations(
     fit, candidates = Fit(model, omega), list(itertools.product(ROUNDS, MAX_SCALES))
     tried = [fit.modulation(*candidate) for candidate in candidates]
     noised, t = at_training_times(affordable(model, latents, passes=1 + len(tried), least=CHOICE_IMAGES).to(device))
-    wanted, *got = velocities(model, [None, *tried], noised, t)
+    wanted, *got = velocities(model, tables(model, [None, *tried], t), noised, t)
     errors = [float((velocity - wanted).square().mean()) for velocity in got]  # what each adds to the loss
     best = errors.index(min(errors))
     found: dict[Way, Modulation] = {"paper": paper(model), "fitted": tried[best]}
@@ -110,11 +110,13 @@ def output_errors(
     For the latter, t must be at equal distances of its logit.
     """
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents.device)
+    by_time = tables(model, [None, *modulations], t)
     squares = torch.zeros(1 + len(modulations), len(t), dtype=torch.float64)  # of stage 1's, then of the errors
     for pairs in torch.cartesian_prod(torch.arange(len(t)), torch.arange(len(latents))).split(IMAGES):
         node, image = pairs.unbind(1)
         time, image = t[node].float().to(latents.device), image.to(latents.device)
-        wanted, *got = velocities(model, [None, *modulations], interpolate(latents[image], noise[image], time), time)
+        noised = interpolate(latents[image], noise[image], time)
+        wanted, *got = velocities(model, by_time[:, :, node.to(by_time.device)], noised, time)
         found = torch.stack([wanted, *(velocity - wanted for velocity in got)])
         squares.index_add_(1, node, found.square().flatten(2).mean(2).double().cpu())
     size, *errors = squares
@@ -130,9 +132,11 @@ def sample_errors(model: DiT, modulations: list[Modulation], latents: Tensor) ->
     count, parts = min(SAMPLES, len(latents)), 1 + len(modulations)
     state = torch.randn(latents[:count].shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
     state = state.repeat(parts, 1, 1, 1)
-    for step in range(SAMPLE_STEPS):
-        t = torch.full((count,), step / SAMPLE_STEPS, device=latents.device)
-        state = state + velocities(model, [None, *modulations], state, t).flatten(0, 1) / SAMPLE_STEPS
+    times = torch.arange(SAMPLE_STEPS, device=latents.device) / SAMPLE_STEPS
+    by_time = tables(model, [None, *modulations], times)
+    for step, t in enumerate(times):
+        rows = by_time[:, :, step, None].expand(-1, -1, count, -1)
+        state = state + velocities(model, rows, state, t.expand(count)).flatten(0, 1) / SAMPLE_STEPS
     wanted, *got = state.unflatten(0, (parts, count))
     return [relative_error(pictures, wanted) for pictures in got]
 

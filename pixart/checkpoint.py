@@ -48,6 +48,7 @@ MARKER = "training.json"
 STATE = "state"
 GROUPS = ("model", "ema", "optimizer", "scales")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+STATE_FILES = {"model": f"transformer/{WEIGHTS}", "ema": f"ema/{WEIGHTS}", "optimizer": "optimizer.safetensors"}
 PIECE = 1 << 24  # bytes that are read at once
 
 
@@ -132,7 +133,7 @@ def write_state(checkpoint: Checkpoint, partial: Path) -> None:
             written = [
                 pool.submit(save_weights, checkpoint.model, checkpoint.config, partial / "transformer"),
                 pool.submit(save_weights, checkpoint.ema, checkpoint.config, partial / "ema"),
-                pool.submit(save_tensors, checkpoint.optimizer, partial / "optimizer.safetensors"),
+                pool.submit(save_tensors, checkpoint.optimizer, partial / STATE_FILES["optimizer"]),
             ]
     finally:
         torch.set_num_threads(threads)
@@ -294,8 +295,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_state(directory: Path, load: Callable[[Path], State] = load_tensors) -> tuple[State, State, State]:
     """The weights, average and optimizer's state that `write_state` wrote, mapped from the files."""
-    files = f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors"
-    model, ema, optimizer = (load(directory / file) for file in files)
+    model, ema, optimizer = (load(directory / file) for file in STATE_FILES.values())
     return model, ema, optimizer
 
 

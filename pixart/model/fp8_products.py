@@ -40,7 +40,8 @@ def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     if scale.dim() or torch.compiler.is_compiling():  # a compiler makes one pass of it
         return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt)
     found = torch.empty(x.shape)
-    for piece, own in zip(found.view(-1).split(CACHED), x.detach().reshape(-1).split(CACHED), strict=True):
+    size = CACHED * torch.get_num_threads()
+    for piece, own in zip(found.view(-1).split(size), x.detach().reshape(-1).split(size), strict=True):
         round_to_format_(torch.mul(own.float(), scale, out=piece).clamp_(-fmt.max, fmt.max), fmt)
     return found
 

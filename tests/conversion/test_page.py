@@ -109,7 +109,7 @@ def make_report(blocks: int = 2) -> dict[str, Any]:
             **{f"dit_blocks.{block}.adaLN1": "modulation" for block in range(blocks)},
         },
         "unmeasured": [f"dit_blocks.{block}.cross_attention.q_proj.grad_output" for block in range(blocks)],
-        "losses": {"stage 1, as given": 0.8, "stage 2": 0.804, "stage 2, BF16": 0.804, "stage 2, FP8": 0.806412},
+        "losses": {"stage 1, BF16": 0.8, "stage 2, BF16": 0.804, "stage 2, FP8": 0.806412},
         "gradient_cosine": 0.98765,
         "fates": {"carried": 41, "derived": 7, "new": 5},
         "tensors": {"patchify.weight": "carried", "cond_proj.weight": "derived"},

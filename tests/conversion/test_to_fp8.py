@@ -11,6 +11,7 @@ from conversion import calibrate, to_bf16, to_fp8
 from conversion.options import Options
 from conversion.to_fp8 import convert, main
 from pixart import checkpoint as checkpoints
+from pixart import tensor_file
 from pixart.model import fp8
 from pixart.model.dit import DiT
 
@@ -152,6 +153,24 @@ def test_a_conversion_that_does_not_pass_is_kept_and_marked(legacy_file, capsys)
     assert "FAIL        weight gradients below dynamic scaling" in printed
     assert "--accept-failed-conversion" in printed
     assert checkpoints.read_record(legacy_file.with_name("ckpt.fp8"))["provenance"]["gate"] == "FAIL"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_wrong_bit_on_the_disk_fails_the_conversion(legacy_file, monkeypatch, capsys, stage):
+    written = checkpoints.write_state
+
+    def damaging(checkpoint, partial):
+        written(checkpoint, partial)
+        with (partial / checkpoints.STATE_FILES["ema"]).open("r+b") as file:
+            _, _, place, _ = tensor_file.entries(Path(file.name))["linear_out.bias"]
+            file.seek(place + 3)
+            byte = file.read(1)[0]
+            file.seek(place + 3)
+            file.write(bytes([byte ^ 1]))
+
+    monkeypatch.setattr(checkpoints, "write_state", damaging)
+    assert main([str(legacy_file), *QUICK, "--stage", str(stage)]) == 3
+    assert "FAIL        carried tensors with other bits than their source's: 1 of" in capsys.readouterr().out
 
 
 def test_interrupted_leaves_nothing(legacy_file, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from pixart import tensor_file
-from pixart.tensor_file import BLOCK, map_tensors, save_tensors
+from pixart.tensor_file import BLOCK, differing, map_tensors, save_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
@@ -45,6 +45,14 @@ def test_read_back(tmp_path, monkeypatch, dtype, size):
     for found in (load_file(path), map_tensors(path)):
         assert found.keys() == state.keys()
         assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in state.items())
+    assert differing(path, state) == []
+    for name, tensor in state.items():
+        if tensor.numel():
+            altered = tensor.contiguous().clone()
+            altered.view(-1).view(torch.uint8)[-1] ^= 1
+            assert differing(path, {**state, name: altered}) == [name]
+    others = {"absent": state["scalar"], "scalar": torch.ones(1, dtype=dtype), "first": state["first"].double()}
+    assert differing(path, {**state, **others}) == ["first", "scalar", "absent"]
 
 
 def test_no_tensors_and_a_full_name(tmp_path):
