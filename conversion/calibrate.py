@@ -142,10 +142,11 @@ def mean_loss(model: DiT, batches: Sequence[CalibrationBatch]) -> float:
 
 
 def in_bf16(model: DiT, wanted: bool = True) -> torch.autocast:
-    return torch.autocast(model.adaLN1.weight.device.type, torch.bfloat16, enabled=wanted)
+    """As training runs; no weight is kept in BF16, of which a pass needs each but once."""
+    return torch.autocast(model.adaLN1.weight.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
-Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (rows, features)
+Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (batches, rows, features) or a weight's
 
 
 def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit, *, bf16: bool = False) -> Tensor:
@@ -157,16 +158,15 @@ def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit, *
     model.requires_grad_(False)
     backward, count, handles, losses = False, 0, [], []
 
-    def each(name: str, slot: int, tensor: Tensor) -> None:
-        for part in tensor.detach().chunk(count):
-            visit(name, slot, part.flatten(0, -2))
+    def by_batch(tensor: Tensor) -> Tensor:
+        return tensor.detach().flatten(0, -2).unflatten(0, (count, -1))
 
     def forward(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if backward or not name.startswith("dit_blocks."):
-            each(name, INPUT, inputs[0])
+            visit(name, INPUT, by_batch(inputs[0]))
             visit(name, WEIGHT, module.weight.detach())
         if output.requires_grad and not backward:
-            output.register_hook(lambda grad: each(name, GRAD_OUTPUT, grad))
+            output.register_hook(lambda grad: visit(name, GRAD_OUTPUT, by_batch(grad)))
 
     for name in linears:
         handles.append(model.get_submodule(name).register_forward_hook(partial(forward, name)))
@@ -240,7 +240,8 @@ def measure_amax(
     measure = STATISTICS[statistic]
 
     def visit(name: str, slot: int, x: Tensor) -> None:
-        amax[name][slot] = torch.maximum(amax[name][slot], measure(x, FORMATS[slot]).float().cpu())
+        for part in x if slot != WEIGHT else [x]:
+            amax[name][slot] = torch.maximum(amax[name][slot], measure(part, FORMATS[slot]).float().cpu())
 
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     watch(model, linears, dict(list(enumerate(batches))[rank::ranks]), visit)

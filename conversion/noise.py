@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conversion.calibrate import CalibrationBatch, largest, passes, watch
+from conversion.calibrate import CalibrationBatch, largest, watch
 from pixart.checkpoint import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, through_fp8
@@ -43,14 +43,15 @@ def dynamic_scale(amax: Tensor, fmt: Format) -> Tensor:
 
 
 Squares = dict[str, Tensor]  # by name, sums of squares of the signal and of its error (2,)
-OUTPUTS = {"weight": 0, "weight_gradient": 0, "output": 1, "grad_output": 1}  # which dimension a linear's outputs are
+OUTPUTS = {"weight": -2, "weight_gradient": -2, "output": -1, "grad_output": -1}  # the dimension of a linear's outputs
 
 
 def total(name: str, values: Tensor, share: Tensor) -> Tensor:
-    """The sum over all of a linear, of values (rows, in), (out, in) or (rows, out) of outputs that stand for others."""
+    """The sum over all of a linear, of values of outputs that stand for as many as `share` says."""
     if name not in OUTPUTS:
         return values.sum(dtype=torch.float32).double()
-    return (values.sum(1 - OUTPUTS[name], dtype=torch.float32) @ share).double()
+    others = [dim for dim in range(-values.dim(), 0) if dim != OUTPUTS[name]]
+    return (values.sum(others, dtype=torch.float32) @ share).double()
 
 
 def squares(name: str, exact: Tensor, got: Tensor, share: Tensor) -> Tensor:
@@ -76,24 +77,24 @@ class LayerFigures:
         self.sums: dict[str, Squares] = {}
 
     def add(self, x: Tensor, weight: Tensor, grad: Tensor) -> None:
-        """x (rows, in), weight (out, in), grad (rows, out)."""
+        """x (batches, rows, in), weight (out, in), grad (batches, rows, out); dynamic scaling is each batch's own."""
         if self.largest_weights is None:  # the weight is the same in every batch
             self.largest_weights = largest_magnitudes(weight, 1)
-        largest_gradients = largest_magnitudes(grad, 0)
-        amax = [largest(x, E4M3), self.largest_weights.amax(), largest_gradients.amax()]
-        peaks = torch.stack([self.largest_weights.argmax(), largest_gradients.argmax()])
+        largest_gradients = largest_magnitudes(grad, 1)
+        amax = [largest_magnitudes(x, (1, 2)), self.largest_weights.amax()[None], largest_gradients.amax(1)]
         every = max(1, weight.numel() // SAMPLED)
         share = torch.zeros(len(weight), device=weight.device)  # how many outputs each stands for
-        share[::every], share[peaks] = every, 1
+        share[::every] = every
+        share[self.largest_weights.argmax()] = share[largest_gradients.argmax(1)] = 1
         outputs = share.nonzero().flatten()
         self.outputs = max(self.outputs, (len(outputs), len(weight)))
         share = share[outputs]
-        tensors = x.float(), weight[outputs].float(), grad[:, outputs].float()
+        tensors = x.float(), weight[outputs].float(), grad[..., outputs].float()
         exact = products(*tensors)
         if self.batches:
             del exact["weight"]
-        self.batches += 1
-        self.amax = self.amax.maximum(torch.stack(amax).double().cpu())
+        self.batches += len(x)
+        self.amax = self.amax.maximum(torch.stack([own.amax() for own in amax]).double().cpu())
         dynamic = products(*cast_all(tensors, [dynamic_scale(*own) for own in zip(amax, FORMATS, strict=True)]))
         self.compare("dynamic", exact, dynamic, share)
         if self.scale is None:
@@ -107,9 +108,9 @@ class LayerFigures:
         aligned = [aligned_scale(*own) for own in zip(amax, scale, FORMATS, strict=True)]
         self.compare("aligned", exact, products(*cast_all(tensors, aligned)), share)
         uncalibrated = through_fp8(tensors[GRAD_OUTPUT], scale.new_ones(()), E5M2)
-        self.compare("forward_only", exact, {"weight_gradient": uncalibrated.t() @ casts[INPUT]}, share)
+        self.compare("forward_only", exact, {"weight_gradient": uncalibrated.mT @ casts[INPUT]}, share)
         for slot, (name, tensor, fmt) in enumerate(zip(SLOTS, tensors, FORMATS, strict=True)):
-            whole = (x, weight, grad)[slot].numel()
+            whole = (x, weight, grad)[slot].numel() / len(x)
             vanished = (casts[slot] == 0) & (tensor != 0)
             self.lost[0, slot] += total(name, vanished, share).cpu() / whole
             self.lost[1, slot] += total(name, tensor.abs() > fmt.max / scale[slot], share).cpu() / whole
@@ -132,13 +133,15 @@ class LayerFigures:
         return found | {key: decibels(own) for key, own in self.sums.items()}
 
 
-def largest_magnitudes(x: Tensor, dim: int) -> Tensor:
+def largest_magnitudes(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """In float32; several times faster than the norm that says the same."""
     return torch.maximum(x.amax(dim), -x.amin(dim)).float()
 
 
 def cast_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:
-    return [through_fp8(*own) for own in zip(tensors, scales, FORMATS, strict=True)]
+    """By one scale each () or (1,), or by one of each batch (batches,)."""
+    shaped = (scale.view(()) if scale.numel() == 1 else scale.view(-1, 1, 1) for scale in scales)
+    return [through_fp8(*own) for own in zip(tensors, shaped, FORMATS, strict=True)]
 
 
 def aligned_scale(amax: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:
@@ -163,24 +166,22 @@ class Observed:
 def observe(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBatch]) -> Observed:
     plan, scales = checkpoint.plan, checkpoint.scales
     assert plan is not None
-    numbered = dict(enumerate(batches))
-    first = len(next(passes(model, numbered)))
     sampled = sample_of_linears(model, plan.linears)
-    inputs: dict[str, list[Tensor]] = {name: [] for name in plan.linears}
+    inputs: dict[str, Tensor] = {}
     found: dict[str, LayerFigures] = {}
     gradients: dict[str, Tensor] = {}
 
     def visit(name: str, slot: int, tensor: Tensor) -> None:
         if slot == INPUT:
-            inputs[name].append(tensor)
+            inputs[name] = tensor
         if slot == GRAD_OUTPUT:
             own = found.setdefault(name, LayerFigures(scales.get(f"{name}.scale"), plan.recipe))
-            x = inputs[name].pop(0)
+            x = inputs.pop(name)
             own.add(x, model.get_submodule(name).weight.detach(), tensor)
-            if name in sampled and own.batches <= first:
-                gradients[name] = gradients.get(name, 0) + tensor.float().t() @ x.float()
+            if name in sampled and name not in gradients:
+                gradients[name] = tensor.flatten(0, 1).float().t() @ x.flatten(0, 1).float()
 
-    losses = watch(model, plan.linears, numbered, visit, bf16=True)
+    losses = watch(model, plan.linears, dict(enumerate(batches)), visit, bf16=True)
     layers = [{"name": name, **found[name].report()} for name in plan.linears if name in found]
     return Observed(layers=layers, loss=float(losses.mean()), gradients=gradients)
 
@@ -192,11 +193,11 @@ def sample_of_linears(model: DiT, linears: Sequence[str]) -> Sequence[str]:
 
 
 def products(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    return {"input": x, "weight": weight, "output": x @ weight.t(), "weight_gradient": grad.t() @ x}
+    return {"input": x, "weight": weight, "output": x @ weight.t(), "weight_gradient": grad.mT @ x}
 
 
 def products_by_recipe(x: Tensor, weight: Tensor, grad: Tensor, recipe: str) -> dict[str, Tensor]:
     """Each tensor is cast along what its product sums over: the weight gradient, over the rows."""
     found = products(cast_by_recipe(x, E4M3, recipe), cast_by_recipe(weight, E4M3, recipe), grad)
-    by_column = [cast_by_recipe(tensor.t(), fmt, recipe) for tensor, fmt in ((grad, E5M2), (x, E4M3))]
-    return found | {"weight_gradient": by_column[0] @ by_column[1].t()}
+    by_column = [cast_by_recipe(tensor.mT, fmt, recipe) for tensor, fmt in ((grad, E5M2), (x, E4M3))]
+    return found | {"weight_gradient": by_column[0] @ by_column[1].mT}

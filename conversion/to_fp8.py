@@ -61,7 +61,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
     """
     source, options = Path(source), with_device(options or Options())
     output = Path(output) if output else default_output(source)
-    with Progress(STEPS, shown=first_rank()) as progress, ThreadPoolExecutor(1) as background:
+    with Progress(STEPS, shown=first_rank()) as progress, ThreadPoolExecutor(2) as background:
         progress.begin(f"reading {source}")
         start, batches, data = prepare(source, output, options)
         plan = plan_by_rule(start, options, text_dim=batches[0].text.shape[-1])

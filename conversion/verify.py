@@ -88,14 +88,14 @@ def in_fp8(copy: DiT, batches: Sequence[CalibrationBatch], sampled: Sequence[str
 
 def gradient_cosine(exact: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float | None:
     """Between the gradients of the same weights; none where there are none, or only zeros."""
-    gram = torch.zeros(2, 2, dtype=torch.float64)  # float32 loses the sum of as many
+    sums = torch.zeros(3, dtype=torch.float64)  # of products, of either's squares; float32 loses the sum of as many
     for name, gradient in got.items():
-        both = torch.stack([exact[name].flatten(), gradient.flatten()]).double()
-        gram += (both @ both.t()).cpu()
-    if gram[0, 0] == 0:
+        pairs = ((exact[name], gradient), (exact[name], exact[name]), (gradient, gradient))
+        sums += torch.stack([(a * b).sum(-1).double().sum() for a, b in pairs]).cpu()
+    if sums[1] == 0:
         return None
-    sizes = gram.diagonal().sqrt().prod()
-    return float(gram[0, 1] / sizes) if sizes else 0.0
+    sizes = (sums[1] * sums[2]).sqrt()
+    return float(sums[0] / sizes) if sizes else 0.0
 
 
 def loss_gap(loss: Mapping[str, float]) -> float:

@@ -5,6 +5,7 @@ contract with existing checkpoints; the order of definition is the order of thei
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from pixart.model.attention import Kernel, attend
 
+# Under autocast a norm's input is in BF16 and its weight, on purpose, in float32.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 MAX_PERIOD = 10_000.0  # "Attention is all you need", section 3.5
 
 

@@ -38,12 +38,13 @@ def by_hand(batches: list[tuple[torch.Tensor, ...]], scales: list[torch.Tensor] 
     return {name: decibels(torch.stack(exact[name]), torch.stack(got[name])) for name in exact}
 
 
-def test_against_real_casts():
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_against_real_casts(together):
     batches = [tensors(), tuple(1.5 * tensor for tensor in tensors())]
     batches[1] = (batches[1][0], batches[0][1], batches[1][2])  # the weight is the same in every batch
     figures = LayerFigures(SCALE, "delayed")
-    for batch in batches:
-        figures.add(*batch)
+    for added in [batches] if together else [batches[:1], batches[1:]]:
+        figures.add(torch.stack([x for x, _, _ in added]), added[0][1], torch.stack([grad for *_, grad in added]))
     found = figures.report()
     assert found["sqnr"] == pytest.approx(by_hand(batches, list(SCALE)), abs=1e-3)
     assert found["dynamic"] == pytest.approx(by_hand(batches, None), abs=1e-3)
@@ -58,8 +59,9 @@ def both_ways(monkeypatch, scale: torch.Tensor | None, recipe: str) -> list[dict
     for sampled in (1 << 18, 320 * 64 // 4):
         monkeypatch.setattr(noise, "SAMPLED", sampled)
         figures = LayerFigures(scale, recipe)
+        x, weight, grad = tensors()
         for _ in range(2):
-            figures.add(*tensors())
+            figures.add(x[None], weight, grad[None])
         found.append(figures.report())
     return found
 
