@@ -117,15 +117,14 @@ def batch_losses(model: DiT, batches: Numbered) -> Tensor:
     return torch.stack([flow_loss(*own) for own in zip(*parts, strict=True)])
 
 
-def time_and_noise(
-    shape: Sequence[int], seed: int
-) -> tuple[Tensor, Tensor]:  # (B, C, h, w) -> t (B,), noise (B, C, h, w)
+def time_and_noise(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+    """-> t (B,), noise (B, C, h, w)."""
     generator = torch.Generator().manual_seed(seed)
     return stratified_time(shape[0], generator), torch.randn(shape, generator=generator)
 
 
 def passes(model: DiT, batches: Numbered) -> Iterator[Numbered]:
-    """The batches, as many at once as make ROWS."""
+    """As many batches at once as make ROWS."""
     numbered = list(batches.items())
     while numbered:
         tokens = numbered[0][1].latents[:, 0].numel() // model.config.patch_size**2

@@ -171,19 +171,19 @@ def measure(
         result = sensitivity.without(result, sensitivity.by_output(observed.layers))
     loss = {f"stage {result.stage}, BF16": observed.loss}
     if start.stage < result.stage:
-        loss = {"stage 1, BF16": verify.loss_before(start, held_out, model.adaLN1.weight.device), **loss}
+        loss = {"stage 1, BF16": verify.loss_before(start, held_out, options.device), **loss}
 
-    def in_fp8() -> tuple[dict[str, float], dict[str, Tensor]]:
+    def by_plan() -> tuple[dict[str, float], dict[str, Tensor]]:
         assert result.plan is not None
         sampled = [name for name in observed.gradients if name in result.plan.linears]
         copy = verify.quantized(model, result.plan, result.scales)
         found, gradients = verify.in_fp8(copy, held_out, sampled)
         return {**loss, f"stage {result.stage}, FP8": found}, gradients
 
-    after, gradients = in_fp8()
+    after, gradients = by_plan()
     if chooses and not verify.loss_gap(after) <= verify.LOSS_GAP:
         result = sensitivity.without(result, sensitivity.by_loss(result, model, batches))
-        after, gradients = in_fp8()
+        after, gradients = by_plan()
     assert result.plan is not None
     layers = [layer for layer in observed.layers if layer["name"] in result.plan.linears]
     return result, layers, after, verify.gradient_cosine(observed.gradients, gradients)

@@ -66,7 +66,7 @@ class Check:
     passed: bool
 
 
-def loss_before(start: Checkpoint, batches: Sequence[CalibrationBatch], device: torch.device) -> float:
+def loss_before(start: Checkpoint, batches: Sequence[CalibrationBatch], device: str) -> float:
     """Stage 1's, without a class, in BF16."""
     before = load_model(start.config, start.model, device)
     return mean_loss(before, [without_class(before, batch) for batch in batches])
