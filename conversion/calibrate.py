@@ -135,24 +135,23 @@ def passes(model: DiT, batches: Numbered) -> Iterator[Numbered]:
 
 @torch.no_grad()
 def mean_loss(model: DiT, batches: Sequence[CalibrationBatch]) -> float:
-    """In BF16."""
     with in_bf16(model):
         return float(torch.cat([batch_losses(model, own) for own in passes(model, dict(enumerate(batches)))]).mean())
 
 
-def in_bf16(model: DiT, wanted: bool = True) -> torch.autocast:
-    """As training runs; no weight is kept in BF16, of which a pass needs each but once."""
-    return torch.autocast(model.adaLN1.weight.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+def in_bf16(model: DiT) -> torch.autocast:
+    """As training runs, whose gradients have BF16's noise; no weight is kept in it, as a pass needs each but once."""
+    return torch.autocast(model.adaLN1.weight.device.type, torch.bfloat16, cache_enabled=False)
 
 
 Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (batches, rows, features) or a weight's
 
 
-def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit, *, bf16: bool = False) -> Tensor:
+def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit) -> Tensor:
     """Shows `visit` every linear's input, weight and grad_output, of every batch, and returns the losses (batches,).
 
-    A linear that no gradient reaches is shown no grad_output, and a weight is shown once for the batches of a pass.
-    One block's tensors are in memory at a time.
+    All is in BF16. A linear that no gradient reaches is shown no grad_output, and a weight is shown once for the
+    batches of a pass. One block's tensors are in memory at a time.
     """
     model.requires_grad_(False)
     backward, count, handles, losses = False, 0, [], []
@@ -173,7 +172,7 @@ def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit, *
         with recomputed_blocks(model):
             for own in passes(model, batches):
                 backward, count = False, len(own)
-                with in_bf16(model, bf16):
+                with in_bf16(model):
                     found = batch_losses(model, own)
                 backward = True
                 found.sum().backward()

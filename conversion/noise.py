@@ -181,7 +181,7 @@ def observe(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBat
             if name in sampled and name not in gradients:
                 gradients[name] = tensor.flatten(0, 1).float().t() @ x.flatten(0, 1).float()
 
-    losses = watch(model, plan.linears, dict(enumerate(batches)), visit, bf16=True)
+    losses = watch(model, plan.linears, dict(enumerate(batches)), visit)
     layers = [{"name": name, **found[name].report()} for name in plan.linears if name in found]
     return Observed(layers=layers, loss=float(losses.mean()), gradients=gradients)
 

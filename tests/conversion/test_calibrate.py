@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from conversion.calibrate import STATISTICS, batch_losses, largest, measure_amax, mse_best, synthetic_batches
+from conversion.calibrate import STATISTICS, batch_losses, in_bf16, largest, measure_amax, mse_best, synthetic_batches
 from conversion.plan import make_plan
 from conversion.reparameterize import to_stage2
 from conversion.ways import find_modulations
@@ -56,7 +56,9 @@ def test_amax_against_hooks(stage1):
     for name in plan.linears:
         watch(name, model.get_submodule(name))
     for seed, batch in enumerate(batches):
-        batch_losses(model, {seed: batch}).sum().backward()
+        with in_bf16(model):
+            loss = batch_losses(model, {seed: batch}).sum()
+        loss.backward()
     measured = measure_amax(stage2_model(stage1), plan.linears, batches)
     for name, expected in seen.items():
         assert torch.allclose(measured[name], expected, rtol=1e-4), name

@@ -51,6 +51,14 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
     assert "<html" in (directory / "report.html").read_text()
 
 
+@pytest.mark.parametrize("name", ["dev_stage1", "dev_stage1_bf16"])
+def test_original_files_pass_and_are_fitted(shared_data, tmp_path, name):
+    report = convert(shared_data / f"legacy/{name}.pt", tmp_path / "out", Options(base_image_size=16, text_dim=48))
+    assert report["gate"]["passed"], report["gate"]
+    error = report["reparameterization"]["mean_error"]
+    assert error["fitted"] <= 0.4 * error["paper"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with FP8"

@@ -131,7 +131,9 @@ def test_both_losses_fall(home):
 
 
 def test_conversion_goes_on_where_stage1_stopped(home):
-    """Stage 2 in FP8 begins within 1 % of stage 1's loss on the same batches; the paper's single t does not."""
+    """Stage 2 in FP8 begins within 1 % of stage 1's loss on the same batches, its output at a quarter of the paper's
+    way's error, whose single t is farther off.
+    """
     stage1 = last_checkpoint_of(runs(home, "train")[0])
     report = json.loads((Path(f"{stage1}.fp8") / "report.json").read_text())
     before, *_, after = report["losses"].values()
@@ -140,7 +142,8 @@ def test_conversion_goes_on_where_stage1_stopped(home):
     assert report["gate"]["passed"]
     assert report["data"] == str(home / "photos")
     error = report["reparameterization"]["mean_error"]
-    assert error["fitted"] < error["paper"]
+    print(f"mean error over t: {error['fitted']:.4f}, the paper's way {error['paper']:.4f}")
+    assert error["fitted"] <= 0.25 * error["paper"]
 
 
 def last_checkpoint_of(run: Path) -> Path:
