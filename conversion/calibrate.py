@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conversion.modulation import ROWS
+from conversion.modulation import at_once
 from conversion.options import STATEFUL, Options, Statistic
 from pixart.checkpoint import Checkpoint, Normalization
 from pixart.data import manifest as manifests
@@ -124,11 +124,9 @@ def time_and_noise(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def passes(model: DiT, batches: Numbered) -> Iterator[Numbered]:
-    """As many batches at once as make ROWS."""
     numbered = list(batches.items())
     while numbered:
-        tokens = numbered[0][1].latents[:, 0].numel() // model.config.patch_size**2
-        count = max(1, ROWS // tokens)
+        count = at_once(model, numbered[0][1].latents)
         yield dict(numbered[:count])
         del numbered[:count]
 
@@ -144,14 +142,14 @@ def in_bf16(model: DiT) -> torch.autocast:
     return torch.autocast(model.adaLN1.weight.device.type, torch.bfloat16, cache_enabled=False)
 
 
-Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (batches, rows, features) or a weight's
+Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (batches, rows, features)
 
 
 def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit) -> Tensor:
     """Shows `visit` every linear's input, weight and grad_output, of every batch, and returns the losses (batches,).
 
     All is in BF16. A linear that no gradient reaches is shown no grad_output, and a weight is shown once for the
-    batches of a pass. One block's tensors are in memory at a time.
+    batches of a pass, as if it were of one. One block's tensors are in memory at a time.
     """
     model.requires_grad_(False)
     backward, count, handles, losses = False, 0, [], []
@@ -162,7 +160,7 @@ def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit) -
     def forward(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if backward or not name.startswith("dit_blocks."):
             visit(name, INPUT, by_batch(inputs[0]))
-            visit(name, WEIGHT, module.weight.detach())
+            visit(name, WEIGHT, module.weight.detach()[None])
         if output.requires_grad and not backward:
             output.register_hook(lambda grad: visit(name, GRAD_OUTPUT, by_batch(grad)))
 
@@ -238,7 +236,7 @@ def measure_amax(
     measure = STATISTICS[statistic]
 
     def visit(name: str, slot: int, x: Tensor) -> None:
-        for part in x if slot != WEIGHT else [x]:
+        for part in x:
             amax[name][slot] = torch.maximum(amax[name][slot], measure(part, FORMATS[slot]).float().cpu())
 
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

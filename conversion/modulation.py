@@ -124,6 +124,11 @@ def velocities(model: DiT, rows: Tensor, noised: Tensor, t: Tensor) -> Tensor:
     return together.unflatten(0, (count, images))
 
 
+def at_once(model: DiT, latents: Tensor) -> int:
+    """How many such batches (B, C, h, w) make a pass of ROWS; one at the least."""
+    return max(1, ROWS // (latents[:, 0].numel() // model.config.patch_size**2))
+
+
 @torch.enable_grad()
 def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
     """omega = E |d(v . output) / d modulation|^2 for random v at each node of t -> (blocks, T, 6 D), float64, CPU.
@@ -140,8 +145,7 @@ def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
     handles = [block.adaLN2.register_forward_hook(capture) for block in model.dit_blocks]
     model.requires_grad_(False)
     omega = []
-    tokens = latents[:, 0].numel() // model.config.patch_size**2
-    for values in nodes_of_t()[0].float().split(max(1, ROWS // tokens)):
+    for values in nodes_of_t()[0].float().split(at_once(model, latents)):
         count = len(values)
         t = values.repeat_interleave(len(latents)).to(latents.device)
         noise = torch.randn((count, *latents.shape), generator=generator).flatten(0, 1).to(latents.device)

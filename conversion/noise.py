@@ -188,8 +188,8 @@ def observe(model: DiT, checkpoint: Checkpoint, batches: Sequence[CalibrationBat
 
 def sample_of_linears(model: DiT, linears: Sequence[str]) -> Sequence[str]:
     """Every n-th, so that their weights have no more than GRADIENT_PARAMETERS."""
-    total = sum(model.get_submodule(name).weight.numel() for name in linears)
-    return linears[:: max(1, -(-total // GRADIENT_PARAMETERS))]
+    parameters = sum(model.get_submodule(name).weight.numel() for name in linears)
+    return linears[:: max(1, -(-parameters // GRADIENT_PARAMETERS))]
 
 
 def products(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from conversion import calibrate, noise, verify
+from conversion import calibrate, modulation, noise, verify
 from conversion.calibrate import synthetic_batches
 from pixart import checkpoint as checkpoints
 from pixart.model.dit import load_model
@@ -35,9 +35,9 @@ def test_batches_that_share_a_pass_keep_their_own_losses_and_rows(monkeypatch, s
     plan = Plan(linears=LINEARS, history=4)
     scales = calibrated_state({name: torch.tensor([8.0, 0.5, 0.01]) for name in LINEARS}, plan)
     checkpoint = dataclasses.replace(stage1, plan=plan, scales=scales)
-    monkeypatch.setattr(calibrate, "ROWS", 1)
+    monkeypatch.setattr(modulation, "ROWS", 1)
     alone = noise.observe(model, checkpoint, batches)
-    monkeypatch.setattr(calibrate, "ROWS", rows)
+    monkeypatch.setattr(modulation, "ROWS", rows)
     observed = noise.observe(model, checkpoint, batches)
     found, gradients = verify.in_fp8(copy, batches, LINEARS)
 
