@@ -3,7 +3,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo check test clean
+# The versions of the GPU machine on which benchmarks/gpu_day.py runs, and the newest that are tested.
+GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
+GPU_VERSIONS := torch==2.11.0 transformers==5.17.0 torchao==0.17.0 numpy==2.5.2 safetensors==0.8.0
+NEWEST_VERSIONS := torch==2.15.0 transformers==5.24.0 torchao==0.18.0
+FAST := not slow and not slurm and not vllm and not gpu
+
+.PHONY: install demo check test gpu-env test-gpu-env test-newest clean
 
 install: .venv/.installed
 demo: install
@@ -26,7 +32,7 @@ check: .venv/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "not slow and not slurm and not vllm and not gpu"
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)"
 
 test: .venv/.installed-dev
 	@sh tests/vllm_environment.sh .venv-vllm
@@ -35,5 +41,15 @@ test: .venv/.installed-dev
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest
 
+gpu-env:
+	@sh tests/support/environment_of_versions.sh .venv-gpu "$(GPU_PYTHON)" $(GPU_VERSIONS)
+
+test-gpu-env: gpu-env
+	@.venv-gpu/bin/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)" tests/pixart tests/conversion
+
+test-newest:
+	@sh tests/support/environment_of_versions.sh .venv-newest "$(PYTHON)" $(NEWEST_VERSIONS)
+	@.venv-newest/bin/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)" tests/pixart tests/conversion
+
 clean:
-	rm -rf .venv .venv-vllm .venv-torchao outputs build *.egg-info
+	rm -rf .venv .venv-vllm .venv-torchao .venv-gpu .venv-newest outputs build *.egg-info

@@ -23,19 +23,14 @@ def main() -> None:
         )
         for keys in (TOKENS, TEXT)
     )
-    lines = [
-        f"# Attention there and back, {HEADS} heads of width {WIDTH}, batch {options.batch}, on {measure.card()}",
+    heading = [
+        f"# Attention, forward and backward, {HEADS} heads of {WIDTH}, batch {options.batch}, on {measure.card()}",
         "",
-        f"torch {torch.__version__}; milliseconds, the padding included.",
-        "",
-        "| kernel | image | text, masked |",
-        "|---|---|---|",
+        f"torch {torch.__version__}; milliseconds of compiled code on a GPU, the padding included.",
     ]
+    page = measure.Page(options.out, "attention", heading, ["kernel", "image", "text, masked"])
     for kernel in image | text:
-        cells = [f"{1e3 * found[kernel]:.2f}" if kernel in found else "" for found in (image, text)]
-        lines.append(f"| {kernel} | {' | '.join(cells)} |")
-    print("\n".join(lines))
-    measure.write("attention", lines)
+        page.row(str(kernel), *(f"{1e3 * found[kernel]:.2f}" if kernel in found else "" for found in (image, text)))
 
 
 if __name__ == "__main__":

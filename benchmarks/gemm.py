@@ -42,7 +42,8 @@ def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Tensor, Te
     }
 
 
-def row(name: str, a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> str:
+def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str]:
+    """Return the cells of one product: its rates, and the ratios of FP8's to BF16's."""
     scale = torch.full((), 8.0, device=a.device)
     a8, b8 = quantize(a, scale, fmt), quantize(b, scale, E4M3)
 
@@ -58,27 +59,28 @@ def row(name: str, a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) 
         ways.append(lambda compiled=compiled, given=given: compiled(*given))
     operations = 2 * a.shape[0] * a.shape[1] * b.shape[1] / 1e12
     plain, fp8, cast = (operations / seconds(way, repeats) for way in ways)
-    return f"| {name} | {plain:.3g} | {fp8:.3g} | {cast:.3g} | {fp8 / plain:.2f} | {cast / plain:.2f} |"
+    return [f"{plain:.3g}", f"{fp8:.3g}", f"{cast:.3g}", f"{fp8 / plain:.2f}", f"{cast / plain:.2f}"]
 
 
 def main() -> None:
     parser = measure.parser(__doc__, repeats=20)
     parser.add_argument("--dim", type=int, default=1152)
     options = parser.parse_args()
-    lines = [
+    heading = [
         f"# The products of a block, batch {options.batch}, width {options.dim}, on {measure.card()}",
         "",
         f"torch {torch.__version__}. Transposed copies that the card's FP8 products want count as part of these.",
-        "" if torch.cuda.is_available() else "\nHere FP8 is emulated: of a GPU the ratios say nothing.\n",
-        "| product | BF16, TFLOP/s | FP8 alone | FP8 with casts | alone / BF16 | with casts / BF16 |",
-        "|---|---|---|---|---|---|",
+        *([] if torch.cuda.is_available() else ["", "Here FP8 is emulated: of a GPU the ratios say nothing."]),
     ]
+    columns = ["product", "BF16, TFLOP/s", "FP8 alone", "FP8 with casts", "alone / BF16", "with casts / BF16"]
+    page = measure.Page(options.out, "gemm", heading, columns)
     for linear, sizes in shapes(options.batch, options.dim).items():
         for name, operands in products(*sizes).items():
-            lines.append(row(f"{linear}, {name}", *operands, options.repeats))
-            print(lines[-1], flush=True)
+            try:
+                page.row(f"{linear}, {name}", *row(*operands, options.repeats))
+            except RuntimeError as error:  # too little memory, or a product that the card does not have
+                page.failed(f"{linear}, {name}", error)
             torch._dynamo.reset()
-    measure.write("gemm", lines)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,58 @@
 """One optimizer step of the real model by each way to make it, in one run.
 
-    python -m benchmarks.train_step [--batch 320] [--only NAME ...]       # on a GPU
+    python -m benchmarks.train_step [--batch 128] [--only NAME ...]       # on a GPU
     python -m benchmarks.train_step --batch 2 --blocks 2 --dim 128        # whether it runs, on a CPU
 
 28 blocks of width 1152, 256 image tokens, 120 text states of width 2048: forward, backward, AdamW, with float32 master
-weights under FSDP2 of one rank. Prints the table and writes it to `benchmarks/results/`. A way that this machine cannot
-take is listed with the reason.
+weights under FSDP2 of one rank. Every way runs in a process of its own, with a smaller batch where memory runs out, and
+its row is written as it is measured; a way that fails is listed with the reason.
+
+The floor of a way is what its own compiled code cannot do faster: the operations of its products at the card's rate for
+their precision, its attention at the rate of the fastest kernel, and after these the bytes that its generated kernels,
+its transposed copies and the optimizer move, at the card's bandwidth; all four are measured in the same run.
 """
 
 import argparse
 import functools
-import gc
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from benchmarks import measure
+from benchmarks import generated_code, measure
+from benchmarks.generated_code import Work
 from conversion.plan import make_plan
 from pixart.config import TrainConfig
 from pixart.model import attention, fp8, fp8_gather, fp8_te, fp8_torchao
+from pixart.model.attention import Kernel
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
+from pixart.model.fp8_products import EITHER_LAYOUT
 from pixart.model.timing import seconds, wait
 from pixart.training.distributed import Ranks, parallelize, process_group
 from pixart.training.ema import Ema
 from pixart.training.one_pass import OnePass
 from pixart.training.optimizer import make_optimizer
 
-SIDE, CHANNELS, HEADS, TEXT, TEXT_DIM = 32, 16, 16, 120, 2048
+SIDE, PATCH, CHANNELS, HEADS, TEXT, TEXT_DIM = 32, 2, 16, 16, 120, 2048
 TIMESTEPS = 1000  # of the peer's embedding
-# What has to pass through memory in a block, forward and backward, however kernels are fused: reads and writes between
-# products and attention, in BF16 numbers of a token's width. Norm and modulation 2 + 2, norms of q and k 4, their like
-# in cross-attention 2, gates and residuals 3 + 3 + 3, the activation 8; and on the way back 4 + 4, 6, 3, 3 + 3 + 3, 12,
-# and 11 for the biases.
-TRAFFIC = 27 + 49
+# Bytes that a step has to move for a parameter outside of the blocks' graphs: the cast of the float32 weight (4 + 2),
+# the gradient to float32 (2 + 4), AdamW's reads (weight, gradient, two moments) and writes (weight, two moments).
+PARAMETER_BYTES = 6 + 6 + 4 * 4 + 3 * 4
+SMALLER = 0.75  # of a batch that memory was too small for
+LEAST_BATCH = 16
+OUT_OF_MEMORY = 75  # exit code of a way that memory was too small for
+KERNELS = 12  # that a profile shows
+COLUMNS = ["way", "batch", "images/s", "TFLOP/s", "MFU (BF16)", "GiB", "products", "attention", "casts alone"]
+COLUMNS += ["ms a step", "host, ms", "floor, ms", "launches a block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +80,8 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
             (fp8_torchao if backend == "torchao" else fp8_te).swap_linears(model, plan)
         else:
             fp8.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
-    if ranks.device.type == "cuda":
-        tokens, width = (SIDE // model.config.patch_size) ** 2, options.dim // HEADS
-        attention.use(model, *attention.measured(options.batch, HEADS, width, tokens, TEXT, ranks.device))
+    if options.attention:
+        attention.use(model, *(Kernel(**kernel) for kernel in json.loads(options.attention)))
     parallelize(model, ranks, config)
     fp8_gather.gather_in_fp8(model, torch.bfloat16)
     if backend.startswith("native"):
@@ -132,19 +146,21 @@ def batch_of(options: argparse.Namespace, device: torch.device) -> list[Tensor]:
     return [latents, t, text.bfloat16(), torch.ones(options.batch, TEXT, dtype=torch.bool, device=device)]
 
 
-def shares(step: Callable[[], object]) -> dict[str, float]:
-    """Of a step's time: in products, in attention, and in kernels that cast to FP8 and do nothing else."""
+def profiled(step: Callable[[], object]) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
+    """Return the shares of a step's time by kind, and its longest kernels: name, milliseconds, calls."""
     activity = torch.profiler.ProfilerActivity
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
         step()
         wait()
-    times = {"products": 0.0, "attention": 0.0, "casts": 0.0, "all": 0.0}
-    for event in profile.key_averages():
-        spent, name = event.self_device_time_total if cuda else event.self_cpu_time_total, event.key.lower()
-        times["all"] += spent
-        times[kind_of(name)] = times.get(kind_of(name), 0.0) + spent
-    return {kind: spent / times["all"] for kind, spent in times.items()}
+    events = profile.key_averages()
+    spent = [event.self_device_time_total if cuda else event.self_cpu_time_total for event in events]
+    times = dict.fromkeys(("products", "attention", "casts", "others"), 0.0)
+    for event, microseconds in zip(events, spent, strict=True):
+        times[kind_of(event.key.lower())] += microseconds
+    longest = sorted(zip(spent, events, strict=True), key=lambda pair: -pair[0])[:KERNELS]
+    kernels = [(event.key, microseconds / 1e3, event.count) for microseconds, event in longest]
+    return {kind: time / sum(spent) for kind, time in times.items()}, kernels
 
 
 def kind_of(kernel: str) -> str:
@@ -158,13 +174,10 @@ def kind_of(kernel: str) -> str:
     return "others"
 
 
-def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[str, float]) -> str:
-    """A row of the table."""
+def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Make a model by a way, take its step, and return what was measured of it."""
     way = WAYS[name]
-    try:
-        model = way.make(options, ranks)
-    except (ValueError, ImportError) as error:
-        return f"| {name} | {' '.join(str(error).split())} |" + " |" * 8
+    model = way.make(options, ranks)
     config = TrainConfig(steps=1, batch=options.batch, lr=1e-4, warmup=1)
     optimizer = make_optimizer(model, config) if isinstance(model, DiT) else peer_optimizer(model)
     given = batch_of(options, ranks.device)
@@ -184,22 +197,92 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
         if hasattr(model, "plan"):
             fp8.update_scales(model, model.plan)
 
+    with generated_code.recorded() as graphs:
+        step()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     taken = seconds(step, options.repeats)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
-    share = shares(step)
-    operations = options.batch * operations_of_an_image(options.dim, options.blocks) / 1e12
-    rate = (
-        rates["FP8"] if "BF16" not in name.split(",")[0] and "diffusers" not in name and rates["FP8"] else rates["BF16"]
-    )
-    traffic = 2 * TRAFFIC * options.dim * (SIDE // 2) ** 2 * options.blocks * options.batch / 1e9
-    floor = operations / rate + traffic / rates["GB/s"]
-    return (
-        f"| {name} | {options.batch / taken:.1f} | {operations / taken:.3g} | {operations / taken / rates['BF16']:.0%} "
-        f"| {memory:.1f} | {share['products']:.0%} | {share['attention']:.0%} | {share['casts']:.1%} "
-        f"| {1e3 * taken:.0f} | {1e3 * floor:.0f} |"
-    )
+    memory = torch.cuda.max_memory_allocated() / measure.GIB if torch.cuda.is_available() else float("nan")
+    begun = time.perf_counter()
+    step()
+    host = time.perf_counter() - begun  # until all is launched
+    wait()
+    shares, kernels = profiled(step)
+    block = work_of_a_block(graphs)
+    return {
+        "seconds": taken,
+        "host_seconds": host,
+        "memory": memory,
+        "shares": shares,
+        "kernels": kernels,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "work": block and {"fp8": block.operations["fp8"], "bf16": block.operations["bf16"], "bytes": moved(block)},
+        "launches": block and sum(block.launches.values()),
+    }
+
+
+def work_of_a_block(graphs: list[Work]) -> Work | None:
+    """Return what the graphs of a block do, forward and backward; blocks are alike and share theirs.
+
+    None where nothing was compiled.
+    """
+    of_blocks = [work for work in graphs if work.attentions]
+    if len(of_blocks) < 2:
+        return None
+    return generated_code.total(of_blocks[-2:])  # of a block that was compiled twice, what runs from then on
+
+
+def moved(block: Work) -> int:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != EITHER_LAYOUT
+    return block.generated_bytes + (block.transposed_bytes if hopper else 0)
+
+
+def floor_of(found: dict[str, Any], rates: dict[str, float], blocks: int, batch: int) -> float | None:
+    """Return the seconds of a step that a way's own code cannot undercut on this card."""
+    work = found["work"]
+    if not work:
+        return None
+    products = work["bf16"] / rates["BF16"] / 1e12 + (work["fp8"] / rates["FP8"] / 1e12 if work["fp8"] else 0)
+    moves = (blocks * work["bytes"] + PARAMETER_BYTES * found["parameters"]) / rates["GB/s"] / 1e9
+    return blocks * (products + batch * rates["attention, s an image"]) + moves
+
+
+def cells(name: str, found: dict[str, Any], rates: dict[str, float], options: argparse.Namespace) -> list[str]:
+    """Return a row of COLUMNS."""
+    batch, taken, share = found["batch"], found["seconds"], found["shares"]
+    operations = batch * operations_of_an_image(options.dim, options.blocks) / 1e12
+    floor = floor_of(found, rates, options.blocks, batch)
+    return [
+        name,
+        str(batch),
+        f"{batch / taken:.1f}",
+        f"{operations / taken:.3g}",
+        f"{operations / taken / rates['BF16']:.0%}",
+        f"{found['memory']:.1f}",
+        f"{share['products']:.0%}",
+        f"{share['attention']:.0%}",
+        f"{share['casts']:.1%}",
+        f"{1e3 * taken:.0f}",
+        f"{1e3 * found['host_seconds']:.0f}",
+        f"{1e3 * floor:.0f}" if floor else "",
+        f"{found['launches']}" if found["launches"] else "",
+    ]
+
+
+def card_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Measure the card, and its attention at the model's sizes by the fastest kernels."""
+    rates: dict[str, Any] = {
+        "BF16": measure.matrix_rate(options.matrix),
+        "FP8": measure.fp8_matrix_rate(options.matrix) or measure.matrix_rate(options.matrix),  # emulated
+        "GB/s": measure.bandwidth(),
+    }
+    tokens, width = (SIDE // PATCH) ** 2, options.dim // HEADS
+    image = attention.timings(options.batch, HEADS, width, tokens, tokens, ranks.device, masked=False)
+    text = attention.timings(options.batch, HEADS, width, tokens, TEXT, ranks.device, masked=True)
+    fastest = [attention.fastest(found) for found in (image, text)]
+    taken = sum(found[kernel] for found, kernel in zip((image, text), fastest, strict=True))
+    kernels = [{"backend": kernel.backend, "width": kernel.width} for kernel in fastest]
+    return {**rates, "attention, s an image": taken / options.batch, "kernels": kernels}
 
 
 def peer_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -213,39 +296,93 @@ def operations_of_an_image(dim: int, blocks: int) -> int:
     return training_flops(config, SIDE, TEXT)
 
 
-def main() -> None:
+def in_a_process(what: str, options: argparse.Namespace, batch: int, kernels: list[dict] | None) -> dict[str, Any]:
+    """Run this module for one way, or for the card's rates; raises RuntimeError with the last line that it printed."""
+    words = [sys.executable, "-m", "benchmarks.train_step", "--only-this", what, "--batch", str(batch)]
+    for name in ("repeats", "dim", "blocks", "matrix"):
+        words += [f"--{name}", str(getattr(options, name))]
+    if kernels and torch.cuda.is_available():
+        words += ["--attention", json.dumps(kernels)]
+    root = Path(__file__).parents[1]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=root, timeout=options.limit)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {options.limit} s") from None
+    if done.returncode == OUT_OF_MEMORY:
+        raise MemoryError(f"too little memory for a batch of {batch}")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(lines[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def with_smaller_batches(name: str, options: argparse.Namespace, kernels: list[dict]) -> dict[str, Any]:
+    """Measure a way at the largest batch, from the one that was asked for down, that memory holds."""
+    batch = options.batch
+    while True:
+        try:
+            return {**in_a_process(name, options, batch, kernels), "batch": batch}
+        except MemoryError:
+            batch = int(SMALLER * batch) // LEAST_BATCH * LEAST_BATCH
+            if batch < LEAST_BATCH:
+                raise
+
+
+def main() -> int:
     parser = measure.parser(__doc__, repeats=10)
     parser.add_argument("--dim", type=int, default=1152)
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--matrix", type=int, default=8192, help="side of the product that the card's rate is taken by")
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of one way (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
+    parser.add_argument("--only-this", choices=["rates", *WAYS], help=argparse.SUPPRESS)
+    parser.add_argument("--attention", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rates = {
-        "BF16": measure.matrix_rate(options.matrix),
-        "FP8": measure.fp8_matrix_rate(options.matrix),
-        "GB/s": measure.bandwidth(),
-    }
-    size = f"{options.blocks} blocks of width {options.dim}, batch {options.batch}"
-    lines = [
-        f"# A training step, {size}, on {measure.card()}",
+    if options.only_this:
+        return only_this(options)
+    rates = in_a_process("rates", options, options.batch, None)
+    image, text = (Kernel(**kernel) for kernel in rates["kernels"])
+    heading = [
+        f"# A training step, {options.blocks} blocks of width {options.dim}, on {measure.card()}",
         "",
         f"torch {torch.__version__}. Measured of the card in the same run: {rates['BF16']:.3g} TFLOP/s in BF16, "
-        f"{rates['FP8']:.3g} in FP8, {rates['GB/s']:,.0f} GB/s. The floor is the model's operations at that rate, and "
-        "after them the bytes that have to pass between products, at that bandwidth.",
-        "",
-        "| way | images/s | TFLOP/s | MFU (BF16) | GB | products | attention | casts alone | ms a step | floor, ms |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"{rates['FP8']:.3g} in FP8, {rates['GB/s']:,.0f} GB/s; attention {image}, to the text {text}, "
+        f"{1e6 * rates['attention, s an image']:.3g} us a block and image, forward and backward.",
     ]
+    page = measure.Page(options.out, f"train-step-{options.batch}", heading, COLUMNS)
+    for name in options.only:
+        try:
+            found = with_smaller_batches(name, options, rates["kernels"])
+        except (RuntimeError, MemoryError, ValueError) as error:
+            page.failed(name, error)
+            continue
+        page.row(*cells(name, found, rates, options))
+        page.note(
+            f"## {name}: the longest kernels of a step",
+            "",
+            "| ms | calls | kernel |",
+            "|---|---|---|",
+            *(f"| {ms:.2f} | {calls} | `{kernel[:100].replace('|', ' ')}` |" for kernel, ms, calls in found["kernels"]),
+        )
+    return 0
+
+
+def only_this(options: argparse.Namespace) -> int:
+    """Measure in this process and print what was found as JSON."""
     with process_group() as ranks:
-        for name in options.only:
-            lines.append(measured(name, options, ranks, rates))
-            print(lines[-1], flush=True)
-            torch._dynamo.reset()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    measure.write("train-step", lines)
+        try:
+            if options.only_this == "rates":
+                found = card_rates(options, ranks)
+            else:
+                found = measured(options.only_this, options, ranks)
+        except torch.OutOfMemoryError:
+            return OUT_OF_MEMORY
+        except (ValueError, ImportError) as error:
+            print(" ".join(str(error).split()), file=sys.stderr)
+            return 2
+    print(json.dumps(found))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

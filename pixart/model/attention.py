@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ BACKENDS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+
 PADDINGS = (0, 80, 96)  # widths to try for a head of 72
 REPEATS = 5
 CLEARLY = 0.95  # of the time
@@ -71,23 +73,39 @@ def padding_mask(batch: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(keys, device=device) < lengths
 
 
-def there_and_back(given: Sequence[Tensor], mask: Tensor | None, to: int = 0) -> list[Tensor]:
+def there_and_back(
+    given: Sequence[Tensor], mask: Tensor | None, to: int = 0, forward: Forward | None = None
+) -> list[Tensor]:
     q, k, v = given
-    out = padded(q, k, v, mask, to)
+    out = (forward or padded)(q, k, v, mask, to)
     return [out, *torch.autograd.grad(out, given, torch.ones_like(out))]
 
 
 def alone(
-    given: Sequence[Tensor], mask: Tensor | None, kernel: Kernel, exact: Sequence[Tensor], repeats: int
+    given: Sequence[Tensor],
+    mask: Tensor | None,
+    kernel: Kernel,
+    exact: Sequence[Tensor],
+    repeats: int,
+    *,
+    compiled: bool,
 ) -> float | None:
-    """Seconds of the way there and back; None where the kernel cannot, or does not come to what is exact."""
+    """Return the seconds of forward and backward with one kernel.
+
+    None if the kernel does not take these operands, or its result differs from `exact`. `compiled`: the time is that of
+    the code which torch.compile generates, where padding and the layout of the heads are part of other kernels.
+    """
     try:
         with by(kernel.backend), warnings.catch_warnings(action="ignore"):  # of why a kernel cannot
             if not all(map(agree, there_and_back(given, mask, kernel.width), exact)):
                 return None
-            return seconds(lambda: there_and_back(given, mask, kernel.width), repeats)
+            forward = torch.compile(padded, fullgraph=True, dynamic=False) if compiled else None
+            return seconds(lambda: there_and_back(given, mask, kernel.width, forward), repeats)
     except RuntimeError:  # no kernel, or too little memory
         return None
+    finally:
+        if compiled:
+            torch._dynamo.reset()  # a graph keeps the backend that it was traced with
 
 
 def agree(found: Tensor, exact: Tensor) -> bool:
@@ -104,15 +122,20 @@ def timings(
     *,
     masked: bool,
     repeats: int = REPEATS,
+    compiled: bool | None = None,
 ) -> dict[Kernel, float]:
-    """Seconds there and back by each kernel that can, torch's own choice the first of them."""
+    """Return the seconds of forward and backward by kernel, torch's own choice first.
+
+    `compiled` (default: on a GPU) measures the kernels as compiled code calls them.
+    """
+    compiled = device.type == "cuda" if compiled is None else compiled
     given = operands(batch, heads, width, tokens, keys, device)
     mask = padding_mask(batch, keys, device) if masked else None
     own = Kernel()
     exact = there_and_back(given, mask)
     kernels = [own, *(Kernel(backend=name, width=to) for name in BACKENDS for to in PADDINGS)]
     found = {
-        kernel: alone(given, mask, kernel, exact, repeats)
+        kernel: alone(given, mask, kernel, exact, repeats, compiled=compiled)
         for kernel in kernels
         if kernel.width == 0 or kernel.width > width
     }

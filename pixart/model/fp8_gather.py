@@ -29,7 +29,11 @@ def gather_as_given(model: nn.Module, name: str) -> None:
     linear, unit = model.get_submodule(name), unit_of(model, name)
     shard = linear.weight._local_tensor
     del shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather
-    for group in unit._get_fsdp_state()._fsdp_param_groups:
+    state = unit._get_fsdp_state()
+    groups = (
+        state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    )  # torch 2.11
+    for group in groups:
         for parameter in group.fsdp_params:
             if parameter.sharded_param is linear.weight:  # FSDP2 keeps the gathered one, whose type is another now
                 del parameter._unsharded_param

@@ -30,12 +30,19 @@ SLOTS = ("input", "weight", "grad_output")
 FORMATS = (E4M3, E4M3, E5M2)
 
 CACHED = 1 << 15  # float32 values that a core's own cache holds several times over
-BLACKWELL = 10  # compute capability from which on a product takes operands in either layout; before, sums are of rows
+# Major compute capability of the cards whose FP8 products take operands in either layout (B200, B300). Earlier cards
+# (8.9, 9.0) and the consumer cards of the same generation (12.x) want the first by rows and the second by columns.
+EITHER_LAYOUT = 10
+
+
+def on_tensor_cores(x: Tensor) -> bool:
+    """Whether products of this tensor run in FP8 on hardware; else they are emulated."""
+    return x.is_cuda
 
 
 def quantize(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """x * scale, saturated and rounded to `fmt`: an FP8 tensor on a GPU, its exact float32 values on a CPU."""
-    if x.is_cuda:
+    if on_tensor_cores(x):
         return (x.float() * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype)
     if scale.dim() or torch.compiler.is_compiling():  # a compiler makes one pass of it
         return round_to_format_((x.float() * scale).clamp_(-fmt.max, fmt.max), fmt)
@@ -64,7 +71,7 @@ def through_fp8(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """The largest magnitude, in float32 -> (); a not-a-number wins."""
-    if x.is_cuda or torch.compiler.is_compiling():  # by rows, as the kernel of a norm goes
+    if on_tensor_cores(x) or torch.compiler.is_compiling():  # by rows, as the kernel of a norm goes
         return x.detach().abs().amax(-1).amax().float()
     low, high = torch.aminmax(x.detach())
     return torch.maximum(-low, high).float()
@@ -84,12 +91,12 @@ def scaled_matmul(
     each column of b (n,). `fast` accumulates in fewer bits on a GPU, which is customary forward and not backward.
     """
     unscale = (scale_a * scale_b).reciprocal()
-    if not a.is_cuda:
+    if not on_tensor_cores(a):
         if unscale.dim() < 2 and b.numel() < a.shape[0] * b.shape[1]:  # scales are divided out of what is smaller
             scaled = b * unscale
-            return (a @ scaled if bias is None else torch.addmm(bias.float(), a, scaled)).to(dtype)
+            return cast(a @ scaled if bias is None else torch.addmm(bias.float(), a, scaled), dtype)
         product = a @ b * unscale
-        return (product if bias is None else product + bias).to(dtype)
+        return cast(product if bias is None else product + bias, dtype)
     whole = unscale.dim() == 0
     one = torch.ones((), device=a.device)
     fused = whole and bias is not None and dtype != torch.float32  # cuBLAS has no bias for a float32 result
@@ -99,8 +106,17 @@ def scaled_matmul(
     bias = bias if bias is None else bias.to(dtype)  # under autocast it is float32 still
     product = tensor_core_product(*given, *turned, *scales, bias if fused else None, dtype, fast)
     if not whole:
-        product = (product * unscale).to(dtype)
+        product = cast(product * unscale, dtype)
     return product if fused or bias is None else product + bias
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in `dtype`, x itself if it has that type.
+
+    Up to torch 2.11 a compiled `autograd.Function` whose forward ends in a `Tensor.to` that changes nothing returns
+    the alias of an intermediate value, which has no gradient: all gradients behind it become zero.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 @torch.library.custom_op("pixart::tensor_core_product", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -122,7 +138,7 @@ def tensor_core_product(
     transposed copy that became part of a cast by rows would write single bytes a whole row apart.
     """
     a, b = a.contiguous(), b.contiguous()  # a compiler may choose
-    if torch.cuda.get_device_properties(a.device).major < BLACKWELL:
+    if torch.cuda.get_device_properties(a.device).major != EITHER_LAYOUT:
         a, turn_a = (transposed(a) if turn_a else a), False
         b, turn_b = (b if turn_b else transposed(b)), True
     a, b = (a.t() if turn_a else a), (b.t() if turn_b else b)
@@ -161,7 +177,7 @@ class Float8Product(torch.autograd.Function):
         x8, weight_scale = quantize(x, scales[0, INPUT], E4M3), spread(scales[:, WEIGHT], outs)
         if weight8 is None:
             weight8 = quantize(weight, weight_scale if len(outs) == 1 else weight_scale.unsqueeze(-1), E4M3)
-        elif not weight8.is_cuda:
+        elif not on_tensor_cores(weight8):
             weight8 = weight8.float()
         ctx.save_for_backward(x if fine_weight_gradient else x8, weight8, scales)
         ctx.outs, ctx.fine, ctx.staged, ctx.dtypes = outs, fine_weight_gradient, staged, (x.dtype, weight.dtype)

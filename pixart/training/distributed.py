@@ -22,6 +22,7 @@ aten = torch.ops.aten
 # Products and attention: what costs most to compute again. Norms, modulations and activations are made anew.
 KEPT = (aten.mm, aten.addmm, aten.bmm, aten._scaled_mm, torch.ops.pixart.tensor_core_product)
 ATTENTION = "_scaled_dot_product"
+LOOPBACK = "lo"  # a process alone needs no name resolution, which fails where the host's name has no address
 GRAPHS = 64  # of a block: training, validation and previews, lengths of text, a linear that has left FP8
 
 
@@ -74,6 +75,7 @@ def process_group() -> Iterator[Ranks]:
     if world > 1:
         dist.init_process_group(backend)
     else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Ranks(

@@ -4,12 +4,14 @@ import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pixart import checkpoint as checkpoints
@@ -21,18 +23,39 @@ from pixart.training.step import Training
 DAMAGED = ".damaged"
 
 
+class ReusedMemoryStager(AsyncStager):
+    """Copy a state to CPU memory that is allocated once and reused by later saves.
+
+    torch's `DefaultStager` does the same from torch 2.12 on; in 2.11 it releases its memory after each copy and cannot
+    be used a second time.
+    """
+
+    _synchronize_after_execute = False  # `stage` returns when the copy is complete
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.pinned = pinned
+        self.copies = StateDictStager(pin_memory=pinned, share_memory=False)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        staged = self.copies.stage(state_dict, non_blocking=self.pinned)
+        if self.pinned:
+            torch.cuda.synchronize()
+        return staged
+
+    def synchronize_staging(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.copies.close()
+
+
 class Saver:
     """Saves to a run folder. Training stops for the copy of the state alone, into memory that is used again."""
 
     def __init__(self, run: Path, ranks: Ranks, *, keep_last: int, keep_every: int) -> None:
         self.folder, self.ranks = run / "checkpoints", ranks
         self.keep_last, self.keep_every = keep_last, keep_every
-        cuda = ranks.device.type == "cuda"
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-        )
+        self.stager = ReusedMemoryStager(pinned=ranks.device.type == "cuda")
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
         if ranks.first:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, gemm, measure, train_step
+from benchmarks import attention, gemm, train_step
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,8 +21,7 @@ def page(monkeypatch, tmp_path):
     """Runs a benchmark -> the cells of its rows by the first, without the headings."""
 
     def run(module, *words: str) -> dict[str, list[str]]:
-        monkeypatch.setattr(measure, "RESULTS", tmp_path)
-        monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+        monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--out", str(tmp_path)])
         module.main()
         (written,) = tmp_path.iterdir()
         return rows(written)

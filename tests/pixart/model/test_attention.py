@@ -1,5 +1,7 @@
 """Attention by any kernel is the same attention, and the fastest one is taken."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -34,6 +36,20 @@ def test_what_is_measured():
     assert {kernel.backend for kernel in found} == {None, "flash", "math"}
     assert {kernel.width for kernel in found} == set(PADDINGS)
     assert all(taken > 0 for taken in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
+def test_compiled_code_is_what_is_timed(monkeypatch):
+    compiled: list[object] = []
+    monkeypatch.setattr(attention, "BACKENDS", {"math": BACKENDS["math"]})
+    monkeypatch.setattr(attention, "PADDINGS", (0,))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **how: compiled.append(given) or real(*given, **how))
+    found = timings(2, heads=2, width=72, tokens=16, keys=8, device=CPU, masked=True, compiled=True)
+    assert found.keys() == {OWN, Kernel(backend="math")}
+    assert all(taken > 0 for taken in found.values())
+    assert len(compiled) == len(found)
 
 
 def test_a_kernel_that_comes_to_something_else_is_left_out(monkeypatch):

@@ -42,6 +42,23 @@ def test_a_block_compiles_without_a_break():
     assert whole["dit_blocks.0.mlp.linear1.amax_history"][0].all()  # of all three tensors
 
 
+def test_compiled_gradients_of_a_single_product_equal_eager_ones():
+    """In float32, where the result needs no cast: a cast that changes nothing has no gradient in torch 2.11."""
+
+    def gradients(wrap) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        linear = fp8.Float8Linear.from_linear(nn.Linear(32, 16), Plan(linears=(), history=4))
+        x = torch.randn(8, 32, requires_grad=True)
+        wrap(linear.forward)(x).square().sum().backward()
+        return [x.grad, linear.weight.grad, linear.bias.grad]
+
+    eager = gradients(lambda forward: forward)
+    compiled = gradients(lambda forward: torch.compile(forward, fullgraph=True, backend="aot_eager"))
+    for name, one, other in zip(("x", "weight", "bias"), eager, compiled, strict=True):
+        assert one.norm() > 0, name
+        torch.testing.assert_close(other, one, msg=name)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_casts_and_amax_are_part_of_the_kernel_that_makes_their_tensor():

@@ -1,0 +1,210 @@
+"""All that needs a GPU, measured in a short loan of a bare machine without a network.
+
+Beforehand, where the suite is installed and packages can be had:
+
+    python -m benchmarks.gpu_day prepare [--images FOLDER --vae FOLDER]
+
+writes `.gpuday/` (wheels, a small dataset with its encoders) to be carried along with the tracked files. On the GPU
+machine, from the repository's root, one part a command, the most important first, each under ten minutes:
+
+    python3 benchmarks/gpu_day.py correctness     # products against float64, the tests marked gpu, attention, products
+    python3 benchmarks/gpu_day.py speed           # a training step by each way, at the largest batch that fits
+    python3 benchmarks/gpu_day.py small           # the same at the 64 and 32 images of a rank of a large run
+    python3 benchmarks/gpu_day.py training        # 500 steps in BF16 and FP8 from one conversion, and sampling
+
+Every row is written as it is measured, to `--out` (default: $OUT, else benchmarks/results). A step that fails or takes
+too long is named in the part's summary, and the next one begins. `--tiny` takes sizes that a CPU manages.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CARRIED = ROOT / ".gpuday"
+WHEELS, DATASET = CARRIED / "wheels", CARRIED / "dataset"
+SITE = Path("/tmp/pixart-gpu-day-site")
+MIB = 1 << 20
+LIMIT_MIB = 60  # of all that is carried
+SHOWN = 40  # lines of a step's output
+PYTHON, PLATFORMS = "3.12", [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)]
+# What the machine lacks; the rest of what is needed is on it.
+PACKAGES = [
+    *("diffusers==0.42.1", "importlib_metadata", "torchao==0.17.0", "submitit==1.5.4"),
+    *("zarr==3.4.2", "numcodecs", "donfig", "google-crc32c>=1.9,<2", "msgspec"),
+]
+SURROUNDINGS = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_IB_DISABLE": "1",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/pixart-gpu-day-inductor",
+    "TRITON_CACHE_DIR": "/tmp/pixart-gpu-day-triton",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+EVERY_WAY = ["BF16", "FP8 native", "torchao tensorwise", "diffusers PixArtTransformer2DModel, BF16"]
+EVERY_WAY += ["torchao rowwise", "BF16 eager", "FP8 native, weight gradient in BF16"]
+AT_A_RANK = ["BF16", "FP8 native", "torchao tensorwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command of a part: `words` after the interpreter, `tiny` those that it is given instead on a CPU."""
+
+    name: str
+    limit: int  # seconds
+    words: Sequence[str]
+    tiny: Sequence[str] = ()
+    writes: bool = True  # takes --out
+
+
+def benchmark(name: str, limit: int, *words: str, tiny: Sequence[str]) -> Step:
+    module = ["-m", f"benchmarks.{name}"]
+    return Step(name=name, limit=limit, words=[*module, *words], tiny=[*module, *tiny])
+
+
+def train_step(batch: Sequence[str], limit: int, ways: Sequence[str]) -> Step:
+    small = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256"]
+    return benchmark("train_step", limit, *batch, "--only", *ways, tiny=[*small, "--only", *ways[:2]])
+
+
+GPU_TESTS = Step(
+    name="tests",
+    limit=270,
+    words=["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/pixart/model", "tests/conversion"],
+    writes=False,
+)
+PARTS = {
+    "correctness": [
+        benchmark("products", 60, tiny=["--tiny"]),
+        GPU_TESTS,
+        benchmark("attention", 120, tiny=["--batch", "1"]),
+        benchmark("gemm", 130, tiny=["--batch", "1", "--dim", "32", "--repeats", "1"]),
+    ],
+    "speed": [train_step([], 580, EVERY_WAY)],
+    "small": [train_step(["--batch", "64"], 300, AT_A_RANK), train_step(["--batch", "32"], 280, AT_A_RANK)],
+    "training": [
+        benchmark(
+            "gpu_training",
+            580,
+            str(DATASET),
+            tiny=[str(DATASET), "--tiny", "--steps", "4", "--stage1-steps", "4", "--batch", "16", "--pictures", "2"],
+        )
+    ],
+}
+
+
+def run_part(name: str, out: Path, *, tiny: bool) -> int:
+    """Run the steps of a part one after the other -> how many did not end well; the summary is written after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | SURROUNDINGS | {"PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT)])}
+    summary = out / f"{date.today()}-gpu-day-{name}.md"
+    lines = [f"# GPU day, {name}", "", "| step | seconds | ended |", "|---|---|---|"]
+    failed = 0
+    for step in PARTS[name]:
+        words = [sys.executable, *(step.tiny or step.words if tiny else step.words)]
+        words += ["--out", str(out)] if step.writes else []
+        print(f"=== {step.name} [{time.strftime('%H:%M:%S')}]", flush=True)
+        begun = time.monotonic()
+        ended = run(words, environment, step.limit, out / f"{name}.log")
+        failed += ended != "well"
+        lines.append(f"| {step.name} | {time.monotonic() - begun:.0f} | {ended} |")
+        print(lines[-1], flush=True)
+        summary.write_text("\n".join(lines) + "\n")
+    return failed
+
+
+def run(words: Sequence[str], environment: dict[str, str], limit: int, log: Path) -> str:
+    """Run a command with its output appended to a log, print the last lines, and say how it ended."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            code = process.wait(limit)
+            ended = "well" if code == 0 else f"with exit code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            ended = f"stopped after {limit} s"
+    print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]), flush=True)
+    return ended
+
+
+def install() -> None:
+    """Unpack the carried wheels into a folder of their own; a second call finds them there."""
+    if (SITE / "diffusers").exists():
+        return
+    wheels = sorted(map(str, WHEELS.glob("*.whl")))
+    if not wheels:
+        raise SystemExit(
+            f"error: {WHEELS} has no wheels; run `python -m benchmarks.gpu_day prepare` and carry {CARRIED}"
+        )
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir", "--upgrade"]
+    subprocess.run([*pip, "--target", str(SITE), *wheels], check=True)
+
+
+def prepare(images: Path | None, vae: Path | None) -> None:
+    """Make what is carried, and check that it is small enough."""
+    from benchmarks.gpu_day_dataset import make_dataset
+
+    shutil.rmtree(CARRIED, ignore_errors=True)
+    WHEELS.mkdir(parents=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(WHEELS),
+    ]
+    pip += ["--python-version", PYTHON, "--implementation", "cp"]
+    pip += [word for platform in PLATFORMS for word in ("--platform", platform)]
+    subprocess.run(
+        [*pip, *PACKAGES], check=True, env=os.environ | {"PIP_CONSTRAINT": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    )
+    make_dataset(CARRIED, DATASET, images, vae)
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
+    sizes = {
+        "tracked files": sum((ROOT / os.fsdecode(name)).stat().st_size for name in tracked if name),
+        **{path.name: size_of(path) for path in sorted(CARRIED.iterdir())},
+    }
+    for name, size in sizes.items():
+        print(f"{size / MIB:6.1f} MiB  {name}")
+    if sum(sizes.values()) > LIMIT_MIB * MIB:
+        raise SystemExit(f"error: {sum(sizes.values()) / MIB:.0f} MiB in all; at most {LIMIT_MIB} can be carried")
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["prepare", *PARTS])
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of class folders (default: rendered scenes)")
+    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="diffusers autoencoder (default: the demo's)")
+    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU manages, to rehearse the day")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: $OUT, else benchmarks/results")
+    options = parser.parse_args()
+    if options.part == "prepare":
+        prepare(options.images, options.vae)
+        return 0
+    install()
+    out = options.out or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    return 1 if run_part(options.part, out.absolute(), tiny=options.tiny) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

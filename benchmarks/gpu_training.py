@@ -1,0 +1,207 @@
+"""Training that goes on after a conversion at real size, in BF16 and in FP8, and sampling from its result.
+
+    python -m benchmarks.gpu_training DATASET [--steps 500] [--stage1-steps 300] [--batch 64] [--tiny]
+
+Stage 1 is trained on the dataset's classes, converted once, and stage 2 goes on from the same checkpoint for the same
+rows, noise and times in either precision. Then pictures of the same noise from the converted checkpoint in BF16 and
+from its FP8 weights. Tables and a contact sheet are written as they come.
+"""
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import measure
+from conversion.options import Options
+from conversion.to_fp8 import convert
+from pixart import inference
+from pixart.config import ModelConfig, TrainConfig
+from pixart.data import manifest as manifests
+from pixart.data.store import Store
+from pixart.pictures import Picture, make
+from pixart.pipeline import PixArtPipeline
+from pixart.sheet import contact_sheet
+from pixart.training.loop import train
+
+PARTS = 10  # of the steps, of each of which a mean loss is shown
+SAMPLING_STEPS, GUIDANCE = 20, 3.0
+TINY = {"dim": 64, "cond_dim": 32, "num_heads": 4, "num_blocks": 2}
+
+
+class Losses:
+    """A reporter that keeps every step's loss, the validation losses and the seconds of a step."""
+
+    def __init__(self) -> None:
+        self.train: dict[int, float] = {}
+        self.validation: dict[int, float] = {}
+        self.seconds: list[float] = []
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        if "train/loss" in values:
+            self.train[step] = values["train/loss"]
+        if "val/loss" in values:
+            self.validation[step] = values["val/loss"]
+        if "train/seconds_per_step" in values:
+            self.seconds.append(values["train/seconds_per_step"])
+
+    def incident(self, step: int, text: str) -> None:
+        print(f"step {step}: {text}", flush=True)
+
+    def artifact(self, file: Path) -> None:
+        pass
+
+
+def configuration(options: argparse.Namespace, steps: int, *, fp8: bool) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        batch=options.batch,
+        lr=1e-4,
+        warmup=min(100, steps // 2),
+        ema=0.99,
+        fp8=fp8,
+        compile=not options.tiny,
+        log_every=min(10, steps),
+        save_every=steps,
+        keep_last=1,
+        validate_every=steps,
+        validation_rows=min(options.batch, options.rows // 10),
+    )
+
+
+def trained(options: argparse.Namespace, work: Path, stage: int, steps: int, start: Path | None, *, fp8: bool):
+    """Train a stage from a checkpoint -> the last one's directory, and what was reported."""
+    losses = Losses()
+    name = f"stage{stage}-{'fp8' if fp8 else 'bf16'}"
+    config = configuration(options, steps, fp8=fp8)
+    model = (
+        ModelConfig(**TINY, num_classes=options.classes) if options.tiny else ModelConfig(num_classes=options.classes)
+    )
+    last = train(
+        stage=stage,
+        model=model,
+        config=config,
+        dataset=str(options.dataset),
+        run=work / name,
+        start=start,
+        reporter=losses,
+    )
+    return last, losses
+
+
+def compare(page: measure.Page, bf16: Losses, fp8: Losses) -> None:
+    """Write the mean losses of each part of the steps, and the validation losses at the end."""
+    steps = sorted(bf16.train)
+    for part in np.array_split(np.array(steps), min(PARTS, len(steps))):
+        one, other = (statistics.fmean(losses.train[int(step)] for step in part) for losses in (bf16, fp8))
+        page.row(f"steps {part[0]} to {part[-1]}", f"{one:.5f}", f"{other:.5f}", f"{other / one - 1:+.3%}")
+    for step in sorted(bf16.validation.keys() & fp8.validation.keys()):
+        one, other = bf16.validation[step], fp8.validation[step]
+        page.row(f"validation, step {step}", f"{one:.5f}", f"{other:.5f}", f"{other / one - 1:+.3%}")
+    one, other = (1e3 * statistics.median(losses.seconds) for losses in (bf16, fp8))
+    page.row("ms a step, median", f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}x")
+
+
+def pictures(pipeline: PixArtPipeline, prompts: Sequence[str], precision: torch.dtype | None):
+    """Sample a picture for each prompt -> the pictures and the seconds of all of them."""
+    asked = [Picture(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
+    device = measure.device()
+    pipeline.to(device)
+    cast = torch.autocast(device.type, precision) if precision else contextlib.nullcontext()
+    begun = time.perf_counter()
+    with cast:
+        found = list(make(pipeline, asked, steps=SAMPLING_STEPS, guidance=GUIDANCE))
+    return found, time.perf_counter() - begun
+
+
+def psnr(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> float:
+    errors = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(one, other, strict=True)]
+    return float(10 * np.log10(255**2 / max(np.mean(errors), 1e-9)))
+
+
+def sample(options: argparse.Namespace, checkpoint: Path) -> None:
+    """Sample from a converted checkpoint by precision and write a table and the contact sheet."""
+    dataset = manifests.read(options.dataset)
+    heading = [
+        f"# Sampling, {options.pictures} pictures of {SAMPLING_STEPS} steps, guidance {GUIDANCE}, on {measure.card()}",
+        "",
+        "From one converted checkpoint, the same noise; the second time of each counts.",
+    ]
+    page = measure.Page(options.out, "gpu-sampling", heading, ["weights", "pictures/s", "PSNR to float32, dB"])
+    prompts = [dataset.class_names[index % len(dataset.class_names)] for index in range(options.pictures)]
+    ways = {
+        "float32": (checkpoint, None),
+        "BF16": (checkpoint, torch.bfloat16),
+        "FP8": (checkpoint / "inference", torch.bfloat16),
+    }
+    found: dict[str, list[Image.Image]] = {}
+    for name, (directory, precision) in ways.items():
+        try:
+            pipeline = inference.load_pipeline(directory, "ema", dataset)
+            pipeline.text_encoder.float()  # its states are not what is compared
+            pictures(pipeline, prompts, precision)
+            found[name], taken = pictures(pipeline, prompts, precision)
+        except (RuntimeError, ValueError) as error:
+            page.failed(name, error)
+            continue
+        page.row(name, f"{len(prompts) / taken:.2f}", f"{psnr(found['float32'], found[name]):.1f}")
+    shown = [
+        (image, f"{name}: {prompt}")
+        for name, images in found.items()
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+    sheet = contact_sheet([image for image, _ in shown], [text for _, text in shown], columns=options.pictures)
+    sheet.save(options.out / "gpu-sampling.png")
+
+
+def main() -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--steps", type=int, default=500, help="of stage 2 (default: %(default)s)")
+    parser.add_argument("--stage1-steps", type=int, default=300, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=64, metavar="IMAGES", help="default: %(default)s")
+    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="to sample (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see whether it runs")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS, metavar="FOLDER")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    manifest = manifests.read(options.dataset)
+    options.classes = len(manifest.class_names) + 1
+    options.rows = len(Store(manifest).valid_rows())
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        stage1, first = trained(options, work, 1, options.stage1_steps, None, fp8=False)
+        report = convert(stage1, work / "start.fp8", Options(batch=min(16, options.batch), exports=("inference",)))
+        shutil.rmtree(stage1)
+        heading = [
+            f"# {options.steps} steps after a conversion, batch {options.batch}, on {measure.card()}",
+            "",
+            f"torch {torch.__version__}. {options.rows} rows; stage 1 trained for {options.stage1_steps} steps to a "
+            f"loss of {statistics.fmean(list(first.train.values())[-20:]):.4f}. Conversion: {report['linears']} linears "
+            f"in FP8, {len(report['kept'])} kept, losses "
+            f"{', '.join(f'{name} {loss:.4f}' for name, loss in report['losses'].items())}; acceptance checks "
+            f"{'passed' if report['gate']['passed'] else 'FAILED'}.",
+        ]
+        page = measure.Page(options.out, "gpu-training", heading, ["loss", "BF16", "FP8", "FP8 / BF16"])
+        losses = []
+        for fp8 in (False, True):
+            last, found = trained(options, work, 2, options.steps, work / "start.fp8", fp8=fp8)
+            shutil.rmtree(last)
+            losses.append(found)
+        compare(page, *losses)
+        sample(options, work / "start.fp8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
