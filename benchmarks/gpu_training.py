@@ -187,8 +187,8 @@ def main() -> int:
             f"# {options.steps} steps after a conversion, batch {options.batch}, on {measure.card()}",
             "",
             f"torch {torch.__version__}. {options.rows} rows; stage 1 trained for {options.stage1_steps} steps to a "
-            f"loss of {statistics.fmean(list(first.train.values())[-20:]):.4f}. Conversion: {report['linears']} linears "
-            f"in FP8, {len(report['kept'])} kept, losses "
+            f"loss of {statistics.fmean(list(first.train.values())[-20:]):.4f}. Conversion: "
+            f"{report['linears']} linears in FP8, {len(report['kept'])} kept, losses "
             f"{', '.join(f'{name} {loss:.4f}' for name, loss in report['losses'].items())}; acceptance checks "
             f"{'passed' if report['gate']['passed'] else 'FAILED'}.",
         ]
