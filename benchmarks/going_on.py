@@ -17,11 +17,11 @@ from conversion.calibrate import dataset_batches, mean_loss
 from conversion.options import Options
 from conversion.to_fp8 import convert
 from jobs import caption, init, latents
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint
-from pixart.config import to_json
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
+from pixart.config.recipe import to_json
 from pixart.model.dit import DiT, load_model
-from pixart.model.fp8 import calibrated_state
+from pixart.model.fp8.linear import calibrated_state
 from pixart.recipes import demo
 from pixart.training.adamw import MOMENTS
 from pixart.training.loop import train

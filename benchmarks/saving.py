@@ -15,13 +15,13 @@ from pathlib import Path
 
 from benchmarks import measure
 from jobs import caption, init, latents
-from pixart.config import ModelConfig, TrainConfig, to_json
+from pixart.config.recipe import ModelConfig, TrainConfig, to_json
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
+from pixart.data.store.zarr_store import Store
 from pixart.recipes import demo
-from pixart.training.distributed import process_group
-from pixart.training.saving import Saver
-from pixart.training.step import Training
+from pixart.training.checkpointing import Saver
+from pixart.training.process_group import process_group
+from pixart.training.trainer import Training
 
 
 def main() -> None:

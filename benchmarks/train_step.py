@@ -21,15 +21,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks import measure
 from conversion.plan import make_plan
-from pixart.config import TrainConfig
-from pixart.model import attention, fp8, fp8_gather, fp8_te, fp8_torchao
+from pixart.config.recipe import TrainConfig
+from pixart.model import sdpa
+from pixart.model.device_timer import seconds, wait
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
-from pixart.model.timing import seconds, wait
-from pixart.training.distributed import Ranks, parallelize, process_group
+from pixart.model.fp8 import fsdp_allgather, linear, torchao, transformer_engine
 from pixart.training.ema import Ema
-from pixart.training.one_pass import OnePass
+from pixart.training.fused_adamw_ema import OnePass
 from pixart.training.optimizer import make_optimizer
+from pixart.training.process_group import Ranks, parallelize, process_group
 
 SIDE, CHANNELS, HEADS, TEXT, TEXT_DIM = 32, 16, 16, 120, 2048
 TIMESTEPS = 1000  # of the peer's embedding
@@ -62,14 +63,14 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
     if recipe:
         plan = make_plan(model, recipe=recipe, batch=options.batch)
         if backend in ("torchao", "te"):
-            (fp8_torchao if backend == "torchao" else fp8_te).swap_linears(model, plan)
+            (torchao if backend == "torchao" else transformer_engine).swap_linears(model, plan)
         else:
-            fp8.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
+            linear.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
     if ranks.device.type == "cuda":
         tokens, width = (SIDE // model.config.patch_size) ** 2, options.dim // HEADS
-        attention.use(model, *attention.measured(options.batch, HEADS, width, tokens, TEXT, ranks.device))
+        sdpa.use(model, *sdpa.measured(options.batch, HEADS, width, tokens, TEXT, ranks.device))
     parallelize(model, ranks, config)
-    fp8_gather.gather_in_fp8(model, torch.bfloat16)
+    fsdp_allgather.gather_in_fp8(model, torch.bfloat16)
     if backend.startswith("native"):
         model.plan = plan
     return model
@@ -182,7 +183,7 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
                 ema.update(model, step=0)
         optimizer.zero_grad()
         if hasattr(model, "plan"):
-            fp8.update_scales(model, model.plan)
+            linear.update_scales(model, model.plan)
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from conversion.modulation import at_once
 from conversion.options import STATEFUL, Options, Statistic
-from pixart.checkpoint import Checkpoint, Normalization
+from pixart.checkpoint.directory import Checkpoint, Normalization
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
-from pixart.data.text import TextEncoder
-from pixart.model import fp8_products
+from pixart.data.encoders.text_encoder import TextEncoder
+from pixart.data.store.zarr_store import Store
 from pixart.model.dit import DiT, no_class
-from pixart.model.flow import flow_loss, interpolate, stratified_time
-from pixart.model.fp8 import Plan, calibrated_state
-from pixart.model.fp8_products import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, through_fp8
+from pixart.model.fp8 import ops
+from pixart.model.fp8.linear import Plan, calibrated_state
+from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, through_fp8
+from pixart.model.rectified_flow import flow_loss, interpolate, stratified_time
 
 SYNTHETIC_TEXT_TOKENS = 32
 PERCENTILE = 0.9999
@@ -192,7 +192,7 @@ def recomputed_blocks(model: DiT) -> Iterator[None]:
 
 
 def largest(x: Tensor, fmt: Format) -> Tensor:
-    return fp8_products.largest(x)
+    return ops.largest(x)
 
 
 def percentile(x: Tensor, fmt: Format) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conversion.modulation import Modulation, evaluate, modulated, own_modulations, silent
 from pixart.model.dit import DiT
-from pixart.model.flow import interpolate, stratified_time
+from pixart.model.rectified_flow import interpolate, stratified_time
 
 STEPS = 300
 LEARNING_RATE = 1e-3

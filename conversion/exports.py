@@ -16,11 +16,11 @@ from torch import Tensor
 
 from conversion import transformer_engine
 from conversion.options import STATEFUL, Export
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint, Lazy
-from pixart.inference import INPUT_SCALE, RECORD, WEIGHT_SCALE
-from pixart.model.fp8 import Plan, scale_from_amax
-from pixart.model.fp8_products import E4M3, INPUT
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint, Lazy
+from pixart.model.fp8.linear import Plan, scale_from_amax
+from pixart.model.fp8.ops import E4M3, INPUT
+from pixart.sampling.loading import INPUT_SCALE, RECORD, WEIGHT_SCALE
 
 
 def export_transformer_engine(checkpoint: Checkpoint, folder: Path) -> None:

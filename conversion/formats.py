@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conversion.content import Content, assemble, checked
-from pixart import checkpoint as checkpoints
-from pixart import distributed_checkpoint
-from pixart.checkpoint import Checkpoint
+from pixart.checkpoint import dcp_reader
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
 
 OWN = "checkpoint directory"
 
@@ -39,8 +39,8 @@ def read(path: str | Path, *, base_image_size: int | None = None) -> Checkpoint:
     path = Path(path)
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
-    if path.is_dir() and (path / distributed_checkpoint.METADATA).exists():
-        content = from_groups(distributed_checkpoint.read(path), path, "torch.distributed.checkpoint")
+    if path.is_dir() and (path / dcp_reader.METADATA).exists():
+        content = from_groups(dcp_reader.read(path), path, "torch.distributed.checkpoint")
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
         content = read_diffusers(path)
     elif path.is_dir():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixart.model.dit import DiT, no_class
-from pixart.model.flow import interpolate
+from pixart.model.rectified_flow import interpolate
 
 PAPER_T = 0.5
 NODES = 12

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conversion.calibrate import CalibrationBatch, largest, watch
-from pixart.checkpoint import Checkpoint
+from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8_products import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, through_fp8
+from pixart.model.fp8.ops import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, through_fp8
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # of a block's scale

@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 from conversion.options import STATEFUL
-from pixart.model.fp8_products import SLOTS
-from pixart.pages.chart import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
-from pixart.pages.markup import badge, document, emphasis, table, text
+from pixart.html.charts import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
+from pixart.html.page import badge, document, emphasis, table, text
+from pixart.model.fp8.ops import SLOTS
 
 BLOCK = re.compile(r"dit_blocks\.(\d+)\.(.+)")
 TENSORS = ("input", "weight", "output", "weight_gradient")  # that an SQNR is of

@@ -9,9 +9,9 @@ from torch import nn
 from conversion.exports import check_exports
 from conversion.options import AUTO, STATEFUL, Options, Recipe
 from conversion.reparameterize import stage2_config
-from pixart.checkpoint import Checkpoint
+from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8 import Plan
+from pixart.model.fp8.linear import Plan
 
 ALIGNMENT: dict[Recipe, int] = {"delayed": 16, "current": 16, "rowwise": 16, "mxfp8": 32}  # of a product's dimensions
 KEPT = {

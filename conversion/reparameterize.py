@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conversion.modulation import Modulation, absorbed_scales
-from pixart.checkpoint import Checkpoint, Lazy, State
+from pixart.checkpoint.directory import Checkpoint, Lazy, State
 from pixart.model.dit import state_shapes
 from pixart.training.adamw import MOMENTS
 

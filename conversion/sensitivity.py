@@ -6,7 +6,7 @@ from typing import Any
 
 from conversion.calibrate import CalibrationBatch, mean_loss
 from conversion.verify import LOSS_GAP, quantized
-from pixart.checkpoint import Checkpoint
+from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 
 LEAST_DECIBELS = 15.0  # an output with less has outliers that FP8 cannot hold

@@ -41,13 +41,13 @@ from conversion.page import page
 from conversion.plan import plan_by_rule
 from conversion.progress import Progress
 from conversion.report import PAGE, REPORT, describe
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.safetensors_stream import map_tensors
 from pixart.data import manifest as manifests
-from pixart.model import fp8
 from pixart.model.dit import DiT, load_model
-from pixart.tensor_file import map_tensors
-from pixart.training.distributed import process_group
+from pixart.model.fp8 import linear
+from pixart.training.process_group import process_group
 
 HELD_OUT = 4  # batches that verification has for itself
 STEPS = 7
@@ -154,7 +154,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     if options.device == "cuda" and options.recipe == STATEFUL:
         tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
         counts = {"image tokens": tokens} | ({"states of text": text.shape[1]} if options.stage == 2 else {})
-        fp8.check_rows(options.batch, counts)
+        linear.check_rows(options.batch, counts)
     return start, batches, data
 
 

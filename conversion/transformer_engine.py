@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart.checkpoint import Lazy, State
-from pixart.model.fp8_products import GRAD_OUTPUT, INPUT, WEIGHT
-from pixart.tensor_file import save_tensors
+from pixart.checkpoint.directory import Lazy, State
+from pixart.checkpoint.safetensors_stream import save_tensors
+from pixart.model.fp8.ops import GRAD_OUTPUT, INPUT, WEIGHT
 
 HISTORY = 1024
 FORWARD = (INPUT, WEIGHT)  # and the output, which has no scale of its own here

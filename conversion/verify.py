@@ -20,13 +20,13 @@ from conversion.calibrate import (
 )
 from conversion.noise import cast_by_recipe
 from conversion.options import STATEFUL
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint, Lazy, State
-from pixart.model import fp8
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint, Lazy, State
+from pixart.checkpoint.safetensors_stream import differing
 from pixart.model.dit import DiT, load_model, own_config
-from pixart.model.fp8 import Plan
-from pixart.model.fp8_products import E4M3, E5M2
-from pixart.tensor_file import differing
+from pixart.model.fp8 import linear as fp8
+from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.ops import E4M3, E5M2
 
 # What a conversion must reach to pass.
 LOSS_GAP = 0.0025  # DeepSeek-V3 (arXiv 2412.19437), section 3.3: relative loss error of FP8 training against BF16

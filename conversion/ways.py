@@ -10,9 +10,9 @@ from conversion import distill, reparameterize
 from conversion.calibrate import CalibrationBatch
 from conversion.modulation import NODES, Fit, Modulation, paper, sensitivity, tables, velocities
 from conversion.options import Options, Way
-from pixart.checkpoint import Checkpoint
+from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT, load_model
-from pixart.model.flow import interpolate, stratified_time
+from pixart.model.rectified_flow import interpolate, stratified_time
 
 # The fit minimizes errors channel by channel, but those of all blocks add up in the output: more rounds of it can make
 # the output worse. So these are tried, |s| within [1 / max_scale, max_scale], and the output's error decides.

@@ -8,7 +8,7 @@ from typing import Any
 from jobs import ledger
 from jobs.records import parse_record
 from jobs.tracking import Journal
-from pixart.config import from_json
+from pixart.config.recipe import from_json
 
 FOLDER = "audit"
 SUMMARY, PAGE, DUPLICATES = "audit.json", "audit.html", "duplicates.parquet"
@@ -18,9 +18,9 @@ GROUPS, OF_GROUP = 12, 4  # pictures of duplicates
 
 def run(run_folder: str) -> str:
     """Returns the page's path. Raises ValueError for captions that are missing, and where a limit is not kept."""
-    from pixart.data import audit as audits
     from pixart.data import manifest as manifests
-    from pixart.data.audit_page import page
+    from pixart.data.audit import statistics as audits
+    from pixart.data.audit.page import page
 
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     dataset = recipe.data.path
@@ -80,7 +80,7 @@ def require(dataset: str | Path) -> None:
 
 def merge(manifest):
     from jobs.caption import read_part
-    from pixart.data.audit import Audit
+    from pixart.data.audit.statistics import Audit
 
     merged = Audit()
     for shard in range(manifest.data.shards):
@@ -95,8 +95,8 @@ def spread(items: list, count: int) -> list:
 
 def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
     """Id and thumbnail of rows that have passed screening."""
+    from pixart.data.images.screening import decode, thumbnail
     from pixart.data.manifest import open_images
-    from pixart.data.screening import decode, thumbnail
 
     source = open_images(manifest)
     found = {}

@@ -12,7 +12,7 @@ from jobs import ledger
 def run(dataset: str, shards: list[int]) -> None:
     """Captions shards one after the other; those that the ledger has are left alone."""
     from pixart.data import manifest as manifests
-    from pixart.data.captioner import make_captioner
+    from pixart.data.captions.captioner import make_captioner
 
     manifest = manifests.read(dataset)
     data = manifest.data
@@ -53,7 +53,7 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pixart.data.captions import content_digest, make_part
+    from pixart.data.captions.table import content_digest, make_part
 
     begun = time.monotonic()
     start, stop = manifest.shard(shard)
@@ -86,7 +86,7 @@ def read_part(dataset: str | Path, shard: int):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pixart.data.captions import content_digest
+    from pixart.data.captions.table import content_digest
 
     entry, path = ledger.read(dataset, "caption", shard), part_path(dataset, shard)
     try:

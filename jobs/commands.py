@@ -16,7 +16,7 @@ from jobs.prompt_commands import recaption_command
 from jobs.publish import publish_in_background
 from jobs.sample_commands import sample_command
 from jobs.submission import Launch, NothingSubmitted, resubmit
-from pixart.config import Recipe, from_json, is_url, override
+from pixart.config.recipe import Recipe, from_json, is_url, override
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles
 from slurm.profile import Profile

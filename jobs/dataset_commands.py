@@ -8,7 +8,7 @@ from jobs.arrays import parse_array
 from jobs.datasets import use_dataset
 from jobs.runs import Run
 from jobs.submission import Launch, NothingSubmitted, describe_submission, run_array, run_ranks, waited
-from pixart.config import is_url, to_json
+from pixart.config.recipe import is_url, to_json
 from slurm.cluster import Cluster
 
 

@@ -13,7 +13,7 @@ from jobs import init, ledger, runs
 from jobs.records import of_this_version
 from jobs.runs import Run
 from jobs.submission import POLL_SECONDS, Launch
-from pixart.config import is_url, read_data, to_json
+from pixart.config.recipe import is_url, read_data, to_json
 from slurm import profile as profiles
 from slurm import queue
 from slurm.cluster import Cluster, Shape

@@ -15,8 +15,8 @@ def run(dataset: str, shards: list[int]) -> None:
     """Encodes shards one after the other; those that the ledger has, made from the same captions, are left alone."""
 
     from pixart.data import manifest as manifests
-    from pixart.data.text import TextEncoder, Tokenizer, load_tokenizer
-    from pixart.data.vae import load_vae
+    from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
+    from pixart.data.encoders.vae import load_vae
 
     manifest = manifests.read(dataset)
     data = manifest.data
@@ -54,7 +54,7 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     import numpy as np
     import torch
 
-    from pixart.data.store import layout, write_shard
+    from pixart.data.store.zarr_store import layout, write_shard
 
     begun = time.monotonic()
     captions = ledger.read(manifest.data.path, "caption", shard)
@@ -101,9 +101,9 @@ def encoded(manifest, items, table, vae):
     """
     import numpy as np
 
-    from pixart.data.ahead import made_ahead
-    from pixart.data.screening import decode_shrunk, digest, resize_and_crop
-    from pixart.data.vae import encode
+    from pixart.data.encoders.vae import encode
+    from pixart.data.images.screening import decode_shrunk, digest, resize_and_crop
+    from pixart.data.prefetch import made_ahead
 
     size = manifest.data.image_size
 

@@ -14,7 +14,7 @@ from jobs.checkpoints import INFERENCE, MARKER, checkpoint_record, find_checkpoi
 from jobs.description import FILE as DESCRIPTION
 from jobs.description import read_description
 from jobs.runs import Run
-from pixart.config import is_url
+from pixart.config.recipe import is_url
 
 LETTERS = 500  # of what a picture says of itself; its command is longer
 
@@ -190,7 +190,7 @@ class Walk:
 
 def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
     """Who wrote a dataset's captions and, where it was a model, what it was told, which its fingerprint ends with."""
-    from pixart.data.captioner import INSTRUCTION, prompt_hash
+    from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
 
     if data["captioner"] != "vllm":
         return {"captioner": data["captioner"]}

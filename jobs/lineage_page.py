@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from jobs.lineage import Node, in_order
-from pixart.pages.markup import Html, document, text
+from pixart.html.page import Html, document, text
 
 WIDTH, LEFT = 1120, 190  # pixels; what is left of LEFT is for the arrows that pass others by
 LINE, GAP, PAD = 19, 34, 12

@@ -16,7 +16,7 @@ from jobs.pages import SUMMARY
 from jobs.runs import Run
 from jobs.submission import Launch, describe_submission, run_ranks
 from jobs.training_checks import check_configuration, check_dataset, check_start, find_start
-from pixart.config import override
+from pixart.config.recipe import override
 from slurm.cluster import Cluster, Shape
 
 

@@ -13,7 +13,7 @@ from jobs.sample_commands import describe_samples, submit_sampling
 from jobs.submission import Launch, NothingSubmitted, planned_cluster, waited
 from jobs.tracking import Tracker
 from jobs.training_checks import check_dataset, check_pipeline
-from pixart.config import to_json
+from pixart.config.recipe import to_json
 
 
 def pipeline_command(launch: Launch, options: argparse.Namespace) -> str:

@@ -39,7 +39,7 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
             found = runs.result(submit_recaption(launch, requests, options.model))
     tell_problems(found)
     if captions:
-        from pixart.data.caption_style import compare, report
+        from pixart.data.captions.similarity import compare, report
 
         print(report(compare(captions, [each["text"] for each in found])), file=sys.stderr)
     if output is None:
@@ -49,7 +49,7 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
 
 
 def rewritten_by_server(requests: list[str], options: argparse.Namespace) -> list[dict[str, str]]:
-    from pixart.data.recaption import rewrite, server
+    from pixart.data.captions.rewriting import rewrite, server
 
     return [asdict(each) for each in rewrite(requests, server(options.server.rstrip("/"), options.model))]
 

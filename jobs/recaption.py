@@ -10,7 +10,7 @@ from jobs.tracking import Journal
 
 def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, str]]:
     """Returns request, text and problem of each, in their order."""
-    from pixart.data.recaption import engine, rewrite
+    from pixart.data.captions.rewriting import engine, rewrite
 
     found = [asdict(each) for each in rewrite(requests, engine(model))]
     path = Path(run_folder) / "rewritten.jsonl"

@@ -85,7 +85,7 @@ def file_hash(path: Path) -> str:
 
 def export(checkpoint: Path, folder: Path) -> None:
     """The average as a diffusers folder. By a process of its own: the launcher imports no torch."""
-    from pixart import checkpoint as checkpoints
+    from pixart.checkpoint import directory as checkpoints
 
     found = checkpoints.load(checkpoint)
     checkpoints.save_weights(found.ema, found.config, folder)

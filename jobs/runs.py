@@ -10,7 +10,7 @@ from typing import Any
 from jobs import ledger
 from jobs.journal import read_tail
 from jobs.records import of_this_version, read_record
-from pixart.config import is_url
+from pixart.config.recipe import is_url
 from slurm import queue
 from slurm.cluster import Submitted
 from slurm.task import RESULT

@@ -8,7 +8,7 @@ from typing import Any
 from jobs.ledger import write_atomically
 from jobs.prompts import dataset_captions
 from jobs.tracking import Journal
-from pixart.config import Recipe, from_json
+from pixart.config.recipe import Recipe, from_json
 
 UNSEEN = 1  # added to the dataset's seed: the demo's scenes that training has not had
 COLUMNS = 8  # of the sheet
@@ -31,16 +31,16 @@ def run(
     the demo's own scenes, the shares that came out right; with an export alone, its folder. Raises ValueError where
     the dataset's VAE or text encoder is no longer the one that it was made with.
     """
-    from pixart import inference
     from pixart.data import manifest as manifests
+    from pixart.sampling import loading
 
     folder = Path(run_folder)
     configuration = from_json((folder / "config.json").read_text())
     dataset = manifests.read(configuration.data.path)
-    directory = inference.find(checkpoint)
+    directory = loading.find(checkpoint)
     for kind in ("vae", "text_encoder"):
         manifests.check_model(dataset, kind)
-    pipeline = inference.load_pipeline(directory, weights, dataset, both_halves=export is not None)
+    pipeline = loading.load_pipeline(directory, weights, dataset, both_halves=export is not None)
     about = origin(folder, pipeline.transformer.stage, directory, weights, dataset)
     if rewritten:
         lines = [json.loads(line) for line in Path(rewritten).read_text().splitlines()]
@@ -70,8 +70,8 @@ def run(
 
 def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> dict[str, str]:
     """Where the run's pictures come from, as all of them say."""
-    from pixart.checkpoint import MARKER
-    from pixart.inference import RECORD
+    from pixart.checkpoint.directory import MARKER
+    from pixart.sampling.loading import RECORD
 
     in_fp8 = (directory / RECORD).exists()
     record = json.loads((directory / (RECORD if in_fp8 else MARKER)).read_text())
@@ -91,7 +91,7 @@ def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> 
 
 def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
     """Whole or not at all."""
-    from pixart.checkpoint import appearing
+    from pixart.checkpoint.directory import appearing
 
     with appearing(target) as partial:
         pipeline.save_pretrained(partial)
@@ -100,7 +100,7 @@ def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
 
 def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict[str, Any]]:
     """Those that were asked for, else the first of the dataset's, else "no class"."""
-    from pixart.pipeline import NO_CLASS
+    from pixart.sampling.pipeline import NO_CLASS
 
     names, none = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
     labels = classes or list(range(len(names)))[: configuration.sample.count] or [none]
@@ -111,7 +111,7 @@ def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict
 
 
 def unseen_scenes(configuration: Recipe) -> tuple[list, list[dict[str, Any]]]:
-    from pixart.data.scenes import caption, make_scene
+    from pixart.demo.scenes import caption, make_scene
 
     seed = configuration.data.seed + UNSEEN
     scenes = [make_scene(seed, index) for index in range(configuration.sample.count)]
@@ -122,8 +122,8 @@ def paint(
     folder: Path, pipeline, configuration: Recipe, asked: list[dict[str, Any]], each: int, about: dict[str, str]
 ) -> dict[str, Any]:
     """Makes and writes the pictures; the k-th of all has the seed `sample.seed` + k."""
-    from pixart.pictures import Picture, make, save_png
-    from pixart.sheet import contact_sheet
+    from pixart.sampling.contact_sheet import contact_sheet
+    from pixart.sampling.images import Picture, make, save_png
 
     options, journal = configuration.sample, Journal(folder)
     repeated = [item for item in asked for _ in range(each)]
@@ -164,7 +164,7 @@ def count_right(folder: Path, scenes: list) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from pixart.data.scene_counter import count
+    from pixart.demo.scene_scorer import count
 
     files = sorted((folder / "samples").glob("*.png"))
     counts = count([np.asarray(Image.open(file)) for file in files], scenes)

@@ -13,7 +13,7 @@ from jobs.prompt_commands import rewritten_by_server, submit_recaption, tell_pro
 from jobs.prompts import read_prompts
 from jobs.runs import Run
 from jobs.submission import Launch, describe_submission, run_ranks, waited
-from pixart.config import override
+from pixart.config.recipe import override
 from slurm.cluster import Cluster
 
 NO_CLASS = "none"

@@ -24,7 +24,7 @@ from jobs.publish import try_publish
 from jobs.runs import Element, Run
 from jobs.snapshot import copy_code, record_git
 from jobs.tracking import Tracker
-from pixart.config import Recipe, to_json
+from pixart.config.recipe import Recipe, to_json
 from slurm import queue
 from slurm.cluster import Cluster, Shape, Submitted
 from slurm.profile import Profile

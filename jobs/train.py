@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from jobs.tracking import Journal
-from pixart.config import from_json
+from pixart.config.recipe import from_json
 
 PORTS = range(20_000, 32_768)  # below the default of net.ipv4.ip_local_port_range
 

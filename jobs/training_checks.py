@@ -7,7 +7,7 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs import runs
 from jobs.checkpoints import find_checkpoint
-from pixart.config import Recipe, fp8_backend
+from pixart.config.recipe import Recipe, fp8_backend
 
 Record = dict[str, Any]  # of a checkpoint
 

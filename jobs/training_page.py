@@ -8,8 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from statistics import fmean, median
 
-from pixart.pages.chart import Series, chart, linear_axis, log_axis
-from pixart.pages.markup import document, table, text
+from pixart.html.charts import Series, chart, linear_axis, log_axis
+from pixart.html.page import document, table, text
 
 POINTS = 400  # of a curve; where there are more, each is the mean of several
 SMOOTH = 20  # a smoothed curve's points are means of one in so many of all, and of five at least

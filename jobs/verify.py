@@ -4,13 +4,13 @@ from pathlib import Path
 
 from jobs import ledger
 from jobs.progress import ProgressLine
-from pixart.config import from_json
+from pixart.config.recipe import from_json
 
 
 def run(run_folder: str) -> dict[str, list[int]]:
     """Takes back the ledger's word for shards that are not what it says -> those shards, by job."""
     from pixart.data import manifest as manifests
-    from pixart.data.store import Store
+    from pixart.data.store.zarr_store import Store
 
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     dataset = recipe.data.path

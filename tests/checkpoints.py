@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixart.checkpoint import Checkpoint, Normalization
+from pixart.checkpoint.directory import Checkpoint, Normalization
 from pixart.model.dit import DiT, parameter_groups
 
 CONFIG = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart.config import Recipe, to_json
+from pixart.config.recipe import Recipe, to_json
 from pixart.recipes import demo
 from tests.browser_fixture import browser, look  # noqa: F401 - fixtures
 from tests.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures

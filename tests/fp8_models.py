@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from pixart.model import fp8
 from pixart.model.dit import DiT
-from pixart.model.fp8 import Plan
+from pixart.model.fp8 import linear
+from pixart.model.fp8.linear import Plan
 
 SIZES = {"dim": 48, "cond_dim": 32, "num_heads": 4, "base_image_size": 8, "text_dim": 32}
 
@@ -27,7 +27,7 @@ def fp8_model(blocks: int, linears: tuple[str, ...] | None = None) -> DiT:
     model = DiT(**SIZES, num_blocks=blocks)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    fp8.swap_linears(model, Plan(linears=linears_of(model) if linears is None else linears, history=4))
+    linear.swap_linears(model, Plan(linears=linears_of(model) if linears is None else linears, history=4))
     return model
 
 

@@ -29,8 +29,8 @@ from torch.utils import _triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from pixart.model import fp8_products
-from pixart.model.fp8_products import INPUT, Float8Product
+from pixart.model.fp8 import ops
+from pixart.model.fp8.ops import INPUT, Float8Product
 from pixart.training.adamw import COLUMNS, advance
 
 ROWS, WIDTH = 8192, 1152
@@ -73,7 +73,7 @@ def there_and_back(
     x: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, scales: Tensor, staged: Tensor, after: Tensor
 ) -> tuple[Tensor, ...]:
     modulated = F.layer_norm(x, (WIDTH,)) * (1 + gamma)
-    fp8_products.record(staged, INPUT, fp8_products.largest(modulated))
+    ops.record(staged, INPUT, ops.largest(modulated))
     kept: list[Tensor] = []
     context = types.SimpleNamespace(save_for_backward=lambda *tensors: kept.extend(tensors))
     output = Float8Product.forward(context, modulated, weight, None, bias, scales, (WIDTH,), False, staged)

@@ -7,7 +7,7 @@ from conversion.plan import make_plan
 from conversion.reparameterize import to_stage2
 from conversion.ways import find_modulations
 from pixart.model.dit import load_model
-from pixart.model.fp8_products import E4M3
+from pixart.model.fp8.ops import E4M3
 
 
 def stage2_model(stage1):

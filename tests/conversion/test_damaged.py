@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from conversion.to_fp8 import main
-from pixart import checkpoint as checkpoints
+from pixart.checkpoint import directory as checkpoints
 from tests.checkpoints import legacy_content
 
 QUICK = ["--batches", "1", "--batch", "2", "--text-dim", "16", "--stage", "1"]

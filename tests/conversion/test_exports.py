@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from conversion.exports import EXPORTS
 from conversion.to_fp8 import main
-from pixart import checkpoint as checkpoints
-from pixart import inference
-from pixart.checkpoint import WEIGHTS
-from pixart.model import fp8
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import WEIGHTS
 from pixart.model.dit import DiT
+from pixart.model.fp8 import linear
+from pixart.sampling import loading
 
 pytestmark = pytest.mark.slow
 
@@ -32,11 +32,11 @@ def test_fp8_weights_are_the_average(converted):
     assert saved.plan is not None
     for name in saved.plan.linears:
         assert stored[f"{name}.weight"].dtype == torch.float8_e4m3fn
-        assert stored[f"{name}.input_scale"] == saved.scales[f"{name}.scale"][fp8.INPUT]
+        assert stored[f"{name}.input_scale"] == saved.scales[f"{name}.scale"][linear.INPUT]
         exact = saved.ema[f"{name}.weight"]
         back = stored[f"{name}.weight"].float() / stored[f"{name}.weight_scale"]
         assert (back - exact).abs().max() <= exact.abs().max() / 16  # half a step of three bits
-    model, record = inference.load(converted / "inference")
+    model, record = loading.load(converted / "inference")
     assert record["linears"] == list(saved.plan.linears)
     average = DiT(**saved.config)
     average.load_state_dict(saved.ema)

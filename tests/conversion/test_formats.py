@@ -4,8 +4,8 @@ import torch.distributed.checkpoint
 from safetensors.torch import save_file
 
 from conversion import formats
-from pixart import checkpoint as checkpoints
-from pixart.config import TrainConfig
+from pixart.checkpoint import directory as checkpoints
+from pixart.config.recipe import TrainConfig
 from pixart.model.dit import DiT
 from pixart.training.optimizer import make_optimizer, optimizer_tensors
 from tests.checkpoints import CONFIG, legacy_content

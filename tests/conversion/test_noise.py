@@ -5,7 +5,7 @@ import torch
 
 from conversion import noise
 from conversion.noise import LayerFigures
-from pixart.model.fp8_products import FORMATS
+from pixart.model.fp8.ops import FORMATS
 
 SCALE = torch.tensor([70.0, 1000.0, 5e8])
 

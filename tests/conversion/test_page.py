@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from conversion.page import folded, page
-from pixart.pages.chart import linear_axis
+from pixart.html.charts import linear_axis
 
 KINDS = ("attention.attention.q_proj", "cross_attention.q_proj", "mlp.linear1")
 T = [0.05, 0.2, 0.5, 0.8, 0.95]

@@ -8,10 +8,10 @@ from conversion.options import Way
 from conversion.reparameterize import fates as fates_of
 from conversion.reparameterize import to_stage2
 from conversion.ways import SAMPLE_STEPS, SAMPLES, find_modulations, output_errors, relative_error, sample_errors
-from pixart.checkpoint import Checkpoint
+from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT, load_model
-from pixart.model.flow import interpolate
-from pixart.sampling import sample
+from pixart.model.rectified_flow import interpolate
+from pixart.sampling.denoise import sample
 
 TEXT_DIM = 24
 

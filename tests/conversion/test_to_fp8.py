@@ -10,10 +10,10 @@ import torch
 from conversion import calibrate, to_bf16, to_fp8
 from conversion.options import Options
 from conversion.to_fp8 import convert, main
-from pixart import checkpoint as checkpoints
-from pixart import tensor_file
-from pixart.model import fp8
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint import safetensors_stream
 from pixart.model.dit import DiT
+from pixart.model.fp8 import linear as fp8
 
 QUICK = ["--batches", "2", "--batch", "16", "--text-dim", "48", "--base-image-size", "8"]
 
@@ -170,7 +170,7 @@ def test_one_wrong_bit_on_the_disk_fails_the_conversion(legacy_file, monkeypatch
     def damaging(checkpoint, partial):
         written(checkpoint, partial)
         with (partial / checkpoints.STATE_FILES["ema"]).open("r+b") as file:
-            _, _, place, _ = tensor_file.entries(Path(file.name))["linear_out.bias"]
+            _, _, place, _ = safetensors_stream.entries(Path(file.name))["linear_out.bias"]
             file.seek(place + 3)
             byte = file.read(1)[0]
             file.seek(place + 3)

@@ -8,9 +8,9 @@ import torch
 
 from conversion import calibrate, modulation, noise, verify
 from conversion.calibrate import synthetic_batches
-from pixart import checkpoint as checkpoints
+from pixart.checkpoint import directory as checkpoints
 from pixart.model.dit import load_model
-from pixart.model.fp8 import Plan, calibrated_state
+from pixart.model.fp8.linear import Plan, calibrated_state
 
 LINEARS = ("dit_blocks.0.mlp.linear1", "dit_blocks.1.attention.attention.q_proj")
 LOSSES = {"stage 1, BF16": 0.8, "stage 2, BF16": 0.804, "stage 2, FP8": 0.805}

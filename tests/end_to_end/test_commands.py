@@ -19,13 +19,13 @@ from conversion.exports import export_inference
 from jobs import launch, ledger
 from jobs.runs import Run
 from jobs.tracking import read_journal
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint
-from pixart.config import DataConfig, from_json, override, to_json
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
+from pixart.config.recipe import DataConfig, from_json, override, to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
-from pixart.model.fp8 import Plan
+from pixart.model.fp8.linear import Plan
 from pixart.recipes import demo
 from tests.environment import bare_environment
 

@@ -10,7 +10,7 @@ import pytest
 
 from jobs import caption, ledger
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
+from pixart.data.store.zarr_store import Store
 from tests.environment import bare_environment
 
 SMALL = {"data.images": 64, "data.shards": 4, "data.text_states": "false"}

@@ -149,7 +149,7 @@ def test_mlflow_has_previews_by_step_and_the_released_weights(demo):
     import torch
     from mlflow.tracking import MlflowClient
 
-    from pixart import checkpoint as checkpoints
+    from pixart.checkpoint import directory as checkpoints
     from pixart.model.dit import DiT
 
     store = f"sqlite:///{demo.home}/mlflow.db"

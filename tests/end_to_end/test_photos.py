@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from jobs.tracking import read_journal
-from pixart import checkpoint as checkpoints
-from pixart.config import ScreeningConfig
+from pixart.checkpoint import directory as checkpoints
+from pixart.config.recipe import ScreeningConfig
 from pixart.data import manifest as manifests
-from pixart.data.screening import decode, resize_and_crop
-from pixart.data.store import Store
-from pixart.data.vae import decode as decode_latents
-from pixart.data.vae import encode, load_vae
+from pixart.data.encoders.vae import decode as decode_latents
+from pixart.data.encoders.vae import encode, load_vae
+from pixart.data.images.screening import decode, resize_and_crop
+from pixart.data.store.zarr_store import Store
 from tests.environment import bare_environment
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pixart import checkpoint as checkpoints
+from pixart.checkpoint import directory as checkpoints
 from tests.environment import bare_environment
 from tests.jobs.test_sample import checkpoint_of
 from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm

@@ -11,8 +11,8 @@ import pytest
 
 from jobs import caption, init
 from jobs.tracking import read_journal
-from pixart.config import DataConfig, Recipe, to_json
-from pixart.data.screening import Reason
+from pixart.config.recipe import DataConfig, Recipe, to_json
+from pixart.data.images.screening import Reason
 from pixart.recipes import demo
 from tests.environment import bare_environment
 from tests.pixart.data.mutations import COUNT, mutated_images

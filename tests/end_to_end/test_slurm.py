@@ -18,9 +18,9 @@ import pytest
 from jobs import launch, ledger, runs
 from jobs.runs import Run
 from jobs.tracking import read_journal
-from pixart import checkpoint as checkpoints
+from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
+from pixart.data.store.zarr_store import Store
 from slurm import devcluster
 from slurm.devcluster import DevCluster
 from slurm.devcluster_files import URGENT

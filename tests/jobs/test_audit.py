@@ -10,7 +10,7 @@ from PIL import Image
 
 from jobs import audit, caption, init, latents, ledger, verify
 from jobs.tracking import read_journal
-from pixart.config import DataConfig, Recipe, from_json, to_json
+from pixart.config.recipe import DataConfig, Recipe, from_json, to_json
 from pixart.recipes import demo
 
 SHARDS = 3

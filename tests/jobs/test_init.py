@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs import init
-from pixart.config import to_json
+from pixart.config.recipe import to_json
 from pixart.recipes import demo
 from tests.pixart.data.test_sources import ROWS, make_tars
 

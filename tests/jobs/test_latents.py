@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from jobs import caption, init, latents, ledger
-from pixart.config import DataConfig, to_json
+from pixart.config.recipe import DataConfig, to_json
 from pixart.data import manifest as manifests
-from pixart.data.screening import decode, resize_and_crop
-from pixart.data.sources import open_source
-from pixart.data.store import Store
-from pixart.data.text import TextEncoder, Tokenizer, load_tokenizer
-from pixart.data.vae import encode, load_vae
+from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
+from pixart.data.encoders.vae import encode, load_vae
+from pixart.data.images.screening import decode, resize_and_crop
+from pixart.data.sources.base import open_source
+from pixart.data.store.zarr_store import Store
 from pixart.recipes import demo
 
 
@@ -53,7 +53,7 @@ def test_text_encoder_is_loaded_only_where_its_states_are_stored(photographs, tm
     data = dataclasses.replace(photographs, path=str(tmp_path / "other"), text_states=False)
     init.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0, 1])
-    monkeypatch.setattr("pixart.data.text.load_text_model", None)
+    monkeypatch.setattr("pixart.data.encoders.text_encoder.load_text_model", None)
     latents.run(data.path, [0, 1])
     ids = Store(manifests.read(data.path)).read("token_ids", np.arange(6))
     texts = [text for shard in range(2) for text in caption.read_part(data.path, shard)["caption"].to_pylist()]

@@ -7,7 +7,7 @@ import pytest
 
 from jobs import caption, latents, ledger
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
+from pixart.data.store.zarr_store import Store
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_one_bad_shard_does_not_keep_the_others(dataset):
 def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
     """Of a folder with a damaged file: its row is there, invalid with a reason, and nothing shifts."""
     from jobs import init
-    from pixart.config import to_json
-    from pixart.data.sources import open_source
+    from pixart.config.recipe import to_json
+    from pixart.data.sources.base import open_source
 
     folder = tmp_path / "images"
     folder.mkdir()

@@ -3,9 +3,9 @@
 import pytest
 
 from jobs import lineage
-from pixart.config import DataConfig
+from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data.captioner import INSTRUCTION, prompt_hash
+from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
 from pixart.data.manifest import Manifest
 
 

@@ -14,15 +14,15 @@ from PIL import Image
 from conversion.exports import export_inference
 from jobs import launch, sample
 from jobs.sample_commands import class_index
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint, Normalization
-from pixart.config import Recipe, override, to_json
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint, Normalization
+from pixart.config.recipe import Recipe, override, to_json
 from pixart.data import manifest as manifests
-from pixart.data.scenes import SHAPES
-from pixart.data.text import text_dim
+from pixart.data.encoders.text_encoder import text_dim
+from pixart.demo.scenes import SHAPES
 from pixart.model.dit import DiT
-from pixart.model.fp8 import Plan
-from pixart.sheet import LINE
+from pixart.model.fp8.linear import Plan
+from pixart.sampling.contact_sheet import LINE
 from pixart.training.loop import train
 from tests.pixart.data.test_recaption import url  # noqa: F401 - a fixture
 

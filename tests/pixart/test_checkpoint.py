@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint, Normalization
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint, Normalization
 from pixart.model.dit import DiT
-from pixart.model.fp8 import Plan
+from pixart.model.fp8.linear import Plan
 
 CONFIG = {
     "in_dim": 4,

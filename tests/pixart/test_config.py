@@ -1,6 +1,6 @@
 import pytest
 
-from pixart.config import from_json, override, to_json
+from pixart.config.recipe import from_json, override, to_json
 from pixart.recipes import RECIPES
 
 DEMO = RECIPES["demo"]("home")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from pixart.data.text import TextEncoder, load_text_model, text_dim
-from pixart.data.vae import load_vae
+from pixart.data.encoders.text_encoder import TextEncoder, load_text_model, text_dim
+from pixart.data.encoders.vae import load_vae
 from pixart.model.dit import DiT
-from pixart.pipeline import PixArtPipeline
-from pixart.sampling import denoise
+from pixart.sampling.denoise import denoise
+from pixart.sampling.pipeline import PixArtPipeline
 
 SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 16, "num_heads": 2, "num_blocks": 2, "base_image_size": 4}
 MEAN, STD = tuple(0.1 * value for value in range(16)), tuple(1 + 0.1 * value for value in range(16))

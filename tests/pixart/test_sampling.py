@@ -1,7 +1,7 @@
 import torch
 
 from pixart.model.dit import DiT
-from pixart.sampling import sample
+from pixart.sampling.denoise import sample
 
 SIZES = {"in_dim": 4, "dim": 16, "cond_dim": 8, "num_heads": 2, "num_blocks": 1, "base_image_size": 8, "num_classes": 3}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pixart import tensor_file
-from pixart.tensor_file import BLOCK, differing, map_tensors, save_tensors
+from pixart.checkpoint import safetensors_stream
+from pixart.checkpoint.safetensors_stream import BLOCK, differing, map_tensors, save_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
@@ -33,7 +33,7 @@ def _file_system(request, monkeypatch):
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK, 5 * BLOCK + 3], ids=str)
 def test_read_back(tmp_path, monkeypatch, dtype, size):
     """With a buffer of two blocks, tensors end on either side of its end, and of a block's."""
-    monkeypatch.setattr(tensor_file, "BUFFER", 2 * BLOCK)
+    monkeypatch.setattr(safetensors_stream, "BUFFER", 2 * BLOCK)
     state = {
         "first": torch.arange(size).to(dtype),
         "scalar": torch.ones((), dtype=dtype),
@@ -70,7 +70,7 @@ def test_written_over(tmp_path):
 
 @pytest.mark.parametrize("writes", [0, 1, 4], ids=["the first", "the second", "the header"])
 def test_a_full_disk_is_told(tmp_path, monkeypatch, writes):
-    monkeypatch.setattr(tensor_file, "BUFFER", 2 * BLOCK)
+    monkeypatch.setattr(safetensors_stream, "BUFFER", 2 * BLOCK)
     real, done = os.pwrite, []
 
     def full(descriptor, data, place):

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixart.config import ScreeningConfig
-from pixart.data.screening import Rejected, check, decode, measure
-from pixart.data.sources import open_source
+from pixart.config.recipe import ScreeningConfig
+from pixart.data.images.screening import Rejected, check, decode, measure
+from pixart.data.sources.base import open_source
 from tests.pixart.data.pictures import add, encoded
 
 COUNT = 500

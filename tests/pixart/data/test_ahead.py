@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from pixart.data import ahead
-from pixart.data.ahead import NICENESS, made_ahead
+from pixart.data import prefetch
+from pixart.data.prefetch import NICENESS, made_ahead
 
 
 def test_results_come_in_order_whatever_takes_longer():
@@ -17,7 +17,7 @@ def test_results_come_in_order_whatever_takes_longer():
 
 
 def test_no_more_is_read_than_may_wait(monkeypatch):
-    monkeypatch.setattr(ahead, "AHEAD", 5)
+    monkeypatch.setattr(prefetch, "AHEAD", 5)
     read = []
 
     def values():
@@ -33,7 +33,7 @@ def test_no_more_is_read_than_may_wait(monkeypatch):
 
 
 def test_threads_work_at_the_same_time(monkeypatch):
-    monkeypatch.setattr(ahead, "THREADS", 3)
+    monkeypatch.setattr(prefetch, "THREADS", 3)
     together = threading.Barrier(3, timeout=10)
     assert list(made_ahead(lambda value: together.wait() >= 0, range(6))) == [True] * 6
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pixart.data.caption_checks import Problem, judge, problem
+from pixart.data.captions.validation import Problem, judge, problem
 
 GOOD = [
     "A red circle on the left of a white background.",

@@ -1,6 +1,6 @@
 import pytest
 
-from pixart.data.caption_text import normalize, sentences_of, short_form, whole_sentences
+from pixart.data.captions.text import normalize, sentences_of, short_form, whole_sentences
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixart.data.captioner import MAX_PIXELS, Given, article, class_caption, make_captioner, prepare
-from pixart.data.screening import digest
-from pixart.data.sources import Item, open_source
+from pixart.data.captions.captioner import MAX_PIXELS, Given, article, class_caption, make_captioner, prepare
+from pixart.data.images.screening import digest
+from pixart.data.sources.base import Item, open_source
 from tests.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
 
 PHOTOS = ROOT / "../shared/data/photos"
@@ -92,9 +92,9 @@ SCRIPT = """
 import dataclasses, json, os, signal, sys, threading
 from pathlib import Path
 from PIL import Image
-from pixart.data.captioner import Given, Sampling, conversation, make_captioner
-from pixart.data.screening import digest
-from pixart.data.sources import Item
+from pixart.data.captions.captioner import Given, Sampling, conversation, make_captioner
+from pixart.data.images.screening import digest
+from pixart.data.sources.base import Item
 
 if __name__ == "__main__":
     model, *paths = sys.argv[1:]

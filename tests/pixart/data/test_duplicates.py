@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from pixart.config import ScreeningConfig
-from pixart.data.duplicates import exact_groups, near_groups
-from pixart.data.screening import decode, digest, measure
-from pixart.data.sources import open_source
+from pixart.config.recipe import ScreeningConfig
+from pixart.data.audit.deduplication import exact_groups, near_groups
+from pixart.data.images.screening import decode, digest, measure
+from pixart.data.sources.base import open_source
 
 LIMITS = ScreeningConfig(min_side=32)
 
@@ -59,7 +59,7 @@ def test_near_groups_are_those_of_all_pairs(distance, seed):
 
 def test_crowded_hashes_are_grouped_as_all_pairs_are(monkeypatch):
     """Hashes that differ in 14 bits alone, so that each bucket holds hundreds, merged in many small batches."""
-    monkeypatch.setattr("pixart.data.duplicates.BATCH", 50)
+    monkeypatch.setattr("pixart.data.audit.deduplication.BATCH", 50)
     random = np.random.default_rng(0)
     for bits in (range(14), range(25, 39), range(0, 64, 5)):
         values = random.integers(0, 2, (600, len(bits)), dtype=np.uint64)

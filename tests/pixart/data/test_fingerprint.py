@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from pixart.config import DataConfig
-from pixart.data import fingerprint as fingerprints
+from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
+from pixart.data.encoders import fingerprint as fingerprints
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from pixart.config import DataConfig
+from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data import store as stores
-from pixart.data.loader import Batch, Loader
+from pixart.data.loading.loader import Batch, Loader
 from pixart.data.manifest import Manifest
-from pixart.data.store import Store
+from pixart.data.store import zarr_store as stores
+from pixart.data.store.zarr_store import Store
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart.data.screening import Reason
+from pixart.data.images.screening import Reason
 from tests.pixart.data.mutations import COUNT, SECONDS
 
 ROOT = Path(__file__).parents[3]

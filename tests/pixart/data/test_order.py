@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pixart.data.order import BLOCK, WINDOW, Order, rows_of_step
+from pixart.data.loading.sampler import BLOCK, WINDOW, Order, rows_of_step
 
 
 def correlation(rows: np.ndarray) -> float:

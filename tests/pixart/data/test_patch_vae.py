@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pixart.data.patch_vae import DEMO_VAE, PatchAutoencoder, fit
-from pixart.data.scenes import make_scene, render
+from pixart.demo.patch_vae import DEMO_VAE, PatchAutoencoder, fit
+from pixart.demo.scenes import make_scene, render
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 
@@ -93,8 +93,8 @@ def test_state_dict_keys_and_shapes_are_a_contract():
 
 def test_command_writes_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["patch_vae", str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "pixart.data.patch_vae")  # runpy warns of a module that is already there
-    runpy.run_module("pixart.data.patch_vae", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "pixart.demo.patch_vae")  # runpy warns of a module that is already there
+    runpy.run_module("pixart.demo.patch_vae", run_name="__main__")
     written, shipped = load_file(tmp_path / SAFETENSORS), load_file(DEMO_VAE / SAFETENSORS)
     for name, values in shipped.items():
         torch.testing.assert_close(written[name], values, rtol=0, atol=1e-4)

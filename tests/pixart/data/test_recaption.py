@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import pytest
 
-from pixart.data import recaption
-from pixart.data.caption_style import compare, describe, divergence, report
-from pixart.data.captioner import INSTRUCTION, REWRITING, STYLE
-from pixart.data.recaption import rewrite, server
+from pixart.data.captions import rewriting
+from pixart.data.captions.captioner import INSTRUCTION, REWRITING, STYLE
+from pixart.data.captions.rewriting import rewrite, server
+from pixart.data.captions.similarity import compare, describe, divergence, report
 
 
 def test_both_instructions_ask_for_one_style():
@@ -83,7 +83,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url(monkeypatch):
-    monkeypatch.setattr(recaption, "PAUSE", 0.01)
+    monkeypatch.setattr(rewriting, "PAUSE", 0.01)
     Answers.log.clear()
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
@@ -109,7 +109,7 @@ def test_a_busy_server_is_asked_again(url):
     assert Answers.log.count("busy") == 2
     with pytest.raises(ValueError, match="answers 500"):
         rewrite(["bad"], server(url))
-    assert Answers.log.count("bad") == recaption.TRIES
+    assert Answers.log.count("bad") == rewriting.TRIES
 
 
 def test_a_request_that_a_server_refuses_comes_back_as_it_is(url):

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import s3fs
 
-from pixart.config import DataConfig
+from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data import store as stores
-from pixart.data.loader import Loader
+from pixart.data.loading.loader import Loader
 from pixart.data.manifest import Manifest
-from pixart.data.store import Store
+from pixart.data.store import zarr_store as stores
+from pixart.data.store.zarr_store import Store
 
 URL = "s3://bucket/sets/dataset"
 
@@ -248,13 +248,13 @@ def test_protocols_that_are_none():
 
 @pytest.mark.slow
 def test_training_from_a_url_is_training_from_a_folder(environment, local, small_recipe, tmp_path):
-    from pixart import checkpoint
+    from pixart.checkpoint import directory
     from pixart.training.loop import train
 
     upload(local)
     s3fs.S3FileSystem().put(small_recipe.data.path, "s3://bucket/small", recursive=True)
     saved = [
-        checkpoint.load(
+        directory.load(
             train(stage=1, model=small_recipe.model, config=small_recipe.stage1, dataset=dataset, run=tmp_path / name)
         )
         for name, dataset in (("here", small_recipe.data.path), ("there", "s3://bucket/small"))

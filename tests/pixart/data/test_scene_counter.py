@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from pixart.data.patch_vae import DEMO_VAE, PatchAutoencoder
-from pixart.data.scene_counter import Counts, count, largest_region, read_scene
-from pixart.data.scenes import BACKGROUNDS, Scene, make_scene, render
+from pixart.demo.patch_vae import DEMO_VAE, PatchAutoencoder
+from pixart.demo.scene_scorer import Counts, count, largest_region, read_scene
+from pixart.demo.scenes import BACKGROUNDS, Scene, make_scene, render
 
 
 @pytest.fixture(scope="module")

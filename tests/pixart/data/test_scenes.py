@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pixart.data.scenes import (
+from pixart.demo.scenes import (
     BACKGROUNDS,
     COLORS,
     POSITIONS,
@@ -33,7 +33,7 @@ def test_scenes_stay_what_they_were():
 
 def test_scene_depends_on_neither_order_nor_process():
     program = (
-        "from pixart.data.scenes import make_scene, render\n"
+        "from pixart.demo.scenes import make_scene, render\n"
         "for index in (7, 3): scene = make_scene(4, index); print(scene, render(scene).astype(int).sum())"
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

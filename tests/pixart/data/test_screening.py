@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart.config import ScreeningConfig
-from pixart.data.screening import (
+from pixart.config.recipe import ScreeningConfig
+from pixart.data.images.screening import (
     Reason,
     Rejected,
     check,
@@ -24,7 +24,7 @@ from pixart.data.screening import (
     resize_and_crop,
     thumbnail,
 )
-from pixart.data.sources import open_source
+from pixart.data.sources.base import open_source
 from tests.pixart.data.pictures import CONTENT, NEAR_PLAIN, PLAIN, encoded, of_photo
 
 LIMITS = ScreeningConfig()

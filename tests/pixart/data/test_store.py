@@ -12,11 +12,11 @@ import pytest
 import tensorstore
 import zarr
 
-from pixart.config import DataConfig
+from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data import store as stores
 from pixart.data.manifest import Manifest
-from pixart.data.store import Store
+from pixart.data.store import zarr_store as stores
+from pixart.data.store.zarr_store import Store
 
 
 @pytest.fixture

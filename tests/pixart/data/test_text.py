@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from pixart.data.text import TextEncoder, text_dim
-from pixart.data.vae import decode, encode, latent_shape, load_vae
+from pixart.data.encoders.text_encoder import TextEncoder, text_dim
+from pixart.data.encoders.vae import decode, encode, latent_shape, load_vae
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 import torch
 
-from pixart.model.flow import flow_loss, interpolate, sample_time, stratified_time
+from pixart.model.rectified_flow import flow_loss, interpolate, sample_time, stratified_time
 
 
 def test_ends_of_the_flow():

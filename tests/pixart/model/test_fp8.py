@@ -8,18 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pixart.model import fp8, fp8_products
-from pixart.model.fp8 import Plan
-from pixart.model.fp8_products import CACHED, E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT
+from pixart.model.fp8 import linear as fp8
+from pixart.model.fp8 import ops
+from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.ops import CACHED, E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT
 from tests.fp8_models import sqnr
 
 
-def all_codes(fmt: fp8_products.Format) -> torch.Tensor:
+def all_codes(fmt: ops.Format) -> torch.Tensor:
     values = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).float()
     return values[values.isfinite()]
 
 
-def naive(x: torch.Tensor, scale: torch.Tensor, fmt: fp8_products.Format) -> torch.Tensor:
+def naive(x: torch.Tensor, scale: torch.Tensor, fmt: ops.Format) -> torch.Tensor:
     """Quantized and scaled back, by a real cast."""
     return (x * scale).clamp(-fmt.max, fmt.max).to(fmt.dtype).float() / scale
 
@@ -29,7 +30,7 @@ def test_every_code_is_its_own_rounding(fmt):
     codes = all_codes(fmt)
     assert len(codes) in (254, 248)
     assert codes.max() == fmt.max
-    assert torch.equal(fp8_products.round_to_format_(codes.clone(), fmt), codes)
+    assert torch.equal(ops.round_to_format_(codes.clone(), fmt), codes)
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:], ids=["E4M3", "E5M2"])
@@ -42,13 +43,13 @@ def test_rounding_is_the_cast(fmt):
     values = torch.cat([midpoints, midpoints.nextafter(infinity), midpoints.nextafter(-infinity), bfloat])
     values = values[values.isfinite() & (values.abs() <= fmt.max)]
     assert len(values) > 30_000
-    assert torch.equal(fp8_products.round_to_format_(values.clone(), fmt), values.to(fmt.dtype).float())
+    assert torch.equal(ops.round_to_format_(values.clone(), fmt), values.to(fmt.dtype).float())
 
 
 def test_quantize_saturates():
     big = torch.tensor([1e6, -1e6, 1.0])
-    assert fp8_products.quantize(big, torch.tensor(1.0), E4M3).tolist() == [448, -448, 1]
-    assert fp8_products.quantize(big, torch.tensor(1.0), E5M2).tolist() == [57344, -57344, 1]
+    assert ops.quantize(big, torch.tensor(1.0), E4M3).tolist() == [448, -448, 1]
+    assert ops.quantize(big, torch.tensor(1.0), E5M2).tolist() == [57344, -57344, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,8 +58,8 @@ def test_quantize_in_pieces(dtype):
     x = torch.randn(300, 257).to(dtype).t()
     assert x.numel() > 2 * CACHED
     wanted = (x.float() * 3).clamp(-448, 448).to(E4M3.dtype).float()
-    assert torch.equal(fp8_products.quantize(x, torch.tensor(3.0), E4M3), wanted)
-    assert torch.equal(fp8_products.quantize(x, torch.full((300,), 3.0), E4M3), wanted)
+    assert torch.equal(ops.quantize(x, torch.tensor(3.0), E4M3), wanted)
+    assert torch.equal(ops.quantize(x, torch.full((300,), 3.0), E4M3), wanted)
 
 
 @pytest.mark.parametrize("amax", [0.0, float("inf"), float("nan"), 1e-45])
@@ -213,14 +214,14 @@ def test_gradient_scales_follow_the_batch():
 class Reference:
     """Delayed scaling of one tensor in plain Python, after its definition: nothing of it is shared with the product."""
 
-    def __init__(self, fmt: fp8_products.Format, history: int, margin: int) -> None:
+    def __init__(self, fmt: ops.Format, history: int, margin: int) -> None:
         self.values = sorted(set(all_codes(fmt).tolist()))
         self.even = [index % 2 == 0 for index in self.codes_of_positives(fmt)]
         self.max, self.margin, self.length = fmt.max, margin, history
         self.scale, self.seen = np.float32(1), []
 
     @staticmethod
-    def codes_of_positives(fmt: fp8_products.Format) -> range:
+    def codes_of_positives(fmt: ops.Format) -> range:
         return range(int(torch.tensor(fmt.max).to(fmt.dtype).view(torch.uint8)) + 1)
 
     def rounded(self, value: float) -> float:
@@ -251,13 +252,13 @@ def test_fifty_steps_against_delayed_scaling_in_plain_python(monkeypatch):
     plan = Plan(linears=("0", "2"), history=5, margin=1)
     network = small_network(plan)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    real, calls = fp8_products.quantize, []
+    real, calls = ops.quantize, []
 
     def quantize(x, scale, fmt):
         calls.append((x.detach().clone(), float(scale), real(x, scale, fmt)))
         return calls[-1][2].clone()
 
-    monkeypatch.setattr(fp8_products, "quantize", quantize)
+    monkeypatch.setattr(ops, "quantize", quantize)
     order = [("0", INPUT), ("0", WEIGHT), ("2", INPUT), ("2", WEIGHT), ("2", GRAD_OUTPUT), ("0", GRAD_OUTPUT)]
     references = {key: Reference(FORMATS[key[1]], plan.history, plan.margin) for key in order}
     compared = 0

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from pixart.model import fp8
 from pixart.model.dit import DiT
-from pixart.model.fp8_gather import gather_as_given, gather_in_fp8
-from pixart.training.distributed import process_group, recomputed, whole
+from pixart.model.fp8 import linear as fp8
+from pixart.model.fp8.fsdp_allgather import gather_as_given, gather_in_fp8
 from pixart.training.ema import reshard, set_weights
+from pixart.training.process_group import process_group, recomputed, whole
 from tests import ranks
 from tests.fp8_models import fp8_model, inputs, plan_of
 
@@ -98,9 +98,9 @@ def test_the_same_as_unsharded(tmp_path, world, how, most):
 
 def counted_child(file: str) -> None:
     """How often weights are cast in a step of three micro-batches, and what each is gathered as."""
-    from pixart.model import fp8_gather
+    from pixart.model.fp8 import fsdp_allgather
 
-    casts, real = [], fp8_gather.quantize
+    casts, real = [], fsdp_allgather.quantize
 
     def quantize(*arguments):
         casts.append(1)
@@ -108,7 +108,7 @@ def counted_child(file: str) -> None:
 
     with process_group() as group:
         model = sharded({})
-        fp8_gather.quantize = quantize
+        fsdp_allgather.quantize = quantize
         x, t, text, mask = inputs()
         for _ in range(3):
             model(x, t, text=text, text_mask=mask).square().mean().backward()

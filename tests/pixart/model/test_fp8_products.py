@@ -8,10 +8,10 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pixart.model import fp8
 from pixart.model.dit import DiT
-from pixart.model.fp8 import Plan
-from pixart.model.fp8_products import E4M3, E5M2, GRAD_OUTPUT, INPUT, WEIGHT, Float8Product, quantize, scaled_matmul
+from pixart.model.fp8 import linear as fp8
+from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.ops import E4M3, E5M2, GRAD_OUTPUT, INPUT, WEIGHT, Float8Product, quantize, scaled_matmul
 from tests.fp8_models import fp8_model, inputs, sqnr
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from pixart.model import fp8_te
-from pixart.model.fp8 import Plan
+from pixart.model.fp8 import transformer_engine
+from pixart.model.fp8.linear import Plan
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_a_machine_without_a_gpu_is_named():
     with pytest.raises(ValueError, match="this machine has no GPU"):
-        fp8_te.swap_linears(nn.Sequential(nn.Linear(32, 32)), Plan(linears=("0",), recipe="mxfp8"))
+        transformer_engine.swap_linears(nn.Sequential(nn.Linear(32, 32)), Plan(linears=("0",), recipe="mxfp8"))
 
 
 @pytest.mark.gpu
@@ -25,7 +25,7 @@ def test_products_are_near_those_of_bf16(recipe):
     plain = nn.Sequential(nn.Linear(256, 512, device="cuda", dtype=torch.bfloat16))
     swapped = copy.deepcopy(plain)
     try:
-        fp8_te.swap_linears(swapped, Plan(linears=("0",), recipe=recipe))
+        transformer_engine.swap_linears(swapped, Plan(linears=("0",), recipe=recipe))
     except ValueError as error:
         pytest.skip(str(error))
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)

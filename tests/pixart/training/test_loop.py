@@ -13,17 +13,17 @@ import torch
 
 from conversion.options import Options
 from conversion.to_fp8 import convert
-from pixart import checkpoint as checkpoints
+from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
-from pixart.data.loader import Loader
-from pixart.data.order import rows_of_step
-from pixart.data.store import Store
-from pixart.model.attention import measured, use
+from pixart.data.loading.loader import Loader
+from pixart.data.loading.sampler import rows_of_step
+from pixart.data.store.zarr_store import Store
 from pixart.model.dit import DiT
-from pixart.training.distributed import process_group
+from pixart.model.sdpa import measured, use
 from pixart.training.loop import train
-from pixart.training.step import Training
-from pixart.training.telling import DivergedError, Quiet
+from pixart.training.metrics import DivergedError, Quiet
+from pixart.training.process_group import process_group
+from pixart.training.trainer import Training
 
 
 class Curves(Quiet):
@@ -223,8 +223,8 @@ def test_too_many_of_them_in_a_row_end_the_run(small_recipe, tmp_path, monkeypat
 
 def spoiled(monkeypatch, steps: set[int]) -> None:
     """The loss of these steps is not a number."""
-    from pixart.model.flow import flow_loss
-    from pixart.training import step
+    from pixart.model.rectified_flow import flow_loss
+    from pixart.training import trainer as step
 
     count = itertools.count(1)
 
@@ -243,8 +243,8 @@ def test_fp8_scales_survive_a_step_that_is_left_out(small_recipe, converted, tmp
 
 @pytest.mark.slow
 def test_a_spike_is_told_with_its_rows(small_recipe, tmp_path, monkeypatch):
-    from pixart.model.flow import flow_loss
-    from pixart.training import step
+    from pixart.model.rectified_flow import flow_loss
+    from pixart.training import trainer as step
 
     count = itertools.count(1)
     monkeypatch.setattr(step, "flow_loss", lambda *tensors: flow_loss(*tensors) * (30 if next(count) == 28 else 1))

@@ -4,11 +4,11 @@ import shutil
 import pytest
 import torch
 
-from pixart.config import TrainConfig
+from pixart.config.recipe import TrainConfig
 from pixart.model.dit import DiT
 from pixart.training.adamw import MOMENTS
 from pixart.training.ema import Ema, decay_at
-from pixart.training.one_pass import OnePass
+from pixart.training.fused_adamw_ema import OnePass
 from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
 
 CONFIG = TrainConfig(steps=100, batch=8, lr=1e-3, warmup=10, final_lr=0.1)

@@ -14,8 +14,8 @@ import torch
 from conversion.options import Options
 from conversion.to_fp8 import convert
 from jobs.tracking import Journal, read_journal
-from pixart import checkpoint as checkpoints
-from pixart.config import from_json, to_json
+from pixart.checkpoint import directory as checkpoints
+from pixart.config.recipe import from_json, to_json
 from pixart.training.loop import Stopped, train
 from tests import ranks
 

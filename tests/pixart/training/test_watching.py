@@ -3,7 +3,7 @@ import sys
 
 STALL = """
 import threading, time
-from pixart.training.watching import Watch
+from pixart.training.watchdog import Watch
 watch = Watch(0.01).__enter__()
 def waits_for_the_others(): time.sleep(2)
 threading.Thread(target=waits_for_the_others).start()
