@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from conversion.calibrate import dataset_batches, mean_loss
+from conversion.batches import dataset_batches
+from conversion.calibration.amax import mean_loss
 from conversion.options import Options
 from conversion.to_fp8 import convert
 from jobs import caption, init, latents

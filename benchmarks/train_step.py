@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks import measure
-from conversion.plan import make_plan
+from conversion.calibration.plan import make_plan
 from pixart.config.recipe import TrainConfig
 from pixart.model import sdpa
 from pixart.model.device_timer import seconds, wait

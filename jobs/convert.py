@@ -12,7 +12,7 @@ def run(run_folder: str, *, source: str, output: str, options: dict[str, Any]) -
     Raises ValueError where the conversion does not pass its own checks: it is written, and not for training.
     """
     from conversion.options import Options
-    from conversion.report import PAGE, REPORT, describe
+    from conversion.report.text import PAGE, REPORT, describe
     from conversion.to_fp8 import convert
 
     report = convert(source, output, Options(**options))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conversion.report import PAGE, REPORT
+from conversion.report.text import PAGE, REPORT
 from jobs import audit, ledger, runs
 from jobs.checkpoints import INFERENCE, MARKER, checkpoint_record, find_checkpoint
 from jobs.description import FILE as DESCRIPTION

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conversion.options import Options, default_output, from_arguments
-from conversion.report import PAGE, following
+from conversion.report.text import PAGE, following
 from jobs import ledger, runs
 from jobs.checkpoints import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.dataset_commands import prepare_dataset, require_audit

@@ -4,7 +4,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from conversion.report import PAGE as REPORT_PAGE
+from conversion.report.text import PAGE as REPORT_PAGE
 from jobs import audit, lineage, lineage_page, training_page
 from jobs.description import read_description
 from jobs.journal import Journal, points, read_journal

@@ -29,7 +29,7 @@ ALLOWED = {
     "jobs": {"jobs", "slurm", "pixart", "conversion"},
 }
 HEAVY = {"torch", "vllm", "diffusers", "transformers", "pixart.data", "pixart.model", "pixart.training"}
-HEAVY |= {"conversion.to_fp8", "conversion.calibrate"}
+HEAVY |= {"conversion.to_fp8", "conversion.calibration.amax"}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from conversion.calibrate import STATISTICS, batch_losses, in_bf16, largest, measure_amax, mse_best, synthetic_batches
-from conversion.plan import make_plan
-from conversion.reparameterize import to_stage2
-from conversion.ways import find_modulations
+from conversion.batches import synthetic_batches
+from conversion.calibration.amax import STATISTICS, batch_losses, in_bf16, largest, measure_amax, mse_best
+from conversion.calibration.plan import make_plan
+from conversion.stage2.reparameterize import to_stage2
+from conversion.stage2.strategies import find_modulations
 from pixart.model.dit import load_model
 from pixart.model.fp8.ops import E4M3
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.exports import EXPORTS
+from conversion.export.writers import EXPORTS
 from conversion.to_fp8 import main
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import WEIGHTS

@@ -3,7 +3,7 @@ import torch
 import torch.distributed.checkpoint
 from safetensors.torch import save_file
 
-from conversion import formats
+from conversion.reading import formats
 from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import TrainConfig
 from pixart.model.dit import DiT

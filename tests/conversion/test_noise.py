@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conversion import noise
-from conversion.noise import LayerFigures
+from conversion.verification import quantization_error
+from conversion.verification.quantization_error import LayerFigures
 from pixart.model.fp8.ops import FORMATS
 
 SCALE = torch.tensor([70.0, 1000.0, 5e8])
@@ -57,7 +57,7 @@ def both_ways(monkeypatch, scale: torch.Tensor | None, recipe: str) -> list[dict
     """By all outputs, and by a quarter of them."""
     found = []
     for sampled in (1 << 18, 320 * 64 // 4):
-        monkeypatch.setattr(noise, "SAMPLED", sampled)
+        monkeypatch.setattr(quantization_error, "SAMPLED", sampled)
         figures = LayerFigures(scale, recipe)
         x, weight, grad = tensors()
         for _ in range(2):

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conversion.page import folded, page
+from conversion.report.html import folded, page
 from pixart.html.charts import linear_axis
 
 KINDS = ("attention.attention.q_proj", "cross_attention.q_proj", "mlp.linear1")

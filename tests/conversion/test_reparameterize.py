@@ -3,11 +3,18 @@ from typing import get_args
 import pytest
 import torch
 
-from conversion.modulation import absorbed_scales, silent
 from conversion.options import Way
-from conversion.reparameterize import fates as fates_of
-from conversion.reparameterize import to_stage2
-from conversion.ways import SAMPLE_STEPS, SAMPLES, find_modulations, output_errors, relative_error, sample_errors
+from conversion.stage2.modulation import absorbed_scales, silent
+from conversion.stage2.reparameterize import fates as fates_of
+from conversion.stage2.reparameterize import to_stage2
+from conversion.stage2.strategies import (
+    SAMPLE_STEPS,
+    SAMPLES,
+    find_modulations,
+    output_errors,
+    relative_error,
+    sample_errors,
+)
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT, load_model
 from pixart.model.rectified_flow import interpolate

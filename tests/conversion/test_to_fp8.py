@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import calibrate, to_bf16, to_fp8
+from conversion import to_bf16, to_fp8
+from conversion.calibration import amax as calibrate
 from conversion.options import Options
 from conversion.to_fp8 import convert, main
 from pixart.checkpoint import directory as checkpoints

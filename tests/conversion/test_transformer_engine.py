@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.transformer_engine import HISTORY, export, extra_state
+from conversion.export.transformer_engine import HISTORY, export, extra_state
 from pixart.model.fp8.linear import Plan, calibrated_state
 
 NAMES = ("dit_blocks.0.mlp.linear1", "dit_blocks.0.mlp.linear2")

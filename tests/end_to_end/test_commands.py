@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from conversion.exports import export_inference
+from conversion.export.writers import export_inference
 from jobs import launch, ledger
 from jobs.runs import Run
 from jobs.tracking import read_journal

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from conversion.exports import export_inference
+from conversion.export.writers import export_inference
 from jobs import launch, sample
 from jobs.sample_commands import class_index
 from pixart.checkpoint import directory as checkpoints

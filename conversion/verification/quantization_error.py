@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conversion.calibrate import CalibrationBatch, largest, watch
+from conversion.batches import CalibrationBatch
+from conversion.calibration.amax import largest, watch
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8.ops import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, through_fp8

@@ -9,17 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conversion.calibrate import (
-    CalibrationBatch,
-    batch_losses,
-    in_bf16,
-    mean_loss,
-    passes,
-    recomputed_blocks,
-    without_class,
-)
-from conversion.noise import cast_by_recipe
+from conversion.batches import CalibrationBatch, without_class
+from conversion.calibration.amax import batch_losses, in_bf16, mean_loss, passes, recomputed_blocks
 from conversion.options import STATEFUL
+from conversion.verification.quantization_error import cast_by_recipe
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint, Lazy, State
 from pixart.checkpoint.safetensors_stream import differing

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conversion.batches import at_once
 from pixart.model.dit import DiT, no_class
 from pixart.model.rectified_flow import interpolate
 
 PAPER_T = 0.5
 NODES = 12
-ROWS = 4096  # image tokens of a pass: with fewer, reading the weights is what takes the time
 NODE_SPAN = 2.5  # standard deviations of the logit of t that the nodes reach on either side
 RIDGE = 1e-5  # of the largest squared singular value
 CHUNK = {"gamma1": 0, "beta1": 1, "gamma2": 2, "beta2": 3, "alpha1": 4, "alpha2": 5}
@@ -122,11 +122,6 @@ def velocities(model: DiT, rows: Tensor, noised: Tensor, t: Tensor) -> Tensor:
     with modulated(model, rows.transpose(0, 1).flatten(1, 2)):
         together = model(noised, t.repeat(count), **silent(model, count * images, t.device))
     return together.unflatten(0, (count, images))
-
-
-def at_once(model: DiT, latents: Tensor) -> int:
-    """How many such batches (B, C, h, w) make a pass of ROWS; one at the least."""
-    return max(1, ROWS // (latents[:, 0].numel() // model.config.patch_size**2))
 
 
 @torch.enable_grad()

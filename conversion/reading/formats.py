@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conversion.content import Content, assemble, checked
+from conversion.reading.training_state import Content, assemble, checked
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conversion.calibrate import CalibrationBatch, mean_loss
-from conversion.verify import LOSS_GAP, quantized
+from conversion.batches import CalibrationBatch
+from conversion.calibration.amax import mean_loss
+from conversion.verification.acceptance import LOSS_GAP, quantized
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 

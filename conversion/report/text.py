@@ -1,4 +1,4 @@
-"""What a conversion did and measured, as lines for a terminal; `page` has it as HTML, report.json as data."""
+"""What a conversion did and measured, as lines for a terminal; `html` has it as HTML, report.json as data."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

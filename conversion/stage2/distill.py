@@ -9,7 +9,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from conversion.modulation import Modulation, evaluate, modulated, own_modulations, silent
+from conversion.stage2.modulation import Modulation, evaluate, modulated, own_modulations, silent
 from pixart.model.dit import DiT
 from pixart.model.rectified_flow import interpolate, stratified_time
 

@@ -6,9 +6,8 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from conversion.exports import check_exports
-from conversion.options import AUTO, STATEFUL, Options, Recipe
-from conversion.reparameterize import stage2_config
+from conversion.options import AUTO, STATEFUL, Export, Options, Recipe
+from conversion.stage2.reparameterize import stage2_config
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8.linear import Plan
@@ -61,3 +60,11 @@ def plan_by_rule(start: Checkpoint, options: Options, text_dim: int) -> Plan:
     plan = make_plan(model, keep=patterns, **sizes)
     check_exports(options.exports, plan)
     return plan
+
+
+def check_exports(names: Sequence[Export], plan: Plan) -> None:
+    """Raises ValueError for an export that needs scales where the recipe keeps none."""
+    stateless = plan.recipe != STATEFUL
+    for name in names:
+        if stateless and name != "torchao":
+            raise ValueError(f"--export {name} needs scales, which the recipe {plan.recipe} does not keep")

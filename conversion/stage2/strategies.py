@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conversion import distill, reparameterize
-from conversion.calibrate import CalibrationBatch
-from conversion.modulation import NODES, Fit, Modulation, paper, sensitivity, tables, velocities
+from conversion.batches import CalibrationBatch
 from conversion.options import Options, Way
+from conversion.stage2 import distill, reparameterize
+from conversion.stage2.modulation import NODES, Fit, Modulation, paper, sensitivity, tables, velocities
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT, load_model
 from pixart.model.rectified_flow import interpolate, stratified_time

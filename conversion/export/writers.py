@@ -7,18 +7,18 @@ inference/                       the average: linears of the plan in E4M3 with N
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from conversion import transformer_engine
-from conversion.options import STATEFUL, Export
+from conversion.export import transformer_engine
+from conversion.options import Export
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint, Lazy
-from pixart.model.fp8.linear import Plan, scale_from_amax
+from pixart.model.fp8.linear import scale_from_amax
 from pixart.model.fp8.ops import E4M3, INPUT
 from pixart.sampling.loading import INPUT_SCALE, RECORD, WEIGHT_SCALE
 
@@ -81,11 +81,3 @@ EXPORTS: dict[Export, Callable[[Checkpoint, Path], None]] = {
     "torchao": export_torchao,
     "inference": export_inference,
 }
-
-
-def check_exports(names: Sequence[Export], plan: Plan) -> None:
-    """Raises ValueError for an export that needs scales where the recipe keeps none."""
-    stateless = plan.recipe != STATEFUL
-    for name in names:
-        if stateless and name != "torchao":
-            raise ValueError(f"--export {name} needs scales, which the recipe {plan.recipe} does not keep")

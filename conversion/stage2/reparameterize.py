@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from conversion.modulation import Modulation, absorbed_scales
+from conversion.stage2.modulation import Modulation, absorbed_scales
 from pixart.checkpoint.directory import Checkpoint, Lazy, State
 from pixart.model.dit import state_shapes
 from pixart.training.adamw import MOMENTS
