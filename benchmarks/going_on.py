@@ -17,7 +17,7 @@ from conversion.batches import dataset_batches
 from conversion.calibration.amax import mean_loss
 from conversion.options import Options
 from conversion.to_fp8 import convert
-from jobs import caption, init, latents
+from jobs.tasks import caption, init_dataset, latents
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.config.recipe import to_json
@@ -44,7 +44,7 @@ def held_out(home: Path) -> str:
         recipe.data, path=str(home / "datasets/held-out"), seed=1, images=HELD_OUT_IMAGES, shards=8
     )
     if not Path(data.path).exists():
-        init.run(to_json(dataclasses.replace(recipe, data=data)))
+        init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
         caption.run(data.path, list(range(8)))
         latents.run(data.path, list(range(8)))
     return data.path

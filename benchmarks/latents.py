@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from jobs import caption, latents
+from jobs.tasks import caption, latents
 from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from jobs import caption, init, latents
+from jobs.tasks import caption, init_dataset, latents
 from pixart.config.recipe import ModelConfig, TrainConfig, to_json
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
@@ -68,7 +68,7 @@ def main() -> None:
 def make_dataset(folder: str) -> str:
     recipe = demo(folder)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=16, shards=1))
-    init.run(to_json(recipe))
+    init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, [0])
     latents.run(recipe.data.path, [0])
     return recipe.data.path

@@ -34,7 +34,7 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """64 scenes in 4 shards, through the caption and latents jobs, with a model that steps in milliseconds."""
-    from jobs import caption, init, latents
+    from jobs.tasks import caption, init_dataset, latents
 
     recipe = demo(str(tmp_path_factory.mktemp("home")))
     short = {"steps": 6, "batch": 8, "warmup": 2, "save_every": 3, "log_every": 1}
@@ -46,7 +46,7 @@ def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         stage1=dataclasses.replace(recipe.stage1, **short),
         stage2=dataclasses.replace(recipe.stage2, **short),
     )
-    init.run(to_json(recipe))
+    init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, [0, 1, 2, 3])
     latents.run(recipe.data.path, [0, 1, 2, 3])
     return recipe

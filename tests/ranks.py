@@ -8,7 +8,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pixart.training.loop", "pixart.data.encoders.text_encoder", "jobs.tracking"])
+CONTEXT.set_forkserver_preload(
+    ["pixart.training.loop", "pixart.data.encoders.text_encoder", "jobs.tracking.mlflow_store"]
+)
 
 
 def start(world: int, function: Callable[..., None], *arguments: Any, nodes: int = 1) -> list[BaseProcess]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import caption, ledger
+from jobs.state import ledger
+from jobs.tasks import caption
 from tests.environment import bare_environment
 from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from conversion.export.writers import export_inference
-from jobs import launch, ledger
-from jobs.runs import Run
-from jobs.tracking import read_journal
+from jobs import launch
+from jobs.state import ledger
+from jobs.state.run import Run
+from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.config.recipe import DataConfig, from_json, override, to_json

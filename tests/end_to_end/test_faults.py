@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import caption, ledger
+from jobs.state import ledger
+from jobs.tasks import caption
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 from tests.environment import bare_environment

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs import launch
-from jobs.tracking import Journal, run_id
+from jobs.state.journal import Journal
+from jobs.tracking.mlflow_store import run_id
 from tests.demo_fixture import STEPS, Demo
 from tests.mlflow_fixture import MlflowServer
 

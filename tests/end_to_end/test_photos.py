@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.tracking import read_journal
+from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import ScreeningConfig
 from pixart.data import manifest as manifests
@@ -189,7 +189,7 @@ def test_fp8_weights_give_pictures(home):
 def test_runs_are_in_mlflow(home):
     from mlflow.tracking import MlflowClient
 
-    from jobs.tracking import run_id
+    from jobs.tracking.mlflow_store import run_id
 
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     for kind, count in (("caption", 1), ("latents", 1), ("train", 2), ("convert", 1), ("sample", 3)):

@@ -9,8 +9,8 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import caption, init
-from jobs.tracking import read_journal
+from jobs.tasks import caption, init_dataset
+from jobs.tracking.mlflow_store import read_journal
 from pixart.config.recipe import DataConfig, Recipe, to_json
 from pixart.data.images.screening import Reason
 from pixart.recipes import demo
@@ -54,7 +54,9 @@ def test_hostile_images_through_a_task(tmp_path):
         (folder / f"{index:03d}.jpg").write_bytes(data)
     recipe: Recipe = demo(str(tmp_path))
     data = DataConfig(path=str(tmp_path / "data"), source=str(folder), shards=4, image_size=64)
-    init.run(to_json(Recipe(**{name: getattr(recipe, name) for name in recipe.__slots__ if name != "data"}, data=data)))
+    init_dataset.run(
+        to_json(Recipe(**{name: getattr(recipe, name) for name in recipe.__slots__ if name != "data"}, data=data))
+    )
     caption.run(data.path, [0, 1, 2, 3])
     rows = [row for shard in range(4) for row in pq.read_table(caption.part_path(data.path, shard)).to_pylist()]
     assert [row["id"] for row in rows] == [f"{index:03d}.jpg" for index in range(COUNT)]

@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import launch, ledger, runs
-from jobs.runs import Run
-from jobs.tracking import read_journal
+from jobs import launch
+from jobs.state import ledger
+from jobs.state import run as runs
+from jobs.state.run import Run
+from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.journal import Journal, read_journal
+from jobs.state.journal import Journal, read_journal
 
 SAVED = 5  # steps between two checkpoints
 PAUSE = 0.1  # seconds of a step

@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.arrays import parse_array
+from jobs.commands.shard_ranges import parse_array
 
 
 @pytest.mark.parametrize(

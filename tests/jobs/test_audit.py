@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs import audit, caption, init, latents, ledger, verify
-from jobs.tracking import read_journal
+from jobs.state import audit_files, ledger
+from jobs.tasks import audit, caption, init_dataset, latents, verify
+from jobs.tracking.mlflow_store import read_journal
 from pixart.config.recipe import DataConfig, Recipe, from_json, to_json
 from pixart.recipes import demo
 
@@ -36,7 +37,7 @@ def recipe(tmp_path_factory) -> Recipe:
     made = demo(str(home))
     data = DataConfig(path=f"{home}/data", source=str(images), shards=SHARDS, image_size=64, text_tokens=8)
     made = dataclasses.replace(made, data=data)
-    init.run(to_json(made))
+    init_dataset.run(to_json(made))
     caption.run(data.path, list(range(SHARDS)))
     latents.run(data.path, list(range(SHARDS)))
     return made
@@ -52,18 +53,18 @@ def run(recipe: Recipe, folder, **limits: float) -> None:
 def test_page_and_verdict(recipe, tmp_path):
     with pytest.raises(ValueError, match=r"^the dataset does not pass its audit: plain or near-plain 0\.1724, limit"):
         run(recipe, tmp_path, max_rejected=0.3)
-    folder = tmp_path.parent / recipe.data.path / audit.FOLDER
-    summary = json.loads((folder / audit.SUMMARY).read_text())
+    folder = tmp_path.parent / recipe.data.path / audit_files.FOLDER
+    summary = json.loads((folder / audit_files.SUMMARY).read_text())
     assert (summary["rows"], summary["valid"]) == (29, 22)
     assert summary["reasons"] == {"plain": 5, "truncated": 1, "unreadable": 1}
     assert summary["duplicates"] == {"exact": {"groups": 1, "rows": 2}, "near": {"groups": 1, "rows": 2}}
     for name, histogram in summary["histograms"].items():
         assert sum(histogram["counts"]) == 22, name
     assert summary["openings"] == {"a coarse pattern": 20, "": 2}
-    rows = pq.read_table(folder / audit.DUPLICATES).to_pylist()
+    rows = pq.read_table(folder / audit_files.DUPLICATES).to_pylist()
     assert [(row["kind"], row["row"]) for row in rows] == [("exact", 3), ("exact", 25), ("near", 4), ("near", 26)]
 
-    page = (folder / audit.PAGE).read_text()
+    page = (folder / audit_files.PAGE).read_text()
     assert page.count("data:image/jpeg") >= 5 + 22 + 4  # plain, accepted, duplicates
     assert "FAIL" in page
     assert "http" not in page.replace("http-equiv", "")
@@ -71,11 +72,11 @@ def test_page_and_verdict(recipe, tmp_path):
     metrics = {key: value for line in lines for key, value in line.get("metrics", {}).items()}
     assert metrics["data/valid"] == 22
     assert metrics["data/rejected_plain"] == pytest.approx(5 / 29)
-    assert {line["artifact"].rpartition("/")[2] for line in lines if "artifact" in line} >= {audit.PAGE}
+    assert {line["artifact"].rpartition("/")[2] for line in lines if "artifact" in line} >= {audit_files.PAGE}
 
 
 def test_training_asks_for_it(recipe, tmp_path):
-    folder = tmp_path.parent / recipe.data.path / audit.FOLDER
+    folder = tmp_path.parent / recipe.data.path / audit_files.FOLDER
     with pytest.raises(ValueError, match="does not pass"):
         run(recipe, tmp_path, max_same_opening=0.5)
     with pytest.raises(ValueError, match=r"failed its audit \(rejected, plain or near-plain, same opening"):
@@ -89,7 +90,7 @@ def test_training_asks_for_it(recipe, tmp_path):
         audit.require(recipe.data.path)
     ledger.record(recipe.data.path, "caption", 0, entry)
     audit.require(recipe.data.path)
-    (folder / audit.SUMMARY).unlink()
+    (folder / audit_files.SUMMARY).unlink()
     with pytest.raises(ValueError, match="has not been audited"):
         audit.require(recipe.data.path)
 

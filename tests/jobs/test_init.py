@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import init
+from jobs.tasks import init_dataset
 from pixart.config.recipe import to_json
 from pixart.recipes import demo
 from tests.pixart.data.test_sources import ROWS, make_tars
@@ -14,7 +14,7 @@ def test_what_is_found_out_of_large_files_is_kept_for_the_tasks(tmp_path):
     make_tars(f"{tmp_path}/images")
     recipe = demo(str(tmp_path))
     data = dataclasses.replace(recipe.data, source=f"{tmp_path}/images", images=None)
-    init.run(to_json(dataclasses.replace(recipe, data=data)))
+    init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
     kept = json.loads((Path(data.path) / "source-files.json").read_text())
     assert [rows for _, rows in kept.values()] == [10, 10, ROWS - 20]
 
@@ -27,5 +27,5 @@ def test_nothing_is_written_where_something_is_not_there(tmp_path, wrong):
     if wrong == "caption_model":
         changes["captioner"] = "vllm"
     with pytest.raises(ValueError, match="nowhere"):
-        init.run(to_json(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))))
+        init_dataset.run(to_json(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))))
     assert [path.name for path in tmp_path.iterdir()] == ["images"]

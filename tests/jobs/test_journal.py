@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.journal import Journal, points, read_journal, read_tail, summarized
+from jobs.state.journal import Journal, points, read_journal, read_tail, summarized
 from tests.jobs import tasks
 
 ROOT = Path(__file__).parents[2]

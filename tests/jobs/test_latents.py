@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs import caption, init, latents, ledger
+from jobs.state import ledger
+from jobs.tasks import caption, init_dataset, latents
 from pixart.config.recipe import DataConfig, to_json
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
@@ -22,7 +23,7 @@ from pixart.recipes import demo
 def test_short_captions_are_stored_beside_long_ones(tmp_path):
     recipe = demo(str(tmp_path))
     data = dataclasses.replace(recipe.data, images=6, shards=2, short_captions=True)
-    init.run(to_json(dataclasses.replace(recipe, data=data)))
+    init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
     caption.run(data.path, [0, 1])
     latents.run(data.path, [0, 1])
     store = Store(manifests.read(data.path))
@@ -44,14 +45,14 @@ def photographs(tmp_path) -> DataConfig:
     for index, item in enumerate(open_source("demo", images=6, image_size=64).read(0, 6)):
         (tmp_path / f"images/{index}.png").write_bytes(item.data)
     data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", images=None, shards=2)
-    init.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
+    init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0, 1])
     return data
 
 
 def test_text_encoder_is_loaded_only_where_its_states_are_stored(photographs, tmp_path, monkeypatch):
     data = dataclasses.replace(photographs, path=str(tmp_path / "other"), text_states=False)
-    init.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
+    init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0, 1])
     monkeypatch.setattr("pixart.data.encoders.text_encoder.load_text_model", None)
     latents.run(data.path, [0, 1])
@@ -97,7 +98,7 @@ def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
     data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", images=None, shards=1)
     for item in open_source("demo", images=1, image_size=16 * data.image_size).read(0, 1):
         Image.open(io.BytesIO(item.data)).convert("RGB").save(tmp_path / "images/0.jpg", quality=95)
-    init.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
+    init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0])
     latents.run(data.path, [0])
     image = decode((tmp_path / "images/0.jpg").read_bytes(), data.screening)

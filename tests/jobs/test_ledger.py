@@ -5,7 +5,8 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import caption, latents, ledger
+from jobs.state import ledger
+from jobs.tasks import caption, latents
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 
@@ -73,7 +74,7 @@ def test_one_bad_shard_does_not_keep_the_others(dataset):
 
 def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
     """Of a folder with a damaged file: its row is there, invalid with a reason, and nothing shifts."""
-    from jobs import init
+    from jobs.tasks import init_dataset
     from pixart.config.recipe import to_json
     from pixart.data.sources.base import open_source
 
@@ -85,7 +86,7 @@ def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
     data = dataclasses.replace(
         small_recipe.data, path=str(tmp_path / "d"), source=str(folder), images=None, shards=2, text_states=False
     )
-    init.run(to_json(dataclasses.replace(small_recipe, data=data)))
+    init_dataset.run(to_json(dataclasses.replace(small_recipe, data=data)))
     caption.run(data.path, [0, 1])
     latents.run(data.path, [0, 1])
     table = pq.read_table(caption.part_path(data.path, 1)).to_pydict()

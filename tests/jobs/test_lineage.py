@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs import lineage
+from jobs.reports import lineage
 from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.captions.captioner import INSTRUCTION, prompt_hash

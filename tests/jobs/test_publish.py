@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs import companion, ledger, runs
-from jobs.description import describe, read_description, set_status
-from jobs.journal import Journal, points, read_journal
-from jobs.pages import LINEAGE, SUMMARY, main_page, write_pages
-from jobs.publish import gather, journal_shards, publish, settle
-from jobs.runs import Run
-from jobs.tracking import Tracker, run_id
+from jobs.reports.run_pages import LINEAGE, SUMMARY, main_page, write_pages
+from jobs.state import ledger
+from jobs.state import run as runs
+from jobs.state.journal import Journal, points, read_journal
+from jobs.state.run import Run
+from jobs.state.run_metadata import describe, read_description, set_status
+from jobs.tracking import node_agent
+from jobs.tracking.mlflow_store import Tracker, run_id
+from jobs.tracking.sync import gather, journal_shards, publish, settle
 from slurm.cluster import Cluster, Shape
 from slurm.profile import load
 from slurm.task import ATTEMPTS
@@ -84,7 +86,7 @@ def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = make_run(tmp_path, "train", nodes=1)
     cluster = Cluster(load("local"), run.folder)
-    function = functools.partial(companion.accompanied, work, str(run.folder), fail=fail)
+    function = functools.partial(node_agent.accompanied, work, str(run.folder), fail=fail)
     run = run.added([cluster.submit_ranks(Shape(kind="train"), function)])
     while runs.under_way(found := runs.elements(run)):
         time.sleep(0.1)
@@ -98,7 +100,8 @@ def test_a_companion_ends_with_a_rank_that_is_killed(tmp_path):
     run = make_run(tmp_path, "train", nodes=1)
     code = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'jobs.companion', sys.argv[1], '0'], stdin=subprocess.PIPE)\n"
+        "words = [sys.executable, '-m', 'jobs.tracking.node_agent', sys.argv[1], '0']\n"
+        "child = subprocess.Popen(words, stdin=subprocess.PIPE)\n"
         "print(child.pid, flush=True)\ntime.sleep(600)\n"
     )
     words = [sys.executable, "-c", code, str(run.folder)]
@@ -173,14 +176,14 @@ def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlf
     """Without a launcher that waits: a rank's companion, and of an array's elements one a minute."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     training = make_run(tmp_path, "train", nodes=1)
-    function = functools.partial(companion.accompanied, work, str(training.folder), fail=False)
+    function = functools.partial(node_agent.accompanied, work, str(training.folder), fail=False)
     job = Cluster(load("local"), training.folder).submit_ranks(Shape(kind="train"), function)
     training = training.added([job])
     while runs.under_way(runs.elements(training)):
         time.sleep(0.1)
     captions = make_run(tmp_path, "caption", elements=(0, 1), total=2)
     for shard in (0, 1):
-        companion.published(functools.partial(record, captions, shard), str(captions.folder), 10 + shard)
+        node_agent.published(functools.partial(record, captions, shard), str(captions.folder), 10 + shard)
     tracker = Tracker(tmp_path)
     stored = tracker.client.get_run(run_id(training.folder))
     assert stored.info.status == "FINISHED"
@@ -206,7 +209,7 @@ def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, ml
         try:
             os.close(opener)
             os.read(gate, 1)  # until the parent closes the other end
-            companion.published(functools.partial(record, run, shard), str(run.folder), 10 + shard)
+            node_agent.published(functools.partial(record, run, shard), str(run.folder), 10 + shard)
             os._exit(0)
         finally:
             os._exit(1)

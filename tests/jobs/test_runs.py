@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import ledger, runs, status
-from jobs.journal import Journal
-from jobs.runs import Element, Run
-from jobs.submission import JobFailedError, raise_first_failure
+from jobs.commands import runs as status
+from jobs.state import ledger
+from jobs.state import run as runs
+from jobs.state.journal import Journal
+from jobs.state.run import Element, Run
+from jobs.submission.submit import JobFailedError, raise_first_failure
 from slurm.task import RESULT
 
 ENTRY = ledger.Entry(manifest="m", inputs="", rows=1, valid=1, checksum="c", seconds=1.0, versions={})

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from conversion.export.writers import export_inference
-from jobs import launch, sample
-from jobs.sample_commands import class_index
+from jobs import launch
+from jobs.commands.sample import class_index
+from jobs.tasks import sample
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint, Normalization
 from pixart.config.recipe import Recipe, override, to_json

@@ -8,9 +8,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from jobs.description import add_tags, describe, set_status
-from jobs.publish import publish_in_background, try_publish
-from jobs.tracking import STATE, Journal, StoreError, Tracker, behind, run_id
+from jobs.state.journal import Journal
+from jobs.state.run_metadata import add_tags, describe, set_status
+from jobs.tracking.mlflow_store import STATE, StoreError, Tracker, behind, run_id
+from jobs.tracking.sync import publish_in_background, try_publish
 from tests.jobs import tasks
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from jobs.train import PORTS, quiet_port
+from jobs.tasks.train import PORTS, quiet_port
 
 
 def test_the_first_rank_listens_where_no_connection_of_others_can_be():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jobs.training_checks import check_configuration, check_dataset
+from jobs.submission.preflight import check_configuration, check_dataset
 from pixart.recipes import demo
 
 MANIFEST = {

@@ -33,7 +33,7 @@ def page(
     accepted: Sequence[Picture],
     duplicates: Sequence[tuple[str, int, Sequence[Picture]]],
 ) -> str:
-    """`summary` is that of `audit.summary`; `duplicates` are kind, rows of the group, and its first pictures."""
+    """`summary` is that of `statistics.summary`; `duplicates` are kind, rows of the group, and its first pictures."""
     passed = summary["passed"]
     sections = (
         verdict(name, summary),

@@ -13,7 +13,7 @@ import torch
 
 from conversion.options import Options
 from conversion.to_fp8 import convert
-from jobs.tracking import Journal, read_journal
+from jobs.state.journal import Journal, read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import from_json, to_json
 from pixart.training.loop import Stopped, train
