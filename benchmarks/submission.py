@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from slurm import devcluster
+from slurm.devcluster import cluster as devcluster
 
 REPEATS = 7
 ARRAY = "0-255"

@@ -10,7 +10,7 @@ from conversion import to_bf16, to_fp8
 from jobs import launch
 from pixart.config.recipe import override
 from pixart.recipes import RECIPES
-from slurm import devcluster
+from slurm.devcluster import cluster
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,9 @@ def test_commands_of_the_launcher(words):
 def test_other_commands_are_modules():
     others = {module for module, _ in COMMANDS} - {"jobs.launch"}
     assert others == {"conversion.to_fp8", "slurm.devcluster"}
-    assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in others)
+    for module in others:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"demo", "test", "check"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
 
@@ -35,7 +37,7 @@ def test_other_commands_are_modules():
 def test_options(capsys):
     """Each that is named anywhere is one of some command's."""
     helps = [(launch.main, [job, "--help"]) for job in (*launch.JOBS, *launch.AFTERWARDS)]
-    for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
+    for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, cluster))):
         with pytest.raises(SystemExit):
             main(arguments)
     there = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))

@@ -11,7 +11,7 @@ from jobs.state import ledger
 from jobs.state.checkpoint_names import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.state.run import Run
 from jobs.submission.submit import Launch, describe_submission, run_ranks
-from slurm.cluster import Cluster
+from slurm.executor import Cluster
 
 
 def convert_command(launch: Launch, options: argparse.Namespace) -> str:

@@ -11,7 +11,7 @@ from jobs.submission.datasets import use_dataset
 from jobs.submission.submit import Launch, NothingSubmitted, describe_submission, run_array, run_ranks, waited
 from jobs.tasks import audit
 from pixart.config.recipe import is_url, to_json
-from slurm.cluster import Cluster
+from slurm.executor import Cluster
 
 
 def init_command(launch: Launch, options: argparse.Namespace) -> str:

@@ -11,7 +11,7 @@ from jobs.state import ledger, run
 from jobs.state.prompts import dataset_captions, read_prompts
 from jobs.state.run import Run
 from jobs.submission.submit import Launch, NothingSubmitted, run_ranks
-from slurm.cluster import Cluster
+from slurm.executor import Cluster
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 COMPARED = 10_000  # captions of a dataset that are compared with

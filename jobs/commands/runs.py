@@ -12,7 +12,7 @@ from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.tracking.mlflow_store import Tracker, behind
 from jobs.tracking.sync import publish, publish_in_background, settle
-from slurm import queue
+from slurm import commands
 from slurm.task import attempts
 
 SHOWN = 10  # failures in a table
@@ -120,7 +120,7 @@ def show(log: Path, offset: int, *, named: bool) -> int:
 def cancel_command(home: Path, options: argparse.Namespace) -> int:
     run = runs.find(home, options.run)
     active = {element.job for element in runs.elements(run).values() if element.state in ("pending", "running")}
-    queue.cancel(run.executor, sorted({job.partition("_")[0] for job in active}))
+    commands.cancel(run.executor, sorted({job.partition("_")[0] for job in active}))
     print(f"cancelled {len(active)} jobs of {run.folder}\nnext: python -m jobs.launch retry {run.folder.name}")
     return 0
 

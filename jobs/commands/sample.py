@@ -15,7 +15,7 @@ from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
 from jobs.submission.submit import Launch, describe_submission, run_ranks, waited
 from pixart.config.recipe import override
-from slurm.cluster import Cluster
+from slurm.executor import Cluster
 
 NO_CLASS = "none"
 SHOWN = 8  # class names in an error

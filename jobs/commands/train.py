@@ -15,7 +15,7 @@ from jobs.submission.datasets import use_dataset
 from jobs.submission.preflight import check_configuration, check_dataset, check_start, find_start
 from jobs.submission.submit import Launch, describe_submission, run_ranks
 from pixart.config.recipe import override
-from slurm.cluster import Cluster, Shape
+from slurm.executor import Cluster, Shape
 
 
 def train_command(launch: Launch, options: argparse.Namespace) -> str:

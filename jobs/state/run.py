@@ -11,8 +11,8 @@ from jobs.state import ledger
 from jobs.state.journal import read_tail
 from jobs.state.json_record import of_this_version, read_record
 from pixart.config.recipe import is_url
-from slurm import queue
-from slurm.cluster import Submitted
+from slurm import commands
+from slurm.executor import Submitted
 from slurm.task import RESULT
 
 RECORD = "run.json"
@@ -127,7 +127,7 @@ class Element:
 def elements(run: Run) -> dict[int, Element]:
     """How each element stands: by the data first, by Slurm where it is not there. Raises SlurmError."""
     job_of, there = run.job_of(), done(run)
-    states = queue.states(run.executor, [job for element, job in job_of.items() if element not in there])
+    states = commands.states(run.executor, [job for element, job in job_of.items() if element not in there])
     there = done(run)  # what was written until Slurm answered does not count as failed
     return {element: stand(run, job, element in there, states.get(job)) for element, job in sorted(job_of.items())}
 
@@ -136,7 +136,7 @@ def under_way(found: dict[int, Element]) -> bool:
     return any(element.state in ("pending", "running") for element in found.values())
 
 
-def stand(run: Run, job: str, is_done: bool, state: queue.JobState | None) -> Element:
+def stand(run: Run, job: str, is_done: bool, state: commands.JobState | None) -> Element:
     if is_done:
         return Element(state="done", job=job)
     if state is not None and state.waiting:

@@ -16,9 +16,9 @@ from jobs.state.run import Run
 from jobs.submission.submit import POLL_SECONDS, Launch
 from jobs.tasks import init_dataset
 from pixart.config.recipe import is_url, read_data, to_json
+from slurm import commands
 from slurm import profile as profiles
-from slurm import queue
-from slurm.cluster import Cluster, Shape
+from slurm.executor import Cluster, Shape
 
 
 def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def make_dataset(launch: Launch) -> None:
             while runs.under_way(found := runs.elements(run)):
                 time.sleep(POLL_SECONDS["local"] / 5)
         except KeyboardInterrupt:
-            queue.cancel(run.executor, run.job_ids)
+            commands.cancel(run.executor, run.job_ids)
             raise
         if found[0].state == "failed":  # by the source, a model, or the place: there is no log to point to any more
             kind, _, said = found[0].note.partition(": ")

@@ -27,8 +27,8 @@ from jobs.tracking.mlflow_store import Tracker
 from jobs.tracking.node_agent import accompanied, published
 from jobs.tracking.sync import try_publish
 from pixart.config.recipe import Recipe, to_json
-from slurm import queue
-from slurm.cluster import Cluster, Shape, Submitted
+from slurm import commands
+from slurm.executor import Cluster, Shape, Submitted
 from slurm.profile import Profile
 from slurm.task import RESULT
 
@@ -207,7 +207,7 @@ def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tu
             raise_first_failure(run, found)
         succeeded = True
     except KeyboardInterrupt:
-        queue.cancel(run.executor, run.job_ids)
+        commands.cancel(run.executor, run.job_ids)
         raise
     finally:
         set_status(run.folder, "FINISHED" if succeeded else "FAILED")

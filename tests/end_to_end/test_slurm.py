@@ -23,9 +23,9 @@ from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
-from slurm import devcluster
-from slurm.devcluster import DevCluster
-from slurm.devcluster_files import URGENT
+from slurm.devcluster import cluster as devcluster
+from slurm.devcluster.cluster import DevCluster
+from slurm.devcluster.files import URGENT
 from slurm.task import ATTEMPTS, attempts
 from tests.slurm.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
 
@@ -131,7 +131,7 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
 
     With `--wait`, the command ends when they have.
     """
-    monkeypatch.setattr("slurm.queue.max_array_size", lambda: 2)
+    monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
     submit(
         *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1", "--wait"),
         settings={"data.shards": 8, "data.images": 64},

@@ -21,7 +21,7 @@ from jobs.state.run_metadata import describe, read_description, set_status
 from jobs.tracking import node_agent
 from jobs.tracking.mlflow_store import Tracker, run_id
 from jobs.tracking.sync import gather, journal_shards, publish, settle
-from slurm.cluster import Cluster, Shape
+from slurm.executor import Cluster, Shape
 from slurm.profile import load
 from slurm.task import ATTEMPTS
 from tests.conversion.test_page import marks, plots, read

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm import devcluster
-from slurm.devcluster import DevCluster
+from slurm.devcluster import cluster as devcluster
+from slurm.devcluster.cluster import DevCluster
 
 NODES = 4
 

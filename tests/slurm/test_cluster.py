@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import submitit
 
+from slurm import commands
 from slurm import profile as profiles
-from slurm import queue
-from slurm.cluster import Cluster, environment
+from slurm.executor import Cluster, environment
 from slurm.task import RESULT, Left, attempts, stop_level
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,9 +79,9 @@ def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
     while not attempts(tmp_path):
         time.sleep(0.05)
     time.sleep(0.5)
-    queue.cancel("local", [job.job_id])
+    commands.cancel("local", [job.job_id])
     deadline = time.monotonic() + 20
-    while queue.states("local", [job.job_id]):
+    while commands.states("local", [job.job_id]):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (tmp_path / RESULT).exists()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from slurm import devcluster
+from slurm.devcluster import cluster as devcluster
 
 pytestmark = pytest.mark.slurm
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from slurm import queue
-from slurm.queue import JobState, expand, parse, parse_minutes
+from slurm import commands
+from slurm.commands import JobState, expand, parse, parse_minutes
 
 
 def test_listings_are_read():
@@ -37,12 +37,12 @@ def test_time_limits(text: str, minutes: int | None):
 def test_local_jobs_are_processes_of_submitit():
     job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
     try:
-        assert queue.states("local", [str(job.pid), str(os.getpid()), "none"]) == {
+        assert commands.states("local", [str(job.pid), str(os.getpid()), "none"]) == {
             str(job.pid): JobState(state="RUNNING")
         }
-        queue.cancel("local", [str(job.pid), str(os.getpid())])
+        commands.cancel("local", [str(job.pid), str(os.getpid())])
         assert job.wait(10) != 0
-        assert queue.states("local", [str(job.pid)]) == {}
+        assert commands.states("local", [str(job.pid)]) == {}
     finally:
         job.kill()
 
@@ -50,7 +50,7 @@ def test_local_jobs_are_processes_of_submitit():
 def test_a_machine_without_slurm_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="no Slurm"):
-        queue.states("slurm", ["1"])
+        commands.states("slurm", ["1"])
 
 
 def test_a_local_job_that_has_just_begun_is_running():
@@ -58,7 +58,7 @@ def test_a_local_job_that_has_just_begun_is_running():
     for _ in range(100):
         job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
         try:
-            assert queue.is_running(str(job.pid))
+            assert commands.is_running(str(job.pid))
         finally:
             job.kill()
             job.wait()

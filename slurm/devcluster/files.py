@@ -5,7 +5,7 @@ import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slurm.devcluster import DevCluster
+    from slurm.devcluster.cluster import DevCluster
 
 PARTITION, URGENT = "main", "urgent"  # jobs of the second preempt those of the first
 NULL_DEVICE = (1, 3)  # its numbers: a GPU that is only a file

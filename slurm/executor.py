@@ -12,7 +12,7 @@ from typing import Any
 import submitit
 from submitit.slurm.slurm import _make_sbatch_string
 
-from slurm import queue
+from slurm import commands
 from slurm.profile import Profile
 from slurm.task import Task
 
@@ -69,7 +69,7 @@ class Cluster:
         """Raises ValueError for what this cluster would never run."""
         if not self.is_slurm:
             return
-        profile, allowed = self.profile, queue.partition(self.profile.partition)
+        profile, allowed = self.profile, commands.partition(self.profile.partition)
         name = profile.partition or "the default partition"
         minutes = profile.minutes.get(shape.kind)
         if minutes and allowed.minutes and minutes > allowed.minutes:
@@ -117,7 +117,7 @@ class Cluster:
                     Submitted(job=self.local_executor(shape, gpus[lane:][:1]).submit(task, list(share)), elements=share)
                     for lane, share in enumerate(shares)
                 ]
-        largest, submitted = queue.max_array_size(), list[Submitted]()
+        largest, submitted = commands.max_array_size(), list[Submitted]()
         for begin in range(0, len(elements), largest):
             part = elements[begin : begin + largest]
             before = submitted[-1].job.job_id.partition("_")[0] if submitted and self.profile.array_parallelism else ""

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from slurm import devcluster_files
+from slurm.devcluster import files
 
 DEFAULT_FOLDER = "/var/tmp/pixart-devcluster"
 PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge"}
@@ -117,7 +117,7 @@ def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = 
     cluster = DevCluster(folder=folder, nodes=nodes, gpus_per_node=gpus_per_node, accounting=accounting, ports=ports)
     (folder / "cluster.json").write_text(json.dumps({**asdict(cluster), "folder": str(folder)}, indent=2) + "\n")
     try:
-        devcluster_files.write(cluster)
+        files.write(cluster)
         start_munge(cluster)
         if accounting:
             start_accounting(cluster)
@@ -286,7 +286,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
