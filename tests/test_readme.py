@@ -10,7 +10,7 @@ from conversion import to_bf16, to_fp8
 from jobs import launch
 from pixart.config.recipe import override
 from pixart.recipes import RECIPES
-from slurm.devcluster import cluster
+from slurm.devcluster import __main__ as devcluster
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ def test_other_commands_are_modules():
 def test_options(capsys):
     """Each that is named anywhere is one of some command's."""
     helps = [(launch.main, [job, "--help"]) for job in (*launch.JOBS, *launch.AFTERWARDS)]
-    for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, cluster))):
+    for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
         with pytest.raises(SystemExit):
             main(arguments)
     there = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))

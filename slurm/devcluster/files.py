@@ -2,10 +2,8 @@
 
 import os
 import socket
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from slurm.devcluster.cluster import DevCluster
+from slurm.devcluster.cluster import DevCluster
 
 PARTITION, URGENT = "main", "urgent"  # jobs of the second preempt those of the first
 NULL_DEVICE = (1, 3)  # its numbers: a GPU that is only a file
@@ -69,7 +67,7 @@ StorageLoc=slurm_acct
 """
 
 
-def write(cluster: "DevCluster") -> None:
+def write(cluster: DevCluster) -> None:
     folder, ports = cluster.folder, cluster.ports
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     gres = f" Gres=gpu:b200:{cluster.gpus_per_node}" if cluster.gpus_per_node else ""

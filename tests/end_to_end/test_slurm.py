@@ -23,7 +23,7 @@ from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
-from slurm.devcluster import cluster as devcluster
+from slurm.devcluster import lifecycle
 from slurm.devcluster.cluster import DevCluster
 from slurm.devcluster.files import URGENT
 from slurm.task import ATTEMPTS, attempts
@@ -432,7 +432,7 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, 
     """At every look while an array waits, runs, fails and ends, as squeue and, where there is one, sacct have it."""
     cluster = dev_cluster
     if accounting:
-        cluster = devcluster.up(tmp_path / "accounting", nodes=1, accounting=True)
+        cluster = lifecycle.up(tmp_path / "accounting", nodes=1, accounting=True)
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     try:
@@ -459,7 +459,7 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, 
             wait_until(lambda: completed_by_sacct(run) == completed, what=f"sacct to say COMPLETED of {completed}")
     finally:
         if accounting:
-            devcluster.down(cluster.folder)
+            lifecycle.down(cluster.folder)
 
 
 def completed_by_sacct(run: Run) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.devcluster import cluster as devcluster
+from slurm.devcluster import lifecycle
 from slurm.devcluster.cluster import DevCluster
 
 NODES = 4
@@ -21,14 +21,14 @@ def dev_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster
     """Four nodes with 8 GPUs each, without accounting; this process's variables point to it."""
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster on this machine needs root")
-    cluster = devcluster.up(tmp_path_factory.mktemp("cluster") / "dev", nodes=NODES)
+    cluster = lifecycle.up(tmp_path_factory.mktemp("cluster") / "dev", nodes=NODES)
     before = dict(os.environ)
     os.environ.update(cluster.environment)
     yield cluster
     for name in cluster.environment:
         os.environ.pop(name)
     os.environ.update({name: value for name, value in before.items() if name in cluster.environment})
-    devcluster.down(cluster.folder)
+    lifecycle.down(cluster.folder)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120, what: str = "the condition") -> float:
