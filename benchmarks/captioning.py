@@ -26,7 +26,8 @@ from pixart.config.recipe import ScreeningConfig
 from pixart.data.captions import captioner as captioners
 from pixart.data.captions import table as captions
 from pixart.data.images import screening
-from pixart.data.sources.base import Item, open_source
+from pixart.data.sources.base import Item
+from pixart.data.sources.open import open_source
 
 COUNT, REPEATS = 256, 7
 LARGE = (1632, 1224)  # pixels

@@ -15,7 +15,7 @@ from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
 from pixart.data.encoders.vae import encode, load_vae
 from pixart.data.images.screening import decode, resize_and_crop
-from pixart.data.sources.base import open_source
+from pixart.data.sources.open import open_source
 from pixart.data.store.zarr_store import Store
 from pixart.recipes import demo
 

@@ -76,7 +76,7 @@ def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
     """Of a folder with a damaged file: its row is there, invalid with a reason, and nothing shifts."""
     from jobs.tasks import init_dataset
     from pixart.config.recipe import to_json
-    from pixart.data.sources.base import open_source
+    from pixart.data.sources.open import open_source
 
     folder = tmp_path / "images"
     folder.mkdir()

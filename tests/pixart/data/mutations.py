@@ -18,7 +18,7 @@ from PIL import Image
 
 from pixart.config.recipe import ScreeningConfig
 from pixart.data.images.screening import Rejected, check, decode, measure
-from pixart.data.sources.base import open_source
+from pixart.data.sources.open import open_source
 from tests.pixart.data.pictures import add, encoded
 
 COUNT = 500

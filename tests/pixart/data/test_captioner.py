@@ -10,7 +10,8 @@ from PIL import Image
 
 from pixart.data.captions.captioner import MAX_PIXELS, Given, article, class_caption, make_captioner, prepare
 from pixart.data.images.screening import digest
-from pixart.data.sources.base import Item, open_source
+from pixart.data.sources.base import Item
+from pixart.data.sources.open import open_source
 from tests.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
 
 PHOTOS = ROOT / "../shared/data/photos"

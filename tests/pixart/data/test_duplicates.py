@@ -8,7 +8,7 @@ from PIL import Image, ImageEnhance
 from pixart.config.recipe import ScreeningConfig
 from pixart.data.audit.deduplication import exact_groups, near_groups
 from pixart.data.images.screening import decode, digest, measure
-from pixart.data.sources.base import open_source
+from pixart.data.sources.open import open_source
 
 LIMITS = ScreeningConfig(min_side=32)
 

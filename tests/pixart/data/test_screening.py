@@ -24,7 +24,7 @@ from pixart.data.images.screening import (
     resize_and_crop,
     thumbnail,
 )
-from pixart.data.sources.base import open_source
+from pixart.data.sources.open import open_source
 from tests.pixart.data.pictures import CONTENT, NEAR_PLAIN, PLAIN, encoded, of_photo
 
 LIMITS = ScreeningConfig()

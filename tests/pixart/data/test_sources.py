@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from pixart.data.sources.base import open_source
+from pixart.data.sources.open import open_source
 from pixart.demo.scenes import SHAPES, caption, make_scene, render
 
 PHOTOS = Path(__file__).parents[3] / "../shared/data/photos"
