@@ -26,10 +26,10 @@ from benchmarks import measure
 from pixart.config.recipe import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
-from pixart.data.loading.sampler import BLOCK, WINDOW, Order, rows_of_step
+from pixart.data.loading.sampler import WINDOW, Order, rows_of_step
 from pixart.data.manifest import Manifest
 from pixart.data.store import zarr_store as stores
-from pixart.data.store.layout import CHECKSUM
+from pixart.data.store.layout import BLOCK, CHECKSUM
 from pixart.data.store.zarr_store import Store
 
 SHARD, SHAPE, TOKENS, BATCH = 1024, (16, 32, 32), 120, 256

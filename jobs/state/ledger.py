@@ -99,7 +99,7 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
     """Files of a dataset's directory or URL, None for those that are not there."""
     if is_url(str(dataset)):
-        from pixart.data.store.storage import RemoteFiles
+        from pixart.data.storage import RemoteFiles
 
         return RemoteFiles(str(dataset)).read_all(names)
     contents: list[bytes | None] = []
@@ -115,7 +115,7 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
     """Names in a folder of a dataset's directory or URL; none where there is no such folder."""
     try:
         if is_url(str(dataset)):
-            from pixart.data.store.storage import RemoteFiles
+            from pixart.data.storage import RemoteFiles
 
             return RemoteFiles(str(dataset)).names(folder)
         return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names

@@ -16,7 +16,7 @@ from typing import Any
 from pixart.config.recipe import DataConfig, is_url, read_data
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
-from pixart.data.store.storage import read_object
+from pixart.data.storage import read_object
 
 FORMAT = 2
 FILE = "manifest.json"

@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCK = 32  # rows, 1 MiB of latents at 256 px
+from pixart.data.store.layout import BLOCK
+
 WINDOW = 8192  # rows that are shuffled together; datasets of fewer than twice as many are shuffled as a whole
 
 EPOCH, ROWS, DROP, SHORT, HELD_OUT = range(5)  # what random numbers are for

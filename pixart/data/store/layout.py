@@ -16,13 +16,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from pixart.data.loading.sampler import BLOCK
 from pixart.data.manifest import Manifest
 
 FILE = "latents.zarr"
 VALID = "valid"
 SUMS = "channel_sums"  # per shard: count, sums and sums of squares of the valid latents by channel
 CHECKSUM = 4  # bytes
+BLOCK = 32  # rows, 1 MiB of latents at 256 px
 BUFFERS = 1000  # that one system call is given; IOV_MAX is 1024
 PIECE = 1 << 20  # bytes that are fetched together at least, where a file has them
 

@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 
 from pixart.data.manifest import Manifest
+from pixart.data.storage import Span, open_objects
 from pixart.data.store.layout import (
     BUFFERS,
     CHECKSUM,
@@ -27,7 +28,6 @@ from pixart.data.store.layout import (
     layout,
     write_file,
 )
-from pixart.data.store.storage import Span, open_objects
 
 __all__ = ["Store", "create", "layout", "write_shard"]
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from pixart.data.loading.sampler import BLOCK, WINDOW, Order, rows_of_step
+from pixart.data.loading.sampler import WINDOW, Order, rows_of_step
+from pixart.data.store.layout import BLOCK
 
 
 def correlation(rows: np.ndarray) -> float:
