@@ -29,7 +29,7 @@ check: .venv/.installed-dev
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "not slow and not slurm and not vllm and not gpu"
 
 test: .venv/.installed-dev
-	@sh tests/vllm_environment.sh .venv-vllm
+	@sh tests/support/vllm_environment.sh .venv-vllm
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy

@@ -7,12 +7,12 @@ import pytest
 
 from pixart.config.recipe import Recipe, to_json
 from pixart.recipes import demo
-from tests.browser_fixture import browser, look  # noqa: F401 - fixtures
-from tests.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
-from tests.demo_fixture import small_demo  # noqa: F401 - a fixture
-from tests.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
-from tests.slurm.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
-from tests.vllm_fixture import tiny_qwen  # noqa: F401 - a fixture
+from tests.support.browser_fixture import browser, look  # noqa: F401 - fixtures
+from tests.support.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
+from tests.support.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
+from tests.support.demo_fixture import small_demo  # noqa: F401 - a fixture
+from tests.support.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
+from tests.support.vllm_fixture import tiny_qwen  # noqa: F401 - a fixture
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from conversion import to_bf16, to_fp8
-from conversion.calibration import amax as calibrate
 from conversion.options import Options
 from conversion.to_fp8 import convert, main
 from pixart.checkpoint import directory as checkpoints
@@ -71,7 +70,7 @@ def test_conversion_on_a_gpu(legacy_file, recipe):
 
 
 def test_batches_that_a_gpu_cannot_multiply_are_refused_before_anything_else(legacy_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "SYNTHETIC_TEXT_TOKENS", 20)
+    monkeypatch.setattr("conversion.batches.SYNTHETIC_TEXT_TOKENS", 20)
     for device, batch in (("cpu", 1), ("cuda", 4)):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch=batch, base_image_size=8))
     with pytest.raises(ValueError, match="1 images at once have 20 states of text"):

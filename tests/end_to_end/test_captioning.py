@@ -15,8 +15,8 @@ import pytest
 
 from jobs.state import ledger
 from jobs.tasks import caption
-from tests.environment import bare_environment
-from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
+from tests.support.environment import bare_environment
+from tests.support.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 SHARDS, KILLS = 8, 20

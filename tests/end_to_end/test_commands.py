@@ -28,7 +28,7 @@ from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
 from pixart.model.fp8.linear import Plan
 from pixart.recipes import demo
-from tests.environment import bare_environment
+from tests.support.environment import bare_environment
 
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from jobs.state import ledger
 from jobs.tasks import caption
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
-from tests.environment import bare_environment
+from tests.support.environment import bare_environment
 
 SMALL = {"data.images": 64, "data.shards": 4, "data.text_states": "false"}
 

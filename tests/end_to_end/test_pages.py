@@ -9,8 +9,8 @@ import pytest
 from jobs import launch
 from jobs.state.journal import Journal
 from jobs.tracking.mlflow_store import run_id
-from tests.demo_fixture import STEPS, Demo
-from tests.mlflow_fixture import MlflowServer
+from tests.support.demo_fixture import STEPS, Demo
+from tests.support.mlflow_fixture import MlflowServer
 
 pytestmark = pytest.mark.slow
 SCHEMES = ("light", "dark")

@@ -19,7 +19,7 @@ from pixart.data.encoders.vae import decode as decode_latents
 from pixart.data.encoders.vae import encode, load_vae
 from pixart.data.images.screening import decode, resize_and_crop
 from pixart.data.store.zarr_store import Store
-from tests.environment import bare_environment
+from tests.support.environment import bare_environment
 
 pytestmark = pytest.mark.slow
 SIZE = 128

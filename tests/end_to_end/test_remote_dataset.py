@@ -14,9 +14,9 @@ from jobs.tracking.mlflow_store import read_journal
 from pixart.config.recipe import DataConfig, Recipe, to_json
 from pixart.data.images.screening import Reason
 from pixart.recipes import demo
-from tests.environment import bare_environment
-from tests.pixart.data.mutations import COUNT, mutated_images
-from tests.pixart.data.test_remote_store import environment, server  # noqa: F401 - fixtures
+from tests.pixart.data.store.test_remote_store import environment, server  # noqa: F401 - fixtures
+from tests.support.environment import bare_environment
+from tests.support.mutations import COUNT, mutated_images
 
 pytestmark = pytest.mark.slow
 SMALL = ["data.images=64", "data.shards=4", "stage1.batch=8", "stage1.steps=4", "stage1.warmup=2"]

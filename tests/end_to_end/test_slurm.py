@@ -27,7 +27,7 @@ from slurm.devcluster import lifecycle
 from slurm.devcluster.cluster import DevCluster
 from slurm.devcluster.files import URGENT
 from slurm.task import ATTEMPTS, attempts
-from tests.slurm.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
+from tests.support.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -18,7 +18,6 @@ from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
 from pixart.data.loading.sampler import rows_of_step
 from pixart.data.store.zarr_store import Store
-from pixart.model.dit import DiT
 from pixart.model.sdpa import measured, use
 from pixart.training.loop import train
 from pixart.training.metrics import DivergedError, Quiet
@@ -310,16 +309,6 @@ def test_a_line_tells_how_it_goes(small_recipe, tmp_path, capsys):
     assert [line.split()[1] for line in lines] == ["3/6", "6/6"]
     for word in ("loss", "gradient", "lr", "images/s", "tokens/s", "TFLOP/s", "GB", "data wait", "left"):
         assert word in lines[0]
-
-
-def test_the_loop_itself_is_quick(small_recipe, tmp_path, monkeypatch):
-    """At least 200 steps a second where the model does nothing, with all that is told; in the best of many intervals,
-    as other programs take their part of this machine."""
-    monkeypatch.setattr(DiT, "forward", lambda self, x, t, label: x * self.linear_out.bias.sum())
-    curves = Curves()
-    config = dataclasses.replace(small_recipe.stage1, steps=400, save_every=400, log_every=10)
-    run_stage(small_recipe, tmp_path, 1, config, curves=curves)
-    assert 1 / min(curves.values["train/seconds_per_step"].values()) >= 200
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -23,7 +23,7 @@ from pixart.training.loop import Stopped, train
 from pixart.training.metrics import Quiet
 from pixart.training.process_group import process_group
 from pixart.training.trainer import Training
-from tests import ranks
+from tests.support import ranks
 
 
 class Told(Quiet):

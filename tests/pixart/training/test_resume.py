@@ -17,7 +17,7 @@ from jobs.state.journal import Journal, read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import from_json, to_json
 from pixart.training.loop import Stopped, train
-from tests import ranks
+from tests.support import ranks
 
 STEPS, STOPS = 200, 10
 
