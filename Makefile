@@ -26,6 +26,7 @@ check: .venv/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "not slow and not slurm and not vllm and not gpu"
 
 test: .venv/.installed-dev
@@ -33,6 +34,7 @@ test: .venv/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest
 
 clean:

@@ -1,10 +1,11 @@
-"""The rooms' rules: who may import whom, what the launcher must not load, and no configuration without a reader."""
+"""What import-linter does not check: what the launcher must not load, crowded folders, dead configuration."""
 
 import ast
 import dataclasses
 import inspect
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,9 @@ from pixart.model.dit import DiT
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("jobs", "pixart", "conversion", "slurm")
-ALLOWED = {
-    "pixart/model": {"pixart/model"},
-    "pixart/html": {"pixart/html"},
-    "pixart/data": {"pixart/data", "pixart/demo", "pixart/html", "pixart/config"},
-    "pixart/demo": {"pixart/demo"},
-    "pixart/training": {
-        *("pixart/training", "pixart/model", "pixart/data", "pixart/config"),
-        *("pixart/checkpoint", "pixart/sampling"),
-    },
-    "conversion": {"conversion", "pixart"},
-    "slurm": {"slurm"},
-    "jobs": {"jobs", "slurm", "pixart", "conversion"},
-}
-HEAVY = {"torch", "vllm", "diffusers", "transformers", "pixart.data", "pixart.model", "pixart.training"}
-HEAVY |= {"conversion.to_fp8", "conversion.calibration.amax"}
+MOST_MODULES = 13  # of one folder
+HEAVY = {"torch", "vllm", "diffusers", "transformers", "conversion.to_fp8", "conversion.calibration.amax"}
+HEAVY |= {f"pixart.{name}" for name in ("checkpoint", "data", "demo", "model", "sampling", "training")}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -43,15 +32,12 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_import_directions(room):
-    files = sorted((ROOT / room).rglob("*.py"))
-    assert files
-    for file in files:
-        for name in imports(file):
-            if name.split(".")[0] in ROOMS:
-                target = name.replace(".", "/")
-                assert any(target.startswith(allowed) for allowed in ALLOWED[room]), f"{file} imports {name}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_folder_is_crowded(room):
+    modules = [path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+    assert modules
+    for folder, count in Counter(path.parent for path in modules).items():
+        assert count <= MOST_MODULES, f"{folder} has {count} modules"
 
 
 def test_jobs_load_nothing_heavy_at_their_top():
