@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from benchmarks import measure
-from pixart.config.recipe import ScreeningConfig
+from pixart.config.dataset import ScreeningConfig
 from pixart.data.captions import captioner as captioners
 from pixart.data.captions import table as captions
 from pixart.data.images import screening

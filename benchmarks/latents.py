@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import measure
 from jobs.tasks import caption, latents
-from pixart.config.recipe import DataConfig
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.encoders.vae import encode, load_vae

@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore
 
 from benchmarks import measure
-from pixart.config.recipe import DataConfig
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
 from pixart.data.loading.sampler import WINDOW, Order, rows_of_step

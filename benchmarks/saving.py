@@ -15,7 +15,9 @@ from pathlib import Path
 
 from benchmarks import measure
 from jobs.tasks import caption, init_dataset, latents
-from pixart.config.recipe import ModelConfig, TrainConfig, to_json
+from pixart.config.model import ModelConfig
+from pixart.config.recipe import to_json
+from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 from pixart.recipes import demo

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks import measure
 from conversion.calibration.plan import make_plan
-from pixart.config.recipe import TrainConfig
+from pixart.config.training import TrainConfig
 from pixart.model import sdpa
 from pixart.model.device_timer import seconds, wait
 from pixart.model.dit import DiT

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pixart.config import recipe
+from pixart.config.audit import AuditConfig
+from pixart.config.dataset import DataConfig, ScreeningConfig
+from pixart.config.model import ModelConfig
+from pixart.config.sampling import SampleConfig
+from pixart.config.training import TrainConfig
 from pixart.model.dit import DiT
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +50,9 @@ def test_jobs_load_nothing_heavy_at_their_top():
             assert not any(name == heavy or name.startswith(f"{heavy}.") for heavy in HEAVY), f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["pixart.config.recipe", "pixart.recipes", "jobs.launch", "jobs.commands.dispatch"])
+@pytest.mark.parametrize(
+    "module", ["pixart.config.overrides", "pixart.recipes", "jobs.launch", "jobs.commands.dispatch"]
+)
 def test_the_launcher_never_loads_torch(module):
     code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
@@ -63,13 +69,13 @@ def test_every_knob_has_a_reader():
         node.attr for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)
     }
     for kind in (
-        recipe.ScreeningConfig,
-        recipe.DataConfig,
-        recipe.AuditConfig,
-        recipe.TrainConfig,
-        recipe.SampleConfig,
+        ScreeningConfig,
+        DataConfig,
+        AuditConfig,
+        TrainConfig,
+        SampleConfig,
     ):
         for field in dataclasses.fields(kind):
             assert field.name in read, f"{kind.__name__}.{field.name} is never read"
     arguments = set(inspect.signature(DiT.__init__).parameters)
-    assert {field.name for field in dataclasses.fields(recipe.ModelConfig)} <= arguments
+    assert {field.name for field in dataclasses.fields(ModelConfig)} <= arguments

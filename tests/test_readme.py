@@ -8,7 +8,7 @@ import pytest
 
 from conversion import to_bf16, to_fp8
 from jobs import launch
-from pixart.config.recipe import override
+from pixart.config.overrides import override
 from pixart.recipes import RECIPES
 from slurm.devcluster import __main__ as devcluster
 

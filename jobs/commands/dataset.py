@@ -10,7 +10,8 @@ from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
 from jobs.submission.submit import Launch, NothingSubmitted, describe_submission, run_array, run_ranks, waited
 from jobs.tasks import audit
-from pixart.config.recipe import is_url, to_json
+from pixart.config.dataset import is_url
+from pixart.config.recipe import to_json
 from slurm.executor import Cluster
 
 

@@ -17,7 +17,9 @@ from jobs.commands.train import train_command
 from jobs.state import run as runs
 from jobs.submission.submit import Launch, NothingSubmitted, resubmit
 from jobs.tracking.sync import publish_in_background
-from pixart.config.recipe import Recipe, from_json, is_url, override
+from pixart.config.dataset import is_url
+from pixart.config.overrides import override
+from pixart.config.recipe import Recipe, from_json
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles
 from slurm.profile import Profile

@@ -14,7 +14,7 @@ from jobs.state.prompts import read_prompts
 from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
 from jobs.submission.submit import Launch, describe_submission, run_ranks, waited
-from pixart.config.recipe import override
+from pixart.config.overrides import override
 from slurm.executor import Cluster
 
 NO_CLASS = "none"

@@ -2,7 +2,7 @@
 
 import re
 
-from pixart.config.recipe import MOST_SHARDS
+from pixart.config.dataset import MOST_SHARDS
 
 PART = re.compile(r"([0-9]+)(?:-([0-9]+)(?::([0-9]+))?)?")
 

@@ -14,7 +14,7 @@ from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
 from jobs.submission.preflight import check_configuration, check_dataset, check_start, find_start
 from jobs.submission.submit import Launch, describe_submission, run_ranks
-from pixart.config.recipe import override
+from pixart.config.overrides import override
 from slurm.executor import Cluster, Shape
 
 

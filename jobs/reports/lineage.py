@@ -15,7 +15,7 @@ from jobs.state.checkpoint_names import INFERENCE, MARKER, checkpoint_record, fi
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
-from pixart.config.recipe import is_url
+from pixart.config.dataset import is_url
 
 LETTERS = 500  # of what a picture says of itself; its command is longer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.state.json_record import parse_record
-from pixart.config.recipe import is_url
+from pixart.config.dataset import is_url
 
 MANIFEST = "manifest.json"
 ARRAYS = "latents.zarr"  # a folder

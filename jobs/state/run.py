@@ -10,7 +10,7 @@ from typing import Any
 from jobs.state import ledger
 from jobs.state.journal import read_tail
 from jobs.state.json_record import of_this_version, read_record
-from pixart.config.recipe import is_url
+from pixart.config.dataset import is_url
 from slurm import commands
 from slurm.executor import Submitted
 from slurm.task import RESULT

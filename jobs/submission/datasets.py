@@ -15,7 +15,8 @@ from jobs.state.json_record import of_this_version
 from jobs.state.run import Run
 from jobs.submission.submit import POLL_SECONDS, Launch
 from jobs.tasks import init_dataset
-from pixart.config.recipe import is_url, read_data, to_json
+from pixart.config.dataset import is_url, read_data
+from pixart.config.recipe import to_json
 from slurm import commands
 from slurm import profile as profiles
 from slurm.executor import Cluster, Shape

@@ -7,7 +7,8 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import find_checkpoint
-from pixart.config.recipe import Recipe, fp8_backend
+from pixart.config.recipe import Recipe
+from pixart.config.training import fp8_backend
 
 Record = dict[str, Any]  # of a checkpoint
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pixart.config.recipe import DataConfig, is_url, read_data
+from pixart.config.dataset import DataConfig, is_url, read_data
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
 from pixart.data.storage import read_object

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 import numpy as np
 
-from pixart.config.recipe import is_url
+from pixart.config.dataset import is_url
 
 OPEN_FILES = 2048  # a window has blocks of 256 shards, each with a file for every column
 THREADS = 32

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pixart.config.recipe import TrainConfig
+from pixart.config.training import TrainConfig
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pixart.checkpoint import directory as checkpoints
-from pixart.config.recipe import ModelConfig, TrainConfig
+from pixart.config.model import ModelConfig
+from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
 from pixart.data.loading.sampler import held_out_rows

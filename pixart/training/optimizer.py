@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pixart.config.recipe import TrainConfig
+from pixart.config.training import TrainConfig
 from pixart.model.dit import parameter_groups
 from pixart.training.adamw import MOMENTS
 

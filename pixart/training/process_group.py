@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pixart.config.recipe import TrainConfig
+from pixart.config.training import TrainConfig
 from pixart.model.fp8 import ops  # noqa: F401 - its operator is one of those below
 
 aten = torch.ops.aten

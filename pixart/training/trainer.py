@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pixart.checkpoint.directory import Checkpoint, Normalization
-from pixart.config.recipe import ModelConfig, TrainConfig, fp8_backend
+from pixart.config.model import ModelConfig
+from pixart.config.training import TrainConfig, fp8_backend
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store.zarr_store import Store

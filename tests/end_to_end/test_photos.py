@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
-from pixart.config.recipe import ScreeningConfig
+from pixart.config.dataset import ScreeningConfig
 from pixart.data import manifest as manifests
 from pixart.data.encoders.vae import decode as decode_latents
 from pixart.data.encoders.vae import encode, load_vae

@@ -11,7 +11,8 @@ import pytest
 
 from jobs.tasks import caption, init_dataset
 from jobs.tracking.mlflow_store import read_journal
-from pixart.config.recipe import DataConfig, Recipe, to_json
+from pixart.config.dataset import DataConfig
+from pixart.config.recipe import Recipe, to_json
 from pixart.data.images.screening import Reason
 from pixart.recipes import demo
 from tests.pixart.data.store.test_remote_store import environment, server  # noqa: F401 - fixtures

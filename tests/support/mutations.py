@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixart.config.recipe import ScreeningConfig
+from pixart.config.dataset import ScreeningConfig
 from pixart.data.images.screening import Rejected, check, decode, measure
 from pixart.data.sources.open import open_source
 from tests.support.pictures import add, encoded

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from pixart.config.recipe import ScreeningConfig
+from pixart.config.dataset import ScreeningConfig
 from pixart.data.captions.captioner import MAX_PIXELS, Caption, Captioner, Given
 from pixart.data.images import screening
 from pixart.data.images.screening import Statistics

@@ -16,7 +16,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from pixart.config.recipe import ScreeningConfig
+from pixart.config.dataset import ScreeningConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no other parser sees the bytes
 MAX_SCANS = 30  # of a progressive JPEG, each a pass over the whole picture; encoders write about ten

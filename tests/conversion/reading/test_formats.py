@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from conversion.reading import formats
 from pixart.checkpoint import directory as checkpoints
-from pixart.config.recipe import TrainConfig
+from pixart.config.training import TrainConfig
 from pixart.model.dit import DiT
 from pixart.training.optimizer import make_optimizer, optimizer_tensors
 from tests.support.checkpoints import CONFIG, legacy_content

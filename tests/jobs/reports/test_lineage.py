@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.reports import lineage
-from pixart.config.recipe import DataConfig
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
 from pixart.data.manifest import Manifest

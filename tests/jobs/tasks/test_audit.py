@@ -11,7 +11,8 @@ from PIL import Image
 from jobs.state import audit_files, ledger
 from jobs.tasks import audit, caption, init_dataset, latents, verify
 from jobs.tracking.mlflow_store import read_journal
-from pixart.config.recipe import DataConfig, Recipe, from_json, to_json
+from pixart.config.dataset import DataConfig
+from pixart.config.recipe import Recipe, from_json, to_json
 from pixart.recipes import demo
 
 SHARDS = 3

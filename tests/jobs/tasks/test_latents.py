@@ -10,7 +10,8 @@ from PIL import Image
 
 from jobs.state import ledger
 from jobs.tasks import caption, init_dataset, latents
-from pixart.config.recipe import DataConfig, to_json
+from pixart.config.dataset import DataConfig
+from pixart.config.recipe import to_json
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
 from pixart.data.encoders.vae import encode, load_vae

@@ -17,7 +17,8 @@ from jobs.commands.sample import class_index
 from jobs.tasks import sample
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint, Normalization
-from pixart.config.recipe import Recipe, override, to_json
+from pixart.config.overrides import override
+from pixart.config.recipe import Recipe, to_json
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import text_dim
 from pixart.demo.scenes import SHAPES

@@ -1,6 +1,7 @@
 import pytest
 
-from pixart.config.recipe import from_json, override, to_json
+from pixart.config.overrides import override
+from pixart.config.recipe import from_json, to_json
 from pixart.recipes import RECIPES
 
 DEMO = RECIPES["demo"]("home")

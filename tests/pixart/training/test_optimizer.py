@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from pixart.config.recipe import TrainConfig
+from pixart.config.training import TrainConfig
 from pixart.model.dit import DiT
 from pixart.training.adamw import MOMENTS
 from pixart.training.ema import Ema, decay_at

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from pixart.config.recipe import ScreeningConfig
+from pixart.config.dataset import ScreeningConfig
 from pixart.data.audit.deduplication import exact_groups, near_groups
 from pixart.data.images.screening import decode, digest, measure
 from pixart.data.sources.open import open_source

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from pixart.config.recipe import DataConfig
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.encoders import fingerprint as fingerprints
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import s3fs
 
-from pixart.config.recipe import DataConfig
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
 from pixart.data.manifest import Manifest

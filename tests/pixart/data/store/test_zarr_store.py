@@ -12,7 +12,7 @@ import pytest
 import tensorstore
 import zarr
 
-from pixart.config.recipe import DataConfig
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest
 from pixart.data.store import zarr_store as stores
