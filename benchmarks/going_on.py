@@ -22,7 +22,7 @@ from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.config.recipe import to_json
 from pixart.model.dit import DiT, load_model
-from pixart.model.fp8.linear import calibrated_state
+from pixart.model.fp8.scaling import calibrated_state
 from pixart.recipes import demo
 from pixart.training.adamw import MOMENTS
 from pixart.training.loop import train

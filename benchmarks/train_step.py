@@ -26,7 +26,7 @@ from pixart.model import sdpa
 from pixart.model.device_timer import seconds, wait
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
-from pixart.model.fp8 import fsdp_allgather, linear, torchao, transformer_engine
+from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
 from pixart.training.ema import Ema
 from pixart.training.fused_adamw_ema import OnePass
 from pixart.training.optimizer import make_optimizer
@@ -183,7 +183,7 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks, rates: dict[s
                 ema.update(model, step=0)
         optimizer.zero_grad()
         if hasattr(model, "plan"):
-            linear.update_scales(model, model.plan)
+            scaling.update_scales(model, model.plan)
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -49,7 +49,7 @@ from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.safetensors_stream import map_tensors
 from pixart.data import manifest as manifests
 from pixart.model.dit import DiT, load_model
-from pixart.model.fp8 import linear
+from pixart.model.fp8.plan import check_rows
 from pixart.training.process_group import process_group
 
 HELD_OUT = 4  # batches that verification has for itself
@@ -157,7 +157,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     if options.device == "cuda" and options.recipe == STATEFUL:
         tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
         counts = {"image tokens": tokens} | ({"states of text": text.shape[1]} if options.stage == 2 else {})
-        linear.check_rows(options.batch, counts)
+        check_rows(options.batch, counts)
     return start, batches, data
 
 

@@ -14,8 +14,9 @@ from conversion.options import STATEFUL, Options, Statistic
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8 import ops
-from pixart.model.fp8.linear import Plan, calibrated_state
 from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, through_fp8
+from pixart.model.fp8.plan import Plan
+from pixart.model.fp8.scaling import calibrated_state
 from pixart.model.rectified_flow import flow_loss, interpolate, stratified_time
 
 PERCENTILE = 0.9999

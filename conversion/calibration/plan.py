@@ -10,7 +10,7 @@ from conversion.options import AUTO, STATEFUL, Export, Options, Recipe
 from conversion.stage2.reparameterize import stage2_config
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 
 ALIGNMENT: dict[Recipe, int] = {"delayed": 16, "current": 16, "rowwise": 16, "mxfp8": 32}  # of a product's dimensions
 KEPT = {

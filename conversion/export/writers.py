@@ -18,8 +18,8 @@ from conversion.export import transformer_engine
 from conversion.options import Export
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint, Lazy
-from pixart.model.fp8.linear import scale_from_amax
 from pixart.model.fp8.ops import E4M3, INPUT
+from pixart.model.fp8.scaling import scale_from_amax
 from pixart.sampling.loading import INPUT_SCALE, RECORD, WEIGHT_SCALE
 
 

@@ -18,8 +18,9 @@ from pixart.checkpoint.directory import Checkpoint, Lazy, State
 from pixart.checkpoint.safetensors_stream import differing
 from pixart.model.dit import DiT, load_model, own_config
 from pixart.model.fp8 import linear as fp8
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8 import scaling
 from pixart.model.fp8.ops import E4M3, E5M2
+from pixart.model.fp8.plan import Plan
 
 # What a conversion must reach to pass.
 LOSS_GAP = 0.0025  # DeepSeek-V3 (arXiv 2412.19437), section 3.3: relative loss error of FP8 training against BF16
@@ -32,7 +33,7 @@ def quantized(model: DiT, plan: Plan, scales: State) -> DiT:
     copy = load_model(own_config(model.config), model.state_dict(), model.adaLN1.weight.device)
     if plan.recipe == STATEFUL:
         fp8.swap_linears(copy, plan)
-        fp8.load_scale_state(copy, scales)
+        scaling.load_scale_state(copy, scales)
         return copy
     for name in plan.linears:
         linear = copy.get_submodule(name)

@@ -41,7 +41,7 @@ from torch import Tensor
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint.safetensors_stream import save_tensors
 from pixart.model.dit import DiT, own_config, state_shapes
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 
 FORMAT = 1
 MARKER = "training.json"

@@ -14,8 +14,8 @@ from pixart.data.encoders.vae import load_vae
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT, load_model, own_config
 from pixart.model.fp8 import linear
-from pixart.model.fp8.linear import Plan
 from pixart.model.fp8.ops import E4M3, INPUT, WEIGHT
+from pixart.model.fp8.plan import Plan
 from pixart.sampling.pipeline import PixArtPipeline
 
 RECORD = "inference.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 from pixart.data.loading.loader import Batch
 from pixart.data.loading.sampler import Order, rows_of_step
 from pixart.model.flops import peak_tflops, training_flops
-from pixart.model.fp8 import linear
+from pixart.model.fp8 import scaling
 from pixart.training.optimizer import learning_rate
 from pixart.training.trainer import Training
 
@@ -170,7 +170,7 @@ class Interval:
     def tell_scales(self) -> None:
         """FP8: each linear's scale, headroom and overflow; one that keeps overflowing goes on in BF16."""
         step = self.training.steps_done
-        told = linear.health(self.training.model)
+        told = scaling.health(self.training.model)
         fallen = self.training.fall_back()
         if self.ranks.first:
             values = {f"fp8/{what}/{name}": value for what, found in told.items() for name, value in found.items()}

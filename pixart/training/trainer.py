@@ -16,8 +16,8 @@ from pixart.data.manifest import Manifest
 from pixart.data.store.zarr_store import Store
 from pixart.model import sdpa
 from pixart.model.dit import DiT, own_config
-from pixart.model.fp8 import fsdp_allgather, linear, torchao, transformer_engine
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
+from pixart.model.fp8.plan import Plan, check_rows
 from pixart.model.rectified_flow import flow_loss, interpolate, sample_time
 from pixart.model.sdpa import Kernel
 from pixart.training.conditioning import ALIGNMENT, ClassCondition, TextCondition
@@ -90,7 +90,7 @@ class Training:
         if backend == "native":
             if self.ranks.device.type == "cuda" and self.config.fp8_weight_gradient:
                 text = {"states of text": math.gcd(ALIGNMENT, self.dataset.data.text_tokens)}
-                linear.check_rows(self.micro_batch, {"image tokens": self.tokens} | (text if self.stage == 2 else {}))
+                check_rows(self.micro_batch, {"image tokens": self.tokens} | (text if self.stage == 2 else {}))
             linear.swap_linears(self.model, plan, fine_weight_gradient=not self.config.fp8_weight_gradient)
         elif backend == "torchao":
             torchao.swap_linears(self.model, plan)
@@ -118,7 +118,7 @@ class Training:
         self.optimizer.zero_grad()
         self.skipped_in_row = (self.skipped_in_row + 1) * not_finite
         if self.plan:
-            linear.update_scales(self.model, self.plan)
+            scaling.update_scales(self.model, self.plan)
         self.steps_done += 1
         return loss, norm
 
@@ -164,7 +164,7 @@ class Training:
             "model": {**dict(self.model.named_parameters()), **persistent_buffers(self.model)},
             "ema": {**self.ema.averages, **persistent_buffers(self.model)},
             "optimizer": optimizer_tensors(self.optimizer, self.model),
-            "scales": linear.scale_tensors(self.model),
+            "scales": scaling.scale_tensors(self.model),
         }
         return {f"{group}.{name}": tensor.detach() for group, found in named.items() for name, tensor in found.items()}
 
@@ -189,14 +189,14 @@ class Training:
         """Follows a change of the batch of a rank since the scales were measured."""
         if self.plan:
             local_batch = self.config.batch // self.ranks.world
-            linear.rescale_gradients(self.model, self.plan.batch / local_batch)
+            scaling.rescale_gradients(self.model, self.plan.batch / local_batch)
             self.plan = dataclasses.replace(self.plan, batch=local_batch)
 
     def fall_back(self) -> list[str]:
         """Takes linears that keep overflowing out of FP8, and says which."""
         if not self.plan:
             return []
-        before, self.plan = self.plan, linear.fall_back(self.model, self.plan, self.steps_done)
+        before, self.plan = self.plan, scaling.fall_back(self.model, self.plan, self.steps_done)
         fallen = sorted(set(before.linears) - set(self.plan.linears))
         for name in fallen:
             fsdp_allgather.gather_as_given(self.model, name)

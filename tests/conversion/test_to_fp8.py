@@ -14,6 +14,7 @@ from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint import safetensors_stream
 from pixart.model.dit import DiT
 from pixart.model.fp8 import linear as fp8
+from pixart.model.fp8 import scaling
 
 QUICK = ["--batches", "2", "--batch", "16", "--text-dim", "48", "--base-image-size", "8"]
 
@@ -37,7 +38,7 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
     model = DiT(**saved.config)
     model.load_state_dict(saved.model, strict=True)
     fp8.swap_linears(model, saved.plan)
-    fp8.load_scale_state(model, saved.scales)
+    scaling.load_scale_state(model, saved.scales)
     for name, linear in fp8.float8_linears(model):
         amax = float(linear.weight.detach().abs().max())
         assert float(linear.scale[fp8.WEIGHT]) == pytest.approx(448 / amax / 2 if amax else 1, rel=1e-6), name

@@ -28,7 +28,7 @@ from pixart.config.recipe import from_json, to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 from pixart.recipes import demo
 from tests.support.environment import bare_environment
 

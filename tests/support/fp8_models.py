@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pixart.model.dit import DiT
 from pixart.model.fp8 import linear
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 
 SIZES = {"dim": 48, "cond_dim": 32, "num_heads": 4, "base_image_size": 8, "text_dim": 32}
 

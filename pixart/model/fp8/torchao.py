@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 
 RECIPES = {"current": "tensorwise", "rowwise": "rowwise"}  # torchao's names
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixart.model.fp8.linear import Plan, planned
+from pixart.model.fp8.plan import Plan, planned
 
 # TransformerEngine's names.
 RECIPES = {"mxfp8": "MXFP8BlockScaling", "current": "Float8CurrentScaling", "delayed": "DelayedScaling"}

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from conversion.export.transformer_engine import HISTORY, export, extra_state
-from pixart.model.fp8.linear import Plan, calibrated_state
+from pixart.model.fp8.plan import Plan
+from pixart.model.fp8.scaling import calibrated_state
 
 NAMES = ("dit_blocks.0.mlp.linear1", "dit_blocks.0.mlp.linear2")
 AMAX = {NAMES[0]: torch.tensor([3.0, 0.5, 1e-4]), NAMES[1]: torch.tensor([7.0, 0.25, 0.0])}

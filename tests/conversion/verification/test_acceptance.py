@@ -11,7 +11,8 @@ from conversion.calibration import amax
 from conversion.verification import acceptance, quantization_error
 from pixart.checkpoint import directory as checkpoints
 from pixart.model.dit import load_model
-from pixart.model.fp8.linear import Plan, calibrated_state
+from pixart.model.fp8.plan import Plan
+from pixart.model.fp8.scaling import calibrated_state
 
 LINEARS = ("dit_blocks.0.mlp.linear1", "dit_blocks.1.attention.attention.q_proj")
 LOSSES = {"stage 1, BF16": 0.8, "stage 2, BF16": 0.804, "stage 2, FP8": 0.805}

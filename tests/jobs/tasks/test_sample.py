@@ -23,7 +23,7 @@ from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import text_dim
 from pixart.demo.scenes import SHAPES
 from pixart.model.dit import DiT
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 from pixart.sampling.contact_sheet import LINE
 from pixart.training.loop import train
 from tests.pixart.data.captions.test_rewriting import url  # noqa: F401 - a fixture

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint, Normalization
 from pixart.model.dit import DiT
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 
 CONFIG = {
     "in_dim": 4,

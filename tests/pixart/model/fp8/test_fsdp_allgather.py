@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from pixart.model.dit import DiT
 from pixart.model.fp8 import linear as fp8
+from pixart.model.fp8 import scaling
 from pixart.model.fp8.fsdp_allgather import gather_as_given, gather_in_fp8
 from pixart.training.ema import reshard, set_weights
 from pixart.training.process_group import process_group, recomputed, whole
@@ -52,7 +53,7 @@ def trained(model: DiT, falls_at: int = -1) -> dict[str, torch.Tensor]:
             loss.backward()
         found[f"loss {step}"] = loss.detach()
         optimizer.step()
-        fp8.update_scales(model, plan)
+        scaling.update_scales(model, plan)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
     found |= {name: whole(parameter.grad) for name, parameter in parameters.items()}
     with torch.no_grad():
@@ -60,7 +61,7 @@ def trained(model: DiT, falls_at: int = -1) -> dict[str, torch.Tensor]:
         reshard(model)
         set_weights(model, {name: 1.5 * parameter for name, parameter in model.named_parameters()})
         found["with other weights"] = model(x, t, text=text, text_mask=mask)
-    return {**found, **fp8.scale_state(model)}
+    return {**found, **scaling.scale_state(model)}
 
 
 def child(how: dict, file: str) -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pixart.model.fp8 import linear
+from pixart.model.fp8 import scaling
 from pixart.model.fp8.ops import E4M3, E5M2, quantize
+from pixart.model.fp8.plan import Plan
 from tests.support.fp8_models import fp8_model, inputs, sqnr
 
 pytestmark = [
@@ -36,7 +37,7 @@ def step(device: str, *, exact: bool = False, compile: bool = False) -> dict[str
         model.zero_grad()
         output = model(x, t, text=text, text_mask=mask)
         output.square().mean().backward()
-        linear.update_scales(model, linear.Plan(linears=()))
+        scaling.update_scales(model, Plan(linears=()))
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {name: tensor.detach().float().cpu() for name, tensor in {"output": output, **found}.items()}
 

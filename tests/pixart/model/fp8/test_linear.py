@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from pixart.model.fp8 import linear as fp8
-from pixart.model.fp8 import ops
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8 import ops, scaling
 from pixart.model.fp8.ops import CACHED, E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT
+from pixart.model.fp8.plan import Plan, check_rows
 from tests.support.fp8_models import sqnr
 
 
@@ -64,13 +64,13 @@ def test_quantize_in_pieces(dtype):
 
 @pytest.mark.parametrize("amax", [0.0, float("inf"), float("nan"), 1e-45])
 def test_unusable_amax_keeps_the_scale(amax):
-    assert fp8.scale_from_amax(torch.tensor(amax), torch.tensor(3.0), 448.0) == 3
+    assert scaling.scale_from_amax(torch.tensor(amax), torch.tensor(3.0), 448.0) == 3
 
 
 def test_scale_brings_amax_to_the_maximum():
-    scale = fp8.scale_from_amax(torch.tensor(0.5), torch.tensor(1.0), E4M3.max)
+    scale = scaling.scale_from_amax(torch.tensor(0.5), torch.tensor(1.0), E4M3.max)
     assert scale == 896
-    assert fp8.scale_from_amax(torch.tensor(0.5), torch.tensor(1.0), E4M3.max, margin=2) == 224
+    assert scaling.scale_from_amax(torch.tensor(0.5), torch.tensor(1.0), E4M3.max, margin=2) == 224
 
 
 def small_network(plan: Plan) -> nn.Sequential:
@@ -104,7 +104,7 @@ def test_the_three_products_against_real_casts():
     x = torch.randn(64, 32, requires_grad=True)
     grad = torch.randn(64, 48) * 1e-6
     amax = torch.stack([x.detach().abs().max(), linear.weight.detach().abs().max(), grad.abs().max()])
-    fp8.load_scale_state(network, fp8.calibrated_state({"0": amax, "2": torch.ones(3)}, PLAN))
+    scaling.load_scale_state(network, scaling.calibrated_state({"0": amax, "2": torch.ones(3)}, PLAN))
     linear(x).backward(grad)
 
     x8, weight8 = (
@@ -144,15 +144,15 @@ def test_amax_is_recorded_in_training_only_and_history_moves():
     for step in range(1, 6):
         network(x * step).sum().backward()
         assert network[0].amax_history[0, INPUT] == (x * step).abs().max()
-        fp8.update_scales(network, PLAN)
+        scaling.update_scales(network, PLAN)
         assert network[0].amax_history[-1, INPUT] == (x * step).abs().max()  # newest last
         assert network[0].amax_history[0].abs().max() == 0
     kept = [(x * step).abs().max() for step in (3, 4, 5)]
     assert torch.equal(network[0].amax_history[1:, INPUT], torch.stack(kept))
     assert network[0].scale[INPUT] == 448 / kept[-1]
-    fp8.update_scales(network, PLAN)
-    fp8.update_scales(network, PLAN)
-    fp8.update_scales(network, PLAN)
+    scaling.update_scales(network, PLAN)
+    scaling.update_scales(network, PLAN)
+    scaling.update_scales(network, PLAN)
     assert network[0].scale[INPUT] == 448 / kept[-1]  # nothing was seen: the scale stays
 
 
@@ -162,7 +162,9 @@ def test_scales_of_a_step_do_not_change_before_its_backward_pass():
     results = []
     for update_between in (False, True):
         network = small_network(PLAN)
-        fp8.load_scale_state(network, fp8.calibrated_state({"0": torch.full((3,), 4.0), "2": torch.ones(3)}, PLAN))
+        scaling.load_scale_state(
+            network, scaling.calibrated_state({"0": torch.full((3,), 4.0), "2": torch.ones(3)}, PLAN)
+        )
         out = network[0](x)
         if update_between:
             network[0].scale *= 7
@@ -183,29 +185,32 @@ def test_gradients_that_nobody_asks_for_are_not_made():
 
 def test_state_round_trip_and_refusal():
     network = small_network(PLAN)
-    fp8.load_scale_state(network, fp8.calibrated_state({"0": torch.tensor([1.0, 2.0, 0.0]), "2": torch.ones(3)}, PLAN))
-    state = fp8.scale_state(network)
+    scaling.load_scale_state(
+        network, scaling.calibrated_state({"0": torch.tensor([1.0, 2.0, 0.0]), "2": torch.ones(3)}, PLAN)
+    )
+    state = scaling.scale_state(network)
     assert set(state) == {
         f"{name}.{kind}" for name in ("0", "2") for kind in ("scale", "amax_history", "overflow_share")
     }
     assert state["0.scale"].tolist() == [448, 224, 1]  # nothing was measured in the last slot
     assert state["0.amax_history"].shape == (4, len(SLOTS))
     again = small_network(PLAN)
-    fp8.load_scale_state(again, state)
-    for key, value in fp8.scale_state(again).items():
+    scaling.load_scale_state(again, state)
+    for key, value in scaling.scale_state(again).items():
         assert torch.equal(value, state[key])
     with pytest.raises(ValueError, match="missing"):
-        fp8.load_scale_state(again, {"0.scale": state["0.scale"]})
+        scaling.load_scale_state(again, {"0.scale": state["0.scale"]})
     with pytest.raises(ValueError, match="shape"):
-        fp8.load_scale_state(again, {**state, "0.scale": torch.ones(2)})
+        scaling.load_scale_state(again, {**state, "0.scale": torch.ones(2)})
 
 
 def test_gradient_scales_follow_the_batch():
     network = small_network(PLAN)
-    fp8.load_scale_state(
-        network, fp8.calibrated_state({"0": torch.tensor([1.0, 1.0, 2.0]), "2": torch.tensor([1.0, 1.0, 0.0])}, PLAN)
+    scaling.load_scale_state(
+        network,
+        scaling.calibrated_state({"0": torch.tensor([1.0, 1.0, 2.0]), "2": torch.tensor([1.0, 1.0, 0.0])}, PLAN),
     )
-    fp8.rescale_gradients(network, 4.0)
+    scaling.rescale_gradients(network, 4.0)
     assert network[0].scale.tolist() == [448, 448, 57344 / 8]
     assert network[0].amax_history[1:, GRAD_OUTPUT].tolist() == [8.0] * 3
     assert network[2].scale[GRAD_OUTPUT] == 1
@@ -268,7 +273,7 @@ def test_fifty_steps_against_delayed_scaling_in_plain_python(monkeypatch):
         (network(x) - 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        fp8.update_scales(network, plan)
+        scaling.update_scales(network, plan)
         assert len(calls) == len(order)
         for (name, slot), (tensor, scale, quantized) in zip(order, calls, strict=True):
             amax, used, wanted = references[name, slot].step(tensor)
@@ -287,35 +292,35 @@ def test_a_linear_that_keeps_overflowing_goes_on_without():
     for step in range(40):
         network[0](torch.full((4, 32), 2.0**step))
         network[2](torch.ones(4, 48))
-        fp8.update_scales(network, plan)
-    told = fp8.health(network)
+        scaling.update_scales(network, plan)
+    told = scaling.health(network)
     assert told["overflow_share"]["0.input"] > 0.5
     assert told["overflow_share"]["2.input"] < 0.1
     assert told["headroom"]["2.input"] == 0  # the last amax is just what the scale was made for
     assert told["scale"]["2.input"] == 448
-    left = fp8.fall_back(network, plan, step=40)
+    left = scaling.fall_back(network, plan, step=40)
     assert left.linears == ("2",)
     assert "overflowed in 7" in left.kept["0"]
     assert [name for name, _ in fp8.float8_linears(network)] == ["2"]
     x = torch.randn(4, 32)
     assert torch.equal(network[0](x), F.linear(x, network[0].weight, network[0].bias))
-    assert set(fp8.scale_state(network)) == {f"2.{kind}" for kind in ("scale", "amax_history", "overflow_share")}
-    assert fp8.fall_back(network, left, step=41) is left
+    assert set(scaling.scale_state(network)) == {f"2.{kind}" for kind in ("scale", "amax_history", "overflow_share")}
+    assert scaling.fall_back(network, left, step=41) is left
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace_in_the_scales():
     network = small_network(PLAN)
     network[0](torch.full((4, 32), 2.0))
-    fp8.update_scales(network, PLAN)
-    before = fp8.scale_state(network)["0.scale"]
+    scaling.update_scales(network, PLAN)
+    before = scaling.scale_state(network)["0.scale"]
     network[0](torch.full((4, 32), float("inf")))
-    fp8.update_scales(network, PLAN)
-    assert torch.equal(fp8.scale_state(network)["0.scale"], before)
+    scaling.update_scales(network, PLAN)
+    assert torch.equal(scaling.scale_state(network)["0.scale"], before)
     assert network[0].amax_history.isfinite().all()
 
 
 @pytest.mark.parametrize("counts", [{"states of text": 8}, {"image tokens": 256, "states of text": 77}])
 def test_rows_that_products_on_a_gpu_refuse(counts):
     with pytest.raises(ValueError, match="multiples of 16"):
-        fp8.check_rows(1, counts)
-    fp8.check_rows(16, counts)
+        check_rows(1, counts)
+    check_rows(16, counts)

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixart.model.dit import DiT
 from pixart.model.fp8 import linear as fp8
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8 import scaling
 from pixart.model.fp8.ops import E4M3, E5M2, GRAD_OUTPUT, INPUT, WEIGHT, Float8Product, quantize, scaled_matmul
+from pixart.model.fp8.plan import Plan
 from tests.support.fp8_models import fp8_model, inputs, sqnr
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
@@ -25,7 +26,7 @@ def step(model: DiT, forward=None) -> dict[str, torch.Tensor]:
     output = model(x, t, text=text, text_mask=mask)
     output.square().mean().backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"output": output.detach(), **found, **fp8.scale_state(model)}
+    return {"output": output.detach(), **found, **scaling.scale_state(model)}
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], most: float) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pixart.model.fp8 import transformer_engine
-from pixart.model.fp8.linear import Plan
+from pixart.model.fp8.plan import Plan
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
