@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from benchmarks import measure
 from conversion.calibration.plan import make_plan
 from pixart.config.training import TrainConfig
-from pixart.model import sdpa
+from pixart.model import sdpa_autotune
 from pixart.model.device_timer import seconds, wait
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
@@ -68,7 +68,7 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
             linear.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
     if ranks.device.type == "cuda":
         tokens, width = (SIDE // model.config.patch_size) ** 2, options.dim // HEADS
-        sdpa.use(model, *sdpa.measured(options.batch, HEADS, width, tokens, TEXT, ranks.device))
+        sdpa_autotune.use(model, *sdpa_autotune.measured(options.batch, HEADS, width, tokens, TEXT, ranks.device))
     parallelize(model, ranks, config)
     fsdp_allgather.gather_in_fp8(model, torch.bfloat16)
     if backend.startswith("native"):

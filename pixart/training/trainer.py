@@ -14,7 +14,7 @@ from pixart.config.training import TrainConfig, fp8_backend
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store.zarr_store import Store
-from pixart.model import sdpa
+from pixart.model import sdpa_autotune
 from pixart.model.dit import DiT, own_config
 from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
 from pixart.model.fp8.plan import Plan, check_rows
@@ -55,7 +55,7 @@ class Training:
         self.model.train()
         self.model.fuse_projections()
         if config.attention == "measured" and ranks.device.type == "cuda":
-            sdpa.use(self.model, *ranks.of_first(self.fastest_attention() if ranks.first else None))
+            sdpa_autotune.use(self.model, *ranks.of_first(self.fastest_attention() if ranks.first else None))
         if self.plan:
             self.swap_linears(self.plan)
         parallelize(self.model, ranks, config)
@@ -73,7 +73,7 @@ class Training:
     def fastest_attention(self) -> tuple[Kernel, Kernel]:
         """To the image and to the text, at the sizes of this run."""
         model = self.model.config
-        image, text = sdpa.measured(
+        image, text = sdpa_autotune.measured(
             batch=self.micro_batch,
             heads=model.num_heads,
             width=model.dim // model.num_heads,

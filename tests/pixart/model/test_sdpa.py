@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pixart.model import sdpa
+from pixart.model import sdpa, sdpa_autotune
 from pixart.model.dit import DiT
-from pixart.model.sdpa import BACKENDS, PADDINGS, Kernel, attend, fastest, operands, padding_mask, timings
+from pixart.model.sdpa import BACKENDS, Kernel, attend
+from pixart.model.sdpa_autotune import PADDINGS, fastest, operands, padding_mask, timings
 from tests.support.fp8_models import inputs
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_a_kernel_that_comes_to_something_else_is_left_out(monkeypatch):
         return right(q, k, v, mask, to) * (1.1 if to == 80 else 1)
 
     right = sdpa.padded
-    monkeypatch.setattr(sdpa, "padded", wrong)
+    monkeypatch.setattr(sdpa_autotune, "padded", wrong)
     found = timings(2, heads=2, width=72, tokens=16, keys=8, device=CPU, masked=False)
     assert {kernel.width for kernel in found} == {0, 96}
 
@@ -61,7 +62,7 @@ def test_a_model_with_other_kernels_compiles_in_one_piece_and_says_the_same():
         torch.nn.init.normal_(parameter, std=0.1)
     x, t, text, mask = inputs()
     expected = model(x, t, text=text, text_mask=mask)
-    sdpa.use(model, CUDNN, Kernel(backend="math", width=96))
+    sdpa_autotune.use(model, CUDNN, Kernel(backend="math", width=96))
     block = model.dit_blocks[0]
     assert block.attention.attention.kernel == CUDNN
     block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
@@ -71,7 +72,7 @@ def test_a_model_with_other_kernels_compiles_in_one_piece_and_says_the_same():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_fastest_kernels_of_a_gpu():
-    image, text = sdpa.measured(64, heads=16, width=72, tokens=256, text=120, device=torch.device("cuda"))
+    image, text = sdpa_autotune.measured(64, heads=16, width=72, tokens=256, text=120, device=torch.device("cuda"))
     for kernel, keys, mask in ((image, 256, None), (text, 120, padding_mask(64, 120, torch.device("cuda")))):
         given = operands(64, 16, 72, 256, keys, torch.device("cuda"))
-        assert sdpa.agree(attend(*given, mask, kernel), attend(*given, mask, OWN))
+        assert sdpa_autotune.agree(attend(*given, mask, kernel), attend(*given, mask, OWN))

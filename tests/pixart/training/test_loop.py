@@ -18,7 +18,7 @@ from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
 from pixart.data.loading.sampler import rows_of_step
 from pixart.data.store.zarr_store import Store
-from pixart.model.sdpa import measured, use
+from pixart.model.sdpa_autotune import measured, use
 from pixart.training.loop import train
 from pixart.training.metrics import DivergedError, Quiet
 from pixart.training.process_group import process_group
