@@ -24,8 +24,8 @@ from pixart.config.recipe import to_json
 from pixart.model.dit import DiT, load_model
 from pixart.model.fp8.scaling import calibrated_state
 from pixart.recipes import demo
-from pixart.training.adamw import MOMENTS
 from pixart.training.loop import train
+from pixart.training.optimizer import MOMENTS
 
 EVERY, BATCH, SEEDS = 50, 32, 3
 HELD_OUT_IMAGES = 512

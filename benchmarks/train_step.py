@@ -30,7 +30,8 @@ from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transform
 from pixart.training.ema import Ema
 from pixart.training.fused_adamw_ema import OnePass
 from pixart.training.optimizer import make_optimizer
-from pixart.training.process_group import Ranks, parallelize, process_group
+from pixart.training.parallelize import parallelize
+from pixart.training.process_group import Ranks, process_group
 
 SIDE, CHANNELS, HEADS, TEXT, TEXT_DIM = 32, 16, 16, 120, 2048
 TIMESTEPS = 1000  # of the peer's embedding

@@ -15,7 +15,7 @@ from torch import Tensor
 from conversion.options import BASE_IMAGE_SIZE
 from pixart.checkpoint.directory import Checkpoint, Lazy, Normalization, State, check_shapes
 from pixart.model.dit import DiT, parameter_groups, state_shapes
-from pixart.training.adamw import MOMENTS
+from pixart.training.optimizer import MOMENTS
 
 PREFIXES = ("_orig_mod.", "module.")
 # The original training's normalization: latent * scaling_factor - shift, of the SD3 VAE's latents.

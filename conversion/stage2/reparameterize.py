@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conversion.stage2.modulation import Modulation, absorbed_scales
 from pixart.checkpoint.directory import Checkpoint, Lazy, State
 from pixart.model.dit import state_shapes
-from pixart.training.adamw import MOMENTS
+from pixart.training.optimizer import MOMENTS
 
 
 def to_stage2(source: Checkpoint, modulation: Modulation, average: Modulation, text_dim: int) -> Checkpoint:

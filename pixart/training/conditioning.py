@@ -7,7 +7,8 @@ from pixart.config.training import TrainConfig
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
-from pixart.training.process_group import Ranks, shard_frozen
+from pixart.training.parallelize import shard_frozen
+from pixart.training.process_group import Ranks
 
 ALIGNMENT = 8  # of the number of keys: attention reads a mask by 16 bytes, and compiled blocks see few lengths
 

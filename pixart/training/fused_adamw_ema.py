@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pixart.training.adamw import MOMENTS, advance
+from pixart.training.optimizer import MOMENTS, advance
 
 
 class OnePass:

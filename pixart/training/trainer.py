@@ -24,7 +24,8 @@ from pixart.training.conditioning import ALIGNMENT, ClassCondition, TextConditio
 from pixart.training.ema import Ema, decay_at
 from pixart.training.fused_adamw_ema import OnePass
 from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
-from pixart.training.process_group import Ranks, dtype_of, parallelize
+from pixart.training.parallelize import dtype_of, parallelize
+from pixart.training.process_group import Ranks
 
 
 class Training:

@@ -31,7 +31,7 @@ from triton.runtime import driver
 
 from pixart.model.fp8 import ops
 from pixart.model.fp8.ops import INPUT, Float8Product
-from pixart.training.adamw import COLUMNS, advance
+from pixart.training.optimizer import COLUMNS, advance
 
 ROWS, WIDTH = 8192, 1152
 HOPPER = {

@@ -12,7 +12,8 @@ from pixart.model.fp8 import linear as fp8
 from pixart.model.fp8 import scaling
 from pixart.model.fp8.fsdp_allgather import gather_as_given, gather_in_fp8
 from pixart.training.ema import reshard, set_weights
-from pixart.training.process_group import process_group, recomputed, whole
+from pixart.training.parallelize import recomputed
+from pixart.training.process_group import process_group, whole
 from tests.support import ranks
 from tests.support.fp8_models import fp8_model, inputs, plan_of
 
