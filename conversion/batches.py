@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.directory import Normalization
+from pixart.checkpoint.normalization import Normalization
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.store.zarr_store import Store

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from conversion.options import BASE_IMAGE_SIZE
-from pixart.checkpoint.directory import Checkpoint, Lazy, Normalization, State, check_shapes
+from pixart.checkpoint.directory import Checkpoint, Lazy, State, check_shapes
+from pixart.checkpoint.normalization import Normalization
 from pixart.model.dit import DiT, parameter_groups, state_shapes
 from pixart.training.optimizer import MOMENTS
 

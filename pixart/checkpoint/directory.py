@@ -39,6 +39,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pixart.checkpoint import dcp_reader
+from pixart.checkpoint.normalization import Normalization
 from pixart.checkpoint.safetensors_stream import save_tensors
 from pixart.model.dit import DiT, own_config, state_shapes
 from pixart.model.fp8.plan import Plan
@@ -69,30 +70,6 @@ class Lazy(Mapping[str, Tensor]):
 
 
 State = Mapping[str, Tensor]
-
-
-@functools.cache
-def by_channel(values: tuple[float, ...], device: torch.device | str) -> Tensor:  # copied once: a copy waits for a GPU
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Normalization:
-    """Latents as the model sees them: (latent - mean) / std, per channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:  # each (1, C, 1, 1)
-        return by_channel(self.mean, device), by_channel(self.std, device)
-
-    def apply(self, latents: Tensor) -> Tensor:
-        mean, std = self.tensors(latents.device)
-        return (latents.float() - mean) / std
-
-    def undo(self, normalized: Tensor) -> Tensor:
-        mean, std = self.tensors(normalized.device)
-        return normalized.float() * std + mean
 
 
 @dataclass(kw_only=True, slots=True)

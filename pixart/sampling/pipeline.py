@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pixart.checkpoint.directory import Normalization
+from pixart.checkpoint.normalization import Normalization
 from pixart.data.encoders.text_encoder import Encoder
 from pixart.data.encoders.vae import decode
 from pixart.demo.patch_vae import PatchAutoencoder

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.directory import Checkpoint, Normalization
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.normalization import Normalization
 from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig, fp8_backend
 from pixart.data.loading.loader import Batch

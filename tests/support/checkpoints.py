@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixart.checkpoint.directory import Checkpoint, Normalization
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.normalization import Normalization
 from pixart.model.dit import DiT, parameter_groups
 
 CONFIG = {

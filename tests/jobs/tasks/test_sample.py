@@ -16,7 +16,8 @@ from jobs import launch
 from jobs.commands.sample import class_index
 from jobs.tasks import sample
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.directory import Checkpoint, Normalization
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.normalization import Normalization
 from pixart.config.overrides import override
 from pixart.config.recipe import Recipe, to_json
 from pixart.data import manifest as manifests

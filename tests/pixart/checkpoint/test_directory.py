@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.directory import Checkpoint, Normalization
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.normalization import Normalization
 from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
 
