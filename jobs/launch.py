@@ -170,7 +170,7 @@ def run(arguments: Sequence[str] | None) -> int:
     if options.job in AFTERWARDS and options.job != "retry":
         return look(options)
     from jobs.commands import dispatch
-    from jobs.submission.submit import JobFailedError
+    from jobs.submission.launch import JobFailedError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, jobs on this machine end with the launcher
     try:

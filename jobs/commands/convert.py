@@ -10,7 +10,8 @@ from conversion.report.text import PAGE, following
 from jobs.state import ledger
 from jobs.state.checkpoint_names import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.state.run import Run
-from jobs.submission.submit import Launch, describe_submission, run_ranks
+from jobs.submission.launch import Launch
+from jobs.submission.submit import describe_submission, run_ranks
 from slurm.executor import Cluster
 
 

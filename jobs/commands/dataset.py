@@ -8,7 +8,9 @@ from jobs.state import audit_files, ledger
 from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
-from jobs.submission.submit import Launch, NothingSubmitted, describe_submission, run_array, run_ranks, waited
+from jobs.submission.launch import Launch, NothingSubmitted
+from jobs.submission.submit import describe_submission, run_array, run_ranks
+from jobs.submission.wait import waited
 from jobs.tasks import audit
 from pixart.config.dataset import is_url
 from pixart.config.recipe import to_json

@@ -15,7 +15,8 @@ from jobs.commands.recaption import recaption_command
 from jobs.commands.sample import sample_command
 from jobs.commands.train import train_command
 from jobs.state import run as runs
-from jobs.submission.submit import Launch, NothingSubmitted, resubmit
+from jobs.submission.launch import Launch, NothingSubmitted
+from jobs.submission.submit import resubmit
 from jobs.tracking.sync import publish_in_background
 from pixart.config.dataset import is_url
 from pixart.config.overrides import override

@@ -11,8 +11,10 @@ from jobs.commands.train import last_checkpoint, submit_training, training_shape
 from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
+from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.preflight import check_dataset, check_pipeline
-from jobs.submission.submit import Launch, NothingSubmitted, planned_cluster, waited
+from jobs.submission.submit import planned_cluster
+from jobs.submission.wait import waited
 from jobs.tracking.mlflow_store import Tracker
 from pixart.config.recipe import to_json
 

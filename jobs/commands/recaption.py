@@ -10,7 +10,8 @@ from pathlib import Path
 from jobs.state import ledger, run
 from jobs.state.prompts import dataset_captions, read_prompts
 from jobs.state.run import Run
-from jobs.submission.submit import Launch, NothingSubmitted, run_ranks
+from jobs.submission.launch import Launch, NothingSubmitted
+from jobs.submission.submit import run_ranks
 from slurm.executor import Cluster
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")

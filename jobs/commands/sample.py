@@ -13,7 +13,9 @@ from jobs.state.checkpoint_names import INFERENCE, find_weights
 from jobs.state.prompts import read_prompts
 from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
-from jobs.submission.submit import Launch, describe_submission, run_ranks, waited
+from jobs.submission.launch import Launch
+from jobs.submission.submit import describe_submission, run_ranks
+from jobs.submission.wait import waited
 from pixart.config.overrides import override
 from slurm.executor import Cluster
 

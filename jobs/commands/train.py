@@ -12,8 +12,9 @@ from jobs.state import run as runs
 from jobs.state.checkpoint_names import checkpoint_record
 from jobs.state.run import Run
 from jobs.submission.datasets import use_dataset
+from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_configuration, check_dataset, check_start, find_start
-from jobs.submission.submit import Launch, describe_submission, run_ranks
+from jobs.submission.submit import describe_submission, run_ranks
 from pixart.config.overrides import override
 from slurm.executor import Cluster, Shape
 

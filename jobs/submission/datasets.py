@@ -13,7 +13,8 @@ from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.json_record import of_this_version
 from jobs.state.run import Run
-from jobs.submission.submit import POLL_SECONDS, Launch
+from jobs.submission.launch import Launch
+from jobs.submission.wait import POLL_SECONDS
 from jobs.tasks import init_dataset
 from pixart.config.dataset import is_url, read_data
 from pixart.config.recipe import to_json

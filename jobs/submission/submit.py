@@ -1,41 +1,32 @@
-"""Submissions: a run folder with all that was asked for, the jobs on the cluster, and waiting for their end."""
+"""Submissions: a run folder with all that was asked for, and the jobs on the cluster."""
 
 import functools
 import getpass
 import json
 import os
-import re
 import secrets
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.progress import ProgressLine
 from jobs.state import ledger
 from jobs.state import run as runs
-from jobs.state.run import Element, Run
+from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import add_tags, describe, set_status
 from jobs.submission.code_snapshot import copy_code, record_git
+from jobs.submission.launch import Launch, NothingSubmitted, tell
+from jobs.submission.wait import follow
 from jobs.tasks import audit, caption, convert, latents, recaption, sample, train, verify
-from jobs.tracking.mlflow_store import Tracker
 from jobs.tracking.node_agent import accompanied, published
-from jobs.tracking.sync import try_publish
-from pixart.config.recipe import Recipe, to_json
-from slurm import commands
+from pixart.config.recipe import to_json
 from slurm.executor import Cluster, Shape, Submitted
-from slurm.profile import Profile
 from slurm.task import RESULT
 
-POLL_SECONDS = {"local": 0.5, "slurm": 2.0}  # Slurm's controller serves many
-SYNC_SECONDS = 5.0
-RANK = re.compile(r"^\[rank\d+\]: ")  # torch's, before a line of a process that is one of several
-RETRY_SECONDS = 60.0  # of an MLflow server that did not answer
 ARRAY_JOBS = {"caption": caption.run, "latents": latents.run}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
@@ -45,37 +36,6 @@ RANK_JOBS: dict[str, Callable[..., Any]] = {
     "convert": convert.run,
     "sample": sample.run,
 }
-
-
-class JobFailedError(Exception):
-    """A job ended without its result; the message names it and its log."""
-
-
-class NothingSubmitted(Exception):  # noqa: N818 - no error
-    """A dry run has come to its end; the message is what would have been submitted."""
-
-
-@dataclass(kw_only=True)
-class Launch:
-    """What every submission of one command shares."""
-
-    home: Path
-    job: str  # the command's name
-    recipe: Recipe
-    profile: Profile
-    submission: Path | None = None  # folder of what this command's runs belong to
-    wait: bool = True
-    dry_run: bool = False
-    folders: list[Path] = field(default_factory=list)  # of all runs that it has begun
-    untold: bool = False  # whether MLflow has not taken something
-
-    @functools.cached_property
-    def tracker(self) -> Tracker:
-        return Tracker(self.home)
-
-    @property
-    def dataset(self) -> str:
-        return self.recipe.data.path
 
 
 def new_folder(home: Path, kind: str, place: str = "runs") -> Path:
@@ -145,13 +105,6 @@ def commit_tags(commit: str | None) -> dict[str, str]:
     return {"pixart.commit": commit, "mlflow.source.git.commit": commit} if commit else {}
 
 
-def tell(launch: Launch, folder: Path) -> None:
-    """Where the launcher waits, MLflow has a run before its first task starts; else a process in the background sees
-    to it."""
-    if launch.wait:
-        launch.untold = not try_publish(launch.tracker, folder)
-
-
 def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = ()) -> Cluster:
     """The cluster, ready for a submission into a run folder: on Slurm, with a copy of the code."""
     if launch.profile.executor != "slurm":
@@ -186,43 +139,6 @@ def write_settings(launch: Launch, folder: Path) -> None:
     (folder / "config.json").write_text(to_json(launch.recipe) + "\n")
     (folder / "command.txt").write_text(command_line() + "\n")
     (folder / "profile.json").write_text(json.dumps(asdict(launch.profile), indent=2) + "\n")
-
-
-def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tuple[int, str]]) -> None:
-    """Waits for the run's end with a progress line and replays its journal.
-
-    Raises ValueError for what the user can mend, JobFailedError for the rest.
-    """
-    succeeded = False
-    try:
-        with ProgressLine(run.kind, run.total) as line:
-            synced = time.monotonic()
-            while runs.under_way(found := runs.elements(run)):
-                line.update(*progress(found))
-                time.sleep(POLL_SECONDS[run.executor])
-                if time.monotonic() - synced > (RETRY_SECONDS if launch.untold else SYNC_SECONDS):
-                    tell(launch, run.folder)
-                    synced = time.monotonic()
-            line.update(*progress(found))
-            raise_first_failure(run, found)
-        succeeded = True
-    except KeyboardInterrupt:
-        commands.cancel(run.executor, run.job_ids)
-        raise
-    finally:
-        set_status(run.folder, "FINISHED" if succeeded else "FAILED")
-        tell(launch, run.folder)
-
-
-def raise_first_failure(run: Run, found: dict[int, Element]) -> None:
-    failed = {number: element for number, element in found.items() if element.state == "failed"}
-    for number, element in failed.items():
-        name, _, message = RANK.sub("", element.note).partition(": ")
-        if name == "ValueError":
-            raise ValueError(message)
-        what = f"{run.kind} shard {number}" if run.elements else run.kind
-        others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
-        raise JobFailedError(f"{what}{others} failed: {element.note}; its log is {run.log(element.job)}")
 
 
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:
@@ -301,8 +217,3 @@ def describe_submission(run: Run) -> str:
         f"submitted {run.kind} as {', '.join(run.job_ids)}; run folder {run.folder}\n"
         f"next: python -m jobs.launch status {run.folder.name}"
     )
-
-
-def waited(launch: Launch, run: Run) -> list[str]:
-    """The jobs that what comes after a run has to wait for: none, where the launcher itself has waited."""
-    return [] if launch.wait else run.job_ids

@@ -15,7 +15,8 @@ from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.journal import Journal
 from jobs.state.run import Element, Run
-from jobs.submission.submit import JobFailedError, raise_first_failure
+from jobs.submission.launch import JobFailedError
+from jobs.submission.wait import raise_first_failure
 from slurm.task import RESULT
 
 ENTRY = ledger.Entry(manifest="m", inputs="", rows=1, valid=1, checksum="c", seconds=1.0, versions={})
