@@ -40,7 +40,7 @@ class OnePass:
                 self.averages[self.names[parameter]].lerp_(parameter, share)
 
     def tensors(self, parameter: nn.Parameter) -> list[Tensor]:
-        """As `adamw.COLUMNS` has them."""
+        """As `optimizer.COLUMNS` has them."""
         state = self.optimizer.state[parameter]
         moments = [state[name] for name in MOMENTS]
         return [parameter, parameter.grad, *moments, state["step"], self.averages[self.names[parameter]]]
