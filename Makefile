@@ -32,13 +32,15 @@ check: .venv/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)"
 
 test: .venv/.installed-dev
-	@sh tests/vllm_environment.sh .venv-vllm
+	@sh tests/support/vllm_environment.sh .venv-vllm
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest
 
 gpu-env:

@@ -9,7 +9,7 @@ same measurement.
 import torch
 
 from benchmarks import measure
-from pixart.model.attention import REPEATS, timings
+from pixart.model.sdpa_autotune import REPEATS, timings
 
 HEADS, WIDTH, TOKENS, TEXT = 16, 72, 256, 120
 

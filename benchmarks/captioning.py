@@ -22,10 +22,12 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from benchmarks import measure
-from pixart.config import ScreeningConfig
-from pixart.data import captioner as captioners
-from pixart.data import captions, screening
-from pixart.data.sources import Item, open_source
+from pixart.config.dataset import ScreeningConfig
+from pixart.data.captions import captioner as captioners
+from pixart.data.captions import table as captions
+from pixart.data.images import screening
+from pixart.data.sources.base import Item
+from pixart.data.sources.open import open_source
 
 COUNT, REPEATS = 256, 7
 LARGE = (1632, 1224)  # pixels

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
-from pixart.config import ModelConfig
+from pixart.config.model import ModelConfig
 from pixart.model.dit import DiT, parameter_groups
 
 CGROUP = Path("/sys/fs/cgroup/memory/conversion-limits")

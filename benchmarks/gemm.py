@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from pixart.model.fp8_products import E4M3, E5M2, Format, quantize, scaled_matmul
-from pixart.model.timing import seconds
+from pixart.model.device_timer import seconds
+from pixart.model.fp8.ops import E4M3, E5M2, Format, quantize, scaled_matmul
 
 TOKENS, TEXT, TEXT_DIM = 256, 120, 2048
 

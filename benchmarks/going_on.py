@@ -13,18 +13,19 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from conversion.calibrate import dataset_batches, mean_loss
+from conversion.batches import dataset_batches
+from conversion.calibration.amax import mean_loss
 from conversion.options import Options
 from conversion.to_fp8 import convert
-from jobs import caption, init, latents
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint
-from pixart.config import to_json
+from jobs.tasks import caption, init_dataset, latents
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
+from pixart.config.recipe import to_json
 from pixart.model.dit import DiT, load_model
-from pixart.model.fp8 import calibrated_state
+from pixart.model.fp8.scaling import calibrated_state
 from pixart.recipes import demo
-from pixart.training.adamw import MOMENTS
 from pixart.training.loop import train
+from pixart.training.optimizer import MOMENTS
 
 EVERY, BATCH, SEEDS = 50, 32, 3
 HELD_OUT_IMAGES = 512
@@ -43,7 +44,7 @@ def held_out(home: Path) -> str:
         recipe.data, path=str(home / "datasets/held-out"), seed=1, images=HELD_OUT_IMAGES, shards=8
     )
     if not Path(data.path).exists():
-        init.run(to_json(dataclasses.replace(recipe, data=data)))
+        init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
         caption.run(data.path, list(range(8)))
         latents.run(data.path, list(range(8)))
     return data.path

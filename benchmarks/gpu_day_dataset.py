@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from jobs import caption, init, latents
-from pixart.config import AuditConfig, DataConfig, Recipe, to_json
-from pixart.data.text import encoder_path, load_text_model
-from pixart.data.vae import DEMO
+from jobs.tasks import caption, init_dataset, latents
+from pixart.config.audit import AuditConfig
+from pixart.config.dataset import DataConfig
+from pixart.config.recipe import Recipe, to_json
+from pixart.data.encoders.text_encoder import encoder_path, load_text_model
+from pixart.data.encoders.vae import DEMO
 from pixart.recipes import MINILM_STATE_STD, demo
 
 SIZE, TOKENS, SHARDS = 256, 32, 4
@@ -40,8 +42,8 @@ def make_dataset(folder: Path, dataset: Path, images: Path | None, vae: Path | N
             prune(encoder, sorted(path.name for path in Path(temporary).iterdir()))
             data = DataConfig(source=temporary, **names, **settings)
         else:
-            from pixart.data.scenes import caption as caption_of
-            from pixart.data.scenes import make_scene
+            from pixart.demo.scenes import caption as caption_of
+            from pixart.demo.scenes import make_scene
 
             prune(encoder, [caption_of(make_scene(0, index)) for index in range(SCENES)])
             data = DataConfig(source="demo", images=SCENES, **names, **settings)
@@ -52,7 +54,7 @@ def make_dataset(folder: Path, dataset: Path, images: Path | None, vae: Path | N
 
 
 def make(recipe: Recipe, shards: list[int]) -> None:
-    init.run(to_json(recipe))
+    init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, shards)
     latents.run(recipe.data.path, shards)
 

@@ -24,13 +24,14 @@ from PIL import Image
 from benchmarks import measure
 from conversion.options import Options
 from conversion.to_fp8 import convert
-from pixart import inference
-from pixart.config import ModelConfig, TrainConfig
+from pixart.config.model import ModelConfig
+from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
-from pixart.pictures import Picture, make
-from pixart.pipeline import PixArtPipeline
-from pixart.sheet import contact_sheet
+from pixart.data.store.zarr_store import Store
+from pixart.sampling import loading
+from pixart.sampling.contact_sheet import contact_sheet
+from pixart.sampling.images import Picture, make
+from pixart.sampling.pipeline import PixArtPipeline
 from pixart.training.loop import train
 
 PARTS = 10  # of the steps, of each of which a mean loss is shown
@@ -146,7 +147,7 @@ def sample(options: argparse.Namespace, checkpoint: Path) -> None:
     found: dict[str, list[Image.Image]] = {}
     for name, (directory, precision) in ways.items():
         try:
-            pipeline = inference.load_pipeline(directory, "ema", dataset)
+            pipeline = loading.load_pipeline(directory, "ema", dataset)
             pipeline.text_encoder.float()  # its states are not what is compared
             pictures(pipeline, prompts, precision)
             found[name], taken = pictures(pipeline, prompts, precision)

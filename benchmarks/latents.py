@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from jobs import caption, latents
-from pixart.config import DataConfig
+from jobs.tasks import caption, latents
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data import store
-from pixart.data.screening import decode, resize_and_crop
-from pixart.data.text import TextEncoder
-from pixart.data.vae import encode, load_vae
+from pixart.data.encoders.text_encoder import TextEncoder
+from pixart.data.encoders.vae import encode, load_vae
+from pixart.data.images.screening import decode, resize_and_crop
+from pixart.data.store import zarr_store
 
 REPEATS = 5
 SIZE = 256
@@ -33,7 +33,7 @@ def main() -> None:
         data = DataConfig(path=folder, source=options.images, shards=1, image_size=SIZE, vae=options.vae)
         manifest = manifests.make(data)
         manifests.write(manifest)
-        store.create(manifest)
+        zarr_store.create(manifest)
         caption.run(folder, [0])
         source, vae = manifests.open_images(manifest), load_vae(data.vae)
         text = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)

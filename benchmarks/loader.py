@@ -23,14 +23,14 @@ import numpy as np
 import tensorstore
 
 from benchmarks import measure
-from pixart.config import DataConfig
+from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data import store as stores
-from pixart.data.columns import CHECKSUM
-from pixart.data.loader import Loader
+from pixart.data.loading.loader import Loader
+from pixart.data.loading.sampler import WINDOW, Order, rows_of_step
 from pixart.data.manifest import Manifest
-from pixart.data.order import BLOCK, WINDOW, Order, rows_of_step
-from pixart.data.store import Store
+from pixart.data.store import zarr_store as stores
+from pixart.data.store.layout import BLOCK, CHECKSUM
+from pixart.data.store.zarr_store import Store
 
 SHARD, SHAPE, TOKENS, BATCH = 1024, (16, 32, 32), 120, 256
 ROW = 2 * int(np.prod(SHAPE))  # bytes of the latents of a row

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart.model.timing import seconds
+from pixart.model.device_timer import seconds
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30

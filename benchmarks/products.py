@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from pixart.model.fp8_products import E4M3, E5M2, quantize, scaled_matmul, transposed
-from pixart.model.timing import seconds
+from pixart.model.device_timer import seconds
+from pixart.model.fp8.ops import E4M3, E5M2, quantize, scaled_matmul, transposed
 
 SHAPES = ((512, 1152, 3456), (1024, 4608, 1152), (48, 1152, 4608))  # rows, inputs, outputs
 TINY = ((32, 48, 64),)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from pixart.model.fp8_products import E4M3, E5M2, Format, quantize
+from pixart.model.fp8.ops import E4M3, E5M2, Format, quantize
 
 SHAPES = ((1024, 128), (1024, 512), (4096, 1152))
 REPEATS = 30

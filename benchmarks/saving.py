@@ -14,14 +14,16 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from jobs import caption, init, latents
-from pixart.config import ModelConfig, TrainConfig, to_json
+from jobs.tasks import caption, init_dataset, latents
+from pixart.config.model import ModelConfig
+from pixart.config.recipe import to_json
+from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
+from pixart.data.store.zarr_store import Store
 from pixart.recipes import demo
-from pixart.training.distributed import process_group
-from pixart.training.saving import Saver
-from pixart.training.step import Training
+from pixart.training.checkpointing import Saver
+from pixart.training.process_group import process_group
+from pixart.training.trainer import Training
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
 def make_dataset(folder: str) -> str:
     recipe = demo(folder)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=16, shards=1))
-    init.run(to_json(recipe))
+    init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, [0])
     latents.run(recipe.data.path, [0])
     return recipe.data.path

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from slurm import devcluster
+from slurm.devcluster import lifecycle
 
 REPEATS = 7
 ARRAY = "0-255"
@@ -28,7 +28,7 @@ def seconds(*words: str, folder: Path) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cluster = devcluster.up(folder / "dev")
+        cluster = lifecycle.up(folder / "dev")
         os.environ.update(cluster.environment)
         os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
         launch = (sys.executable, "-m", "jobs.launch")
@@ -43,7 +43,7 @@ def main() -> None:
                 subprocess.run(["scancel", "--me"], check=True)
                 time.sleep(2)
         finally:
-            devcluster.down(folder / "dev")
+            lifecycle.down(folder / "dev")
     lines = ["| submission of 256 elements | median, s | fastest, s |", "|---|---|---|"]
     lines += [f"| {way} | {statistics.median(own):.2f} | {min(own):.2f} |" for way, own in measured.items()]
     gap = statistics.median(measured["launcher"]) - statistics.median(measured["bare sbatch"])

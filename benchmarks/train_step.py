@@ -29,18 +29,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks import generated_code, measure
 from benchmarks.generated_code import Work
-from conversion.plan import make_plan
-from pixart.config import TrainConfig
-from pixart.model import attention, fp8, fp8_gather, fp8_te, fp8_torchao
-from pixart.model.attention import Kernel
+from conversion.calibration.plan import make_plan
+from pixart.config.training import TrainConfig
+from pixart.model import sdpa_autotune
+from pixart.model.device_timer import seconds, wait
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
-from pixart.model.fp8_products import EITHER_LAYOUT
-from pixart.model.timing import seconds, wait
-from pixart.training.distributed import Ranks, parallelize, process_group
+from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
+from pixart.model.fp8.ops import EITHER_LAYOUT
+from pixart.model.sdpa import Kernel
 from pixart.training.ema import Ema
-from pixart.training.one_pass import OnePass
+from pixart.training.fused_adamw_ema import OnePass
 from pixart.training.optimizer import make_optimizer
+from pixart.training.parallelize import parallelize
+from pixart.training.process_group import Ranks, process_group
 
 SIDE, PATCH, CHANNELS, HEADS, TEXT, TEXT_DIM = 32, 2, 16, 16, 120, 2048
 TIMESTEPS = 1000  # of the peer's embedding
@@ -77,13 +79,13 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
     if recipe:
         plan = make_plan(model, recipe=recipe, batch=options.batch)
         if backend in ("torchao", "te"):
-            (fp8_torchao if backend == "torchao" else fp8_te).swap_linears(model, plan)
+            (torchao if backend == "torchao" else transformer_engine).swap_linears(model, plan)
         else:
-            fp8.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
+            linear.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
     if options.attention:
-        attention.use(model, *(Kernel(**kernel) for kernel in json.loads(options.attention)))
+        sdpa_autotune.use(model, *(Kernel(**kernel) for kernel in json.loads(options.attention)))
     parallelize(model, ranks, config)
-    fp8_gather.gather_in_fp8(model, torch.bfloat16)
+    fsdp_allgather.gather_in_fp8(model, torch.bfloat16)
     if backend.startswith("native"):
         model.plan = plan
     return model
@@ -195,7 +197,7 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
                 ema.update(model, step=0)
         optimizer.zero_grad()
         if hasattr(model, "plan"):
-            fp8.update_scales(model, model.plan)
+            scaling.update_scales(model, model.plan)
 
     with generated_code.recorded() as graphs:
         step()
@@ -277,9 +279,9 @@ def card_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "GB/s": measure.bandwidth(),
     }
     tokens, width = (SIDE // PATCH) ** 2, options.dim // HEADS
-    image = attention.timings(options.batch, HEADS, width, tokens, tokens, ranks.device, masked=False)
-    text = attention.timings(options.batch, HEADS, width, tokens, TEXT, ranks.device, masked=True)
-    fastest = [attention.fastest(found) for found in (image, text)]
+    image = sdpa_autotune.timings(options.batch, HEADS, width, tokens, tokens, ranks.device, masked=False)
+    text = sdpa_autotune.timings(options.batch, HEADS, width, tokens, TEXT, ranks.device, masked=True)
+    fastest = [sdpa_autotune.fastest(found) for found in (image, text)]
     taken = sum(found[kernel] for found, kernel in zip((image, text), fastest, strict=True))
     kernels = [{"backend": kernel.backend, "width": kernel.width} for kernel in fastest]
     return {**rates, "attention, s an image": taken / options.batch, "kernels": kernels}

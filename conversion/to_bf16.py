@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from conversion.options import Parser, check_apart
-from pixart import checkpoint as checkpoints
+from pixart.checkpoint import directory as checkpoints
 
 
 def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:

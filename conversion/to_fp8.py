@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conversion import formats, noise, sensitivity, verify, ways
-from conversion.calibrate import CalibrationBatch, calibrate, dataset_batches, synthetic_batches, unmeasured
-from conversion.exports import EXPORTS
+from conversion.batches import CalibrationBatch, dataset_batches, synthetic_batches
+from conversion.calibration.amax import calibrate, unmeasured
+from conversion.calibration.plan import plan_by_rule
+from conversion.export.writers import EXPORTS
 from conversion.options import (
     AUTO,
     STATEFUL,
@@ -37,17 +38,19 @@ from conversion.options import (
     default_output,
     from_arguments,
 )
-from conversion.page import page
-from conversion.plan import plan_by_rule
 from conversion.progress import Progress
-from conversion.report import PAGE, REPORT, describe
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint
+from conversion.reading import formats
+from conversion.report.html import page
+from conversion.report.text import PAGE, REPORT, describe
+from conversion.stage2 import strategies
+from conversion.verification import acceptance, layer_selection, quantization_error
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.safetensors_stream import map_tensors
 from pixart.data import manifest as manifests
-from pixart.model import fp8
 from pixart.model.dit import DiT, load_model
-from pixart.tensor_file import map_tensors
-from pixart.training.distributed import process_group
+from pixart.model.fp8.plan import check_rows
+from pixart.training.process_group import process_group
 
 HELD_OUT = 4  # batches that verification has for itself
 STEPS = 7
@@ -66,7 +69,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         start, batches, data = prepare(source, output, options)
         plan = plan_by_rule(start, options, text_dim=batches[0].text.shape[-1])
         progress.begin("stage 1 to stage 2" if start.stage < options.stage else "no change of stage")
-        result, fates, reparameterization = ways.change_stage(start, options, batches[0])
+        result, fates, reparameterization = strategies.change_stage(start, options, batches[0])
         result = dataclasses.replace(result, plan=plan)  # apart from the source, against which it is checked
         if not first_rank():
             calibrate(result, load_model(result.config, result.model, options.device), batches, options)
@@ -76,14 +79,14 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
             digest = background.submit(formats.file_hash, source)
             checkpoints.write_state(result, partial)
             result.model, result.ema, result.optimizer = checkpoints.load_state(partial, map_tensors)
-            carried = background.submit(verify.carried_check, start, partial, fates)
+            carried = background.submit(acceptance.carried_check, start, partial, fates)
             model = load_model(result.config, result.model, options.device)
             progress.begin(f"calibrating on {options.batches} batches")
             result, amax = calibrate(result, model, batches, options)
             progress.begin("verifying")
             result, layers, loss, cosine = measure(start, model, result, batches, options)
             progress.begin("comparing what was carried with its source")  # and hashing it: both are under way
-            checks = [*verify.gate(layers, loss), carried.result()]
+            checks = [*acceptance.gate(layers, loss), carried.result()]
             assert result.plan is not None
             report = {
                 "source": str(source),
@@ -108,7 +111,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 "fates": {fate: list(fates.values()).count(fate) for fate in ("carried", "derived", "new")},
                 "tensors": fates,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
-                "gate": verify.as_report(checks),
+                "gate": acceptance.as_report(checks),
             }
             progress.begin(f"writing {output}")
             write(result, report, partial, options)
@@ -154,7 +157,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     if options.device == "cuda" and options.recipe == STATEFUL:
         tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
         counts = {"image tokens": tokens} | ({"states of text": text.shape[1]} if options.stage == 2 else {})
-        fp8.check_rows(options.batch, counts)
+        check_rows(options.batch, counts)
     return start, batches, data
 
 
@@ -166,27 +169,27 @@ def measure(
     Linears that lose too much are taken out of the plan of the checkpoint returned, where that is left to us.
     """
     held_out, chooses = batches[options.batches :], AUTO in options.keep_bf16
-    observed = noise.observe(model, result, held_out)
+    observed = quantization_error.observe(model, result, held_out)
     if chooses:
-        result = sensitivity.without(result, sensitivity.by_output(observed.layers))
+        result = layer_selection.without(result, layer_selection.by_output(observed.layers))
     loss = {f"stage {result.stage}, BF16": observed.loss}
     if start.stage < result.stage:
-        loss = {"stage 1, BF16": verify.loss_before(start, held_out, options.device), **loss}
+        loss = {"stage 1, BF16": acceptance.loss_before(start, held_out, options.device), **loss}
 
     def by_plan() -> tuple[dict[str, float], dict[str, Tensor]]:
         assert result.plan is not None
         sampled = [name for name in observed.gradients if name in result.plan.linears]
-        copy = verify.quantized(model, result.plan, result.scales)
-        found, gradients = verify.in_fp8(copy, held_out, sampled)
+        copy = acceptance.quantized(model, result.plan, result.scales)
+        found, gradients = acceptance.in_fp8(copy, held_out, sampled)
         return {**loss, f"stage {result.stage}, FP8": found}, gradients
 
     after, gradients = by_plan()
-    if chooses and not verify.loss_gap(after) <= verify.LOSS_GAP:
-        result = sensitivity.without(result, sensitivity.by_loss(result, model, batches))
+    if chooses and not acceptance.loss_gap(after) <= acceptance.LOSS_GAP:
+        result = layer_selection.without(result, layer_selection.by_loss(result, model, batches))
         after, gradients = by_plan()
     assert result.plan is not None
     layers = [layer for layer in observed.layers if layer["name"] in result.plan.linears]
-    return result, layers, after, verify.gradient_cosine(observed.gradients, gradients)
+    return result, layers, after, acceptance.gradient_cosine(observed.gradients, gradients)
 
 
 def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Options) -> None:

@@ -169,12 +169,12 @@ def run(arguments: Sequence[str] | None) -> int:
     options = make_parser().parse_args(arguments)
     if options.job in AFTERWARDS and options.job != "retry":
         return look(options)
-    from jobs import commands
-    from jobs.submission import JobFailedError
+    from jobs.commands import dispatch
+    from jobs.submission.launch import JobFailedError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, jobs on this machine end with the launcher
     try:
-        return commands.run(options)
+        return dispatch.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -188,11 +188,13 @@ def run(arguments: Sequence[str] | None) -> int:
 
 def look(options: argparse.Namespace) -> int:
     """The commands that submit nothing."""
-    from jobs import runs, seeing, status
-    from jobs.tracking import StoreError
+    from jobs.commands import inspect
+    from jobs.commands import runs as status
+    from jobs.state import run as runs
+    from jobs.tracking.mlflow_store import StoreError
 
     try:
-        return {**status.COMMANDS, **seeing.COMMANDS}[options.job](runs.home(options.home), options)
+        return {**status.COMMANDS, **inspect.COMMANDS}[options.job](runs.home(options.home), options)
     except KeyboardInterrupt:
         return 130
     except ValueError as error:

@@ -6,7 +6,12 @@ Imports neither torch nor anything heavy, so that the launcher may read it.
 from collections.abc import Callable
 from typing import Any
 
-from pixart.config import AuditConfig, DataConfig, ModelConfig, Recipe, SampleConfig, TrainConfig
+from pixart.config.audit import AuditConfig
+from pixart.config.dataset import DataConfig
+from pixart.config.model import ModelConfig
+from pixart.config.recipe import Recipe
+from pixart.config.sampling import SampleConfig
+from pixart.config.training import TrainConfig
 
 # Standard deviation of MiniLM's last hidden states over the demo's captions; dividing by it brings the text to
 # the scale of the image tokens.

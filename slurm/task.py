@@ -19,7 +19,7 @@ from typing import Any
 
 import submitit
 
-from slurm import queue
+from slurm import commands
 
 ATTEMPTS = "attempts.jsonl"
 RESULT = "result.json"
@@ -107,7 +107,7 @@ class Task:
         if not self.cooperative and restart_count() >= REQUEUES:
             raise RuntimeError(f"the time limit was reached {REQUEUES + 1} times: give the job more, or smaller shards")
         if environment.global_rank == 0:
-            queue.requeue(environment.job_id)
+            commands.requeue(environment.job_id)
         time.sleep(KILL_SECONDS)
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from pixart.config import Recipe, to_json
+from pixart.config.recipe import Recipe, to_json
 from pixart.recipes import demo
-from tests.browser_fixture import browser, look  # noqa: F401 - fixtures
-from tests.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
-from tests.demo_fixture import small_demo  # noqa: F401 - a fixture
-from tests.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
-from tests.slurm.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
-from tests.vllm_fixture import tiny_qwen  # noqa: F401 - a fixture
+from tests.support.browser_fixture import browser, look  # noqa: F401 - fixtures
+from tests.support.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
+from tests.support.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
+from tests.support.demo_fixture import small_demo  # noqa: F401 - a fixture
+from tests.support.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
+from tests.support.vllm_fixture import tiny_qwen  # noqa: F401 - a fixture
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -34,7 +34,7 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """64 scenes in 4 shards, through the caption and latents jobs, with a model that steps in milliseconds."""
-    from jobs import caption, init, latents
+    from jobs.tasks import caption, init_dataset, latents
 
     recipe = demo(str(tmp_path_factory.mktemp("home")))
     short = {"steps": 6, "batch": 8, "warmup": 2, "save_every": 3, "log_every": 1}
@@ -46,7 +46,7 @@ def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         stage1=dataclasses.replace(recipe.stage1, **short),
         stage2=dataclasses.replace(recipe.stage2, **short),
     )
-    init.run(to_json(recipe))
+    init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, [0, 1, 2, 3])
     latents.run(recipe.data.path, [0, 1, 2, 3])
     return recipe

@@ -1,34 +1,27 @@
-"""The rooms' rules: who may import whom, what the launcher must not load, and no configuration without a reader."""
+"""What import-linter does not check: what the launcher must not load, crowded folders, dead configuration."""
 
 import ast
 import dataclasses
 import inspect
 import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from pixart import config
+from pixart.config.audit import AuditConfig
+from pixart.config.dataset import DataConfig, ScreeningConfig
+from pixart.config.model import ModelConfig
+from pixart.config.sampling import SampleConfig
+from pixart.config.training import TrainConfig
 from pixart.model.dit import DiT
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("jobs", "pixart", "conversion", "slurm")
-ALLOWED = {
-    "pixart/model": {"pixart/model"},
-    "pixart/pages": {"pixart/pages"},
-    "pixart/data": {"pixart/data", "pixart/pages", "pixart/config"},
-    "pixart/training": {
-        *("pixart/training", "pixart/model", "pixart/data", "pixart/config"),
-        *("pixart/checkpoint", "pixart/distributed_checkpoint", "pixart/sampling", "pixart/sheet"),
-    },
-    "conversion": {"conversion", "pixart"},
-    "slurm": {"slurm"},
-    "jobs": {"jobs", "slurm", "pixart", "conversion"},
-}
-HEAVY = {"torch", "vllm", "diffusers", "transformers", "pixart.data", "pixart.model", "pixart.training"}
-HEAVY |= {"conversion.to_fp8", "conversion.calibrate"}
+MOST_MODULES = 13  # of one folder
+HEAVY = {"torch", "vllm", "diffusers", "transformers", "conversion.to_fp8", "conversion.calibration.amax"}
+HEAVY |= {f"pixart.{name}" for name in ("checkpoint", "data", "demo", "model", "sampling", "training")}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -43,54 +36,46 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_import_directions(room):
-    files = sorted((ROOT / room).rglob("*.py"))
-    assert files
-    for file in files:
-        for name in imports(file):
-            if name.split(".")[0] in ROOMS:
-                target = name.replace(".", "/")
-                assert any(target.startswith(allowed) for allowed in ALLOWED[room]), f"{file} imports {name}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_folder_is_crowded(room):
+    modules = [path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+    assert modules
+    for folder, count in Counter(path.parent for path in modules).items():
+        assert count <= MOST_MODULES, f"{folder} has {count} modules"
 
 
 def test_jobs_load_nothing_heavy_at_their_top():
-    for file in (ROOT / "jobs").glob("*.py"):
+    for file in (ROOT / "jobs").rglob("*.py"):
         for name in imports(file, top_level_only=True):
             assert not any(name == heavy or name.startswith(f"{heavy}.") for heavy in HEAVY), f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["pixart.config", "pixart.recipes", "jobs.launch", "jobs.commands"])
+@pytest.mark.parametrize(
+    "module", ["pixart.config.overrides", "pixart.recipes", "jobs.launch", "jobs.commands.dispatch"]
+)
 def test_the_launcher_never_loads_torch(module):
     code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
-def test_help_is_quick():
-    """The best of three: a machine that does something else at the moment is no slow launcher."""
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "jobs.launch", "--help"], capture_output=True, text=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - begun)
-        assert done.returncode == 0
-        assert "caption" in done.stdout
-    assert min(seconds) < 0.5
-
-
 def test_every_knob_has_a_reader():
-    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.stem not in ("config", "recipes")]
+    files = [
+        path
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.py")
+        if "config" not in path.parts and path.stem != "recipes"
+    ]
     read = {
         node.attr for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)
     }
     for kind in (
-        config.ScreeningConfig,
-        config.DataConfig,
-        config.AuditConfig,
-        config.TrainConfig,
-        config.SampleConfig,
+        ScreeningConfig,
+        DataConfig,
+        AuditConfig,
+        TrainConfig,
+        SampleConfig,
     ):
         for field in dataclasses.fields(kind):
             assert field.name in read, f"{kind.__name__}.{field.name} is never read"
     arguments = set(inspect.signature(DiT.__init__).parameters)
-    assert {field.name for field in dataclasses.fields(config.ModelConfig)} <= arguments
+    assert {field.name for field in dataclasses.fields(ModelConfig)} <= arguments

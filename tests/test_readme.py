@@ -8,9 +8,9 @@ import pytest
 
 from conversion import to_bf16, to_fp8
 from jobs import launch
-from pixart.config import override
+from pixart.config.overrides import override
 from pixart.recipes import RECIPES
-from slurm import devcluster
+from slurm.devcluster import __main__ as devcluster
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,9 @@ def test_commands_of_the_launcher(words):
 def test_other_commands_are_modules():
     others = {module for module, _ in COMMANDS} - {"jobs.launch"}
     assert others == {"conversion.to_fp8", "slurm.devcluster"}
-    assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in others)
+    for module in others:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"demo", "test", "check"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
 

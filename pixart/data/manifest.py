@@ -13,9 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pixart.config import DataConfig, is_url, read_data
-from pixart.data.objects import read_object
-from pixart.data.sources import Source, open_source
+from pixart.config.dataset import DataConfig, is_url, read_data
+from pixart.data.sources.base import Source
+from pixart.data.sources.open import open_source
+from pixart.data.storage import read_object
 
 FORMAT = 2
 FILE = "manifest.json"
@@ -75,8 +76,8 @@ def make(data: DataConfig) -> Manifest:
 
     Raises ValueError, with nothing written, for one that is not there.
     """
-    from pixart.data.text import text_dim
-    from pixart.data.vae import latent_shape
+    from pixart.data.encoders.text_encoder import text_dim
+    from pixart.data.encoders.vae import latent_shape
 
     if not is_url(data.source) and Path(data.source).resolve() in Path(data.path).resolve().parents:
         raise ValueError(f"the dataset {data.path} would lie within its source {data.source}: name another --home")
@@ -99,10 +100,10 @@ def make(data: DataConfig) -> Manifest:
 
 
 def model_fingerprint(data: DataConfig, kind: str) -> str:
-    from pixart.data.captioner import INSTRUCTION, prompt_hash
-    from pixart.data.fingerprint import fingerprint
-    from pixart.data.text import encoder_path
-    from pixart.data.vae import vae_path
+    from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
+    from pixart.data.encoders.fingerprint import fingerprint
+    from pixart.data.encoders.text_encoder import encoder_path
+    from pixart.data.encoders.vae import vae_path
 
     if kind == "captioner":
         if data.captioner == "labels":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixart.model.attention import Kernel, attend
+from pixart.model.sdpa import Kernel, attend
 
 # Under autocast a norm's input is in BF16 and its weight, on purpose, in float32.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")

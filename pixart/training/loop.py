@@ -3,19 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pixart import checkpoint as checkpoints
-from pixart.config import ModelConfig, TrainConfig
+from pixart.checkpoint import directory as checkpoints
+from pixart.config.model import ModelConfig
+from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
-from pixart.data.loader import Loader
-from pixart.data.order import held_out_rows
-from pixart.data.store import Store
-from pixart.training.distributed import Ranks, process_group
-from pixart.training.previews import Previews
-from pixart.training.saving import Saver, newest_whole, restore
-from pixart.training.step import Training
-from pixart.training.telling import Interval, Quiet, Reporter
+from pixart.data.loading.loader import Loader
+from pixart.data.loading.sampler import held_out_rows
+from pixart.data.store.zarr_store import Store
+from pixart.training.checkpointing import Saver, newest_whole, restore
+from pixart.training.metrics import Interval, Quiet, Reporter
+from pixart.training.preview import Previews
+from pixart.training.process_group import Ranks, process_group
+from pixart.training.trainer import Training
 from pixart.training.validation import Validation
-from pixart.training.watching import Profile, Watch
+from pixart.training.watchdog import Profile, Watch
 
 
 class Stopped(Exception):  # noqa: N818 - no error

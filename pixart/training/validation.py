@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pixart.data.loader import Batch, rows_batch
-from pixart.data.store import Store
-from pixart.model.flow import fixed_time, interpolate
-from pixart.training.step import Training
+from pixart.data.loading.loader import Batch, rows_batch
+from pixart.data.store.zarr_store import Store
+from pixart.model.rectified_flow import fixed_time, interpolate
+from pixart.training.trainer import Training
 
 
 class Validation:

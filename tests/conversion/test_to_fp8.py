@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import calibrate, to_bf16, to_fp8
+from conversion import to_bf16, to_fp8
 from conversion.options import Options
 from conversion.to_fp8 import convert, main
-from pixart import checkpoint as checkpoints
-from pixart import tensor_file
-from pixart.model import fp8
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint import safetensors_stream
 from pixart.model.dit import DiT
+from pixart.model.fp8 import linear as fp8
+from pixart.model.fp8 import scaling
 
 QUICK = ["--batches", "2", "--batch", "16", "--text-dim", "48", "--base-image-size", "8"]
 
@@ -37,7 +38,7 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
     model = DiT(**saved.config)
     model.load_state_dict(saved.model, strict=True)
     fp8.swap_linears(model, saved.plan)
-    fp8.load_scale_state(model, saved.scales)
+    scaling.load_scale_state(model, saved.scales)
     for name, linear in fp8.float8_linears(model):
         amax = float(linear.weight.detach().abs().max())
         assert float(linear.scale[fp8.WEIGHT]) == pytest.approx(448 / amax / 2 if amax else 1, rel=1e-6), name
@@ -70,7 +71,7 @@ def test_conversion_on_a_gpu(legacy_file, recipe):
 
 
 def test_batches_that_a_gpu_cannot_multiply_are_refused_before_anything_else(legacy_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "SYNTHETIC_TEXT_TOKENS", 20)
+    monkeypatch.setattr("conversion.batches.SYNTHETIC_TEXT_TOKENS", 20)
     for device, batch in (("cpu", 1), ("cuda", 4)):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch=batch, base_image_size=8))
     with pytest.raises(ValueError, match="1 images at once have 20 states of text"):
@@ -170,7 +171,7 @@ def test_one_wrong_bit_on_the_disk_fails_the_conversion(legacy_file, monkeypatch
     def damaging(checkpoint, partial):
         written(checkpoint, partial)
         with (partial / checkpoints.STATE_FILES["ema"]).open("r+b") as file:
-            _, _, place, _ = tensor_file.entries(Path(file.name))["linear_out.bias"]
+            _, _, place, _ = safetensors_stream.entries(Path(file.name))["linear_out.bias"]
             file.seek(place + 3)
             byte = file.read(1)[0]
             file.seek(place + 3)

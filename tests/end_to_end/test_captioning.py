@@ -13,9 +13,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import caption, ledger
-from tests.environment import bare_environment
-from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
+from jobs.state import ledger
+from jobs.tasks import caption
+from tests.support.environment import bare_environment
+from tests.support.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 SHARDS, KILLS = 8, 20

@@ -15,19 +15,22 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from conversion.exports import export_inference
-from jobs import launch, ledger
-from jobs.runs import Run
-from jobs.tracking import read_journal
-from pixart import checkpoint as checkpoints
-from pixart.checkpoint import Checkpoint
-from pixart.config import DataConfig, from_json, override, to_json
+from conversion.export.writers import export_inference
+from jobs import launch
+from jobs.state import ledger
+from jobs.state.run import Run
+from jobs.tracking.mlflow_store import read_journal
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
+from pixart.config.dataset import DataConfig
+from pixart.config.overrides import override
+from pixart.config.recipe import from_json, to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
-from pixart.model.fp8 import Plan
+from pixart.model.fp8.plan import Plan
 from pixart.recipes import demo
-from tests.environment import bare_environment
+from tests.support.environment import bare_environment
 
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs import caption, ledger
+from jobs.state import ledger
+from jobs.tasks import caption
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
-from tests.environment import bare_environment
+from pixart.data.store.zarr_store import Store
+from tests.support.environment import bare_environment
 
 SMALL = {"data.images": 64, "data.shards": 4, "data.text_states": "false"}
 

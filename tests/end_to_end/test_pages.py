@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from jobs import launch
-from jobs.tracking import Journal, run_id
-from tests.demo_fixture import STEPS, Demo
-from tests.mlflow_fixture import MlflowServer
+from jobs.state.journal import Journal
+from jobs.tracking.mlflow_store import run_id
+from tests.support.demo_fixture import STEPS, Demo
+from tests.support.mlflow_fixture import MlflowServer
 
 pytestmark = pytest.mark.slow
 SCHEMES = ("light", "dark")
@@ -149,7 +150,7 @@ def test_mlflow_has_previews_by_step_and_the_released_weights(demo):
     import torch
     from mlflow.tracking import MlflowClient
 
-    from pixart import checkpoint as checkpoints
+    from pixart.checkpoint import directory as checkpoints
     from pixart.model.dit import DiT
 
     store = f"sqlite:///{demo.home}/mlflow.db"

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.tracking import read_journal
-from pixart import checkpoint as checkpoints
-from pixart.config import ScreeningConfig
+from jobs.tracking.mlflow_store import read_journal
+from pixart.checkpoint import directory as checkpoints
+from pixart.config.dataset import ScreeningConfig
 from pixart.data import manifest as manifests
-from pixart.data.screening import decode, resize_and_crop
-from pixart.data.store import Store
-from pixart.data.vae import decode as decode_latents
-from pixart.data.vae import encode, load_vae
-from tests.environment import bare_environment
+from pixart.data.encoders.vae import decode as decode_latents
+from pixart.data.encoders.vae import encode, load_vae
+from pixart.data.images.screening import decode, resize_and_crop
+from pixart.data.store.zarr_store import Store
+from tests.support.environment import bare_environment
 
 pytestmark = pytest.mark.slow
 SIZE = 128
@@ -189,7 +189,7 @@ def test_fp8_weights_give_pictures(home):
 def test_runs_are_in_mlflow(home):
     from mlflow.tracking import MlflowClient
 
-    from jobs.tracking import run_id
+    from jobs.tracking.mlflow_store import run_id
 
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     for kind, count in (("caption", 1), ("latents", 1), ("train", 2), ("convert", 1), ("sample", 3)):

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pixart import checkpoint as checkpoints
-from tests.environment import bare_environment
-from tests.jobs.test_sample import checkpoint_of
-from tests.vllm_fixture import PYTHON, VARIABLES, needs_vllm
+from pixart.checkpoint import directory as checkpoints
+from tests.jobs.tasks.test_sample import checkpoint_of
+from tests.support.environment import bare_environment
+from tests.support.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 LONG = "two boats " * 600  # more tokens than the model takes

@@ -9,14 +9,15 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import caption, init
-from jobs.tracking import read_journal
-from pixart.config import DataConfig, Recipe, to_json
-from pixart.data.screening import Reason
+from jobs.tasks import caption, init_dataset
+from jobs.tracking.mlflow_store import read_journal
+from pixart.config.dataset import DataConfig
+from pixart.config.recipe import Recipe, to_json
+from pixart.data.images.screening import Reason
 from pixart.recipes import demo
-from tests.environment import bare_environment
-from tests.pixart.data.mutations import COUNT, mutated_images
-from tests.pixart.data.test_remote_store import environment, server  # noqa: F401 - fixtures
+from tests.pixart.data.store.test_remote_store import environment, server  # noqa: F401 - fixtures
+from tests.support.environment import bare_environment
+from tests.support.mutations import COUNT, mutated_images
 
 pytestmark = pytest.mark.slow
 SMALL = ["data.images=64", "data.shards=4", "stage1.batch=8", "stage1.steps=4", "stage1.warmup=2"]
@@ -54,7 +55,9 @@ def test_hostile_images_through_a_task(tmp_path):
         (folder / f"{index:03d}.jpg").write_bytes(data)
     recipe: Recipe = demo(str(tmp_path))
     data = DataConfig(path=str(tmp_path / "data"), source=str(folder), shards=4, image_size=64)
-    init.run(to_json(Recipe(**{name: getattr(recipe, name) for name in recipe.__slots__ if name != "data"}, data=data)))
+    init_dataset.run(
+        to_json(Recipe(**{name: getattr(recipe, name) for name in recipe.__slots__ if name != "data"}, data=data))
+    )
     caption.run(data.path, [0, 1, 2, 3])
     rows = [row for shard in range(4) for row in pq.read_table(caption.part_path(data.path, shard)).to_pylist()]
     assert [row["id"] for row in rows] == [f"{index:03d}.jpg" for index in range(COUNT)]

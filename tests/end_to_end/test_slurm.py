@@ -15,17 +15,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import launch, ledger, runs
-from jobs.runs import Run
-from jobs.tracking import read_journal
-from pixart import checkpoint as checkpoints
+from jobs import launch
+from jobs.state import ledger
+from jobs.state import run as runs
+from jobs.state.run import Run
+from jobs.tracking.mlflow_store import read_journal
+from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
-from pixart.data.store import Store
-from slurm import devcluster
-from slurm.devcluster import DevCluster
-from slurm.devcluster_files import URGENT
+from pixart.data.store.zarr_store import Store
+from slurm.devcluster import lifecycle
+from slurm.devcluster.cluster import DevCluster
+from slurm.devcluster.files import URGENT
 from slurm.task import ATTEMPTS, attempts
-from tests.slurm.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
+from tests.support.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -129,7 +131,7 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
 
     With `--wait`, the command ends when they have.
     """
-    monkeypatch.setattr("slurm.queue.max_array_size", lambda: 2)
+    monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
     submit(
         *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1", "--wait"),
         settings={"data.shards": 8, "data.images": 64},
@@ -430,7 +432,7 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, 
     """At every look while an array waits, runs, fails and ends, as squeue and, where there is one, sacct have it."""
     cluster = dev_cluster
     if accounting:
-        cluster = devcluster.up(tmp_path / "accounting", nodes=1, accounting=True)
+        cluster = lifecycle.up(tmp_path / "accounting", nodes=1, accounting=True)
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     try:
@@ -457,7 +459,7 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, 
             wait_until(lambda: completed_by_sacct(run) == completed, what=f"sacct to say COMPLETED of {completed}")
     finally:
         if accounting:
-            devcluster.down(cluster.folder)
+            lifecycle.down(cluster.folder)
 
 
 def completed_by_sacct(run: Run) -> set[str]:

@@ -6,19 +6,21 @@ import time
 
 import pytest
 
-from slurm import devcluster
+from slurm.devcluster import lifecycle
+from slurm.devcluster.__main__ import main
+from slurm.devcluster.cluster import DevCluster
 
 pytestmark = pytest.mark.slurm
 
 
-def run(cluster: devcluster.DevCluster, *words: str) -> str:
+def run(cluster: DevCluster, *words: str) -> str:
     return cluster.command(*words)
 
 
 def test_two_coexist_and_nothing_is_left(tmp_path):
-    one = devcluster.up(tmp_path / "one", nodes=2, gpus_per_node=8)
+    one = lifecycle.up(tmp_path / "one", nodes=2, gpus_per_node=8)
     try:
-        other = devcluster.up(tmp_path / "other", nodes=1, gpus_per_node=0, accounting=True)
+        other = lifecycle.up(tmp_path / "other", nodes=1, gpus_per_node=0, accounting=True)
         try:
             seen = run(
                 one,
@@ -37,16 +39,16 @@ def test_two_coexist_and_nothing_is_left(tmp_path):
                 assert time.monotonic() < deadline, listed
                 time.sleep(0.5)
         finally:
-            devcluster.down(other.folder)
+            lifecycle.down(other.folder)
         assert run(one, "squeue", "--noheader") == ""  # it goes on when the other has ended
         subprocess.Popen(
             ["sbatch", "--wrap", "sleep 600", "-o", "/dev/null"], env={**os.environ, **one.environment}
         ).wait()
         time.sleep(1)
-        assert devcluster.processes(one)
+        assert lifecycle.processes(one)
     finally:
-        devcluster.down(one.folder)
-    assert devcluster.processes(one) == devcluster.processes(other) == []
+        lifecycle.down(one.folder)
+    assert lifecycle.processes(one) == lifecycle.processes(other) == []
     assert not one.folder.exists()
     assert not other.folder.exists()
 
@@ -65,7 +67,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capfd, argument
     if "--folder" not in arguments:
         arguments = [*arguments, "--folder", "nothing"]
     try:
-        code = devcluster.main(arguments)
+        code = main(arguments)
     except SystemExit as stopped:
         code = stopped.code
     errors = capfd.readouterr().err

@@ -9,11 +9,11 @@ import subprocess
 
 import pytest
 
-from tests.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
+from tests.support.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
 
 
 def kernels(of: str):
-    command = [PYTHON, "-m", "tests.gpu_kernels", of]
+    command = [PYTHON, "-m", "tests.support.gpu_kernels", of]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | VARIABLES, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,12 +4,11 @@ import shutil
 import pytest
 import torch
 
-from pixart.config import TrainConfig
+from pixart.config.training import TrainConfig
 from pixart.model.dit import DiT
-from pixart.training.adamw import MOMENTS
 from pixart.training.ema import Ema, decay_at
-from pixart.training.one_pass import OnePass
-from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
+from pixart.training.fused_adamw_ema import OnePass
+from pixart.training.optimizer import MOMENTS, learning_rate, make_optimizer, optimizer_tensors
 
 CONFIG = TrainConfig(steps=100, batch=8, lr=1e-3, warmup=10, final_lr=0.1)
 SIZES = {"in_dim": 4, "dim": 16, "cond_dim": 8, "num_heads": 2, "num_blocks": 1, "base_image_size": 8, "num_classes": 3}

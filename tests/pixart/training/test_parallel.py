@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from pixart.config import from_json, to_json
+from pixart.config.recipe import from_json, to_json
 from pixart.data import manifest as manifests
-from pixart.data.loader import Loader
-from pixart.data.order import held_out_rows
-from pixart.data.store import Store
+from pixart.data.loading.loader import Loader
+from pixart.data.loading.sampler import held_out_rows
+from pixart.data.store.zarr_store import Store
 from pixart.model.dit import DiT
-from pixart.training.conditions import TextCondition
-from pixart.training.distributed import process_group
+from pixart.training.conditioning import TextCondition
 from pixart.training.loop import Stopped, train
-from pixart.training.step import Training
-from pixart.training.telling import Quiet
-from tests import ranks
+from pixart.training.metrics import Quiet
+from pixart.training.process_group import process_group
+from pixart.training.trainer import Training
+from tests.support import ranks
 
 
 class Told(Quiet):

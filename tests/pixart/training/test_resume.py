@@ -13,11 +13,11 @@ import torch
 
 from conversion.options import Options
 from conversion.to_fp8 import convert
-from jobs.tracking import Journal, read_journal
-from pixart import checkpoint as checkpoints
-from pixart.config import from_json, to_json
+from jobs.state.journal import Journal, read_journal
+from pixart.checkpoint import directory as checkpoints
+from pixart.config.recipe import from_json, to_json
 from pixart.training.loop import Stopped, train
-from tests import ranks
+from tests.support import ranks
 
 STEPS, STOPS = 200, 10
 

@@ -1,0 +1,83 @@
+"""A converted checkpoint for others: TransformerEngine, torchao, and FP8 weights for inference.
+
+transformer_engine.safetensors   NAME._extra_state, uint8, of each linear
+torchao.json                     the linears to convert; torchao's keys are those of transformer/
+inference/                       the average: linears of the plan in E4M3 with NAME.weight_scale and
+                                 NAME.input_scale, all else in BF16; `sample` takes it
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conversion.export import transformer_engine
+from conversion.options import Export
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint, Lazy
+from pixart.model.fp8.ops import E4M3, INPUT
+from pixart.model.fp8.scaling import scale_from_amax
+from pixart.sampling.loading import INPUT_SCALE, RECORD, WEIGHT_SCALE
+
+
+def export_transformer_engine(checkpoint: Checkpoint, folder: Path) -> None:
+    transformer_engine.export(checkpoint.scales, folder / "transformer_engine.safetensors")
+
+
+def export_torchao(checkpoint: Checkpoint, folder: Path) -> None:
+    plan = checkpoint.plan
+    assert plan is not None
+    recipe = "rowwise" if plan.recipe == "rowwise" else "tensorwise"
+    content = {"recipe_name": recipe, "modules": list(plan.linears)}
+    checkpoints.write(folder / "torchao.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
+    """The average's weights have scales of their own; inputs have those that were calibrated."""
+    plan = checkpoint.plan
+    assert plan is not None
+    makers: dict[str, Callable[[], Tensor]] = {}
+    for name in checkpoint.ema:
+        linear, _, kind = name.rpartition(".")
+        if linear in plan.linears and kind == "weight":
+            makers[name] = partial(in_fp8, checkpoint, name)
+            makers[f"{linear}.{WEIGHT_SCALE}"] = partial(weight_scale, checkpoint, name)
+            makers[f"{linear}.{INPUT_SCALE}"] = partial(input_scale, checkpoint, linear)
+        else:
+            makers[name] = partial(in_bf16, checkpoint, name)
+    checkpoints.save_weights(Lazy(makers), checkpoint.config, folder / "inference")
+    record = {
+        "linears": list(plan.linears),
+        "stage": checkpoint.stage,
+        "step": checkpoint.step,
+        "dataset": checkpoint.dataset,
+        "normalization": {"mean": checkpoint.normalization.mean, "std": checkpoint.normalization.std},
+    }
+    checkpoints.write(folder / "inference" / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def weight_scale(checkpoint: Checkpoint, name: str) -> Tensor:
+    return scale_from_amax(checkpoint.ema[name].abs().amax(), torch.ones(()), E4M3.max)
+
+
+def in_fp8(checkpoint: Checkpoint, name: str) -> Tensor:
+    scaled = checkpoint.ema[name] * weight_scale(checkpoint, name)
+    return scaled.clamp_(-E4M3.max, E4M3.max).to(E4M3.dtype)
+
+
+def input_scale(checkpoint: Checkpoint, linear: str) -> Tensor:
+    return checkpoint.scales[f"{linear}.scale"][INPUT].clone()
+
+
+def in_bf16(checkpoint: Checkpoint, name: str) -> Tensor:
+    return checkpoint.ema[name].bfloat16()
+
+
+EXPORTS: dict[Export, Callable[[Checkpoint, Path], None]] = {
+    "transformer-engine": export_transformer_engine,
+    "torchao": export_torchao,
+    "inference": export_inference,
+}

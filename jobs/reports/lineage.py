@@ -1,0 +1,237 @@
+"""Where a picture, a checkpoint, a run or a dataset comes from, told from what lies in the folders themselves.
+
+A PNG names its checkpoint, a checkpoint its conversion or its run, a run what it began from and its dataset.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conversion.report.text import PAGE, REPORT
+from jobs.state import audit_files, ledger
+from jobs.state import run as runs
+from jobs.state.checkpoint_names import INFERENCE, MARKER, checkpoint_record, find_checkpoint
+from jobs.state.run import Run
+from jobs.state.run_metadata import FILE as DESCRIPTION
+from jobs.state.run_metadata import read_description
+from pixart.config.dataset import is_url
+
+LETTERS = 500  # of what a picture says of itself; its command is longer
+
+
+@dataclass(kw_only=True)
+class Node:
+    """`name` is a path or a URL, which no two nodes share."""
+
+    kind: str  # picture, samples, checkpoint, training, conversion, dataset, or another run's
+    name: str
+    facts: dict[str, str] = field(default_factory=dict)
+    pages: dict[str, Path] = field(default_factory=dict)
+    parents: list["Node"] = field(default_factory=list)
+
+
+def trace(home: Path, what: str | None) -> Node:
+    """The node of a PNG, a checkpoint, a dataset or a run, with all that it comes from.
+
+    Raises ValueError for what is none of them.
+    """
+    walk = Walk(home)
+    path = Path(what or "")
+    if what and is_url(what):
+        return walk.dataset(what)
+    if what and path.is_file():
+        return walk.picture(path.absolute())
+    if what and ((path / MARKER).exists() or (path / INFERENCE).exists()):
+        return walk.checkpoint(path.absolute())
+    if what and (path / "manifest.json").exists():
+        return walk.dataset(str(path.absolute()))
+    return walk.run(runs.find(home, what))
+
+
+class Walk:
+    """Each thing becomes one node, however many ways lead to it."""
+
+    def __init__(self, home: Path) -> None:
+        self.homes = [home]
+        self.nodes: dict[str, Node] = {}
+        self.loaded: dict[Path, Run] = {}
+
+    def known(self) -> list[Run]:
+        """The runs of all homes that the walk has come through."""
+        for folder in sorted({folder for home in self.homes for folder in runs.folders(home)} - self.loaded.keys()):
+            self.loaded[folder] = runs.load(folder)
+        return list(self.loaded.values())
+
+    def made(self, kind: str, name: str, /, **facts: Any) -> Node:
+        told = {key.replace("_", " "): str(value) for key, value in facts.items() if value not in (None, "")}
+        node = self.nodes[name] = Node(kind=kind, name=name, facts=told)
+        return node
+
+    def picture(self, path: Path) -> Node:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as image:
+                written = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        except (UnidentifiedImageError, OSError):
+            raise ValueError(f"{path} is no picture, no checkpoint, no dataset and no run") from None
+        if "checkpoint" not in written:
+            raise ValueError(f"{path} names no checkpoint: it is no picture that `sample` wrote, or was changed since")
+        told = {
+            key: value for key, value in written.items() if len(value) <= LETTERS and key not in ("checkpoint", "run")
+        }
+        node = self.made("picture", str(path), **told)
+        checkpoint = self.checkpoint(Path(written["checkpoint"]))
+        named = Path(written.get("run", "")) / runs.RECORD
+        run = runs.load(named.parent) if named.is_file() else self.run_with(path, written["checkpoint"])
+        node.parents = [self.run(run) if run else checkpoint]
+        return node
+
+    def run_with(self, path: Path, checkpoint: str) -> Run | None:
+        """The sampling run that has this picture, wherever the copy lies."""
+        digest = hashlib.sha256(path.read_bytes()).digest()
+        for run in self.known():
+            if run.kind == "sample" and run.request.get("checkpoint") == checkpoint:
+                for own in run.folder.glob("samples/*.png"):
+                    if hashlib.sha256(own.read_bytes()).digest() == digest:
+                        return run
+        return None
+
+    def checkpoint(self, path: Path) -> Node:
+        if str(path) in self.nodes:
+            return self.nodes[str(path)]
+        if path.parent.name == "checkpoints" and (path.parents[1] / runs.RECORD).exists():
+            self.homes.append(path.parents[3])
+        if (path / INFERENCE).exists():
+            node = self.made("checkpoint", str(path), form="FP8 weights for inference")
+            node.parents = [self.checkpoint(path.parent)]
+            return node
+        if not (path / MARKER).exists():
+            there = "" if path.exists() else "not there any more"
+            return self.made("checkpoint", str(path), note=there or "a file of another program")
+        record = checkpoint_record(path)
+        origin = record["provenance"]
+        node = self.made("checkpoint", str(path), stage=record["stage"], step=f"{record['step']:,}")
+        if (path / REPORT).exists():
+            node.parents = [self.conversion(path, origin)]
+        elif path.name.startswith("step-") and path.name[5:].isdecimal() and (path.parents[1] / runs.RECORD).exists():
+            node.parents = [self.run(runs.load(path.parents[1]))]
+        elif "converted_from" in origin:
+            node.parents = [self.source(path, origin)]
+        elif record["dataset"]:
+            node.parents = [self.dataset(record["dataset"], origin.get("dataset_hash"))]
+        return node
+
+    def conversion(self, output: Path, origin: dict[str, Any]) -> Node:
+        ways = {"gate": origin.get("gate"), "calibrated_on": origin.get("calibration_data")}
+        node = self.made("conversion", f"{output} (conversion)", way=origin.get("reparameterization"), **ways)
+        node.pages = {"report": output / PAGE}
+        for run in self.known():
+            if run.kind == "convert" and run.request.get("output") == str(output):
+                node.facts["run"] = run.folder.name
+        node.parents = [self.source(output, origin)]
+        return node
+
+    def source(self, output: Path, origin: dict[str, Any]) -> Node:
+        """What was converted: as it was named then or, where a home was moved, by that name beside the output."""
+        named = Path(origin["converted_from"])
+        path = named if named.exists() else output.with_name(named.name)
+        if (path / runs.RECORD).exists():
+            path = find_checkpoint(str(path))
+        node = self.checkpoint(path)
+        node.facts["SHA-256"] = origin["source_sha256"]
+        return node
+
+    def run(self, run: Run) -> Node:
+        name = str(run.folder)
+        if name in self.nodes:
+            return self.nodes[name]
+        self.homes.append(run.folder.parents[1])
+        about = read_description(run.folder) if (run.folder / DESCRIPTION).exists() else {"tags": {}, "parameters": {}}
+        tags, parameters = about["tags"], about["parameters"]
+        if run.kind == "train":
+            told = {key: parameters.get(key) for key in ("stage", "steps", "batch", "lr", "fp8")}
+        else:
+            told = {"shards": len(run.elements) or None, "guidance": parameters.get("guidance")}
+        kind = {"train": "training", "convert": "conversion", "sample": "samples"}.get(run.kind, run.kind)
+        jobs = ", ".join(run.job_ids)
+        node = self.made(kind, name, **told, jobs=jobs, commit=tags.get("pixart.commit"), user=tags.get("pixart.user"))
+        node.pages = {"summary": run.folder / "summary.html", "samples": run.folder / "samples.png"}
+        if start := tags.get("pixart.parent_checkpoint"):
+            node.parents.append(self.checkpoint(Path(start)))
+        if run.kind != "sample" and run.kind != "convert":
+            node.parents.append(self.dataset(run.dataset))
+        return node
+
+    def dataset(self, path: str, trained_on: str | None = None) -> Node:
+        if path in self.nodes:
+            return self.nodes[path]
+        manifest = ledger.manifest(path)
+        if manifest is None:
+            return self.made("dataset", path, hash=trained_on, note="not there any more")
+        data, models = manifest["data"], manifest["models"]
+        node = self.made(
+            "dataset",
+            path,
+            source=data["source"],
+            images=f"{manifest['images']:,} of {data['image_size']} px in {data['shards']} shards",
+            **captioner(data, models["captioner"]),
+            VAE=f"{data['vae']} ({models['vae']})",
+            text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",
+            hash=manifest["hash"],
+        )
+        for kind in ("caption", "latents", "audit"):
+            names = {run.folder.name for run in self.known() if run.kind == kind and run.dataset == path}
+            if names:
+                node.facts[kind] = ", ".join(sorted(names))
+        node.pages = {"audit": Path(path) / audit_files.FOLDER / audit_files.PAGE}
+        return node
+
+
+def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
+    """Who wrote a dataset's captions and, where it was a model, what it was told, which its fingerprint ends with."""
+    from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
+
+    if data["captioner"] != "vllm":
+        return {"captioner": data["captioner"]}
+    own = fingerprint.endswith(f"-{prompt_hash(INSTRUCTION)}")
+    said = INSTRUCTION if own else "another version's, by its hash above"
+    return {"captioner": f"vllm, {data['caption_model']} ({fingerprint})", "instruction": said}
+
+
+def in_order(node: Node) -> list[Node]:
+    """The node and all that it comes from, each after what it was made from."""
+    found: dict[str, Node] = {}
+
+    def add(one: Node) -> None:
+        for parent in one.parents:
+            add(parent)
+        found.setdefault(one.name, one)
+
+    add(node)
+    return list(found.values())
+
+
+def show(node: Node) -> None:
+    """As a tree on the terminal, back in time from top to bottom; no path is cut."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, shown = Console(highlight=False, soft_wrap=True), set()
+
+    def branch(one: Node, indent: str, begin: str) -> None:
+        again = "  (as above)" if one.name in shown else ""
+        path = one.name.removesuffix(" (conversion)")
+        console.print(Text.assemble(indent, begin, (one.kind, "bold"), f"  {path}{again}"))
+        if again:
+            return
+        shown.add(one.name)
+        indent += "    " if begin else ""
+        below = "|" if one.parents else " "
+        for key, value in one.facts.items():
+            console.print(Text(f"{indent}{below}   {key:<13} {value}"))
+        for parent in one.parents:
+            branch(parent, indent, "+-- ")
+
+    branch(node, "", "")

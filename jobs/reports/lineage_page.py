@@ -1,0 +1,87 @@
+"""A lineage as one HTML page: a drawing of what was made from what, with links to the pages that lie in the folders."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from jobs.reports.lineage import Node, in_order
+from pixart.html.page import Html, document, text
+
+WIDTH, LEFT = 1120, 190  # pixels; what is left of LEFT is for the arrows that pass others by
+LINE, GAP, PAD = 19, 34, 12
+LANE = 26  # between two of those arrows
+LETTERS = 104  # that a line of a card has room for
+STYLE = """
+.card { fill: var(--panel); stroke: var(--rule); } .first .card { stroke: var(--c0); stroke-width: 2; }
+.arrow { fill: none; stroke: var(--soft); stroke-width: 1.5; } .head { fill: var(--soft); }
+.graph .kind { font-weight: 700; font-size: 14px; } .graph .key { fill: var(--soft); }
+.graph a text { fill: var(--c0); text-decoration: underline; } .graph { font-variant-numeric: tabular-nums; }
+"""
+
+
+def page(node: Node, folder: Path) -> str:
+    """`folder` is where the page is written: links are relative to it, so that a copied home still works."""
+    nodes = in_order(node)
+    tops, top = {}, 2
+    for one in nodes:
+        tops[one.name] = top
+        top += height(one) + GAP
+    parts = [arrow(parent, one, nodes, tops) for one in nodes for parent in one.parents]
+    parts += [card(one, tops[one.name], folder, first=one is node) for one in nodes]
+    words = f"{node.kind} {Path(node.name).name}"
+    body = (
+        f"<h1>Lineage of {text(words)}</h1>\n<p>From the top to the bottom: what was made, and what from.</p>\n"
+        f'<figure><div class="scroll"><svg class="graph" viewBox="0 0 {WIDTH} {top - GAP + 4}" role="img">\n'
+        f"{chr(10).join(parts)}\n</svg></div></figure>\n"
+    )
+    return document(f"Lineage of {words}", body, STYLE + ".scroll { max-height: none; }")
+
+
+def height(node: Node) -> int:
+    return 2 * PAD + LINE * (1 + len(lines(node)))
+
+
+def lines(node: Node) -> list[tuple[str, str]]:
+    return [("at", node.name.removesuffix(" (conversion)")), *node.facts.items()]
+
+
+def card(node: Node, top: int, folder: Path, *, first: bool) -> str:
+    parts = [
+        f'<g class="{"first" if first else "other"}"><rect class="card" x="{LEFT}" y="{top}" rx="8" '
+        f'width="{WIDTH - LEFT - 4}" height="{height(node)}"/>',
+        f'<text class="kind" x="{LEFT + PAD}" y="{top + PAD + 12}">{text(node.kind)}</text>',
+    ]
+    there = {name: path for name, path in node.pages.items() if path.exists()}
+    for index, (name, path) in enumerate(there.items()):
+        target = quote(os.path.relpath(path, folder))
+        place = f'x="{WIDTH - PAD - 8 - 130 * index}" y="{top + PAD + 12}" text-anchor="end"'
+        parts.append(f'<a href="{target}"><text {place}>{text(name)}</text></a>')
+    for index, (key, value) in enumerate(lines(node)):
+        y = top + PAD + LINE * (index + 1) + 12
+        parts.append(f'<text class="key" x="{LEFT + PAD}" y="{y}">{text(key)}</text>')
+        parts.append(f'<text x="{LEFT + 120}" y="{y}">{clipped(value)}</text>')
+    return "".join([*parts, "</g>"])
+
+
+def clipped(value: str) -> Html:
+    """The end of a long path says more than its beginning; the whole is its title."""
+    if len(value) <= LETTERS:
+        return Html(text(value))
+    short = f"…{value[1 - LETTERS :]}" if value.startswith("/") else f"{value[: LETTERS - 1]}…"
+    return Html(f"{text(short)}<title>{text(value)}</title>")
+
+
+def arrow(parent: Node, child: Node, nodes: Sequence[Node], tops: dict[str, int]) -> str:
+    """Straight between neighbours; else around those that lie between, in a lane of its own for each distance."""
+    names = [one.name for one in nodes]
+    distance = names.index(child.name) - names.index(parent.name)
+    begin, end = tops[parent.name] + height(parent), tops[child.name]
+    if distance == 1:
+        x = (LEFT + WIDTH) / 2
+        head = f'<path class="head" d="M{x} {end}l-5-9h10z"/>'
+        return f'<path class="arrow" d="M{x} {begin}V{end - 8}"/>{head}'
+    lane = max(12, LEFT - LANE * distance)
+    begin, end = begin - height(parent) // 2, end + height(child) // 2
+    head = f'<path class="head" d="M{LEFT} {end}l-9-5v10z"/>'
+    return f'<path class="arrow" d="M{LEFT} {begin}H{lane + 10}q-10 0-10 10V{end - 10}q0 10 10 10H{LEFT - 8}"/>{head}'

@@ -1,0 +1,90 @@
+"""The pages of a run folder, made from what lies there, and which of them `open` shows."""
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+from conversion.report.text import PAGE as REPORT_PAGE
+from jobs.reports import lineage, lineage_page, training
+from jobs.reports.training import Incident
+from jobs.state import audit_files
+from jobs.state.journal import Journal, points, read_journal
+from jobs.state.ledger import write_atomically
+from jobs.state.run import Run
+from jobs.state.run_metadata import read_description
+from slurm.task import attempts
+
+SUMMARY, LINEAGE = "summary.html", "lineage.html"
+PREVIEW = re.compile(r"step-[0-9]+\.png")
+
+
+def write_pages(run: Run) -> None:
+    """Writes those that say something new, and into the journal that MLflow is to have them."""
+    if run.kind == "train":
+        write(run, SUMMARY, summary(run))
+    write(run, LINEAGE, lineage_page.page(lineage.trace(run.folder.parents[1], str(run.folder)), run.folder))
+
+
+def write(run: Run, name: str, content: str) -> None:
+    path = run.folder / name
+    if not path.exists() or path.read_text() != content:
+        write_atomically(path, content)
+        Journal(run.folder, "pages").artifact(path)
+
+
+def main_page(run: Run) -> Path:
+    """The one to look at first: what the run was for."""
+    own = {
+        "train": run.folder / SUMMARY,
+        "convert": Path(run.request.get("output", run.folder)) / REPORT_PAGE,
+        "audit": Path(run.dataset) / audit_files.FOLDER / audit_files.PAGE,
+    }
+    path = own.get(run.kind, run.folder / LINEAGE)
+    return path if path.exists() else run.folder / LINEAGE
+
+
+def summary(run: Run) -> str:
+    description = read_description(run.folder)
+    lines, _ = read_journal(run.folder)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for key, value, _, step in points(lines, set()):
+        curves.setdefault(key, []).append((step, value))
+    for values in curves.values():
+        values.sort()
+    losses = curves.get("train/loss", [])
+    facts = {
+        "status": description["status"].lower(),
+        "steps": f"{max((step for step, _ in losses), default=0):,} of {run.total:,}",
+        **training.headline(curves),
+        "ranks": f"{run.ranks} on {run.nodes} node{'s' * (run.nodes > 1)}",
+        **{key: value for key, value in description["parameters"].items() if key not in ("steps", "nodes")},
+        "began from": description["tags"].get("pixart.parent_checkpoint"),
+        "submitted": moment(description["begun"]),
+        "jobs": ", ".join(run.job_ids),
+        "commit": description["tags"].get("pixart.commit"),
+        "folder": str(run.folder),
+    }
+    shown = {key: str(value) for key, value in facts.items() if value is not None}
+    previews = sorted(path for path in run.folder.glob("previews/step-*.png") if PREVIEW.fullmatch(path.name))
+    return training.page(f"Training {run.folder.name}", shown, curves, incidents(run, lines), previews)
+
+
+def incidents(run: Run, lines: list[dict]) -> list[Incident]:
+    """Starts after the first, of the first rank, and what the training has told."""
+    told = [
+        (line["time"], Incident(step=line["step"], what=line["incident"], when=moment(line["time"])))
+        for line in lines
+        if "incident" in line
+    ]
+    reported = [(line["time"], line["step"]) for line in lines if "train/loss" in line.get("metrics", {})]
+    starts = [line for line in attempts(run.folder) if line["rank"] == 0]
+    for line in starts[1:]:
+        when = datetime.fromisoformat(line["time"]).timestamp()
+        step = max((step for at, step in reported if at < when), default=None)
+        how = f"requeued, attempt {line['restart'] + 1}" if line["restart"] else f"submitted again as job {line['job']}"
+        told.append((when, Incident(step=step, what=f"{how}, on {line['node']}", when=line["time"].replace("T", " "))))
+    return [one for _, one in sorted(told, key=lambda each: each[0])]
+
+
+def moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,129 @@
+"""The audit job: what all caption parts say of a dataset, merged to one page, and a verdict that training asks for."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from jobs.state import ledger
+from jobs.state.audit_files import DUPLICATES, FOLDER, PAGE, SUMMARY
+from jobs.state.journal import Journal
+from jobs.state.json_record import parse_record
+from pixart.config.recipe import from_json
+
+ACCEPTED = 24  # pictures of accepted images
+GROUPS, OF_GROUP = 12, 4  # pictures of duplicates
+
+
+def run(run_folder: str) -> str:
+    """Returns the page's path. Raises ValueError for captions that are missing, and where a limit is not kept."""
+    from pixart.data import manifest as manifests
+    from pixart.data.audit import statistics as audits
+    from pixart.data.audit.page import page
+
+    recipe = from_json((Path(run_folder) / "config.json").read_text())
+    dataset = recipe.data.path
+    manifest = manifests.read(dataset)
+    made_of = captions_digest(dataset, manifest.data.shards)
+    merged = merge(manifest)
+    duplicates = merged.duplicates()
+    summary = {"manifest": manifest.hash, "captions": made_of, **audits.summary(merged, duplicates, recipe.audit)}
+
+    folder = Path(dataset) / FOLDER
+    groups = [(kind, found[:OF_GROUP].tolist(), len(found)) for kind, found in spread(duplicates, GROUPS)]
+    accepted = spread([row for rows in merged.valid_rows for row in rows.tolist()], ACCEPTED)
+    picture = pictures(manifest, accepted + [row for _, rows, _ in groups for row in rows])
+    html = page(
+        dataset,
+        summary,
+        {
+            reason: [(f"{example.id} {example.detail}", example.thumbnail) for example in merged.examples(reason)]
+            for reason in merged.reasons
+        },
+        [picture[row] for row in accepted],
+        [(kind, count, [picture[row] for row in rows]) for kind, rows, count in groups],
+    )
+    write_duplicates(folder / DUPLICATES, duplicates)
+    ledger.write_atomically(folder / PAGE, html)
+    ledger.write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    report(run_folder, folder, summary)
+    failed = [check for check in summary["checks"] if not check["passed"]]
+    if failed:
+        what = "; ".join(f"{check['name']} {check['value']:.4g}, limit {check['limit']}" for check in failed)
+        raise ValueError(f"the dataset does not pass its audit: {what} (see {folder / PAGE})")
+    return str(folder / PAGE)
+
+
+def captions_digest(dataset: str | Path, shards: int) -> str:
+    """Of the ledger's checksums of all caption parts. Raises ValueError where some are missing."""
+    entries = ledger.captions(dataset, list(range(shards)))
+    return hashlib.sha256("".join(entries[shard].checksum for shard in range(shards)).encode()).hexdigest()[:16]
+
+
+def require(dataset: str | Path) -> None:
+    """Raises ValueError unless the dataset as it is has passed its audit."""
+    told = f"run `python -m jobs.launch audit --dataset {dataset}`, or give --accept-failed-audit"
+    manifest = ledger.manifest(dataset)
+    assert manifest is not None
+    (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
+    if text is None:
+        raise ValueError(f"dataset {dataset} has not been audited: {told}")
+    summary = parse_record(text, f"{dataset}/{FOLDER}/{SUMMARY}", "manifest", "captions", "passed", "checks")
+    now = captions_digest(dataset, manifest["data"]["shards"])
+    if (summary["manifest"], summary["captions"]) != (manifest["hash"], now):
+        raise ValueError(f"dataset {dataset} has changed since its audit: {told}")
+    if not summary["passed"]:
+        failed = ", ".join(check["name"] for check in summary["checks"] if not check["passed"])
+        raise ValueError(f"dataset {dataset} has failed its audit ({failed}, see its {FOLDER}/{PAGE}): {told}")
+
+
+def merge(manifest):
+    from jobs.tasks.caption import read_part
+    from pixart.data.audit.statistics import Audit
+
+    merged = Audit()
+    for shard in range(manifest.data.shards):
+        merged.add(read_part(manifest.data.path, shard), manifest.shard(shard)[0])
+    return merged
+
+
+def spread(items: list, count: int) -> list:
+    """At most `count` of them, evenly from all."""
+    return [items[len(items) * index // count] for index in range(count)] if len(items) > count else items
+
+
+def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
+    """Id and thumbnail of rows that have passed screening."""
+    from pixart.data.images.screening import decode, thumbnail
+    from pixart.data.manifest import open_images
+
+    source = open_images(manifest)
+    found = {}
+    for row in rows:
+        item = next(source.read(row, row + 1))
+        found[row] = (item.id, thumbnail(decode(item.data, manifest.data.screening)))
+    return found
+
+
+def write_duplicates(path: Path, duplicates) -> None:
+    """One line for each row of the dataset that others are the same as: kind, number of the group, row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = [(kind, group, int(row)) for group, (kind, rows) in enumerate(duplicates) for row in rows]
+    schema = pa.schema([("kind", pa.string()), ("group", pa.int64()), ("row", pa.int64())])
+    sink = pa.BufferOutputStream()
+    columns = [pa.array([line[index] for line in lines], schema.types[index]) for index in range(len(schema))]
+    pq.write_table(pa.table(columns, schema=schema), sink)
+    ledger.write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def report(run_folder: str, folder: Path, summary: dict[str, Any]) -> None:
+    journal = Journal(run_folder)
+    rows = max(1, summary["rows"])
+    journal.metrics(0, {"data/rows": summary["rows"], "data/valid": summary["valid"]})
+    journal.metrics(0, {f"data/{check['name'].replace(' ', '_')}": check["value"] for check in summary["checks"][:-1]})
+    journal.metrics(0, {f"data/rejected_{name.replace(' ', '_')}": n / rows for name, n in summary["reasons"].items()})
+    for name in (SUMMARY, PAGE, DUPLICATES):
+        journal.artifact(folder / name)
+    journal.tags({"pixart.audit": "PASS" if summary["passed"] else "FAIL", "pixart.dataset": summary["manifest"]})

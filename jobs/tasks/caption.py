@@ -1,0 +1,101 @@
+"""The caption job: one shard of images to one parquet part of captions, every source item a row."""
+
+import platform
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs.state import ledger
+
+
+def run(dataset: str, shards: list[int]) -> None:
+    """Captions shards one after the other; those that the ledger has are left alone."""
+    from pixart.data import manifest as manifests
+    from pixart.data.captions.captioner import make_captioner
+
+    manifest = manifests.read(dataset)
+    data = manifest.data
+    todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
+    if not todo:
+        return
+    manifests.check_model(manifest, "captioner")
+    source = manifests.open_images(manifest)
+    captioner = make_captioner(data.captioner, model=data.caption_model)
+    for_each_shard(todo, lambda shard: caption_shard(manifest, shard, source, captioner))
+
+
+def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
+    entry = ledger.read(dataset, "caption", shard)
+    return entry is not None and entry.manifest == manifest_hash and part_path(dataset, shard).exists()
+
+
+def part_path(dataset: str | Path, shard: int) -> Path:
+    return Path(dataset) / "captions" / f"{shard:05d}.parquet"
+
+
+def for_each_shard(shards: list[int], work: Callable[[int], None]) -> None:
+    """One failing shard does not keep the others from being done; raises the first error at the end."""
+    failures: dict[int, Exception] = {}
+    for shard in shards:
+        try:
+            work(shard)
+        except Exception as error:
+            traceback.print_exc()
+            failures[shard] = error
+    if failures:
+        first, cause = next(iter(failures.items()))
+        kind = ValueError if isinstance(cause, ValueError) else RuntimeError
+        raise kind(f"{len(failures)} of {len(shards)} shards failed; shard {first}: {cause}") from cause
+
+
+def caption_shard(manifest, shard: int, source, captioner) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pixart.data.captions.table import content_digest, make_part
+
+    begun = time.monotonic()
+    start, stop = manifest.shard(shard)
+    table = make_part(source.read(start, stop), captioner, manifest.data.screening)
+    if len(table) != stop - start:
+        raise ValueError(
+            f"shard {shard}: the source gave {len(table)} of {stop - start} items; it has changed since `init`"
+        )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    ledger.write_atomically(part_path(manifest.data.path, shard), sink.getvalue().to_pybytes())
+    ledger.record(
+        manifest.data.path,
+        "caption",
+        shard,
+        ledger.Entry(
+            manifest=manifest.hash,
+            inputs="",
+            rows=len(table),
+            valid=sum(table["valid"].to_pylist()),
+            checksum=content_digest(table),
+            seconds=time.monotonic() - begun,
+            versions={"python": platform.python_version(), "captioner": captioner.name},
+        ),
+    )
+
+
+def read_part(dataset: str | Path, shard: int):
+    """The part as a pyarrow table. Raises ValueError where it is not the one that the ledger has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pixart.data.captions.table import content_digest
+
+    entry, path = ledger.read(dataset, "caption", shard), part_path(dataset, shard)
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError):
+        table = None
+    if entry is None or table is None or content_digest(table) != entry.checksum:
+        raise ValueError(
+            f"{path} is not what the ledger says: `python -m jobs.launch verify --dataset {dataset}` finds all that "
+            "was altered, and caption makes it again"
+        )
+    return table

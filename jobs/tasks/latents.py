@@ -1,0 +1,127 @@
+"""The latents job: one shard of captioned images to that shard's rows of the training set."""
+
+import hashlib
+import time
+from itertools import islice, zip_longest
+
+from jobs.state import ledger
+from jobs.tasks.caption import for_each_shard, read_part
+
+BATCH = 32  # images that the VAE and captions that the text encoder are given at a time
+FINER = 2  # times the resolution that is wanted: a JPEG that has more is decoded at less
+
+
+def run(dataset: str, shards: list[int]) -> None:
+    """Encodes shards one after the other; those that the ledger has, made from the same captions, are left alone."""
+
+    from pixart.data import manifest as manifests
+    from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
+    from pixart.data.encoders.vae import load_vae
+
+    manifest = manifests.read(dataset)
+    data = manifest.data
+    todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
+    if not todo:
+        return
+    for kind in ("vae", "text_encoder"):
+        manifests.check_model(manifest, kind)
+    source = manifests.open_images(manifest)
+    vae = load_vae(data.vae)
+    text: Tokenizer = (
+        TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+        if data.text_states
+        else Tokenizer(load_tokenizer(data.text_encoder), tokens=data.text_tokens)
+    )
+    for_each_shard(todo, lambda shard: encode_shard(manifest, shard, source, vae, text))
+
+
+def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
+    captions, latents = (ledger.read(dataset, job, shard) for job in ("caption", "latents"))
+    if captions is None:
+        raise ValueError(f"shard {shard} has no captions yet: run the caption job first")
+    return latents is not None and latents.manifest == manifest_hash and latents.inputs == captions.checksum
+
+
+def checksum(columns) -> str:
+    """SHA-256 of all that a shard has in the store, arrays by name."""
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        digest.update(columns[name])
+    return digest.hexdigest()
+
+
+def encode_shard(manifest, shard: int, source, vae, text) -> None:
+    import numpy as np
+    import torch
+
+    from pixart.data.store.zarr_store import layout, write_shard
+
+    begun = time.monotonic()
+    captions = ledger.read(manifest.data.path, "caption", shard)
+    assert captions is not None  # `complete` has looked
+    captions_of = {"": "caption", "short_": "short_caption"} if manifest.data.short_captions else {"": "caption"}
+    names = ["id", "digest", "label", "valid", *captions_of.values()]
+    table = read_part(manifest.data.path, shard).select(names).to_pydict()
+    valid = np.array(table["valid"], dtype=bool)
+    columns = {name: np.zeros((len(valid), *shape), dtype) for name, (shape, dtype) in layout(manifest).items()}
+    columns["label"][:] = table["label"]
+    columns["valid"][:] = valid
+    for prefix, caption in captions_of.items() if len(valid) else ():
+        columns[f"{prefix}token_ids"], columns[f"{prefix}token_mask"] = text.tokenize(table[caption])
+    for rows, latents in encoded(manifest, source.read(*manifest.shard(shard)), table, vae):
+        columns["latents"][rows] = latents
+        for prefix in captions_of if manifest.data.text_states else ():
+            states = text.states(columns[f"{prefix}token_ids"][rows], columns[f"{prefix}token_mask"][rows])
+            columns[f"{prefix}text_states"][rows] = states.to(torch.float16).cpu().numpy()
+    for name in columns:
+        if columns[name].dtype == np.float16 and not np.isfinite(columns[name]).all():
+            raise ValueError(f"shard {shard}: {name} do not fit into float16")
+
+    write_shard(manifest, shard, columns)
+    ledger.record(
+        manifest.data.path,
+        "latents",
+        shard,
+        ledger.Entry(
+            manifest=manifest.hash,
+            inputs=captions.checksum,
+            rows=len(valid),
+            valid=int(valid.sum()),
+            checksum=checksum(columns),
+            seconds=time.monotonic() - begun,
+            versions={"torch": torch.__version__, "vae": manifest.data.vae},
+        ),
+    )
+
+
+def encoded(manifest, items, table, vae):
+    """Row numbers (B,) and latents (B, C, h, w) of the valid items; the next images are decoded meanwhile.
+
+    Raises ValueError where the items are not those that the captions of the table are of.
+    """
+    import numpy as np
+
+    from pixart.data.encoders.vae import encode
+    from pixart.data.images.screening import decode_shrunk, digest, resize_and_crop
+    from pixart.data.prefetch import made_ahead
+
+    size = manifest.data.image_size
+
+    def wanted():
+        for row, (item, id) in enumerate(zip_longest(items, table["id"])):
+            if item is None or item.id != id:
+                raise ValueError(f"row {row} was {id}, now {item and item.id}: the source has changed since `caption`")
+            if table["valid"][row]:
+                yield row, item
+
+    def prepare(numbered):
+        row, item = numbered
+        if digest(item.data) != table["digest"][row]:
+            raise ValueError(f"{item.id} is another image than the one that was captioned")
+        image, _ = decode_shrunk(item.data, manifest.data.screening, lambda *sides: FINER * size / min(sides))
+        return row, np.asarray(resize_and_crop(image, size))
+
+    images_ahead = made_ahead(prepare, wanted())
+    while batch := list(islice(images_ahead, BATCH)):
+        rows, images = zip(*batch, strict=True)
+        yield list(rows), encode(vae, np.stack(images))

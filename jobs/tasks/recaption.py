@@ -1,0 +1,19 @@
+"""The recaption job: users' requests, rewritten as captions by the model that captioned the dataset."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from jobs.state.journal import Journal
+from jobs.state.ledger import write_atomically
+
+
+def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, str]]:
+    """Returns request, text and problem of each, in their order."""
+    from pixart.data.captions.rewriting import engine, rewrite
+
+    found = [asdict(each) for each in rewrite(requests, engine(model))]
+    path = Path(run_folder) / "rewritten.jsonl"
+    write_atomically(path, "".join(json.dumps(each) + "\n" for each in found))
+    Journal(run_folder).artifact(path)
+    return found

@@ -1,0 +1,172 @@
+"""The sample job: pictures from a checkpoint, one PNG each and one sheet of all, and the export as a pipeline."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jobs.state.journal import Journal
+from jobs.state.ledger import write_atomically
+from jobs.state.prompts import dataset_captions
+from pixart.config.recipe import Recipe, from_json
+
+UNSEEN = 1  # added to the dataset's seed: the demo's scenes that training has not had
+COLUMNS = 8  # of the sheet
+
+
+def run(
+    run_folder: str,
+    *,
+    checkpoint: str,
+    weights: str = "ema",
+    prompts: list[dict[str, str]],
+    classes: list[int],
+    per_prompt: int = 1,
+    rewritten: str | None = None,
+    export: str | None = None,
+) -> dict[str, Any]:
+    """Makes `per_prompt` pictures of each prompt or class, of the dataset's where none are given, and the export.
+
+    `rewritten` is the recaption job's file, in place of prompts. Returns the sheet's path and, where the prompts are
+    the demo's own scenes, the shares that came out right; with an export alone, its folder. Raises ValueError where
+    the dataset's VAE or text encoder is no longer the one that it was made with.
+    """
+    from pixart.data import manifest as manifests
+    from pixart.sampling import loading
+
+    folder = Path(run_folder)
+    configuration = from_json((folder / "config.json").read_text())
+    dataset = manifests.read(configuration.data.path)
+    directory = loading.find(checkpoint)
+    for kind in ("vae", "text_encoder"):
+        manifests.check_model(dataset, kind)
+    pipeline = loading.load_pipeline(directory, weights, dataset, both_halves=export is not None)
+    about = origin(folder, pipeline.transformer.stage, directory, weights, dataset)
+    if rewritten:
+        lines = [json.loads(line) for line in Path(rewritten).read_text().splitlines()]
+        prompts = [{"prompt": line["text"], "request": line["request"]} for line in lines]
+    if export:
+        write_export(pipeline, Path(export), about)
+        if not prompts and not classes:
+            return {"export": export}
+
+    scenes: list[Any] = []
+    asked: list[dict[str, Any]] = list(prompts)
+    if pipeline.transformer.stage == 1:
+        asked = classes_of(pipeline, configuration, classes)
+    elif not asked and configuration.data.source == "demo":
+        scenes, asked = unseen_scenes(configuration)
+    elif not asked:
+        asked = [{"prompt": text} for text in dataset_captions(dataset.data.path, configuration.sample.count)]
+    if not asked:
+        raise ValueError(f"dataset {dataset.data.path} has no captions to sample: give --prompt")
+    result = {**paint(folder, pipeline, configuration, asked, per_prompt, about), "export": export}
+    if scenes:
+        repeated = [scene for scene in scenes for _ in range(per_prompt)]
+        result |= count_right(folder, repeated)
+    write_atomically(folder / "samples.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> dict[str, str]:
+    """Where the run's pictures come from, as all of them say."""
+    from pixart.checkpoint.directory import MARKER
+    from pixart.sampling.loading import RECORD
+
+    in_fp8 = (directory / RECORD).exists()
+    record = json.loads((directory / (RECORD if in_fp8 else MARKER)).read_text())
+    git = folder / "git.txt"
+    commit = {"commit": git.read_text().split(maxsplit=2)[1]} if git.exists() else {}
+    return {
+        "checkpoint": str(directory),
+        "step": str(record["step"]),
+        "stage": str(stage),
+        "weights": f"{weights} in FP8" if in_fp8 else weights,
+        "run": str(folder),
+        "dataset": dataset.data.path,
+        "dataset_hash": dataset.hash,
+        **commit,
+    }
+
+
+def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
+    """Whole or not at all."""
+    from pixart.checkpoint.directory import appearing
+
+    with appearing(target) as partial:
+        pipeline.save_pretrained(partial)
+        write_atomically(partial / "origin.json", json.dumps(about, indent=2) + "\n")
+
+
+def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict[str, Any]]:
+    """Those that were asked for, else the first of the dataset's, else "no class"."""
+    from pixart.sampling.pipeline import NO_CLASS
+
+    names, none = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
+    labels = classes or list(range(len(names)))[: configuration.sample.count] or [none]
+    return [
+        {"label": label, "class_name": NO_CLASS if label == none else names.get(str(label), str(label))}
+        for label in labels
+    ]
+
+
+def unseen_scenes(configuration: Recipe) -> tuple[list, list[dict[str, Any]]]:
+    from pixart.demo.scenes import caption, make_scene
+
+    seed = configuration.data.seed + UNSEEN
+    scenes = [make_scene(seed, index) for index in range(configuration.sample.count)]
+    return scenes, [{"prompt": caption(scene)} for scene in scenes]
+
+
+def paint(
+    folder: Path, pipeline, configuration: Recipe, asked: list[dict[str, Any]], each: int, about: dict[str, str]
+) -> dict[str, Any]:
+    """Makes and writes the pictures; the k-th of all has the seed `sample.seed` + k."""
+    from pixart.sampling.contact_sheet import contact_sheet
+    from pixart.sampling.images import Picture, make, save_png
+
+    options, journal = configuration.sample, Journal(folder)
+    repeated = [item for item in asked for _ in range(each)]
+    pictures = [Picture(seed=options.seed + index, **item) for index, item in enumerate(repeated)]
+    pipeline.to(pipeline.vae.device)
+    (folder / "samples").mkdir(exist_ok=True)
+    images: list[Any] = []
+    settings: list[dict[str, str]] = []
+    how = {"steps": str(options.steps), "guidance": str(options.guidance)}
+    for image in make(pipeline, pictures, steps=options.steps, guidance=options.guidance):
+        own, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
+        whole = {**own, **how, "size": size, **about}
+        save_png(image, folder / "samples" / f"{len(images):04d}.png", {**whole, "command": command(whole)})
+        images.append(image)
+        settings.append(own)
+        journal.append({"step": len(images)})  # for the progress line
+    sheet = folder / "samples.png"
+    captions = [picture.caption for picture in pictures]
+    columns = each if 1 < each <= COLUMNS else COLUMNS
+    save_png(
+        contact_sheet(images, captions, columns=columns), sheet, {**how, **about, "pictures": json.dumps(settings)}
+    )
+    journal.artifact(sheet)
+    return {"sheet": str(sheet), "checkpoint": about["checkpoint"], "pictures": settings}
+
+
+def command(settings: dict[str, str]) -> str:
+    """What makes this picture again, alone."""
+    what = ["--prompt", settings["prompt"]] if "prompt" in settings else ["--class", settings["class_index"]]
+    values = [f"sample.{name}={settings[name]}" for name in ("seed", "steps", "guidance")]
+    words = ["python", "-m", "jobs.launch", "sample", settings["checkpoint"], *what, "--dataset", settings["dataset"]]
+    words += ["--weights", settings["weights"].split()[0], *(word for value in values for word in ("--set", value))]
+    return shlex.join(words)
+
+
+def count_right(folder: Path, scenes: list) -> dict[str, Any]:
+    """The shares of pictures that show their scene's colour and shape."""
+    import numpy as np
+    from PIL import Image
+
+    from pixart.demo.scene_scorer import count
+
+    files = sorted((folder / "samples").glob("*.png"))
+    counts = count([np.asarray(Image.open(file)) for file in files], scenes)
+    Journal(folder).metrics(0, {"sample/color": counts.color, "sample/shape": counts.shape})
+    return {"prompts": counts.total, "color": counts.color, "shape": counts.shape}

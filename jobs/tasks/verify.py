@@ -1,0 +1,60 @@
+"""The verify job: every file of a dataset against the ledger's checksums; what was altered is to be made again."""
+
+from pathlib import Path
+
+from jobs.progress import ProgressLine
+from jobs.state import ledger
+from pixart.config.recipe import from_json
+
+
+def run(run_folder: str) -> dict[str, list[int]]:
+    """Takes back the ledger's word for shards that are not what it says -> those shards, by job."""
+    from pixart.data import manifest as manifests
+    from pixart.data.store.zarr_store import Store
+
+    recipe = from_json((Path(run_folder) / "config.json").read_text())
+    dataset = recipe.data.path
+    manifest = manifests.read(dataset)
+    store = Store(manifest) if ledger.shards(dataset, "latents") else None
+    altered: dict[str, list[int]] = {"caption": [], "latents": []}
+    with ProgressLine("verify", manifest.data.shards) as line:
+        for shard in range(manifest.data.shards):
+            if not captions_whole(dataset, shard):
+                altered["caption"].append(shard)
+            if store and not latents_whole(store, shard):
+                altered["latents"].append(shard)
+            line.update(shard + 1, "")
+    for job, shards in altered.items():
+        for shard in shards:
+            ledger.path(dataset, job, shard).unlink()
+    return altered
+
+
+def captions_whole(dataset: str, shard: int) -> bool:
+    """True also where there are none yet."""
+    from jobs.tasks.caption import read_part
+
+    if ledger.read(dataset, "caption", shard) is None:
+        return True
+    try:
+        read_part(dataset, shard)
+    except ValueError:
+        return False
+    return True
+
+
+def latents_whole(store, shard: int) -> bool:
+    """True also where there are none yet."""
+    import numpy as np
+
+    from jobs.tasks.latents import checksum
+
+    entry = ledger.read(store.manifest.data.path, "latents", shard)
+    if entry is None:
+        return True
+    rows = np.arange(*store.manifest.shard(shard))
+    try:
+        columns = {name: store.read(name, rows) for name in store.arrays}
+    except ValueError:
+        return False
+    return checksum(columns) == entry.checksum

@@ -1,0 +1,252 @@
+"""Tracking: all that is to be told is written into the run folder first, and brought into MLflow from there.
+
+Tasks append to a journal, so they need no way to the tracking server; the launcher describes the run and how it ended.
+Bringing it into MLflow takes as long as it takes, may fail or be killed, and may be done again: nothing counts twice.
+MLflow's own stores take a point of the same key, step, value and time for one, and those of a journal never change.
+"""
+
+import fcntl
+import functools
+import json
+import logging
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.state import run_metadata
+from jobs.state.journal import points, read_journal
+from jobs.state.json_record import read_record
+from jobs.state.ledger import write_atomically
+from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+STATE = "mlflow.json"  # what MLflow has of it
+LOG = "tracking.log"
+LOCK = ".mlflow.lock"
+EXPERIMENT = "pixart"
+MOMENT = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # that a run folder's name begins with; MLflow has a column for it
+BATCH = 1000  # metrics that MLflow takes at once
+PREVIEW = re.compile(r"step-([0-9]+)\.png")
+SMALL = 256  # pixels of the pictures that MLflow's page shows first
+# What is not answered is asked for again later; MLflow's own eight tries would hold a progress line for minutes.
+CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "1"}
+
+
+class StoreError(Exception):
+    """MLflow does not answer, or refuses; the message is one line."""
+
+
+def behind(run: Path) -> bool:
+    """Whether there is something that MLflow lacks, as far as is known without asking it."""
+    if not (run / run_metadata.FILE).exists():
+        return False
+    if not (run / STATE).exists():
+        return True
+    state = read_state(run)
+    return (state["offsets"], state["status"]) != (read_journal(run, state["offsets"])[1], status_of(run))
+
+
+class Tracker:
+    """The MLflow store of a home folder: the server that MLFLOW_TRACKING_URI names, else an embedded sqlite file."""
+
+    def __init__(self, home: str | Path) -> None:
+        self.home = Path(home).absolute()
+        self.uri = store_uri(self.home)
+        self.seen: dict[Path, tuple[dict[str, int], set[tuple[str, int]]]] = {}
+
+    @functools.cached_property
+    def client(self) -> "MlflowClient":
+        for name, value in CLIENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow.tracking import MlflowClient
+
+        for name in ("mlflow", "alembic"):  # they announce each migration of a new store
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return MlflowClient(self.uri, registry_uri=self.uri)
+
+    @functools.cached_property
+    def experiment(self) -> str:
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return found.experiment_id
+        location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
+        return self.client.create_experiment(EXPERIMENT, artifact_location=location)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Turns what MLflow raises into StoreError. An embedded store takes one process at a time: a new one is made
+        and migrated by the first."""
+        embedded = not self.uri.startswith("http")
+        try:
+            with locked(self.home) if embedded else nothing():
+                yield
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in ("mlflow", "requests", "sqlalchemy", "urllib3"):
+                raise
+            said = " ".join(str(error).split())
+            raise StoreError(f"MLflow at {self.uri} does not take it: {said[:300]}") from error
+
+    def sync(self, run: Path) -> None:
+        """Brings into MLflow what it lacks of a run, and of those that it belongs to. Raises StoreError."""
+        with self.opened():
+            parent = read_description(run)["parent"]
+            if parent and (Path(parent) / run_metadata.FILE).exists():
+                self.bring(Path(parent))
+            self.bring(run)
+
+    def bring(self, run: Path) -> None:
+        with locked(run):
+            state = self.state(run)
+            if state is None:
+                return
+            self.replay(run, state)
+            tags = {key: value for key, value in tags_of(run).items() if state["tags"].get(key) != value}
+            for key, value in tags.items():
+                self.client.set_tag(state["run_id"], key, value)
+            status = status_of(run)
+            if status != state["status"] and status == "RUNNING":
+                self.client.update_run(state["run_id"], status="RUNNING")
+            elif status != state["status"]:
+                self.client.set_terminated(state["run_id"], status)
+            if tags or status != state["status"]:
+                save(run, {**state, "tags": {**state["tags"], **tags}, "status": status})
+
+    def state(self, run: Path) -> dict[str, Any] | None:
+        """What the store has of the run, which is made there if it has nothing; None where a user has deleted it."""
+        if (run / STATE).exists():
+            state = read_state(run)
+            stage = self.stage(state["run_id"]) if state["uri"] == self.uri else None
+            if stage == "deleted":
+                return None
+            if stage == "active":
+                return state
+        state = {"uri": self.uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
+        save(run, {**state, "status": "RUNNING"})
+        return {**state, "status": "RUNNING"}
+
+    def stage(self, identifier: str) -> str | None:
+        """active or deleted; None where the store does not have the run, as after its file was removed."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(identifier).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def find_or_create(self, run: Path) -> str:
+        """The run by its key: a kill may have come between making it and writing down its id."""
+        from mlflow.entities import Param
+
+        about = read_description(run)
+        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{about['key']}'", max_results=1)
+        if found:
+            identifier = found[0].info.run_id
+        else:
+            tags = {KEY: about["key"]}
+            if about["parent"] and (parent := run_id(about["parent"])):
+                tags["mlflow.parentRunId"] = parent
+            identifier = self.client.create_run(
+                self.experiment, run_name=MOMENT.sub("", run.name), tags=tags
+            ).info.run_id
+        parameters = [Param(key, str(value)) for key, value in about["parameters"].items()]
+        self.client.log_batch(identifier, params=parameters)
+        return identifier
+
+    def replay(self, run: Path, state: dict[str, Any]) -> None:
+        """Sends what the journal has more. How far it goes is written down first: after a kill just that is sent again,
+        so that of two lines of the same step the same one counts."""
+        while True:
+            interrupted = state["sending"]
+            lines, ends = read_journal(run, state["offsets"], interrupted)
+            if ends == state["offsets"]:
+                return
+            state["sending"] = ends
+            save(run, state)
+            self.send(run, state, lines)
+            state |= {"offsets": ends, "sending": None}
+            save(run, state)
+            if not interrupted:
+                return
+
+    def send(self, run: Path, state: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        identifier = state["run_id"]
+        offsets, seen = self.seen.pop(run, ({}, set()))  # gone, should this not come to its end
+        if offsets != state["offsets"]:
+            seen = set()
+            list(points(read_journal(run, None, state["offsets"])[0], seen))
+        metrics = [Metric(key, value, int(moment * 1000), step) for key, value, moment, step in points(lines, seen)]
+        for begin in range(0, len(metrics), BATCH):
+            self.client.log_batch(identifier, metrics=metrics[begin : begin + BATCH])
+        for line in lines:
+            for key, value in line.get("tags", {}).items():
+                self.client.set_tag(identifier, key, value)
+            if "incident" in line:
+                self.client.set_tag(identifier, "pixart.last_incident", f"step {line['step']}: {line['incident']}")
+            if "artifact" in line and Path(line["artifact"]).is_file():  # what was removed since keeps nothing waiting
+                self.send_file(identifier, Path(line["artifact"]), line["time"])
+        self.seen[run] = (dict(state["sending"]), seen)
+
+    def send_file(self, identifier: str, file: Path, moment: float) -> None:
+        """A file as an artifact; a preview as MLflow's page looks for pictures by step, under a name that stays."""
+        found = PREVIEW.fullmatch(file.name)
+        if not found:
+            self.client.log_artifact(identifier, str(file))
+            return
+        from PIL import Image
+
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, file.name)
+        name = f"preview+step+{int(found[1])}+timestamp+{int(moment * 1000)}+{identity}"
+        with tempfile.TemporaryDirectory() as folder, Image.open(file) as picture:
+            whole, small = Path(folder) / f"{name}.png", Path(folder) / f"{name}+compressed.webp"
+            picture.save(whole)
+            picture.thumbnail((SMALL, SMALL))
+            picture.save(small)
+            for each in (whole, small):
+                self.client.log_artifact(identifier, str(each), "images")
+        self.client.set_tag(identifier, "mlflow.loggedImages", "True")
+
+
+def store_uri(home: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    return read_record(run / STATE, "uri", "run_id", "offsets", "sending", "tags", "status")
+
+
+def save(run: Path, state: dict[str, Any]) -> None:
+    write_atomically(run / STATE, json.dumps(state))
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run_id(run: str | Path) -> str | None:
+    """The MLflow id of a run folder, where it has one."""
+    try:
+        return read_state(Path(run))["run_id"]
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,99 @@
+"""A release: a checkpoint's averaged weights as a model version in MLflow, with what it comes from."""
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from jobs.reports import lineage, lineage_page
+from jobs.state import run as runs
+from jobs.state.checkpoint_names import checkpoint_record, find_checkpoint
+from jobs.state.ledger import write_atomically
+from jobs.tracking.mlflow_store import Tracker, run_id
+from jobs.tracking.sync import publish
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ALIAS = "newest"
+
+
+def release(home: Path, name: str, model: str) -> str:
+    """What was done, in words. The same weights are one version, however often they are released.
+
+    Raises ValueError for what is no checkpoint of a training run, StoreError where MLflow does not take it.
+    """
+    if not NAME.fullmatch(model):
+        raise ValueError(f"--name {model!r}: may have letters, digits, dots, dashes and underscores")
+    checkpoint = find_checkpoint(name)
+    run = checkpoint.parents[1]
+    if not (run / runs.RECORD).exists():
+        raise ValueError(f"{checkpoint} lies in no run folder: what is released comes from a training run")
+    record = checkpoint_record(checkpoint)
+    tracker = Tracker(run.parents[1])
+    page = checkpoint.parent / f"{checkpoint.name}.lineage.html"
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "ema"
+        words = [sys.executable, "-m", "jobs.tracking.model_registry", str(checkpoint), str(weights)]
+        done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ValueError(f"{checkpoint} cannot be released: {done.stderr.strip().rpartition(chr(10))[2]}")
+        publish(tracker, run)
+        write_atomically(page, lineage_page.page(lineage.trace(home, str(checkpoint)), page.parent))
+        tags = {
+            "sha256": file_hash(next(weights.glob("*.safetensors"))),
+            "stage": str(record["stage"]),
+            "step": str(record["step"]),
+            "checkpoint": str(checkpoint),
+            "dataset": str(record["dataset"]),
+            "dataset_hash": str(record["provenance"].get("dataset_hash")),
+            "converted_from": str(record["provenance"].get("converted_from")),
+            "gate": str(record["provenance"].get("gate")),
+        }
+        with tracker.opened():
+            version = register(tracker, model, run, weights, page, tags)
+    return f"released: {model} version {version}, the average of {checkpoint}\nlineage: {page}\nMLflow: {tracker.uri}"
+
+
+def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path, tags: dict[str, str]) -> str:
+    """The number of the version, which is made unless these weights have one."""
+    from mlflow.exceptions import MlflowException
+
+    client, identifier = tracker.client, run_id(run)
+    assert identifier  # the run has just been published
+    try:
+        client.get_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.create_registered_model(model)
+    for version in client.search_model_versions(f"name = '{model}'"):
+        if version.tags.get("sha256") == tags["sha256"]:
+            return version.version
+    folder = f"release/{Path(tags['checkpoint']).name}"
+    client.log_artifacts(identifier, str(weights), folder)
+    client.log_artifact(identifier, str(page), folder)
+    source = f"{client.get_run(identifier).info.artifact_uri}/{folder}"
+    version = client.create_model_version(model, source, identifier, tags=tags)
+    client.set_registered_model_alias(model, ALIAS, version.version)
+    return version.version
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """The average as a diffusers folder. By a process of its own: the launcher imports no torch."""
+    from pixart.checkpoint import directory as checkpoints
+
+    found = checkpoints.load(checkpoint)
+    checkpoints.save_weights(found.ema, found.config, folder)
+
+
+if __name__ == "__main__":
+    try:
+        export(Path(sys.argv[1]), Path(sys.argv[2]))
+    except ValueError as error:
+        sys.exit(str(error))

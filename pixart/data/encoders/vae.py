@@ -1,0 +1,83 @@
+"""Images to latents and back, with any diffusers autoencoder. Its input range is [-1, 1], here and nowhere else."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DEMO = Path(__file__).parents[2] / "demo" / "demo_vae"
+
+
+def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
+    """The configuration of a model folder, or of `owner/model/subfolder` on the hub; ValueError where none is."""
+    folder = Path(name)
+    if (folder / file).is_file():
+        return json.loads((folder / file).read_text())
+    repository, subfolder = split_hub_name(name)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return json.loads(Path(hf_hub_download(repository, file, subfolder=subfolder)).read_text())
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name!r} is neither a model folder nor a model that the hub gives: {reason}") from error
+
+
+def split_hub_name(name: str) -> tuple[str, str | None]:
+    """`owner/model/sub/folder` -> (`owner/model`, `sub/folder`)."""
+    parts = name.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None
+
+
+def vae_path(name: str) -> str:
+    """`demo` means the autoencoder in `pixart/demo`; any other name is a folder or a hub name."""
+    return str(DEMO) if name == "demo" else name
+
+
+def latent_shape(name: str, image_size: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of square images of `image_size` pixels."""
+    config = read_config(vae_path(name))
+    factor = config["patch_size"] if "patch_size" in config else 2 ** (len(config["block_out_channels"]) - 1)
+    if image_size % factor:
+        raise ValueError(f"data.image_size={image_size}: must be a multiple of the VAE's factor {factor}")
+    return config["latent_channels"], image_size // factor, image_size // factor
+
+
+@cache
+def load_vae(name: str):
+    """A frozen diffusers autoencoder by `demo`, folder or hub name, on the GPU where there is one."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from pixart.demo.patch_vae import PatchAutoencoder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "demo":
+        vae = PatchAutoencoder.from_pretrained(DEMO, low_cpu_mem_usage=False)
+    elif Path(name).is_dir():
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+    else:
+        repository, subfolder = split_hub_name(name)
+        vae = AutoencoderKL.from_pretrained(repository, subfolder=subfolder, low_cpu_mem_usage=False)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def encode(vae, images: np.ndarray) -> np.ndarray:
+    """uint8 images (B, H, W, 3) -> means of the latents, raw scale, float16 (B, C, h, w)."""
+    import torch
+
+    with torch.no_grad():
+        pixels = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        return vae.encode(pixels).latent_dist.mean.to(torch.float16).cpu().numpy()
+
+
+def decode(vae, latents) -> np.ndarray:
+    """Latents (B, C, h, w), raw scale, an array or a tensor -> uint8 images (B, H, W, 3)."""
+    import torch
+
+    with torch.no_grad():
+        pixels = vae.decode(torch.as_tensor(latents).to(vae.device, vae.dtype)).sample
+        pixels = (pixels.float().clamp(-1, 1) + 1) * 127.5
+        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

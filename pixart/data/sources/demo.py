@@ -1,0 +1,31 @@
+"""The demo's rendered scenes as a source."""
+
+import io
+from collections.abc import Iterator
+
+from pixart.data.sources.base import Item
+
+
+class DemoSource:
+    """Rendered scenes, each a function of (seed, row)."""
+
+    def __init__(self, images: int, seed: int, image_size: int):
+        from pixart.demo.scenes import SHAPES
+
+        self.class_names = list(SHAPES)
+        self._images, self._seed, self._image_size = images, seed, image_size
+
+    def __len__(self) -> int:
+        return self._images
+
+    def read(self, start: int, stop: int) -> Iterator[Item]:
+        from PIL import Image
+
+        from pixart.demo.scenes import caption, make_scene, render
+
+        for index in range(start, min(stop, len(self))):
+            scene = make_scene(self._seed, index)
+            encoded = io.BytesIO()
+            Image.fromarray(render(scene, self._image_size)).save(encoded, "PNG", compress_level=1)
+            label = self.class_names.index(scene.shape)
+            yield Item(id=f"{self._seed}:{index}", data=encoded.getvalue(), label=label, text=caption(scene))

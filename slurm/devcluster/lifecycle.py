@@ -1,0 +1,172 @@
+"""Start and stop a development cluster: its packages, daemons and processes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from slurm.devcluster import files
+from slurm.devcluster.cluster import PATH, DevCluster
+
+PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge"}
+ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
+
+
+def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = False) -> DevCluster:
+    """Starts a cluster and returns when all its nodes are idle. Raises ValueError where it cannot run."""
+    folder = folder.absolute()
+    if nodes < 1 or gpus_per_node < 0:
+        raise ValueError(f"--nodes {nodes} --gpus-per-node {gpus_per_node}: a cluster has a node at least")
+    if (folder / "cluster.json").exists():
+        raise ValueError(f"there is a cluster in {folder} already: `python -m slurm.devcluster down` ends it")
+    check_path(folder)
+    install(accounting)
+    for name in ("state", "spool", "logs", "devices"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)
+    services = ["controller", "accounting", "database", *(f"n{index}" for index in range(1, nodes + 1))]
+    ports = dict(zip(services, free_ports(len(services)), strict=True))
+    cluster = DevCluster(folder=folder, nodes=nodes, gpus_per_node=gpus_per_node, accounting=accounting, ports=ports)
+    (folder / "cluster.json").write_text(json.dumps({**asdict(cluster), "folder": str(folder)}, indent=2) + "\n")
+    try:
+        files.write(cluster)
+        start_munge(cluster)
+        if accounting:
+            start_accounting(cluster)
+        cluster.start_controller()
+        for name in cluster.names:
+            cluster.start_node(name)
+        cluster.wait_for(
+            "the nodes", lambda: cluster.command("sinfo", "-h", "-N", "-o", "%t").split().count("idle") == 2 * nodes
+        )
+    except BaseException:
+        down(folder, keep=True)
+        raise
+    return cluster
+
+
+def check_path(folder: Path) -> None:
+    """Raises ValueError where the cluster cannot run."""
+    if os.geteuid() != 0:
+        raise ValueError("the dev cluster's daemons need root: try sudo, or a container")
+    if any(character.isspace() or character in ",=%#\\" for character in str(folder)):
+        raise ValueError(f"--folder {str(folder)!r}: Slurm's configuration has no way to write this path")
+    if len(str(folder)) > 80:
+        raise ValueError(f"--folder {folder}: too long, a socket's path has 107 characters at most")
+
+
+def install(accounting: bool) -> None:
+    """Installs the Debian packages that are missing."""
+    wanted = {**PACKAGES, **(ACCOUNTING_PACKAGES if accounting else {})}
+    missing = [package for program, package in wanted.items() if not shutil.which(program, path=PATH)]
+    if not missing:
+        return
+    if not shutil.which("apt-get"):
+        raise ValueError(f"the dev cluster needs {', '.join(missing)}, and there is no apt-get to install them with")
+    print(f"installing {' '.join(missing)}", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *missing]):
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise ValueError(f"apt-get could not install {' '.join(missing)}: {done.stderr.strip()}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+def start_munge(cluster: DevCluster) -> None:
+    folder = cluster.folder
+    key = folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(1024))
+    places = {
+        "socket": folder / "munge.socket",
+        "key-file": key,
+        "pid-file": folder / "munged.pid",
+        "log-file": folder / "logs" / "munged.log",
+        "seed-file": folder / "munge.seed",
+    }
+    options = [f"--{name}={path}" for name, path in places.items()]
+    cluster.start("munged", "munged", "--foreground", "--force", *options)
+    cluster.wait_for("munged", lambda: bool(cluster.command("munge", "-n", "-S", str(folder / "munge.socket"))))
+
+
+def start_accounting(cluster: DevCluster) -> None:
+    data = cluster.folder / "database"
+    data.mkdir()
+    cluster.command("mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-test-db")
+    options = [f"--datadir={data}", f"--socket={data}/socket", f"--port={cluster.ports['database']}"]
+    options += ["--bind-address=127.0.0.1", "--user=root", f"--pid-file={data}/mariadbd.pid"]
+    cluster.start("mariadbd", "mariadbd", "--no-defaults", *options)
+    grant = "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm'; GRANT ALL ON slurm_acct.* TO slurm@'127.0.0.1'"
+    client = ("mariadb", "--no-defaults", f"--socket={data}/socket")
+    cluster.wait_for("mariadbd", lambda: bool(cluster.command(*client, "-e", "SELECT 1")))
+    cluster.command(*client, "-e", grant)
+    # slurmdbd reads the configuration that lies beside SLURM_CONF.
+    cluster.start("slurmdbd", "slurmdbd", "-D")
+    cluster.wait_for("slurmdbd", lambda: answers(cluster.ports["accounting"]))
+    name = f"dev{cluster.ports['controller']}"
+    cluster.wait_for("accounting", lambda: bool(cluster.command("sacctmgr", "-i", "add", "cluster", name)))
+
+
+def answers(port: int) -> bool:
+    with socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+
+
+def load(folder: Path) -> DevCluster:
+    """The cluster that was started in a folder. Raises ValueError where there is none."""
+    try:
+        values = json.loads((folder.absolute() / "cluster.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no cluster in {folder}: `python -m slurm.devcluster up` starts one") from None
+    return DevCluster(**{**values, "folder": Path(values["folder"])})
+
+
+def down(folder: Path, *, keep: bool = False) -> None:
+    """Ends a cluster with its jobs and removes its folder, but for the logs where `keep` asks for it."""
+    cluster = load(folder)
+    for number, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 10)):  # slurmstepd heeds the second alone
+        deadline = time.monotonic() + seconds
+        while found := processes(cluster):
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+    (cluster.folder / "cluster.json").unlink()
+    if not keep:
+        shutil.rmtree(cluster.folder)
+
+
+def processes(cluster: DevCluster) -> list[int]:
+    """Daemons of the cluster and what its jobs have started: whatever was given its SLURM_CONF by one of them."""
+    mark = f"SLURM_CONF={cluster.folder}/slurm.conf".encode()
+    daemons = {b"munged", b"slurmctld", b"slurmd", b"slurmdbd", b"mariadbd", b"slurmstepd", b"slurmstepd:"}
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (path / "environ").read_bytes().split(b"\0")
+            program = (path / "cmdline").read_bytes().split(b"\0")[0].split(b" ")[0].rpartition(b"/")[2]
+        except OSError:
+            continue  # it has ended
+        in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
+        if mark in variables and (in_job or program in daemons) and int(path.name) != os.getpid():
+            found.append(int(path.name))
+    return found

@@ -1,0 +1,81 @@
+"""The journal of a run: whole lines, whatever kills the writer, at a price that a training step does not feel."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.state.journal import Journal, points, read_journal, read_tail, summarized
+from tests.support import reporting_tasks
+
+ROOT = Path(__file__).parents[3]
+
+
+def steps(run: Path) -> list[int]:
+    return [line["step"] for line in read_journal(run)[0]]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    """Be it still being written, or the last word of an attempt that another has followed."""
+    for name in (None, "shared"):
+        run = tmp_path / str(name)
+        journal = Journal(run, name)
+        journal.metrics(1, {"a": 1.0})
+        assert journal.file
+        journal.file.write(b'{"step": 2, "metr')
+        lines, ends = read_journal(run)
+        assert [line["step"] for line in lines] == [1]
+        Journal(run, name).metrics(2, {"a": 2.0})
+        assert [line["step"] for line in read_journal(run, ends)[0]] == [2]
+        assert steps(run) == [1, 2]
+
+
+def test_cut_lines_at_every_byte(tmp_path):
+    """What is left of a line never counts, whatever part of it a crash of the node has kept."""
+    line = b'{"time": 17.5, "step": 3, "metrics": {"a": 1.5}}\n'
+    whole = b'{"time": 18.5, "step": 4, "metrics": {"a": 2.5}}\n'
+    for cut in range(len(line)):
+        run = tmp_path / str(cut)
+        (run / "journal").mkdir(parents=True)
+        (run / "journal/1.jsonl").write_bytes(whole + line[:cut])
+        (run / "journal/2.jsonl").write_bytes(line[cut:] + b"\0" * 7 + b"\n" + whole)
+        found = list(points(read_journal(run)[0], set()))
+        assert found == [("a", 2.5, 18.5, 4)] if cut else [("a", 2.5, 18.5, 4), ("a", 1.5, 17.5, 3)]
+
+
+def test_lines_are_read_between_two_ends(tmp_path):
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"a": 1.0})
+    _, first = read_journal(tmp_path)
+    journal.metrics(2, {"a": 2.0})
+    Journal(tmp_path).metrics(3, {"a": 3.0})
+    _, second = read_journal(tmp_path)
+    journal.metrics(4, {"a": 4.0})
+    lines, ends = read_journal(tmp_path, first, second)
+    assert ([line["step"] for line in lines], ends) == ([2, 3], second)
+    assert [line["step"] for line in read_tail(tmp_path)] == [1, 2, 4, 3]
+
+
+def test_of_linears_the_extremes_are_told():
+    """Headroom is worth a look where it is low, overflow where it is high."""
+    names = [f"dit_blocks.{block}.mlp.linear1.input" for block in range(3)]
+    metrics = {f"fp8/{what}/{name}": float(value) for what in ("headroom", "scale") for value, name in enumerate(names)}
+    assert summarized({"train/loss": 0.5, **metrics, "fp8/overflow_share/a.grad_output": 0.25}) == {
+        "train/loss": 0.5,
+        "fp8/headroom/input_lowest": 0.0,
+        "fp8/scale/input_lowest": 0.0,
+        "fp8/scale/input_highest": 2.0,
+        "fp8/overflow_share/grad_output_highest": 0.25,
+    }
+
+
+@pytest.mark.slow
+def test_256_tasks_at_once_of_which_50_are_killed(tmp_path):
+    """Every point is there just once, as if nothing had happened."""
+    words = [sys.executable, "-m", "tests.support.reporting_tasks", str(tmp_path), "256", "20", "50"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "256 tasks done, 50 kills\n"), done.stderr
+    found = {(key, step): value for key, value, _, step in points(read_journal(tmp_path)[0], set())}
+    assert found == reporting_tasks.expected(256, 20)
+    assert len(list(points(read_journal(tmp_path)[0], set()))) == len(found)

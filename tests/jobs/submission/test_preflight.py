@@ -1,0 +1,64 @@
+"""What a training job is refused for, before anything runs."""
+
+import dataclasses
+
+import pytest
+
+from jobs.submission.preflight import check_configuration, check_dataset
+from pixart.recipes import demo
+
+MANIFEST = {
+    "class_names": ["circle", "square"],
+    "images": 1000,
+    "latent_shape": [16, 8, 8],
+    "text_dim": 384,
+    "models": {"vae": "aa", "text_encoder": "bb", "captioner": "cc"},
+}
+CONFIG = {"in_dim": 16, "dim": 32, "text_dim": 384}
+
+
+def record(**changes):
+    provenance = {"models": {"vae": "aa", "text_encoder": "bb"}}
+    return {"config": CONFIG, "provenance": provenance, "plan": None, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"provenance": {"models": {"vae": "zz"}}}, "another vae: fingerprint zz"),
+        ({"provenance": {"models": {"vae": "aa", "text_encoder": "zz"}}}, "another text encoder: fingerprint zz"),
+        ({"config": {**CONFIG, "in_dim": 4}}, "reads 4 latent channels, the dataset has 16"),
+        ({"config": {**CONFIG, "text_dim": 2048}}, "width 2048, the dataset's are 384"),
+    ],
+)
+def test_a_dataset_that_the_checkpoint_cannot_read(changes, message):
+    check_dataset(demo(""), 2, MANIFEST, record())
+    check_dataset(demo(""), 2, MANIFEST, record(provenance={}))  # one from before there were fingerprints
+    with pytest.raises(ValueError, match=message) as error:
+        check_dataset(demo(""), 2, MANIFEST, record(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("recipe", "backend"), [("mxfp8", "native"), ("delayed", "torchao"), ("rowwise", "te")])
+def test_a_plan_that_the_backend_does_not_follow(recipe, backend):
+    def with_backend(name):
+        stage2 = dataclasses.replace(demo("").stage2, fp8_backend=name)
+        return dataclasses.replace(demo(""), stage2=stage2)
+
+    check_configuration(with_backend("native"), 2, 1, record(plan={"recipe": "delayed"}), gpus=False)
+    with pytest.raises(ValueError, match=f"fp8_backend={backend}.*{recipe}"):
+        check_configuration(with_backend(backend), 2, 1, record(plan={"recipe": recipe}), gpus=True)
+
+
+def test_a_backend_that_needs_gpus_where_there_are_none():
+    mxfp8 = record(plan={"recipe": "mxfp8"})
+    check_configuration(demo(""), 2, 1, mxfp8, gpus=True)
+    with pytest.raises(ValueError, match="TransformerEngine needs GPUs"):
+        check_configuration(demo(""), 2, 1, mxfp8, gpus=False)
+
+
+def test_too_many_classes():
+    many = {**MANIFEST, "class_names": list("abcde")}
+    with pytest.raises(ValueError, match=r"--set model\.num_classes=6"):
+        check_dataset(demo(""), 1, many, None)
+    check_dataset(demo(""), 1, many, record())  # the checkpoint's own number counts, and is checked where it runs

@@ -1,0 +1,253 @@
+"""The sample job with tiny models: what its pictures show, and what they say of themselves."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from conversion.export.writers import export_inference
+from jobs import launch
+from jobs.commands.sample import class_index
+from jobs.tasks import sample
+from pixart.checkpoint import directory as checkpoints
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.normalization import Normalization
+from pixart.config.overrides import override
+from pixart.config.recipe import Recipe, to_json
+from pixart.data import manifest as manifests
+from pixart.data.encoders.text_encoder import text_dim
+from pixart.demo.scenes import SHAPES
+from pixart.model.dit import DiT
+from pixart.model.fp8.plan import Plan
+from pixart.sampling.contact_sheet import LINE
+from pixart.training.loop import train
+from tests.pixart.data.captions.test_rewriting import url  # noqa: F401 - a fixture
+
+SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 32, "num_heads": 2, "num_blocks": 1, "base_image_size": 8}
+COMMIT = 40 * "a"
+
+
+def random_state(seed: int, **kind: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = DiT(**SIZES, **kind)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.state_dict()
+
+
+def checkpoint_of(recipe: Recipe, stage: int) -> Checkpoint:
+    kind = {"num_classes": len(SHAPES) + 1} if stage == 1 else {"text_dim": text_dim("minilm")}
+    return Checkpoint(
+        stage=stage,
+        step=70 + stage,
+        config={**SIZES, **kind},
+        model=random_state(0, **kind),
+        ema=random_state(1, **kind),
+        optimizer={},
+        normalization=Normalization(mean=(0.1,) * 16, std=(0.9,) * 16),
+        dataset=recipe.data.path,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(small_recipe, tmp_path_factory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {stage: checkpoints.save(checkpoint_of(small_recipe, stage), folder / f"{stage}") for stage in (1, 2)}
+
+
+@pytest.fixture
+def paint(small_recipe, tmp_path):
+    """Runs the job in a folder of its own; returns the folder and the result."""
+
+    def run(checkpoint: Path, *settings: str, name: str = "run", **request) -> tuple[Path, dict]:
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = override(small_recipe, ["sample.steps=2", "sample.seed=40", *settings])
+        (folder / "config.json").write_text(to_json(recipe))
+        (folder / "git.txt").write_text(f"commit {COMMIT}\n\n")
+        return folder, sample.run(
+            str(folder), **{"checkpoint": str(checkpoint), "prompts": [], "classes": [], **request}
+        )
+
+    return run
+
+
+def pictures(folder: Path) -> list[Image.Image]:
+    return [Image.open(file) for file in sorted((folder / "samples").glob("*.png"))]
+
+
+def test_a_picture_says_all_of_its_settings_and_is_made_again_from_them(paint, saved, small_recipe):
+    prompts = [{"prompt": "a red circle"}, {"prompt": "ein grüner Stern ★", "request": "Stern"}]
+    folder, result = paint(saved[2], prompts=prompts, per_prompt=2)
+    found = pictures(folder)
+    assert [image.text["seed"] for image in found] == ["40", "41", "42", "43"]
+    assert [image.text.get("request") for image in found] == [None, None, "Stern", "Stern"]
+    own = {"prompt": "ein grüner Stern ★", "request": "Stern", "seed": "43"}
+    shared = {
+        "steps": "2",
+        "guidance": "2.0",
+        "checkpoint": str(saved[2]),
+        "step": "72",
+        "stage": "2",
+        "weights": "ema",
+        "run": str(folder),
+        "dataset": small_recipe.data.path,
+        "dataset_hash": manifests.read(small_recipe.data.path).hash,
+        "commit": COMMIT,
+    }
+    command = found[3].text["command"]
+    assert found[3].text == {**own, **shared, "size": "64x64", "command": command}
+    sheet = Image.open(result["sheet"]).text
+    assert {name: sheet[name] for name in shared} == shared
+    assert json.loads(sheet["pictures"])[3] == own
+    assert json.loads((folder / "samples.json").read_text())["pictures"][3] == own
+
+    options = launch.make_parser().parse_args(shlex.split(command)[3:])
+    again, _ = paint(
+        Path(options.checkpoint),
+        *options.overrides,
+        name="again",
+        weights=options.weights,
+        prompts=[{"prompt": text} for text in options.prompt],
+    )
+    (alone,) = pictures(again)
+    difference = np.abs(np.asarray(alone).astype(int) - np.asarray(found[3]))
+    assert difference.max() <= 1  # another batch, other last bits
+    assert np.abs(np.asarray(alone).astype(int) - np.asarray(found[2])).max() > 10
+    assert options.dataset == small_recipe.data.path
+
+
+def test_classes(paint, saved):
+    folder, _ = paint(saved[1], "sample.count=3")
+    found = pictures(folder)
+    assert [image.text["class"] for image in found] == list(SHAPES[:3])  # one of each of the first
+    folder, _ = paint(saved[1], name="named", classes=[2, 4], per_prompt=2)
+    named = pictures(folder)
+    assert [(image.text["class"], image.text["class_index"]) for image in named] == [
+        *[(SHAPES[2], "2")] * 2,
+        *[("none", "4")] * 2,
+    ]
+    folder, _ = paint(saved[1], "sample.guidance=1", name="plain", classes=[2, 4], per_prompt=2)
+    changed = [
+        int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
+        for one, other in zip(named, pictures(folder), strict=True)
+    ]
+    assert min(changed[:2]) > 5  # guided against no class
+    assert max(changed[2:]) <= 1  # which has nothing to be guided against
+
+
+def test_a_class_by_name_or_index():
+    assert [class_index(name, ["cat", "7", "dog"], 9) for name in ("dog", "7", "0", "none")] == [2, 1, 0, 8]
+    assert class_index("7", [], 9) == 7
+    for name, names in (("3", ["cat", "7", "dog"]), ("8", []), ("owl", ["cat"]), ("-1", [])):
+        with pytest.raises(ValueError, match=f"^--class {name}: the classes are 0 to "):
+            class_index(name, names, 9)
+
+
+def test_average_master_weights_and_fp8(paint, saved, small_recipe, tmp_path):
+    linear = "dit_blocks.0.mlp.linear1"
+    state = checkpoint_of(small_recipe, 2)
+    state = dataclasses.replace(
+        state, plan=Plan(linears=(linear,)), scales={f"{linear}.scale": torch.tensor([50.0, 1.0, 1.0])}
+    )
+    export_inference(state, tmp_path)
+    found = {}
+    for name, checkpoint, weights in (
+        ("average", saved[2], "ema"),
+        ("master", saved[2], "master"),
+        ("fp8", tmp_path / "inference", "ema"),
+    ):
+        folder, _ = paint(checkpoint, name=name, weights=weights, prompts=[{"prompt": "a star"}])
+        (image,) = pictures(folder)
+        found[name] = np.asarray(image).astype(int)
+        assert (image.text["weights"], image.text["step"]) == ("ema in FP8" if name == "fp8" else weights, "72")
+    assert np.abs(found["average"] - found["master"]).max() > 20
+    assert 0 < np.abs(found["average"] - found["fp8"]).mean() < 5
+
+
+def test_what_training_wrote_is_sampled_by_the_run_and_exported(paint, small_recipe, tmp_path):
+    run = tmp_path / "training"
+    last = train(
+        stage=1,
+        model=small_recipe.model,
+        config=small_recipe.stage1,
+        dataset=small_recipe.data.path,
+        run=run,
+        start=None,
+    )
+    found = []
+    for weights in ("ema", "master"):
+        target = str(tmp_path / f"{weights}-pipeline")
+        folder, _ = paint(run, name=weights, weights=weights, classes=[1], export=target)
+        (image,) = pictures(folder)
+        assert (image.text["checkpoint"], image.text["step"]) == (str(last), "6")
+        state = getattr(checkpoints.load(last), "ema" if weights == "ema" else "model")
+        exported = DiffusionPipeline.from_pretrained(target, trust_remote_code=True).transformer.state_dict()
+        assert all(torch.equal(exported[name], state[name]) for name in state)
+        found.append(np.asarray(image))
+    assert not np.array_equal(*found)
+
+
+def test_another_vae_of_the_same_name_is_refused(paint, saved, small_recipe, tmp_path):
+    made = manifests.read(small_recipe.data.path)
+    data = dataclasses.replace(made.data, path=str(tmp_path / "data"))
+    manifests.write(dataclasses.replace(made, data=data, models={**made.models, "vae": "another"}))
+    with pytest.raises(ValueError, match="its vae is no longer the one that it was made with"):
+        paint(saved[2], f"data.path={tmp_path}/data", prompts=[{"prompt": "a star"}])
+
+
+def test_rewritten_prompts_are_read_from_the_job_before(paint, saved, tmp_path):
+    line = {"request": "Hund", "text": "A brown dog on grass.", "problem": ""}
+    (tmp_path / "rewritten.jsonl").write_text(json.dumps(line) + "\n")
+    folder, _ = paint(saved[2], rewritten=str(tmp_path / "rewritten.jsonl"))
+    (image,) = pictures(folder)
+    assert (image.text["prompt"], image.text["request"]) == ("A brown dog on grass.", "Hund")
+    plain, _ = paint(saved[2], name="plain", prompts=[{"prompt": "A brown dog on grass."}])
+    heights = [Image.open(each / "samples.png").height for each in (plain, folder)]
+    assert heights[1] == heights[0] + LINE  # the request has a line of its own
+
+
+def test_demo_scenes_are_counted(paint, saved):
+    folder, result = paint(saved[2], "sample.count=3", per_prompt=2)
+    assert result["prompts"] == len(pictures(folder)) == 6
+    assert {"color", "shape"} <= result.keys()
+
+
+def test_an_export_paints_the_same(paint, saved, tmp_path):
+    target = tmp_path / "pipeline"
+    folder, _ = paint(saved[2], prompts=[{"prompt": "a star"}, {"prompt": "a cyan circle"}], export=str(target))
+    image = pictures(folder)[1]
+    pipeline = DiffusionPipeline.from_pretrained(target, trust_remote_code=True)
+    generator = torch.Generator().manual_seed(int(image.text["seed"]))
+    settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": generator}
+    (again,) = pipeline(image.text["prompt"], **settings).images
+    assert np.abs(np.asarray(again).astype(int) - np.asarray(image)).max() <= 1
+    assert json.loads((target / "origin.json").read_text())["checkpoint"] == str(saved[2])
+
+
+@pytest.mark.slow
+def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "red ball"}\n\n{"text": "blue ball", "request": "ball"}\n')
+    where = ["--home", str(tmp_path), "--cluster", "local", "--set", "sample.steps=1"]
+    words = ["--prompt", "long", "--file", str(tmp_path / "prompts.jsonl"), "--recaption", "--server", url]
+    assert launch.main(["sample", str(saved[2]), *where, *words]) == 0
+    said = capsys.readouterr()
+    assert "left as it is (not answered): long" in said.err
+    sheet = Path(next(line for line in said.out.splitlines() if line.startswith("sampled: ")).split()[1])
+    texts = [(image.text["request"], image.text["prompt"]) for image in pictures(sheet.parent)]
+    assert texts == [
+        ("long", "long"),
+        ("red ball", "A red ball, some-model, seed 0."),
+        ("blue ball", "A blue ball, some-model, seed 0."),
+    ]
+    target = tmp_path / "exported"
+    assert launch.main(["sample", str(saved[1]), *where, "--export", str(target)]) == 0
+    assert f"exported: {target}" in capsys.readouterr().out.splitlines()
+    assert (target / "model_index.json").exists()
+    assert not list((tmp_path / "runs").glob("*/samples.png"))[1:]  # the export alone makes no pictures

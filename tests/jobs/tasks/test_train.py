@@ -1,0 +1,15 @@
+"""The ranks of a training job find one another."""
+
+import random
+from pathlib import Path
+
+from jobs.tasks.train import PORTS, quiet_port
+
+
+def test_the_first_rank_listens_where_no_connection_of_others_can_be():
+    """Of any number that submitit draws, 20,000 to 60,000; many jobs have many ports."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [quiet_port(random.Random(job).randint(20_000, 60_000)) for job in range(1000)]
+    assert all(20_000 <= port < first for port in ports)
+    assert len(set(ports)) > 900
+    assert {quiet_port(number) for number in range(20_000, 60_001)} == set(PORTS)

@@ -1,0 +1,20 @@
+"""The launcher answers at once."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_is_quick():
+    """The best of three: a machine that does something else at the moment is no slow launcher."""
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "jobs.launch", "--help"], capture_output=True, text=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - begun)
+        assert done.returncode == 0
+        assert "caption" in done.stdout
+    assert min(seconds) < 0.5

@@ -1,0 +1,230 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pixart.data.captions.captioner import MAX_PIXELS, Given, article, class_caption, make_captioner, prepare
+from pixart.data.images.screening import digest
+from pixart.data.sources.base import Item
+from pixart.data.sources.open import open_source
+from tests.support.vllm_fixture import PYTHON, ROOT, VARIABLES, needs_vllm
+
+PHOTOS = ROOT / "../shared/data/photos"
+
+
+def item(text: str, text_is_class: bool = False) -> Item:
+    return Item(id="0", data=b"", label=0, text=text, text_is_class=text_is_class)
+
+
+def given(items: list[Item]) -> Iterator[Given]:
+    for row, each in enumerate(items):
+        yield Given(row=row, image=Image.new("RGB", (8, 8)), item=each, digest=digest(each.data))
+
+
+def test_labels_are_the_items_own_texts():
+    captioner = make_captioner("labels", model="")
+    items = [item("a red circle on the left"), item(""), item("brown bear", True), item("airliner", True)]
+    captions = dict(captioner.stream(given(items)))
+    assert [captions[row].text for row in range(4)] == [
+        "a red circle on the left",
+        "",
+        "a photo of a brown bear",
+        "a photo of an airliner",
+    ]
+    assert captioner.name == "labels"
+
+
+def test_labels_of_the_demo_are_its_captions():
+    items = list(open_source("demo", images=5, image_size=16).read(0, 5))
+    captions = dict(make_captioner("labels", model="").stream(given(items)))
+    assert [captions[row].text for row in range(5)] == [item.text for item in items]
+    assert all(caption.text.count(" ") > 4 for caption in captions.values())
+
+
+def test_article_follows_the_sound():
+    vowels = "acorn American_alligator Indian_cobra eft echidna umbrella upright hourglass honest_man unimportant_thing"
+    consonants = (
+        "brown_bear European_gallinule unicycle uniform ukulele one-armed_bandit horse yurt ewer x-ray used_car"
+    )
+    assert [word for word in vowels.split() if article(word) != "an"] == []
+    assert [word for word in consonants.split() if article(word) != "a"] == []
+
+
+def test_first_of_several_names_is_taken():
+    assert class_caption("ox, Bos taurus") == "a photo of an ox"
+
+
+def test_unknown_captioner_is_an_error():
+    with pytest.raises(ValueError, match=r"^captioner 'blip': must be labels or vllm$"):
+        make_captioner("blip", model="")
+
+
+def test_missing_vllm_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # makes its import fail
+    with pytest.raises(ValueError, match=r"^captioner 'vllm': .*install vllm, or choose the captioner labels$"):
+        make_captioner("vllm", model="x")
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ((64, 48), (64, 48)),
+        ((512, 512), (512, 512)),
+        ((1024, 1024), (512, 512)),
+        ((2000, 1500), (576, 416)),
+        ((1, 300), (1, 100)),
+        ((9000, 30), (3000, 30)),
+        ((40000, 100), (3200, 32)),
+    ],
+)
+def test_images_are_prepared_as_the_model_will_see_them(size, wanted):
+    prepared = prepare(Image.new("RGB", size, "red"))
+    assert prepared.size == wanted
+    assert prepared.width * prepared.height <= MAX_PIXELS
+    assert prepare(prepared) is prepared
+
+
+SCRIPT = """
+import dataclasses, json, os, signal, sys, threading
+from pathlib import Path
+from PIL import Image
+from pixart.data.captions.captioner import Given, Sampling, conversation, make_captioner
+from pixart.data.images.screening import digest
+from pixart.data.sources.base import Item
+
+if __name__ == "__main__":
+    model, *paths = sys.argv[1:]
+    items = [Item(id=path, data=Path(path).read_bytes(), label=-1, text="") for path in paths]
+    images = [Image.open(path).convert("RGB") for path in paths]
+    given = [
+        Given(row=row, image=image, item=item, digest=digest(item.data))
+        for row, (image, item) in enumerate(zip(images, items))
+    ]
+    captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
+
+    def captions(given):
+        found = dict(captioner.stream(given))
+        return [dataclasses.asdict(found[row]) for row in sorted(found)]
+
+    left = captioner.stream(given)
+    next(left)
+    left.close()  # with captions under way, of which the next stream must hear nothing
+    engine, sampling = captioner._engine, captioner._attempts[0][0]
+    image = captioner.prepare(images[2])
+    chat = engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling, use_tqdm=False)
+    asked = {"prompt_token_ids": captioner._prompt, "multi_modal_data": {"image": image}}
+    generated = engine.generate(asked, sampling, use_tqdm=False)
+    large = images[6], captioner.prepare(images[6])
+    seen = [engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling) for image in large]
+
+    result = {
+        "name": captioner.name,
+        "captions": captions(given),
+        "again": captions(given),
+        "reversed": captions(given[::-1]),
+        "none": captions([]),
+        "chat": [chat[0].prompt_token_ids, chat[0].outputs[0].text],
+        "generated": [generated[0].prompt_token_ids, generated[0].outputs[0].text],
+        "tokens": [len(output.prompt_token_ids) for (output,) in seen],
+        "unfinished": engine.llm_engine.get_num_unfinished_requests(),
+    }
+    for ending in signal.SIGTERM, signal.SIGKILL:
+        core = captioner._engine.llm_engine.engine_core
+        (process,) = core.resources.engine_manager.processes
+        threading.Timer(0.5, os.kill, (process.pid, ending)).start()
+        try:
+            list(captioner.stream(given * 40))
+            result[ending.name] = "nothing"
+        except Exception as error:
+            result[ending.name] = type(error).__name__
+        if ending == signal.SIGTERM:
+            core.shutdown()
+            captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
+
+    with open("result.json", "w") as file:
+        json.dump(result, file)
+"""
+SIZES = [(64, 64), (256, 256), (640, 480), (300, 20), (4, 1000), (1, 1), (2000, 1500)]
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Scenes of all sizes that an image may have, and some photos where there are any."""
+    paths = [folder / f"{index}.png" for index in range(len(SIZES))]
+    for path, size, scene in zip(paths, SIZES, open_source("demo", images=len(SIZES)).read(0, len(SIZES)), strict=True):
+        path.write_bytes(scene.data)
+        Image.open(path).resize(size).save(path)
+    return paths + sorted(PHOTOS.glob("*/*.jpg"))[:5]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, tiny_qwen):
+    """What the real captioner makes of `picture_files`, by a tiny model in vLLM's own environment."""
+    folder = tmp_path_factory.mktemp("vllm")
+    (folder / "captions.py").write_text(SCRIPT)
+    environment = os.environ | VARIABLES | {"PYTHONPATH": str(ROOT)}
+    files = picture_files(folder)
+    command = [PYTHON, "captions.py", tiny_qwen, *files]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "result.json").read_text()) | {"files": len(files)}
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_captions_every_image_whatever_its_size(result):
+    assert len(result["captions"]) == result["files"] >= len(SIZES)
+    texts = [caption["text"] for caption in result["captions"]]
+    assert all(text == " ".join(text.split()) for text in texts)
+    assert all(caption["text"] or caption["problem"] == "empty" for caption in result["captions"])
+    assert result["none"] == []
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_captions_depend_on_the_image_alone(result):
+    assert result["again"] == result["captions"]
+    texts = [caption["text"] for caption in result["captions"]]
+    assert len(set(texts)) > result["files"] / 2  # random weights, but they see the image
+    assert [caption["text"][:8] for caption in result["reversed"]] == [text[:8] for text in texts]  # rounding, by batch
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_writes_a_caption_with_a_problem_once_more(result):
+    """Cut after 16 tokens: the second attempt, by another seed, is kept and marked where it is no better."""
+    assert {caption["seed"] for caption in result["captions"] if caption["problem"]} <= {1}
+    assert any(caption["seed"] == 1 for caption in result["captions"])
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_is_asked_what_its_own_chat_would_ask(result):
+    assert result["generated"] == result["chat"]
+    assert len(result["chat"][0]) > 100
+    assert result["tokens"][0] == result["tokens"][1]  # of a large image, and as it is prepared
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_an_engine_that_ends_ends_the_stream(result):
+    """Asked to end, it calls its captions off; killed, it says nothing more."""
+    assert result["SIGTERM"] in ("RuntimeError", "EngineDeadError")
+    assert result["SIGKILL"] == "EngineDeadError"
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_has_nothing_left_of_a_stream_that_was_left(result):
+    assert result["unfinished"] == 0
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_name_says_what_captions_depend_on(result):
+    assert result["name"].split("/")[-1].startswith("qwen, vllm 0.")
+    assert "temperature 0.0, max_tokens 16, seed 0, instruction " in result["name"]

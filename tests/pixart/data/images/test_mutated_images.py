@@ -1,0 +1,70 @@
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pixart.data.images.screening import Reason
+from tests.support.mutations import COUNT, SECONDS
+
+ROOT = Path(__file__).parents[4]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict]:
+    """What became of each image, all in one process of their own; the last line is of the process."""
+    command = [sys.executable, "-m", "tests.support.mutations"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-5000:]  # neither an exception, a crash nor a hang
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_image_is_accounted_for(lines):
+    reasons = Counter(line["reason"] for line in lines[:-1])
+    print(dict(reasons))
+    assert len(lines) == COUNT + 1
+    assert set(reasons) <= {*Reason, "kept"}
+    assert reasons["kept"] >= 50  # where nothing is damaged that a decoder looks at
+    assert reasons[Reason.TRUNCATED] >= 50
+    assert reasons[Reason.UNREADABLE] >= 100
+    assert all(line["detail"] for line in lines[:-1] if line["reason"] != "kept")
+
+
+def test_none_takes_long_or_much_memory(lines):
+    *images, process = lines
+    slowest = sorted(images, key=lambda line: -line["seconds"])[:3]
+    print([(line["name"], f"{line['seconds']:.2f} s") for line in slowest], process)
+    assert slowest[0]["seconds"] < SECONDS
+    assert process["peak_mib"] < 1200  # 50 million pixels, of which a decoder holds up to four copies
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("png of 900 million pixels", Reason.TOO_MANY_PIXELS),
+        ("png of 2**31 pixels a side", Reason.TOO_MANY_PIXELS),
+        ("gif of a huge screen", Reason.TOO_MANY_PIXELS),
+        ("webp-frames says 30000x30000", Reason.TOO_MANY_PIXELS),
+        ("bmp-rle of 48 million pixels", Reason.TOO_MANY_PIXELS),
+        ("png: zTXt bomb", Reason.UNREADABLE),
+        ("png: iTXt bomb", Reason.UNREADABLE),
+        ("png: iCCP bomb", Reason.UNREADABLE),
+        ("jpeg of 1,000 scans", Reason.UNREADABLE),
+        ("png says 96x192, checksum wrong", Reason.UNREADABLE),
+        ("jpeg says 96x192", Reason.TRUNCATED),
+        ("progressive says 96x192", Reason.TRUNCATED),
+        ("gif's frame says 96x192", Reason.TRUNCATED),
+        ("bmp says 96x192", Reason.TRUNCATED),
+        ("jpeg says 96x30000", Reason.EXTREME_ASPECT),
+        ("tiff says 1x1", Reason.TOO_SMALL),
+        ("jpeg of 30 scans", Reason.PLAIN),
+        ("apng says 2**31 frames", "kept"),
+        ("webp of 250 frames", Reason.PLAIN),
+        ("gif of 20,000 frames", "kept"),
+    ],
+)
+def test_what_each_attempt_meets(lines, name, reason):
+    assert [line["reason"] for line in lines[:-1] if line["name"] == name] == [reason]

@@ -1,0 +1,411 @@
+import io
+import json
+import os
+import random
+import tarfile
+import uuid
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from pixart.data.sources.open import open_source
+from pixart.demo.scenes import SHAPES, caption, make_scene, render
+
+PHOTOS = Path(__file__).parents[4] / "../shared/data/photos"
+ROWS = 25
+
+
+def picture(index: int, suffix: str = ".jpg", side: int = 16) -> bytes:
+    """Noise, so that its size is known from its side; row `index` of every source below."""
+    pixels = random.Random(index).randbytes(side * side * 3)
+    encoded = io.BytesIO()
+    Image.frombytes("RGB", (side, side), pixels).save(encoded, Image.registered_extensions()[suffix])
+    return encoded.getvalue()
+
+
+def write(path: str, data: bytes) -> None:
+    with fsspec.open(path, "wb", auto_mkdir=True) as file:
+        file.write(data)
+
+
+def make_flat_folder(url: str) -> None:
+    for index in range(ROWS):
+        suffix = (".jpg", ".JPEG", ".png", ".webp")[index % 4]
+        write(f"{url}/{index:03d}{suffix}", picture(index, suffix.lower()))
+        if index % 5:
+            write(f"{url}/{index:03d}.txt", f" picture {index}\n".encode())
+
+
+def make_class_folder(url: str) -> None:
+    for index in range(ROWS):
+        name = ("brown_bear", "acorn", "go-kart")[index // 10]
+        write(f"{url}/train/{name}/{index:03d}.jpg", picture(index))
+
+
+def make_parquet(url: str, side: int = 16) -> None:
+    """Three files of 10, 10 and 5 rows, in row groups of 4."""
+    features = {"label": {"names": ["cat", "fire_truck"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    for part in range(3):
+        rows = range(10 * part, min(10 * part + 10, ROWS))
+        table = pa.table(
+            {
+                "label": pa.array([index % 2 for index in rows], pa.int64()),
+                "image": [{"bytes": picture(index, side=side), "path": f"{index}.jpg"} for index in rows],
+            }
+        )
+        encoded = io.BytesIO()
+        metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        pq.write_table(table.replace_schema_metadata(metadata), encoded, row_group_size=4, compression="NONE")
+        write(f"{url}/data/train-{part:05d}.parquet", encoded.getvalue())
+
+
+def make_tars(url: str, side: int = 16) -> None:
+    """Three tars of 10, 10 and 5 rows; captions in .txt, in .json or not at all."""
+    for part in range(3):
+        encoded = io.BytesIO()
+        with tarfile.open(fileobj=encoded, mode="w") as tar:
+            for index in range(10 * part, min(10 * part + 10, ROWS)):
+                text = {0: ("txt", f"picture {index}"), 1: ("json", json.dumps({"caption": f"picture {index}"}))}
+                members = [("cls", str(index % 7)), ("jpg", picture(index, side=side)), ("seg.png", b"left alone")]
+                for suffix, content in [*members, *([text[index % 3]] if index % 3 in text else [])]:
+                    data = content.encode() if isinstance(content, str) else content
+                    info = tarfile.TarInfo(f"a.b/{index:06d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        write(f"{url}/{part:05d}.tar", encoded.getvalue())
+
+
+MAKERS = {"flat": make_flat_folder, "class": make_class_folder, "parquet": make_parquet, "tar": make_tars}
+
+
+@pytest.fixture(params=["path", "file://", "memory://"])
+def root(request, tmp_path):
+    return {"path": f"{tmp_path}/it", "file://": f"file://{tmp_path}/it"}.get(
+        request.param, f"memory://{uuid.uuid4().hex}"
+    )
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_range_equals_that_part_of_the_whole(kind, root):
+    MAKERS[kind](root)
+    source = open_source(root)
+    items = list(source.read(0, len(source)))
+    assert len(items) == len(source) == ROWS
+    assert len({item.id for item in items}) == ROWS
+    for start, stop in [
+        (0, 1),
+        (0, 10),
+        (3, 4),
+        (4, 8),
+        (9, 11),
+        (7, 23),
+        (20, 25),
+        (24, 25),
+        (12, 12),
+        (24, 99),
+        (30, 40),
+    ]:
+        assert list(source.read(start, stop)) == items[start:stop]
+        assert list(open_source(root).read(start, stop)) == items[start:stop]
+
+
+@pytest.mark.parametrize("kind", ["flat", "parquet", "tar"])  # the rows of `class` are sorted by class
+def test_images_come_as_stored_and_in_order(kind, root):
+    MAKERS[kind](root)
+    for index, item in enumerate(open_source(root).read(0, ROWS)):
+        suffix = (".jpg", ".jpg", ".png", ".webp")[index % 4] if kind == "flat" else ".jpg"
+        assert item.data == picture(index, suffix)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_images_limits_the_rows(kind, tmp_path):
+    MAKERS[kind](f"{tmp_path}")
+    whole, source = open_source(f"{tmp_path}"), open_source(f"{tmp_path}", images=12)
+    assert list(source.read(0, 99)) == list(whole.read(0, 12))
+    assert len(source) == 12
+    assert source.class_names == whole.class_names
+    assert len(open_source(f"{tmp_path}", images=99)) == ROWS
+
+
+def test_flat_folder_has_texts_from_sidecars_and_no_labels(tmp_path):
+    make_flat_folder(f"{tmp_path}")
+    source = open_source(f"{tmp_path}")
+    items = list(source.read(0, ROWS))
+    assert source.class_names == []
+    assert {item.label for item in items} == {-1}
+    assert [item.text for item in items] == [f"picture {index}" if index % 5 else "" for index in range(ROWS)]
+    assert not any(item.text_is_class for item in items)
+    assert [item.id for item in items[:4]] == ["000.jpg", "001.JPEG", "002.png", "003.webp"]
+
+
+def test_class_folder_has_labels_by_sorted_directory(tmp_path):
+    make_class_folder(f"{tmp_path}")
+    write(f"{tmp_path}/train/acorn/010.txt", b"an acorn on the ground")
+    write(f"{tmp_path}/.cache/zebra/000.jpg", picture(0))
+    write(f"{tmp_path}/train/acorn/._010.jpg", b"")
+    source = open_source(f"{tmp_path}")
+    items = list(source.read(0, ROWS))
+    assert source.class_names == ["acorn", "brown_bear", "go-kart"]
+    assert [item.label for item in items] == [0] * 10 + [1] * 10 + [2] * 5
+    assert (items[0].text, items[0].text_is_class) == ("an acorn on the ground", False)
+    assert (items[10].text, items[10].text_is_class) == ("brown bear", True)
+    assert items[10].id == "train/brown_bear/000.jpg"
+
+
+def test_folders_behind_symbolic_links_and_odd_names_are_read(tmp_path):
+    write(f"{tmp_path}/elsewhere/a[1] b?#%20.jpg", picture(1))
+    (tmp_path / "images [2024]").mkdir()
+    (tmp_path / "images [2024]" / "cat").symlink_to(tmp_path / "elsewhere")
+    (item,) = open_source(f"{tmp_path}/images [2024]").read(0, 9)
+    assert (item.id, item.text, item.data) == ("cat/a[1] b?#%20.jpg", "cat", picture(1))
+
+
+def test_pipes_and_links_that_lead_nowhere_are_no_images(tmp_path):
+    write(f"{tmp_path}/a.jpg", picture(1))
+    (tmp_path / "b.jpg").symlink_to("a.jpg")
+    (tmp_path / "c.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "d.jpg")
+    assert [item.id for item in open_source(f"{tmp_path}").read(0, 9)] == ["a.jpg", "b.jpg"]
+
+
+def test_names_that_are_no_text_are_written_out(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)  # noqa: PTH102 - of bytes
+    with open(folder + b"/n\xf6.jpg", "wb") as file:  # noqa: PTH123
+        file.write(picture(1))
+    source = open_source(f"{tmp_path}")
+    (item,) = source.read(0, 9)
+    assert (item.id, item.text, item.data) == (r"caf\xe9/n\xf6.jpg", r"caf\xe9", picture(1))
+    assert source.class_names == [r"caf\xe9"]
+
+
+def test_parquet_has_labels_and_class_names_from_its_schema(tmp_path):
+    make_parquet(f"{tmp_path}")
+    source = open_source(f"{tmp_path}")
+    items = list(source.read(0, ROWS))
+    assert source.class_names == ["cat", "fire_truck"]
+    assert [item.label for item in items] == [index % 2 for index in range(ROWS)]
+    assert (items[1].text, items[1].text_is_class) == ("fire truck", True)
+    assert items[13].id == "data/train-00001.parquet:3"
+
+
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_parquet_of_plain_binary_with_text(tmp_path, column):
+    pq.write_table(pa.table({column: ["one", None], "image": [picture(1), None]}), tmp_path / "a.parquet")
+    source = open_source(f"{tmp_path}/a.parquet")
+    items = list(source.read(0, 2))
+    assert source.class_names == []
+    assert [(item.id, item.text, item.label) for item in items] == [("a.parquet:0", "one", -1), ("a.parquet:1", "", -1)]
+    assert [item.data for item in items] == [picture(1), b""]  # no image: empty, and so rejected where it is decoded
+
+
+def test_tar_has_classes_and_captions_of_its_members(tmp_path):
+    make_tars(f"{tmp_path}")
+    items = list(open_source(f"{tmp_path}").read(0, ROWS))
+    assert [item.label for item in items] == [index % 7 for index in range(ROWS)]
+    assert [item.text for item in items] == [f"picture {index}" if index % 3 < 2 else "" for index in range(ROWS)]
+    assert items[13].id == "00001.tar:a.b/000013"
+
+
+def test_a_pattern_or_one_file_names_part_of_the_files(tmp_path):
+    make_parquet(f"{tmp_path}")
+    make_tars(f"{tmp_path}")
+    assert len(open_source(f"{tmp_path}/data/train-0000[12].parquet")) == 15
+    assert len(open_source(f"{tmp_path}/**/*.parquet")) == ROWS
+    assert len(open_source(f"{tmp_path}/00002.tar")) == 5
+
+
+def test_demo_is_the_scenes():
+    source = open_source("demo", images=20, seed=3, image_size=32)
+    items = list(source.read(0, 99))
+    assert len(items) == len(source) == 20
+    assert source.class_names == list(SHAPES)
+    assert list(source.read(5, 9)) == items[5:9]
+    scene = make_scene(3, 7)
+    assert (items[7].text, source.class_names[items[7].label]) == (caption(scene), scene.shape)
+    assert Image.open(io.BytesIO(items[7].data)).tobytes() == render(scene, 32).tobytes()
+
+
+class CountingFileSystem(MemoryFileSystem):
+    """Counts the bytes read of each file and the times that it is opened."""
+
+    protocol = "counting"
+    bytes_read: dict[str, int] = {}  # noqa: RUF012 - shared by every instance, on purpose
+
+    def _open(self, path, mode="rb", **options):
+        file = super()._open(path, mode, **options)
+        if mode != "rb":
+            return file
+        return CountedFile(file.getvalue(), self.bytes_read, path)
+
+
+class CountedFile(io.BytesIO):
+    def __init__(self, data, counts, path):
+        super().__init__(data)
+        self.counts, self.path = counts, path
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.counts[self.path] = self.counts.get(self.path, 0) + len(data)
+        return data
+
+
+@pytest.fixture
+def counting():
+    fsspec.register_implementation("counting", CountingFileSystem, clobber=True)
+    CountingFileSystem.bytes_read.clear()
+    yield f"counting://{uuid.uuid4().hex}", CountingFileSystem.bytes_read
+    MemoryFileSystem.store.clear()
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "overhead"),
+    [(make_parquet, 4, 66_000), (make_tars, 2, 25_000)],  # a footer, which is fetched in 64 KiB; a tar's headers
+)
+def test_a_range_reads_only_what_holds_it(counting, make, rows, overhead):
+    url, bytes_read = counting
+    make(url, side=600)
+    size = len(picture(0, side=600))
+    assert size > 200_000
+    source = open_source(url)
+    assert max(bytes_read.values()) < 2 * overhead  # no image; of the first parquet file twice the footer
+    assert len(bytes_read) == 3
+    bytes_read.clear()
+    items = list(source.read(12, 14))  # the second file's rows 2 and 3, of its first row group of 4
+    assert [item.data for item in items] == [picture(12, side=600), picture(13, side=600)]
+    (read,) = bytes_read.values()  # one file
+    assert abs(read - rows * size) < overhead
+
+
+@pytest.mark.parametrize("make", [make_parquet, make_tars])
+def test_counts_keep_later_processes_from_looking_into_every_file(counting, tmp_path, make):
+    url, bytes_read = counting
+    make(url)
+    counts = tmp_path / "dataset" / "counts.json"
+    items = list(open_source(url, counts=counts).read(0, ROWS))
+    assert len(bytes_read) == 3
+    bytes_read.clear()
+    source = open_source(url, counts=counts)
+    assert list(source.read(21, 25)) == items[21:]
+    assert len(bytes_read) <= 2  # the file that holds the range, and for parquet the first one's schema
+    last = max(fsspec.filesystem("counting").find(url))
+    fsspec.filesystem("counting").rm(last)
+    make(url, side=32)  # other sizes: every count is taken anew
+    assert len(open_source(url, counts=counts)) == ROWS
+    assert list(open_source(url, counts=counts).read(24, 25)) == list(open_source(url).read(24, 25))
+
+
+def make_nothing(path: Path) -> None:
+    pass
+
+
+def make_text(path: Path) -> None:
+    (path / "README.md").write_text("no image")
+
+
+def make_mixed(path: Path) -> None:
+    make_parquet(f"{path}")
+    make_tars(f"{path}")
+    (path / "0.png").write_bytes(picture(0, ".png"))
+
+
+def make_empty_parquet(path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path / "a.parquet")
+
+
+def make_empty_tar(path: Path) -> None:
+    tarfile.open(path / "a.tar", "w").close()
+
+
+def make_no_parquet(path: Path) -> None:
+    (path / "a.parquet").write_bytes(b"no parquet")
+
+
+def make_tar_cut_in_a_member(path: Path) -> None:
+    make_tars(f"{path}")
+    os.truncate(path / "00001.tar", 1100)
+
+
+def make_tar_cut_between_members(path: Path) -> None:
+    make_tars(f"{path}")
+    os.truncate(path / "00001.tar", 1024)
+
+
+def make_no_image_column(path: Path) -> None:
+    pq.write_table(pa.table({"picture": [b""], "text": [""]}), path / "a.parquet")
+
+
+def make_string_label(path: Path) -> None:
+    pq.write_table(pa.table({"image": [b""], "label": ["cat"]}), path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (make_nothing, "does not exist or is empty; a source is"),
+        (make_text, "has no images; a source is"),
+        (make_mixed, "mixes image and parquet and tar files"),
+        (make_empty_parquet, "have no images; a source is"),
+        (make_empty_tar, "have no images; a source is"),
+        (make_no_parquet, "a.parquet is not a parquet file"),
+        (make_tar_cut_in_a_member, "00001.tar is not a whole tar file"),
+        (make_tar_cut_between_members, "00001.tar is not a whole tar file"),
+        (make_no_image_column, "its columns are picture, text; it must have a column `image`"),
+        (make_string_label, "`label` is of type string; it must be of an integer type"),
+    ],
+)
+def test_errors_name_the_url_and_what_is_allowed(tmp_path, make, words):
+    make(tmp_path)
+    check_error(f"{tmp_path}", words)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("/no/such/folder", "does not exist"),
+        ("/no/such/*.tar", "does not exist"),
+        ("memory://nowhere", "does not exist"),
+        ("nothing://bucket/images", "nothing"),
+    ],
+)
+def test_a_source_that_is_not_there_is_an_error(url, words):
+    check_error(url, words)
+
+
+def check_error(url: str, words: str) -> None:
+    with pytest.raises(ValueError, match="source") as raised:
+        open_source(url)
+    message = str(raised.value)
+    assert message.startswith(f"source {url!r}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_class_that_is_no_number_is_an_error(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jpg", "0.cls"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match=r"a\.tar:0 has no readable class"):
+        list(open_source(f"{tmp_path}").read(0, 1))
+
+
+@pytest.mark.parametrize(("url", "images"), [("demo", None), ("demo", 0), ("memory://x", -1)])
+def test_images_must_be_at_least_one(url, images):
+    with pytest.raises(ValueError, match=f"source '{url}'.*images.*at least 1"):
+        open_source(url, images=images)
+
+
+def test_real_photos():
+    if not PHOTOS.is_dir():
+        pytest.skip(f"the photos are not at {PHOTOS}")
+    source = open_source(f"{PHOTOS}")
+    items = list(source.read(0, len(source)))
+    assert source.class_names == sorted(folder.name for folder in PHOTOS.iterdir())
+    assert [source.class_names[item.label] for item in items] == [item.id.split("/")[0] for item in items]
+    assert list(source.read(40, 50)) == items[40:50]
+    assert all(Image.open(io.BytesIO(item.data)).format == "JPEG" for item in items)

@@ -1,0 +1,32 @@
+import torch
+
+from pixart.model.rectified_flow import flow_loss, interpolate, sample_time, stratified_time
+
+
+def test_ends_of_the_flow():
+    data, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    t = torch.tensor([0.0, 1.0, 0.25])
+    x = interpolate(data, noise, t)
+    assert torch.equal(x[0], noise[0])
+    assert torch.equal(x[1], data[1])
+    assert torch.allclose(x[2], 0.25 * data[2] + 0.75 * noise[2])
+
+
+def test_loss_is_zero_at_the_velocity_and_grows_quadratically():
+    data, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    assert flow_loss(data - noise, data, noise) == 0
+    assert torch.isclose(flow_loss(data - noise + 2, data, noise), torch.tensor(4.0))
+
+
+def test_time_is_logit_normal():
+    generator = torch.Generator().manual_seed(0)
+    for draw in (sample_time, stratified_time):
+        logit = draw(100_000, generator).logit()
+        assert abs(logit.mean()) < 0.02
+        assert abs(logit.std() - 1) < 0.02
+
+
+def test_stratified_time_has_one_draw_in_each_stratum():
+    t = stratified_time(50, torch.Generator().manual_seed(1))
+    normal = torch.special.ndtr(t.double().logit())
+    assert torch.equal((normal * 50).floor().long(), torch.arange(50))

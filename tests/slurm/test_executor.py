@@ -1,0 +1,161 @@
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+
+from slurm import commands
+from slurm import profile as profiles
+from slurm.executor import Cluster, environment
+from slurm.task import RESULT, Left, attempts, stop_level
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def squares(elements: list[int]) -> list[tuple[int, int, str]]:
+    return [(element, os.getpid(), os.environ["OMP_NUM_THREADS"]) for element in elements]
+
+
+def rank() -> tuple[int, int, str]:
+    found = submitit.JobEnvironment()
+    return found.global_rank, found.num_tasks, os.environ.get("MALLOC_TOP_PAD_", "")
+
+
+def sleep() -> None:
+    time.sleep(60)
+
+
+def until_asked() -> None:
+    while not stop_level():
+        time.sleep(0.05)
+    (Path(os.environ["SUBMITIT_FOLDER"]).parent / "saved").touch()
+    raise Left(stop_level())
+
+
+@pytest.fixture
+def local() -> profiles.Profile:
+    return dataclasses.replace(profiles.load("local"), array_parallelism=3)
+
+
+def test_array_shares_elements_over_bounded_processes(local, tmp_path: Path):
+    cluster = Cluster(local, tmp_path)
+    submitted = cluster.submit_array(cluster.array_shape("caption", range(10)), squares)
+    assert [item.elements for item in submitted] == [(0, 3, 6, 9), (1, 4, 7), (2, 5, 8)]
+    results = [row for item in submitted for row in item.job.result()]
+    assert sorted(element for element, _, _ in results) == list(range(10))
+    assert len({process for _, process, _ in results}) == 3
+    assert sorted(line["arguments"] for line in attempts(tmp_path)) == [[[0, 3, 6, 9]], [[1, 4, 7]], [[2, 5, 8]]]
+    assert len(cluster.submit_array(cluster.array_shape("caption", [4]), squares)) == 1
+
+
+def gpus(elements: list[int]) -> str:
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_processes_of_an_array_have_a_gpu_each(local, tmp_path: Path):
+    cluster = Cluster(dataclasses.replace(local, array_parallelism=0, gpus_per_node=2), tmp_path)
+    submitted = cluster.submit_array(cluster.array_shape("caption", range(6)), gpus)
+    assert [(item.elements, item.job.result()) for item in submitted] == [((0, 2, 4), "0"), ((1, 3, 5), "1")]
+
+
+def test_ranks_of_nodes_are_processes_here(local, tmp_path: Path):
+    cluster = Cluster(local, tmp_path)
+    job = cluster.submit_ranks(cluster.ranks_shape("train", 4, None), rank).job
+    assert sorted(job.results()) == [(index, 4, "67108864") for index in range(4)]
+    assert json.loads((tmp_path / RESULT).read_text()) == [0, 4, "67108864"]
+    assert "MALLOC_TOP_PAD_" not in os.environ
+
+
+@pytest.mark.parametrize("cooperative", [False, True])
+def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
+    """One that does not look for it is left in the middle; one that does ends in its own time."""
+    cluster = Cluster(local, tmp_path)
+    shape = cluster.ranks_shape("train", 1, None)
+    job = cluster.submit_ranks(shape, until_asked if cooperative else sleep, cooperative=cooperative).job
+    while not attempts(tmp_path):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    commands.cancel("local", [job.job_id])
+    deadline = time.monotonic() + 20
+    while commands.states("local", [job.job_id]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not (tmp_path / RESULT).exists()
+    assert "left because the job is to end" in (tmp_path / "logs" / f"{job.job_id}_0_log.err").read_text()
+    assert (tmp_path / "saved").exists() == cooperative
+
+
+def test_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("PIXART_A", "mine")
+    with environment({"PIXART_A": "theirs", "PIXART_B": "theirs"}):
+        assert (os.environ["PIXART_A"], os.environ["PIXART_B"]) == ("theirs", "theirs")
+    assert os.environ["PIXART_A"] == "mine"
+    assert "PIXART_B" not in os.environ
+
+
+def test_what_is_set_already_stays_and_another_python_finds_this_code(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    found = Cluster(profiles.load("local"), tmp_path).local_environment(processes=1)
+    assert "OMP_NUM_THREADS" not in found
+    assert found["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/elsewhere"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in profiles.FOLDER.glob("*.toml") if path.stem != "local"))
+def test_sbatch_texts_are_held_whole(monkeypatch, name: str):
+    """Just what sbatch is given, for each job of a profile; `REWRITE_GOLDEN=1` writes them anew."""
+    monkeypatch.setenv("SLURM_ACCOUNT", "group")
+    monkeypatch.setenv("PIXART_MAIL", "someone@example.org")
+    monkeypatch.setattr("sys.executable", "/opt/suite/bin/python")
+    cluster = Cluster(profiles.load(name), Path("/home/user/my runs/RUN"), code=Path("/home/user/my runs/RUN/code-1"))
+    after = Cluster(cluster.profile, cluster.run, code=cluster.code, after=["17", "18"])
+    texts = {
+        "caption": cluster.sbatch_text(cluster.array_shape("caption", range(256))),
+        "latents": after.sbatch_text(cluster.array_shape("latents", [3, 7, 9])),
+        "train": cluster.sbatch_text(cluster.ranks_shape("train", 4, None)),
+        "convert": after.sbatch_text(cluster.ranks_shape("convert", 1, 1)),
+        **{
+            kind: cluster.sbatch_text(cluster.ranks_shape(kind, 1, 1))
+            for kind in ("audit", "verify", "sample", "recaption")
+        },
+    }
+    for kind, text in texts.items():
+        golden = GOLDEN / f"{name}-{kind}.sbatch"
+        if os.environ.get("REWRITE_GOLDEN"):
+            golden.write_text(text + "\n")
+        assert text + "\n" == golden.read_text()
+
+
+def test_hostile_values_are_never_run(tmp_path: Path):
+    """The text goes through a shell, with srun and module as no-ops, and nothing of it happens but words."""
+    nasty = f"$(touch {tmp_path}/ran) `touch {tmp_path}/ran` '\";touch {tmp_path}/ran;"
+    profile = dataclasses.replace(
+        profiles.load("dev"),
+        environment={"VALUE": nasty},
+        modules=[nasty],
+        srun_args=[nasty],
+        partition=nasty,
+        container=nasty,
+    )
+    cluster = Cluster(profile, tmp_path / nasty.replace("/", "_"))
+    text = cluster.sbatch_text(cluster.ranks_shape("train", 1, 1))
+    stubs = 'srun() { printf "%s\\n" "$@"; }; module() { :; };\n'
+    done = subprocess.run(["bash", "-c", stubs + text + '\nprintf "%s" "$VALUE"'], capture_output=True, text=True)
+    assert done.stdout.endswith(nasty), done
+    assert nasty in done.stdout.splitlines()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("odd", ["line\nbreak", "nul\0"])
+def test_a_line_break_is_refused(odd: str, tmp_path: Path):
+    """sbatch reads its directives by line: quotes do not help."""
+    cluster = Cluster(dataclasses.replace(profiles.load("dev"), account=odd), tmp_path)
+    with pytest.raises(ValueError, match="account"):
+        cluster.sbatch_text(cluster.ranks_shape("train", 1, 1))
+    cluster = Cluster(profiles.load("dev"), tmp_path / odd)
+    with pytest.raises(ValueError, match="folder"):
+        cluster.sbatch_text(cluster.ranks_shape("train", 1, 1))

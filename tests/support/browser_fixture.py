@@ -1,0 +1,72 @@
+"""A headless Chromium that tests look at pages with; what it complains of, and asks other hosts for, is an error."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+LAPTOP = {"width": 1280, "height": 800}
+
+
+def chromium() -> str:
+    """The program, installed where it is missing and may be."""
+    if not shutil.which("chromium"):
+        if not shutil.which("apt-get") or os.geteuid():
+            pytest.skip("needs Debian's chromium, and to be root to install it")
+        for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"]):
+            done = subprocess.run(["apt-get", *words], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    found = shutil.which("chromium")
+    assert found
+    return found
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def look(browser) -> Callable:
+    """`with look(url, "light", "name") as page:` a page as on a laptop; at its end, a screenshot.
+
+    What the page complains of is an error, but for what contains one of `says`.
+    """
+
+    @contextmanager
+    def look(url: str, scheme: str, name: str, says: Sequence[str] = ()) -> Iterator:
+        own = urlparse(url).netloc
+        context = browser.new_context(color_scheme=scheme, viewport=LAPTOP)
+        page, wrong = context.new_page(), []
+        page.on("console", lambda said: wrong.append(complaint(said)) if said.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda asked: wrong.append(f"asks for {asked.url}") if foreign(asked.url, own) else None)
+        page.goto(url)
+        yield page
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{name}-{scheme}.png", full_page=True)
+        context.close()
+        assert [what for what in wrong if not any(known in what for known in says)] == []
+
+    return look
+
+
+def complaint(said) -> str:
+    """With the address that it is about: of a file that is missing, the text does not say which."""
+    return f"{said.text} ({said.location['url']})"
+
+
+def foreign(url: str, own: str) -> bool:
+    found = urlparse(url)
+    return found.scheme not in ("data", "blob", "about") and found.netloc != own

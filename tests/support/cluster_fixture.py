@@ -1,0 +1,73 @@
+"""A dev cluster for the tests marked `slurm`, and what they do to it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from slurm.devcluster import lifecycle
+from slurm.devcluster.cluster import DevCluster
+
+NODES = 4
+
+
+@pytest.fixture(scope="session")
+def dev_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
+    """Four nodes with 8 GPUs each, without accounting; this process's variables point to it."""
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm cluster on this machine needs root")
+    cluster = lifecycle.up(tmp_path_factory.mktemp("cluster") / "dev", nodes=NODES)
+    before = dict(os.environ)
+    os.environ.update(cluster.environment)
+    yield cluster
+    for name in cluster.environment:
+        os.environ.pop(name)
+    os.environ.update({name: value for name, value in before.items() if name in cluster.environment})
+    lifecycle.down(cluster.folder)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120, what: str = "the condition") -> float:
+    """Seconds that it took. Raises AssertionError after `seconds`."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, f"{what} did not come true in {seconds} s"
+        time.sleep(0.1)
+    return time.monotonic() - begun
+
+
+def task_processes(job: str) -> list[int]:
+    """Python processes of a job, `12` or `12_3`, oldest first."""
+    main, _, element = job.partition("_")
+    marks = [f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={element}"] if element else [f"SLURM_JOB_ID={main}"]
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"submitit.core._submit" in words and b"srun" not in words[0] and set(marks) <= set(variables):
+                found.append(int(path.name))
+    return sorted(found)
+
+
+def was_told(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has been sent a signal, which it sees when it goes on, or has ended on it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return True
+    masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
+def slurm(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def accepted(*words: str) -> bool:
+    """Whether a Slurm command goes through."""
+    return subprocess.run(words, capture_output=True).returncode == 0

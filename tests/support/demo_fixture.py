@@ -1,0 +1,51 @@
+"""The whole demo by its command, too short to learn anything: what tests of several kinds look at."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.environment import bare_environment
+
+STEPS = 12
+SETTINGS = ["data.images=64", "data.shards=4", "sample.count=4", "sample.steps=2"]
+SETTINGS += [
+    f"stage{stage}.{value}" for stage in (1, 2) for value in ("batch=8", "warmup=2", "log_every=1", "preview_every=4")
+]
+SETTINGS += [f"stage{stage}.{value}" for stage in (1, 2) for value in ("validation_rows=6", "validate_every=4")]
+SETTINGS += [f"stage{stage}.steps={STEPS}" for stage in (1, 2)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    folder: Path  # that the command was given in
+    output: str
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "outputs"
+
+    @property
+    def sheet(self) -> Path:
+        return Path(next(line for line in self.output.splitlines() if line.startswith("sampled: ")).split()[1])
+
+    def runs(self, kind: str) -> list[Path]:
+        return sorted(self.home.glob(f"runs/*-{kind}-*"))
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return launch(self.folder, *words)
+
+
+def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.launch", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=bare_environment())
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    done = launch(folder, "demo", *(word for value in SETTINGS for word in ("--set", value)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Demo(folder=folder, output=done.stdout)

@@ -1,0 +1,85 @@
+"""Many tasks that do nothing but report, as processes of their own.
+
+    python -m tests.support.reporting_tasks RUN TASKS STEPS KILLS
+
+All begin at the same moment. Of those under way, one after the other is killed at a random moment and begun again from
+its last checkpoint, as after a requeue, until there were KILLS of them. A task's metrics depend on its number and step.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from jobs.state.journal import Journal, read_journal
+
+SAVED = 5  # steps between two checkpoints
+PAUSE = 0.1  # seconds of a step
+
+
+def metrics(task: int, step: int) -> dict[str, float]:
+    return {f"task/{task:03d}": 1 / (1 + step), f"data/valid_{task % 4}": task + step / 1000}
+
+
+def point_step(task: int, step: int) -> int:
+    """Each point of the run is one of a kind: tasks share metrics and not steps."""
+    return task * 1000 + step
+
+
+def expected(tasks: int, steps: int) -> dict[tuple[str, int], float]:
+    """All points of an undisturbed run, by key and step."""
+    return {
+        (key, point_step(task, step)): value
+        for task in range(tasks)
+        for step in range(steps)
+        for key, value in metrics(task, step).items()
+    }
+
+
+def work(run: Path, task: int, steps: int, begin: int) -> None:
+    journal = Journal(run)
+    for step in range(begin, steps):
+        journal.metrics(point_step(task, step), metrics(task, step))
+        time.sleep(PAUSE)
+
+
+def last_step(run: Path, task: int) -> int:
+    lines, _ = read_journal(run)
+    own = [line["step"] % 1000 for line in lines if line["step"] // 1000 == task]
+    return max(own, default=0)
+
+
+def start(run: Path, task: int, steps: int, gate: tuple[int, int] | None = None) -> int:
+    child = os.fork()
+    if not child:
+        if gate:
+            os.close(gate[1])
+            os.read(gate[0], 1)  # until the parent closes the other end
+        work(run, task, steps, 0 if gate else last_step(run, task) // SAVED * SAVED)
+        os._exit(0)
+    return child
+
+
+def main(run: Path, tasks: int, steps: int, kills: int) -> None:
+    chance, gate = random.Random(0), os.pipe()
+    children = {start(run, task, steps, gate): task for task in range(tasks)}
+    os.close(gate[1])
+    killed = 0
+    while children:
+        chosen = -1
+        if killed < kills:
+            time.sleep(chance.uniform(0, PAUSE / 4))
+            chosen = chance.choice(list(children))
+            os.kill(chosen, signal.SIGKILL)
+        child, status = os.waitpid(chosen, 0)
+        task = children.pop(child)
+        if status:
+            killed += 1
+            children[start(run, task, steps)] = task
+    print(f"{tasks} tasks done, {killed} kills")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

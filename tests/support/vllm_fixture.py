@@ -1,0 +1,29 @@
+"""A real vLLM in an environment of its own, and a tiny model for it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-vllm/bin/python"
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+needs_vllm = pytest.mark.skipif(
+    not PYTHON.exists(), reason="no vLLM: make its environment by `sh tests/support/vllm_environment.sh .venv-vllm`"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "qwen"
+    command = [PYTHON, ROOT / "tests/support/tiny_qwen.py", folder]
+    done = subprocess.run(command, env=os.environ | VARIABLES, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
