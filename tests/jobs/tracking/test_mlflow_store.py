@@ -159,9 +159,9 @@ def test_what_a_user_has_deleted_stays_deleted(home):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from jobs import tracking
+from jobs.tracking import mlflow_store
 
-tracker, run, left = tracking.Tracker(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+tracker, run, left = mlflow_store.Tracker(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 def dying(call):
     def counted(*arguments, **named):
         global left
@@ -176,7 +176,7 @@ def dying(call):
     return counted
 for name in ("create_run", "log_batch", "set_tag", "log_artifact"):
     setattr(tracker.client, name, dying(getattr(tracker.client, name)))
-tracking.save = dying(tracking.save)
+mlflow_store.save = dying(mlflow_store.save)
 for _ in range(int(sys.argv[4])):
     if not os.fork():
         tracker.sync(run)
