@@ -111,7 +111,7 @@ def main() -> None:
         if checkpoints.read_record(directory)["stage"] == 1
     )
     work, evaluation = home / f"going-on-{options.lr:g}", held_out(home)
-    convert(stage1, work / "start.fp8", Options(batch=BATCH, overwrite=True))
+    convert(stage1, work / "start.fp8", Options(batch_size=BATCH, overwrite=True))
     start = checkpoints.load(work / "start.fp8")
     found: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for seed in range(SEEDS):

@@ -182,16 +182,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         stage1, first = trained(options, work, 1, options.stage1_steps, None, fp8=False)
-        report = convert(stage1, work / "start.fp8", Options(batch=min(16, options.batch), exports=("inference",)))
+        report = convert(stage1, work / "start.fp8", Options(batch_size=min(16, options.batch), exports=("inference",)))
         shutil.rmtree(stage1)
         heading = [
             f"# {options.steps} steps after a conversion, batch {options.batch}, on {measure.card()}",
             "",
             f"torch {torch.__version__}. {options.rows} rows; stage 1 trained for {options.stage1_steps} steps to a "
             f"loss of {statistics.fmean(list(first.train.values())[-20:]):.4f}. Conversion: "
-            f"{report['linears']} linears in FP8, {len(report['kept'])} kept, losses "
+            f"{report['num_fp8_linears']} linears in FP8, {len(report['kept_in_bf16'])} kept, losses "
             f"{', '.join(f'{name} {loss:.4f}' for name, loss in report['losses'].items())}; acceptance checks "
-            f"{'passed' if report['gate']['passed'] else 'FAILED'}.",
+            f"{'passed' if report['acceptance']['passed'] else 'FAILED'}.",
         ]
         page = measure.Page(options.out, "gpu-training", heading, ["loss", "BF16", "FP8", "FP8 / BF16"])
         losses = []

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from conversion.options import Parser, add_options, named
+from conversion.options import Parser, add_options, non_empty
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 
 JOBS = {
@@ -41,11 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     for name, summary in {**JOBS, **AFTERWARDS}.items():
         job = jobs.add_parser(name, help=summary, description=f"{name}: {summary}.")
         job.add_argument(
-            "--home", type=named, help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)"
+            "--home", type=non_empty, help="folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)"
         )
         if name == "lineage":
             job.add_argument("what", nargs="?", help="run, PNG, checkpoint or dataset (default: the newest run)")
-            job.add_argument("--html", metavar="FILE", type=named, help="write it as a page too")
+            job.add_argument("--html", metavar="FILE", type=non_empty, help="write it as a page too")
         elif name == "release":
             job.add_argument("checkpoint", help="checkpoint or run folder")
             job.add_argument("--name", default="pixart", help="of the registered model (default: pixart)")
@@ -65,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
             job.add_argument(
                 "--stage", type=int, choices=(1, 2), help="1: classes, 2: text (default: the checkpoint's, else 1)"
             )
-            job.add_argument("--from", dest="start", type=named, help="checkpoint or run to go on from")
-            job.add_argument("--resume", type=named, help="run folder to continue in")
+            job.add_argument("--from", dest="start", type=non_empty, help="checkpoint or run to go on from")
+            job.add_argument("--resume", type=non_empty, help="run folder to continue in")
             job.add_argument(
                 "--accept-failed-conversion", action="store_true", help="go on from a checkpoint that failed its checks"
             )
@@ -78,18 +78,20 @@ def make_parser() -> argparse.ArgumentParser:
             )
         if name == "convert":
             job.add_argument("checkpoint", help="checkpoint, run folder or .pt file")
-            job.add_argument("--output", type=named, help="directory to write (default: beside the checkpoint)")
+            job.add_argument("--output", type=non_empty, help="directory to write (default: beside the checkpoint)")
             add_options(job)
             job.set_defaults(overrides=[], settings=DEFAULT_RECIPE, dataset=None)
         if name == "sample":
             add_sampling(job)
         if name == "recaption":
             job.add_argument("requests", nargs="*", metavar="REQUEST")
-            job.add_argument("--file", type=named, help="more requests, one a line")
-            job.add_argument("--output", type=named, help=".txt, .jsonl or .parquet file (default: standard output)")
+            job.add_argument("--file", type=non_empty, help="more requests, one a line")
+            job.add_argument(
+                "--output", type=non_empty, help=".txt, .jsonl or .parquet file (default: standard output)"
+            )
             job.add_argument("--model", help="folder or hub name (default: the recipe's captioner, or the server's)")
             job.add_argument(
-                "--server", metavar="URL", type=named, help="a running vLLM server, such as http://node:8000/v1"
+                "--server", metavar="URL", type=non_empty, help="a running vLLM server, such as http://node:8000/v1"
             )
             job.add_argument("--compare", metavar="DATASET", help="report how alike its captions and the answers are")
         if name == "logs":
@@ -103,9 +105,9 @@ def add_sampling(job: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="stage 2; repeatable (default: the dataset's)"
     )
-    job.add_argument("--file", type=named, help='more prompts, one a line; of a .jsonl file "text" or "prompt"')
+    job.add_argument("--file", type=non_empty, help='more prompts, one a line; of a .jsonl file "text" or "prompt"')
     job.add_argument("--recaption", action="store_true", help="rewrite the prompts in the style of the captions first")
-    job.add_argument("--server", metavar="URL", type=named, help="of --recaption: a running vLLM server")
+    job.add_argument("--server", metavar="URL", type=non_empty, help="of --recaption: a running vLLM server")
     job.add_argument("--model", help="of --recaption: folder or hub name (default: the captioner's, or the server's)")
     job.add_argument(
         "--class",
@@ -124,7 +126,10 @@ def add_sampling(job: argparse.ArgumentParser) -> None:
     )
     job.add_argument("--weights", choices=("ema", "master"), default="ema", help="(default: ema, the average)")
     job.add_argument(
-        "--export", metavar="FOLDER", type=named, help="write a diffusers pipeline, and pictures just where asked for"
+        "--export",
+        metavar="FOLDER",
+        type=non_empty,
+        help="write a diffusers pipeline, and pictures just where asked for",
     )
 
 
@@ -133,7 +138,7 @@ def add_settings(job: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--recipe", dest="settings", default=DEFAULT_RECIPE, help=f"one of {', '.join(RECIPES)} (default: demo)"
     )
-    job.add_argument("--dataset", type=named, help="the dataset's directory, short for data.path=DIRECTORY")
+    job.add_argument("--dataset", type=non_empty, help="the dataset's directory, short for data.path=DIRECTORY")
 
 
 def add_submission(job: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conversion.options import Options, default_output, from_arguments
-from conversion.report.text import PAGE, following
+from conversion.report.text import PAGE, next_command
 from jobs.state import ledger
 from jobs.state.checkpoint_names import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.state.run import Run
@@ -25,11 +25,11 @@ def convert_command(launch: Launch, options: argparse.Namespace) -> str:
     how = from_arguments(options)
     check_source(source, how)
     if target.exists() and not how.overwrite:
-        raise ValueError(f"{target} exists: name another --output, or give --overwrite")
+        raise ValueError(f"{target} exists; choose another --output, or give --overwrite")
     run = submit_conversion(launch, source, target, how)
     if not launch.wait:
         return describe_submission(run)
-    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following(how.stage, target)}"
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {next_command(how.stage, target)}"
 
 
 def check_source(source: Path, how: Options) -> None:
@@ -41,11 +41,12 @@ def check_source(source: Path, how: Options) -> None:
     else:
         record = checkpoint_record(source)
         if record["plan"]:
-            raise ValueError(f"{source} is an FP8 checkpoint already")
+            raise ValueError(f"{source} is already an FP8 checkpoint; conversion starts from a BF16 checkpoint")
         if record["stage"] > how.stage:
-            raise ValueError(f"--stage {how.stage}: {source} is of stage {record['stage']} already")
-    if how.data and ledger.manifest(how.data) is None:
-        raise ValueError(f"--data {how.data}: there is no dataset")
+            raise ValueError(f"--stage {how.stage}: {source} is already a stage-{record['stage']} checkpoint")
+    dataset = how.calibration_dataset
+    if dataset and ledger.manifest(dataset) is None:
+        raise ValueError(f"--dataset {dataset}: not a dataset; run 'caption' and 'latents' to create it")
 
 
 def submit_conversion(launch: Launch, source: Path, target: Path, how: Options, after: Sequence[str] = ()) -> Run:

@@ -40,7 +40,7 @@ def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
         after = require_audit(launch, after, any_source=True)
     stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
     source = last_checkpoint(launch, 1, stage1)
-    how = Options(batch=launch.recipe.stage2.batch)
+    how = Options(batch_size=launch.recipe.stage2.batch)
     conversion = submit_conversion(launch, source, default_output(source), how, waited(launch, stage1))
     start = default_output(source)
     stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))

@@ -11,7 +11,7 @@ from typing import Any
 from conversion.report.text import PAGE, REPORT
 from jobs.state import audit_files, ledger
 from jobs.state import run as runs
-from jobs.state.checkpoint_names import INFERENCE, MARKER, checkpoint_record, find_checkpoint
+from jobs.state.checkpoint_names import INFERENCE, MARKER, acceptance, checkpoint_record, find_checkpoint
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
@@ -124,8 +124,13 @@ class Walk:
         return node
 
     def conversion(self, output: Path, origin: dict[str, Any]) -> Node:
-        ways = {"gate": origin.get("gate"), "calibrated_on": origin.get("calibration_data")}
-        node = self.made("conversion", f"{output} (conversion)", way=origin.get("reparameterization"), **ways)
+        node = self.made(
+            "conversion",
+            f"{output} (conversion)",
+            strategy=origin.get("reparameterization"),
+            acceptance=acceptance(origin),
+            calibrated_on=origin.get("calibration_data"),
+        )
         node.pages = {"report": output / PAGE}
         for run in self.known():
             if run.kind == "convert" and run.request.get("output") == str(output):

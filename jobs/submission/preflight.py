@@ -6,7 +6,7 @@ from typing import Any
 
 from conversion.options import STATEFUL
 from jobs.state import run
-from jobs.state.checkpoint_names import find_checkpoint
+from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from pixart.config.recipe import Recipe
 from pixart.config.training import fp8_backend
 
@@ -33,10 +33,10 @@ def check_start(recipe: Recipe, options: argparse.Namespace, start: Path | None,
         raise ValueError(
             f"{start} is of stage {record['stage']}, not {stage}: convert it first, or give --stage {record['stage']}"
         )
-    if options.start and record["provenance"].get("gate") == "FAIL" and not options.accept_failed_conversion:
+    if options.start and acceptance(record["provenance"]) == "FAIL" and not options.accept_failed_conversion:
         raise ValueError(
-            f"{start} comes from a conversion that failed its checks (see its report.html): mend that, or give "
-            "--accept-failed-conversion"
+            f"{start} comes from a conversion that failed its acceptance checks (see its report.html); convert it "
+            "again, or give --accept-failed-conversion"
         )
     for item in options.overrides:
         name, _, value = item.removeprefix("model.").partition("=")
@@ -64,7 +64,7 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
         if backend == "te" and not gpus:
             raise ValueError(
                 f"FP8 by TransformerEngine needs GPUs, which this cluster's profile has none of: convert with another "
-                f"--recipe than {record['plan']['recipe']}, or name another --cluster"
+                f"--fp8-recipe than {record['plan']['recipe']}, or name another --cluster"
             )
 
 

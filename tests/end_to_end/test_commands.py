@@ -145,13 +145,14 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --set stage1.seed=99999999999999999999", "seed=99999999999999999999"),
         ("python -m jobs.launch train --set data.source=data", "there is none; caption makes it"),
         ("python -m jobs.launch convert done --output ", "--output: is empty"),
-        ("python -m conversion.to_fp8 truncated --data ", "--data: is empty"),
+        ("python -m conversion.to_fp8 truncated --dataset ", "--dataset: is empty"),
         ("python -m jobs.launch init --set data.source=.", "would lie within its source"),
         ("python -m jobs.launch recaption dog --server ", "--server: is empty"),
         ("python -m conversion.to_fp8 unknown --text-dim 9", "not that of a PixArt"),
         ("python -m conversion.to_bf16 fp8-training --output fp8-training --overwrite", "is or holds the source"),
         ("python -m conversion.to_bf16 fp8-training --output broken.pt/x", "broken.pt"),
         ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
+        ("python -m jobs.launch train --from failed-earlier", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
         ("python -m jobs.launch train --set stage1.accumulate=3", "stage1.accumulate=3"),
         ("python -m jobs.launch train --set stage1.validate_every=5 --set stage1.validation_rows=0", "validation_rows"),
@@ -163,9 +164,9 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch convert done", "--overwrite"),
         ("python -m jobs.launch convert broken.pt", "no PyTorch checkpoint"),
         ("python -m jobs.launch convert pipe.pt", "pipe.pt"),
-        ("python -m jobs.launch convert text --stage 1 --output out", "is of stage 2 already"),
-        ("python -m jobs.launch convert failed --output out --data nodata", "--data nodata"),
-        ("python -m jobs.launch convert failed --batches 0", "--batches must be at least 1"),
+        ("python -m jobs.launch convert text --stage 1 --output out", "is already a stage-2 checkpoint"),
+        ("python -m jobs.launch convert failed --output out --dataset nodata", "--dataset nodata"),
+        ("python -m jobs.launch convert failed --num-batches 0", "--num-batches 0: must be at least 1"),
         ("python -m jobs.launch sample nowhere", "nowhere"),
         ("python -m jobs.launch sample done", "done names no dataset"),
         ("python -m jobs.launch sample lost", "nodata: there is none"),
@@ -240,7 +241,8 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     shutil.rmtree(checkpoints.save(stage1, tmp_path / "half") / "ema")
     for name in ("done", "done.fp8"):
         checkpoints.save(stage1, tmp_path / name)
-    checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
+    for name, key in (("failed", "acceptance"), ("failed-earlier", "gate")):  # as an earlier version wrote it
+        checkpoints.save(dataclasses.replace(stage1, provenance={key: "FAIL"}), tmp_path / name)
     save_what_can_be_sampled(stage1, tmp_path)
     save_what_is_damaged(tmp_path)
     save_runs(tmp_path)

@@ -139,7 +139,7 @@ def test_conversion_goes_on_where_stage1_stopped(home):
     before, *_, after = report["losses"].values()
     print(f"loss {before:.5f} before, {after:.5f} after: {after / before - 1:+.2%}")
     assert abs(after / before - 1) < 0.01
-    assert report["gate"]["passed"]
+    assert report["acceptance"]["passed"]
     assert report["data"] == str(home / "photos")
     error = report["reparameterization"]["mean_error"]
     print(f"mean error over t: {error['fitted']:.4f}, the paper's way {error['paper']:.4f}")

@@ -73,7 +73,7 @@ def stage1(small_recipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(stage1, tmp_path_factory):
     output = tmp_path_factory.mktemp("converted") / "c.fp8"
-    convert(stage1[0], output, Options(batches=2, batch=8))
+    convert(stage1[0], output, Options(num_batches=2, batch_size=8))
     return output
 
 
@@ -174,7 +174,7 @@ def test_stage_of_the_checkpoint_is_checked(small_recipe, stage1, tmp_path):
 @pytest.mark.parametrize("recipe", ["current", "rowwise"])
 def test_torchao_trains_by_a_plan_of_its_recipes(small_recipe, stage1, tmp_path, recipe):
     """Emulated on a CPU; near to what BF16 training gives, and a checkpoint without scales goes on."""
-    convert(stage1[0], tmp_path / "c.fp8", Options(batches=2, batch=8, recipe=recipe))
+    convert(stage1[0], tmp_path / "c.fp8", Options(num_batches=2, batch_size=8, fp8_recipe=recipe))
     found = {}
     for fp8 in (True, False):
         curves, run = Curves(), tmp_path / str(fp8)

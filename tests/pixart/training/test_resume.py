@@ -99,7 +99,7 @@ def converted(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
     config = dataclasses.replace(recipe.stage1, steps=6)
     last = train(stage=1, model=recipe.model, config=config, dataset=recipe.data.path, run=folder)
-    convert(last, folder / "c.fp8", Options(batches=2, batch=8))
+    convert(last, folder / "c.fp8", Options(num_batches=2, batch_size=8))
     return str(folder / "c.fp8")
 
 
