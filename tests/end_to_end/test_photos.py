@@ -140,7 +140,7 @@ def test_conversion_goes_on_where_stage1_stopped(home):
     print(f"loss {before:.5f} before, {after:.5f} after: {after / before - 1:+.2%}")
     assert abs(after / before - 1) < 0.01
     assert report["acceptance"]["passed"]
-    assert report["data"] == str(home / "photos")
+    assert report["calibration_data"] == str(home / "photos")
     error = report["reparameterization"]["mean_error"]
     print(f"mean error over t: {error['fitted']:.4f}, the paper's way {error['paper']:.4f}")
     assert error["fitted"] <= 0.25 * error["paper"]
