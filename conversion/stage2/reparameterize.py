@@ -2,7 +2,7 @@
 
 Every tensor that both stages have is carried over. The null class is folded into biases; scales of the modulation are
 absorbed by neighbouring weights, and the moments follow (W' = s W: m / s, v / s^2). The output projection of
-cross-attention starts at zero, so that stage 2 computes what stage 1 computes, whatever the text.
+cross-attention starts at zero, so that stage 2 computes what stage 1 computes, for any text.
 """
 
 import functools

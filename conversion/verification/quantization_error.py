@@ -1,8 +1,8 @@
 """Quantization error of every FP8 linear on validation batches: amax, headroom, underflow, saturation and SQNR.
 
 The signal-to-quantization-noise ratio (SQNR) is 10 log10(sum of squares / sum of squared errors), in dB. For a large
-linear it is estimated from some of its outputs, quantized with the scales of the whole tensors: every n-th output, with
-a sampling weight of n, and the outputs with the largest values, which saturate first.
+linear it is estimated from some of its outputs, quantized with the scales of the complete tensors: every n-th output,
+with a sampling weight of n, and the outputs with the largest values, which saturate first.
 """
 
 import math
