@@ -13,7 +13,7 @@ folder=${2:-$(mktemp -d)}
 bare=.venv-gpu-bare
 # Of the packages on that machine, those that the suite uses.
 on_machine="torch==2.11.0 transformers==5.17.0 numpy==2.5.2 safetensors==0.8.0 einops pyarrow fsspec pillow scipy rich \
-    packaging typing-extensions pyyaml click filelock jinja2 psutil nvidia-ml-py pydantic pytest pytest-xdist hypothesis"
+    packaging typing-extensions pyyaml click filelock jinja2 psutil nvidia-ml-py pydantic requests pytest pytest-xdist hypothesis"
 
 if [ "$on_machine" != "$(cat "$bare/.made-by" 2>/dev/null)" ]; then
     rm -rf "$bare"
