@@ -18,6 +18,9 @@ from jobs.submission.submit import describe_submission, run_ranks
 from pixart.config.overrides import override
 from slurm.executor import Cluster, Shape
 
+# What MLflow and the run's page show of a stage's configuration.
+LOGGED_KEYS = ("steps", "global_batch_size", "lr", "precision", "fp8", "ema_decay", "cond_dropout_prob")
+
 
 def train_command(launch: Launch, options: argparse.Namespace) -> str:
     shape = training_shape(launch, options.nodes)
@@ -70,7 +73,7 @@ def submit_training(
             "stage": stage,
             "nodes": nodes,
             "dataset": launch.dataset,
-            **{name: getattr(config, name) for name in ("steps", "batch", "lr", "precision", "fp8", "ema", "drop")},
+            **{name: getattr(config, name) for name in LOGGED_KEYS},
             **{name: getattr(launch.recipe.model, name) for name in ("dim", "num_blocks")},
         },
         tags={"pixart.parent_checkpoint": str(start)} if start else {},
