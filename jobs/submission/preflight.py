@@ -7,7 +7,8 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import find_checkpoint
-from pixart.config.model import CHECKPOINT_NAMES
+from pixart.config import overrides
+from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.recipe import Recipe
 from pixart.config.training import resolve_fp8_backend
 
@@ -40,10 +41,10 @@ def check_start(recipe: Recipe, options: argparse.Namespace, start: Path | None,
             "--accept-failed-conversion"
         )
     for item in options.overrides:
-        name, _, value = item.removeprefix("model.").partition("=")
-        own = record["config"].get(CHECKPOINT_NAMES.get(name, name))  # of stage 2, there is no number of classes
-        if item.startswith("model.") and own is not None and str(own) != value:
-            raise ValueError(f"{item}: {start} is a model with {name}={own}, and stays one")
+        field, value = overrides.parse(item)
+        size = record["config"].get(CHECKPOINT_NAMES.get(field.name, field.name))  # none of stage 2's num_classes
+        if field.owner is ModelConfig and size is not None and size != value:
+            raise ValueError(f"{item}: the model of {start} has {field.name}={size}; leave it out")
     if record["step"] >= recipe.train(stage).steps:
         raise ValueError(
             f"{start} has done {record['step']} steps, stage{stage}.steps={recipe.train(stage).steps} leaves none to "
