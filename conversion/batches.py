@@ -48,8 +48,8 @@ def dataset_batches(
     selected = np.random.default_rng(0).choice(valid, size=size, replace=len(valid) < num_batches * batch_size)
     data = manifest.data
     encoder = None
-    if not data.text_states:
-        encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+    if not data.store_text_embeddings:
+        encoder = TextEncoder(data.text_encoder, tokens=data.max_text_tokens, scale=data.text_scale)
     batches = []
     for rows in selected:
         mask = torch.from_numpy(store.read("token_mask", rows))

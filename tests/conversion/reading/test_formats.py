@@ -102,7 +102,9 @@ def test_next_step_matches_the_original_training(shared_data, name):
     original_optimizer.load_state_dict(content["optimizer"])
     saved = content["optimizer"]["param_groups"][0]
     names = {"lr": saved["lr"], "weight_decay": saved["weight_decay"], "eps": saved["eps"]}
-    config = TrainConfig(steps=9, batch=4, warmup=0, beta1=saved["betas"][0], beta2=saved["betas"][1], **names)
+    config = TrainConfig(
+        steps=9, global_batch_size=4, warmup_steps=0, beta1=saved["betas"][0], beta2=saved["betas"][1], **names
+    )
     suite_optimizer = make_optimizer(converted, config)
     for name, tensor in optimizer_tensors(suite_optimizer, converted).items():
         tensor.copy_(checkpoint.optimizer[name])
