@@ -43,7 +43,7 @@ def dataset_batches(path: str, normalization: Normalization, batches: int, batch
     data = manifest.data
     encoder = None
     if not data.store_text_embeddings:
-        encoder = TextEncoder(data.text_encoder, tokens=data.max_text_tokens, scale=data.text_scale)
+        encoder = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
     drawn = []
     for chosen in rows:
         mask = torch.from_numpy(store.read("token_mask", chosen))

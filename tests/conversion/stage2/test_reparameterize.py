@@ -92,7 +92,7 @@ def test_what_is_measured_is_true_of_the_result(stage1, latents, way):
     pictures = []
     for each in models(stage1, result):
         condition = silent(each, SAMPLES, "cpu")
-        pictures.append(sample(each, condition, condition, side=8, steps=SAMPLE_STEPS, guidance=1, seed=0))
+        pictures.append(sample(each, condition, condition, latent_size=8, steps=SAMPLE_STEPS, guidance=1, seed=0))
     assert relative_error(*reversed(pictures)) == pytest.approx(
         sample_errors(model, [modulations[way]], latents)[0], rel=0.5
     )
