@@ -13,7 +13,7 @@ from pixart.data.audit.deduplication import exact_groups, near_groups
 from pixart.data.images.screening import Reason
 
 MAX_EXAMPLES = 24  # rejected images shown per reason
-NUM_FIRST_WORDS = 20  # most common first words that are kept
+NUM_FIRST_WORDS = 20  # entries in the list of most common first words
 BINS = {
     "brightness": np.linspace(0, 1, 41),
     "entropy": np.linspace(0, 8, 41),  # bits

@@ -100,7 +100,7 @@ def validate_answer(answer: str, *, truncated: bool) -> tuple[str, Problem | Non
     """Return the caption in a model's answer, and its problem or None.
 
     `truncated` states that the answer reached the token limit: its unfinished last sentence is removed. Without any
-    complete sentence, the caption is the whole answer and its problem is TRUNCATED, unless it has another one.
+    complete sentence, the caption is the entire answer and its problem is TRUNCATED, unless it has another one.
     """
     text = normalize(answer)
     complete = complete_sentences(text) if truncated else text

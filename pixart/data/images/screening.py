@@ -46,7 +46,7 @@ class ImageStatistics:
     entropy: float  # bits of the luma histogram, 0 to 8
     dominant: float  # share of the pixels in the most common color, of 16 levels per channel
     flat: float  # share of the inner cells, excluding edges and corners, that are flat and of one tone
-    gradient: float  # mean absolute difference of luma between neighbours, levels of 255 per pixel
+    gradient: float  # mean absolute difference of luma between adjacent pixels, levels of 255 per pixel
     phash: int  # 64 bits, see `perceptual_hash`
 
 

@@ -68,9 +68,7 @@ class Loader:
     ) -> None:
         path, data = store.manifest.data.path, store.manifest.data
         if global_batch_size % world_size:
-            raise ValueError(
-                f"the global batch size is {global_batch_size}; it must be a multiple of the {world_size} ranks"
-            )
+            raise ValueError(f"global_batch_size={global_batch_size}: must be a multiple of the {world_size} ranks")
         if short_caption_prob > 0 and not data.short_captions:
             raise ValueError(
                 f"short_caption_prob={short_caption_prob}: dataset {path} has no short captions; "
@@ -80,7 +78,7 @@ class Loader:
         if excluded_rows is not None:
             valid = np.setdiff1d(valid, excluded_rows, assume_unique=True)
         if len(valid) == 0:
-            raise ValueError(f"dataset {path} has no valid row to train on; run 'latents' first")
+            raise ValueError(f"dataset {path} has no valid rows; run 'latents' first")
         self.store, self.global_batch_size, self.seed = store, global_batch_size, seed
         self.cond_dropout_prob, self.short_caption_prob = cond_dropout_prob, short_caption_prob
         self.prefetch_steps = prefetch_steps

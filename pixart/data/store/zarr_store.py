@@ -97,7 +97,7 @@ class Store:
         """
         totals = self._read_all(SUMS).sum(0)
         if totals[0] == 0:
-            raise ValueError(f"dataset {self.manifest.data.path} has no valid row")
+            raise ValueError(f"dataset {self.manifest.data.path} has no valid rows; run 'latents' first")
         mean, square = totals[1:].reshape(2, -1) / totals[0]
         if self.manifest.data.normalization == "scalar":
             mean, square = np.full_like(mean, mean.mean()), np.full_like(square, square.mean())
@@ -140,8 +140,8 @@ class Store:
         ]
         return list(dict.fromkeys(spans))
 
-    def _read_chunks(self, column: Column, chunks: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
-        """Read ascending chunks of a column to the rows `places` of the target (B, bytes).
+    def _read_chunks(self, column: Column, chunks: np.ndarray, target: np.ndarray, target_rows: np.ndarray) -> None:
+        """Read ascending chunks of a column to the rows `target_rows` of the target (B, bytes).
 
         Consecutive chunks are read by one system call.
         """
@@ -152,13 +152,13 @@ class Store:
             if (column.name, shard) not in self._checked:
                 self._check_index(column, shard)
             if scattered:
-                pairs = zip(places[start:stop].tolist(), block[start:stop], strict=True)
-                buffers = [buffer for place, sums in pairs for buffer in (target[place], sums)]
+                pairs = zip(target_rows[start:stop].tolist(), block[start:stop], strict=True)
+                buffers = [buffer for row, crc in pairs for buffer in (target[row], crc)]
             else:
                 buffers = [block[start:stop].reshape(-1)]
             self._read(column, shard, first * column.stride, buffers, stop - start)
         if not scattered:
-            target[places] = block[:, :-CRC_BYTES]
+            target[target_rows] = block[:, :-CRC_BYTES]
 
     def _check_index(self, column: Column, shard: int) -> None:
         """Check that the chunks of a file are where this module writes them, and not where another library did."""
@@ -177,9 +177,8 @@ class Store:
         for is_retry in (False, True):
             try:
                 complete = self.storage.readv(name, start, buffers) == stop - start
-                if complete and reduce(google_crc32c.extend, buffers, 0) == expected_crc(
-                    chunks, (stop - start) // chunks
-                ):
+                crc = reduce(google_crc32c.extend, buffers, 0)
+                if complete and crc == expected_crc(chunks, (stop - start) // chunks):
                     return
                 fault = "is corrupted: a CRC-32C does not match" if complete else "is truncated"
             except OSError as error:

@@ -52,7 +52,9 @@ def run(recipe: Recipe, folder, **limits: float) -> None:
 
 
 def test_page_and_verdict(recipe, tmp_path):
-    with pytest.raises(ValueError, match=r"^the dataset does not pass its audit: solid-color or uniform 0\.1724, limit"):
+    with pytest.raises(
+        ValueError, match=r"^the dataset does not pass its audit: solid-color or uniform 0\.1724, limit"
+    ):
         run(recipe, tmp_path, max_rejected=0.3)
     folder = tmp_path.parent / recipe.data.path / audit_files.FOLDER
     summary = json.loads((folder / audit_files.SUMMARY).read_text())
@@ -80,7 +82,9 @@ def test_training_asks_for_it(recipe, tmp_path):
     folder = tmp_path.parent / recipe.data.path / audit_files.FOLDER
     with pytest.raises(ValueError, match="does not pass"):
         run(recipe, tmp_path, max_same_opening=0.5)
-    with pytest.raises(ValueError, match=r"failed its audit \(rejected, solid-color or uniform, captions with the same"):
+    with pytest.raises(
+        ValueError, match=r"failed its audit \(rejected, solid-color or uniform, captions with the same"
+    ):
         audit.require(recipe.data.path)
     run(recipe, tmp_path, max_rejected=1, max_plain=1, max_duplicates=1, max_same_opening=1)
     audit.require(recipe.data.path)
