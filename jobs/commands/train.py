@@ -15,7 +15,7 @@ from jobs.submission.datasets import use_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_configuration, check_dataset, check_start, find_start
 from jobs.submission.submit import describe_submission, run_ranks
-from pixart.config.overrides import override
+from pixart.config import overrides
 from slurm.executor import Cluster, Shape
 
 # What MLflow and the run's page show of a stage's configuration.
@@ -37,7 +37,7 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
         print(f"goes on without FP8, though {start} is in FP8: {hint}", file=sys.stderr)
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
-        launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
+        launch.recipe = overrides.apply(launch.recipe, [f"data.path={record['dataset']}"])
     if launch.recipe.data.source != "demo" and not launch.dry_run and ledger.manifest(launch.dataset) is None:
         raise ValueError(f"dataset {launch.dataset}: there is none; caption makes it")
     manifest = use_dataset(launch, options.overrides)

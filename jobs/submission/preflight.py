@@ -9,7 +9,7 @@ from jobs.state import run
 from jobs.state.checkpoint_names import find_checkpoint
 from pixart.config.model import CHECKPOINT_NAMES
 from pixart.config.recipe import Recipe
-from pixart.config.training import fp8_backend
+from pixart.config.training import resolve_fp8_backend
 
 Record = dict[str, Any]  # of a checkpoint
 
@@ -61,7 +61,7 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
             f"name it by --from, or set stage{stage}.fp8=false"
         )
     if config.fp8 and record:
-        backend = fp8_backend(config.fp8_backend, record["plan"]["recipe"])
+        backend = resolve_fp8_backend(config.fp8_backend, record["plan"]["recipe"])
         if backend == "te" and not gpus:
             raise ValueError(
                 f"FP8 by TransformerEngine needs GPUs, which this cluster's profile has none of: convert with another "
@@ -76,7 +76,7 @@ def check_pipeline(recipe: Recipe, ranks: int) -> None:
     if recipe.stage1.fp8:
         raise ValueError("stage1.fp8=true: FP8 begins with the conversion, after stage 1")
     if recipe.stage2.fp8:
-        fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
+        resolve_fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
 
 
 def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:
