@@ -18,7 +18,7 @@ from pixart.config.audit import AuditConfig
 from pixart.config.dataset import DataConfig
 from pixart.config.recipe import Recipe, to_json
 from pixart.data.encoders.text_encoder import encoder_path, load_text_model
-from pixart.data.encoders.vae import DEMO
+from pixart.data.encoders.vae import DEMO_VAE
 from pixart.recipes import MINILM_STATE_STD, demo
 
 SIZE, TOKENS, SHARDS = 256, 32, 4
@@ -33,7 +33,7 @@ def make_dataset(folder: Path, dataset: Path, images: Path | None, vae: Path | N
     Paths within are relative to the working directory, where the day's parts run too.
     """
     encoder, autoencoder = folder / "encoder", folder / "vae"
-    shutil.copytree(vae or DEMO, autoencoder)
+    shutil.copytree(vae or DEMO_VAE, autoencoder)
     names = {"path": relative(dataset), "vae": relative(autoencoder), "text_encoder": relative(encoder)}
     settings = {"num_shards": SHARDS, "image_size": SIZE, "max_text_tokens": TOKENS, "text_scale": 1 / MINILM_STATE_STD}
     with tempfile.TemporaryDirectory() as temporary:

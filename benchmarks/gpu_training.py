@@ -30,7 +30,7 @@ from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 from pixart.sampling import loading
 from pixart.sampling.contact_sheet import contact_sheet
-from pixart.sampling.images import Picture, make
+from pixart.sampling.images import SampleRequest, generate
 from pixart.sampling.pipeline import PixArtPipeline
 from pixart.training.loop import train
 
@@ -114,13 +114,13 @@ def compare(page: measure.Page, bf16: Losses, fp8: Losses) -> None:
 
 def pictures(pipeline: PixArtPipeline, prompts: Sequence[str], precision: torch.dtype | None):
     """Sample a picture for each prompt -> the pictures and the seconds of all of them."""
-    asked = [Picture(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
+    asked = [SampleRequest(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
     device = measure.device()
     pipeline.to(device)
     cast = torch.autocast(device.type, precision) if precision else contextlib.nullcontext()
     begun = time.perf_counter()
     with cast:
-        found = list(make(pipeline, asked, steps=SAMPLING_STEPS, guidance=GUIDANCE))
+        found = list(generate(pipeline, asked, steps=SAMPLING_STEPS, guidance=GUIDANCE))
     return found, time.perf_counter() - begun
 
 

@@ -49,7 +49,7 @@ def dataset_batches(
     data = manifest.data
     encoder = None
     if not data.store_text_embeddings:
-        encoder = TextEncoder(data.text_encoder, tokens=data.max_text_tokens, scale=data.text_scale)
+        encoder = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
     batches = []
     for rows in selected:
         mask = torch.from_numpy(store.read("token_mask", rows))

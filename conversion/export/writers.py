@@ -20,7 +20,7 @@ from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint, Lazy
 from pixart.model.fp8.ops import E4M3, INPUT
 from pixart.model.fp8.scaling import scale_from_amax
-from pixart.sampling.loading import INPUT_SCALE, RECORD, WEIGHT_SCALE
+from pixart.sampling.loading import INFERENCE_FILE, INPUT_SCALE, WEIGHT_SCALE
 
 
 def export_transformer_engine(checkpoint: Checkpoint, folder: Path) -> None:
@@ -59,7 +59,7 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
         "dataset": checkpoint.dataset,
         "normalization": {"mean": checkpoint.normalization.mean, "std": checkpoint.normalization.std},
     }
-    checkpoints.write(folder / "inference" / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    checkpoints.write(folder / "inference" / INFERENCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def weight_scale(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -50,9 +50,9 @@ def recaption_command(launch: Launch, options: argparse.Namespace) -> str:
 
 
 def rewritten_by_server(requests: list[str], options: argparse.Namespace) -> list[dict[str, str]]:
-    from pixart.data.captions.rewriting import rewrite, server
+    from pixart.data.captions.rewriting import rewrite, server_generator
 
-    return [asdict(each) for each in rewrite(requests, server(options.server.rstrip("/"), options.model))]
+    return [asdict(each) for each in rewrite(requests, server_generator(options.server.rstrip("/"), options.model))]
 
 
 def submit_recaption(launch: Launch, requests: list[str], model: str | None) -> Run:

@@ -106,7 +106,7 @@ def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
     if is_url(str(dataset)):
         from pixart.data.storage import RemoteFiles
 
-        return RemoteFiles(str(dataset)).read_all(names)
+        return RemoteFiles(str(dataset)).read_files(names)
     contents: list[bytes | None] = []
     for name in names:
         try:
@@ -122,7 +122,7 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
         if is_url(str(dataset)):
             from pixart.data.storage import RemoteFiles
 
-            return RemoteFiles(str(dataset)).names(folder)
+            return RemoteFiles(str(dataset)).list_folder(folder)
         return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names
     except FileNotFoundError:
         return []

@@ -83,7 +83,7 @@ def merge(manifest):
 
     merged = Audit()
     for shard in range(manifest.data.num_shards):
-        merged.add(read_part(manifest.data.path, shard), manifest.shard(shard)[0])
+        merged.add(read_part(manifest.data.path, shard), manifest.shard_range(shard)[0])
     return merged
 
 

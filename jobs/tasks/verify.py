@@ -52,7 +52,7 @@ def latents_whole(store, shard: int) -> bool:
     entry = ledger.read(store.manifest.data.path, "latents", shard)
     if entry is None:
         return True
-    rows = np.arange(*store.manifest.shard(shard))
+    rows = np.arange(*store.manifest.shard_range(shard))
     try:
         columns = {name: store.read(name, rows) for name in store.arrays}
     except ValueError:

@@ -31,7 +31,7 @@ class TextCondition:
         from pixart.data.encoders.text_encoder import TextEncoder
 
         data, device = dataset.data, ranks.device
-        encoder = TextEncoder(data.text_encoder, tokens=data.max_text_tokens, scale=data.text_scale)
+        encoder = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
         self.null_states, self.null_mask = (tensor.to(device) for tensor in encoder.encode([""]))
         self.null_length = int(self.null_mask.sum())
         self.encoder, self.device = None if data.store_text_embeddings else encoder, device

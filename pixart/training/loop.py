@@ -8,7 +8,7 @@ from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
-from pixart.data.loading.sampler import held_out_rows
+from pixart.data.loading.sampler import select_validation_rows
 from pixart.data.store.zarr_store import Store
 from pixart.training.checkpointing import Saver, newest_whole, restore
 from pixart.training.metrics import Interval, Quiet, Reporter
@@ -57,19 +57,19 @@ def train(
         for fault in faults:
             reporter.incident(training.steps_done, fault)
         valid = store.valid_rows()
-        held_out = held_out_rows(valid, config.num_validation_samples)
+        held_out = select_validation_rows(valid, config.num_validation_samples)
         loader = Loader(
             store,
-            batch=config.global_batch_size,
+            global_batch_size=config.global_batch_size,
             seed=config.seed,
-            drop=config.cond_dropout_prob,
-            short=config.short_caption_prob,
-            states=stage == 2,
+            cond_dropout_prob=config.cond_dropout_prob,
+            short_caption_prob=config.short_caption_prob,
+            text_embeddings=stage == 2,
             rank=ranks.rank,
-            world=ranks.world,
-            held_out=held_out,
+            world_size=ranks.world,
+            excluded_rows=held_out,
         )
-        interval = Interval(training, loader.order, reporter)
+        interval = Interval(training, loader.sampler, reporter)
         saver = Saver(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
         validation = Validation(training, store, held_out) if len(held_out) else None
         shown = (held_out if len(held_out) else valid)[: config.num_previews]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pixart.data.loading.loader import Batch
-from pixart.data.loading.sampler import Order, rows_of_step
+from pixart.data.loading.sampler import WindowShuffleSampler, rows_of_step
 from pixart.model.flops import peak_tflops, training_flops
 from pixart.model.fp8 import scaling
 from pixart.training.optimizer import learning_rate
@@ -54,7 +54,7 @@ class DivergedError(Exception):
 class Interval:
     """What happened since it was last told, collected without a wait for the device."""
 
-    def __init__(self, training: Training, order: Order, reporter: Reporter) -> None:
+    def __init__(self, training: Training, order: WindowShuffleSampler, reporter: Reporter) -> None:
         self.training, self.order, self.reporter = training, order, reporter
         self.config, self.ranks = training.config, training.ranks
         self.before: deque[float] = deque(maxlen=REMEMBERED)

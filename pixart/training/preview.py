@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixart.data.encoders.vae import decode, load_vae
-from pixart.data.loading.loader import rows_batch
+from pixart.data.loading.loader import load_rows
 from pixart.data.store.zarr_store import Store
 from pixart.sampling.contact_sheet import contact_sheet
 from pixart.sampling.denoise import sample
@@ -29,7 +29,7 @@ class Previews:
         self.training, self.folder, self.count = training, run / "previews", len(rows)
         share = -(-len(rows) // world)  # the same number of pictures for every rank
         self.places = np.arange(rank * share, (rank + 1) * share) % len(rows)
-        self.batch = rows_batch(store, rows[self.places], states=training.stage == 2)
+        self.batch = load_rows(store, rows[self.places], text_embeddings=training.stage == 2)
         # A second OpenMP team, be it idle, makes more threads than processors, and every parallel region of the steps
         # waits for the system then instead of spinning: half the speed on a CPU.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
@@ -46,7 +46,7 @@ class Previews:
                 training.model,
                 condition,
                 null,
-                side=training.dataset.latent_shape[1],
+                latent_size=training.dataset.latent_shape[1],
                 steps=STEPS,
                 guidance=GUIDANCE,
                 seed=SEED,

@@ -110,7 +110,7 @@ class Training:
         for rows in self.micro_batches(len(data)):
             self.model.set_requires_gradient_sync(rows.stop == len(data))
             noised = interpolate(data[rows], noise[rows], t[rows])
-            velocity = self.model(noised, t[rows], **self.condition(batch.part(rows)))
+            velocity = self.model(noised, t[rows], **self.condition(batch.slice_rows(rows)))
             part = flow_loss(velocity, data[rows], noise[rows]) / self.config.gradient_accumulation_steps
             part.backward()
             loss += part.detach()

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pixart.data.loading.loader import Batch, rows_batch
+from pixart.data.loading.loader import Batch, load_rows
 from pixart.data.store.zarr_store import Store
 from pixart.model.rectified_flow import fixed_time, interpolate
 from pixart.training.trainer import Training
@@ -36,7 +36,7 @@ class Validation:
         for part in np.split(
             np.arange(len(self.rows)), range(training.micro_batch, len(self.rows), training.micro_batch)
         ):
-            batch = rows_batch(self.store, self.rows[part], states=training.stage == 2)
+            batch = load_rows(self.store, self.rows[part], text_embeddings=training.stage == 2)
             data = training.normalization.apply(batch.latents.to(device))
             noise, t = noise_of(batch, data.shape[1:]).to(device), self.t[part].to(device)
             velocity = training.model(interpolate(data, noise, t), t, **training.condition(batch))

@@ -146,7 +146,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --set data.source=data", "there is none; caption makes it"),
         ("python -m jobs.launch convert done --output ", "--output: is empty"),
         ("python -m conversion.to_fp8 truncated --dataset ", "--dataset: is empty"),
-        ("python -m jobs.launch init --set data.source=.", "would lie within its source"),
+        ("python -m jobs.launch init --set data.source=.", "would be inside its own source"),
         ("python -m jobs.launch recaption dog --server ", "--server: is empty"),
         ("python -m conversion.to_fp8 unknown --text-dim 9", "not that of a PixArt"),
         ("python -m conversion.to_bf16 fp8-training --output fp8-training --overwrite", "is or holds the source"),

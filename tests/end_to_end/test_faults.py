@@ -86,7 +86,7 @@ def test_changed_manifest(tmp_path):
     done = launch(tmp_path, "caption")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "was changed since the dataset was made" in line
+    assert "was edited after the dataset was created" in line
     assert not (tmp_path / "datasets/demo/captions").exists()
 
 

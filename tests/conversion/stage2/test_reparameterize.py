@@ -93,7 +93,7 @@ def test_reported_errors_are_those_of_the_result(stage1, latents, strategy):
     samples = []
     for model in models(stage1, result):
         condition = null_condition(model, NUM_SAMPLES, "cpu")
-        samples.append(sample(model, condition, condition, side=8, steps=SAMPLE_STEPS, guidance=1, seed=0))
+        samples.append(sample(model, condition, condition, latent_size=8, steps=SAMPLE_STEPS, guidance=1, seed=0))
     assert relative_error(*reversed(samples)) == pytest.approx(reported_sample_error, rel=0.5)
 
 

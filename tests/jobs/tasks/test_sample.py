@@ -198,7 +198,7 @@ def test_another_vae_of_the_same_name_is_refused(paint, saved, small_recipe, tmp
     made = manifests.read(small_recipe.data.path)
     data = dataclasses.replace(made.data, path=str(tmp_path / "data"))
     manifests.write(dataclasses.replace(made, data=data, models={**made.models, "vae": "another"}))
-    with pytest.raises(ValueError, match="its vae is no longer the one that it was made with"):
+    with pytest.raises(ValueError, match="its vae has changed since the dataset was created"):
         paint(saved[2], f"data.path={tmp_path}/data", prompts=[{"prompt": "a star"}])
 
 

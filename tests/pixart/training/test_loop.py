@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_told(small_recipe, tmp_pa
     (told,) = curves.incidents
     assert told[0] == 4
     assert "left out" in told[1]
-    order = Loader(Store(manifests.read(small_recipe.data.path)), batch=8, seed=0).order
+    order = Loader(Store(manifests.read(small_recipe.data.path)), global_batch_size=8, seed=0).sampler
     assert [int(row) for row in told[1].partition("rows ")[2].split(", ")] == rows_of_step(order, 3, 8).tolist()
 
 

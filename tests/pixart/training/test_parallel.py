@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from pixart.config.recipe import from_json, to_json
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
-from pixart.data.loading.sampler import held_out_rows
+from pixart.data.loading.sampler import select_validation_rows
 from pixart.data.store.zarr_store import Store
 from pixart.model.dit import DiT
 from pixart.training.conditioning import TextCondition
@@ -128,7 +128,7 @@ def text_child(recipe_json: str, file: str) -> None:
             store.manifest, data=dataclasses.replace(store.manifest.data, store_text_embeddings=False)
         )
         condition = TextCondition(manifest, group, recipe.stage2)
-        found = condition(Loader(store, batch=8, seed=0, drop=0.2).read(0))
+        found = condition(Loader(store, global_batch_size=8, seed=0, cond_dropout_prob=0.2).read(0))
         kept = sum(
             parameter.to_local().nbytes
             for parameter in condition.encoder.model.parameters()
@@ -160,7 +160,12 @@ def gradients_child(recipe_json: str, folder: str) -> None:
         store = Store(manifests.read(recipe.data.path))
         training = Training(None, 1, recipe.model, recipe.stage1, store, group)
         loader = Loader(
-            store, batch=recipe.stage1.global_batch_size, seed=0, drop=0.1, rank=group.rank, world=group.world
+            store,
+            global_batch_size=recipe.stage1.global_batch_size,
+            seed=0,
+            cond_dropout_prob=0.1,
+            rank=group.rank,
+            world_size=group.world,
         )
         training.optimizer.zero_grad = lambda: None  # they are looked at afterwards
         training.step(loader.read(0))
@@ -190,7 +195,7 @@ def test_gradients_and_memory_of_four_ranks(small_recipe, tmp_path):
     torch.manual_seed(config.seed)
     sizes = recipe.model.dit_arguments()
     model = DiT(**sizes)
-    batch = Loader(store, batch=config.global_batch_size, seed=0, drop=0.1).read(0)
+    batch = Loader(store, global_batch_size=config.global_batch_size, seed=0, cond_dropout_prob=0.1).read(0)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in store.statistics())
     data = (batch.latents.float() - mean) / std
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"0 0").digest()[:7]))
@@ -223,8 +228,8 @@ def test_validation_is_the_same_for_any_number_of_ranks_and_its_rows_are_never_t
     for name in found[0]:
         assert close(found[0][name], found[1][name])
     store = Store(manifests.read(small_recipe.data.path))
-    held_out = held_out_rows(store.valid_rows(), 6)
+    held_out = select_validation_rows(store.valid_rows(), 6)
     assert len(set(held_out.tolist())) == 6
-    loader = Loader(store, batch=8, seed=0, held_out=held_out)
+    loader = Loader(store, global_batch_size=8, seed=0, excluded_rows=held_out)
     taken = {row for step in range(20) for row in loader.read(step).rows.tolist()}
     assert taken == set(store.valid_rows().tolist()) - set(held_out.tolist())
