@@ -12,7 +12,7 @@ from pixart.checkpoint.normalization import Normalization
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.store.zarr_store import Store
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 
 SYNTHETIC_TEXT_TOKENS = 32
 ROWS = 4096  # image tokens of a pass: with fewer, reading the weights is what takes the time
@@ -78,7 +78,7 @@ def synthetic_batches(config: Mapping, text_dim: int, batches: int, batch: int) 
 
 
 def without_class(model: DiT, batch: CalibrationBatch) -> CalibrationBatch:
-    return dataclasses.replace(batch, label=no_class(model, len(batch.latents)))
+    return dataclasses.replace(batch, label=null_labels(model, len(batch.latents)))
 
 
 def at_once(model: DiT, latents: Tensor) -> int:

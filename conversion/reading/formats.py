@@ -40,7 +40,7 @@ def read(path: str | Path, *, base_image_size: int | None = None) -> Checkpoint:
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir() and (path / dcp_reader.METADATA).exists():
-        content = from_groups(dcp_reader.read(path), path, "torch.distributed.checkpoint")
+        content = from_groups(dcp_reader.read_training_state(path), path, "torch.distributed.checkpoint")
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
         content = read_diffusers(path)
     elif path.is_dir():

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from conversion.options import BASE_IMAGE_SIZE
-from pixart.checkpoint.directory import Checkpoint, Lazy, State, check_shapes
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.integrity import check_shapes
+from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
 from pixart.model.dit import DiT, parameter_groups, state_shapes
 from pixart.training.optimizer import MOMENTS
@@ -83,7 +85,7 @@ def clean(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     return cleaned
 
 
-def checked(state: State, name: str) -> Lazy:
+def checked(state: State, name: str) -> LazyTensors:
     """The tensors in float32; to ask for one that has a value it cannot have raises ValueError, the first time."""
     seen: set[str] = set()
 
@@ -102,7 +104,7 @@ def checked(state: State, name: str) -> Lazy:
 
         return make
 
-    return Lazy({key: maker(key) for key in state})
+    return LazyTensors({key: maker(key) for key in state})
 
 
 def infer_config(state: Mapping[str, Tensor], base_image_size: int, path: Path) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def name_moments(moments: Mapping[str, Any] | None, config: dict[str, Any], path
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     fields = {field: shapes for field in MOMENTS} | {"step": dict.fromkeys(shapes, ())}
     if moments is None:
-        return Lazy({f"{n}.{f}": zeros(shape[n]) for f, shape in fields.items() for n in shapes})
+        return LazyTensors({f"{n}.{f}": zeros(shape[n]) for f, shape in fields.items() for n in shapes})
     decayed, undecayed = parameter_groups(model)
     own_names = dict(enumerate(decayed + undecayed))
     own_key = {name: f"{number}" for number, name in own_names.items()}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conversion.batches import at_once
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 from pixart.model.rectified_flow import interpolate
 
 PAPER_T = 0.5
@@ -93,7 +93,7 @@ def nodes_of_t() -> tuple[Tensor, Tensor]:
 def own_modulations(model: DiT, t: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Every block's modulation without a class (blocks, T, 6 D), and block 0's layer before it (T, D)."""
     device = model.adaLN1.weight.device
-    condition = model.condition(t.float().to(device), no_class(model, len(t), device)).to(dtype)
+    condition = model.embed_condition(t.float().to(device), null_labels(model, len(t), device)).to(dtype)
     hidden = [F.silu(linear(condition, block.adaLN1)) for block in model.dit_blocks]
     outputs = [linear(h, block.adaLN2) for h, block in zip(hidden, model.dit_blocks, strict=True)]
     return torch.stack(outputs), hidden[0]
@@ -106,7 +106,7 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 def silent(model: DiT, count: int, device: torch.device) -> dict[str, Tensor]:
     """No class in stage 1; in stage 2 a text that says nothing, as cross-attention begins with an output of zero."""
     if model.stage == 1:
-        return {"label": no_class(model, count, device)}
+        return {"label": null_labels(model, count, device)}
     mask = torch.ones(count, 1, dtype=torch.bool, device=device)
     return {"text": torch.zeros(count, 1, model.config.text_dim, device=device), "text_mask": mask}
 

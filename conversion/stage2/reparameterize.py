@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from conversion.stage2.modulation import Modulation, absorbed_scales
-from pixart.checkpoint.directory import Checkpoint, Lazy, State
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.model.dit import state_shapes
 from pixart.training.optimizer import MOMENTS
 
@@ -53,7 +54,7 @@ def fates(source: Checkpoint, config: Mapping, modulation: Modulation) -> dict[s
     return found
 
 
-def stage2_tensors(source: State, config: Mapping, modulation: Modulation) -> Lazy:
+def stage2_tensors(source: State, config: Mapping, modulation: Modulation) -> LazyTensors:
     none, first = source["cond_proj.weight"][-1].double(), "dit_blocks.0.adaLN1"
 
     def baked(layer: str) -> Tensor:
@@ -76,7 +77,7 @@ def stage2_tensors(source: State, config: Mapping, modulation: Modulation) -> La
         "adaLN2_single.weight": lambda: modulation.weight,
         "adaLN2_single.bias": lambda: modulation.bias,
     }
-    return Lazy(makers)
+    return LazyTensors(makers)
 
 
 def fresh(shape: tuple[int, ...], name: str) -> Tensor:
@@ -90,7 +91,7 @@ def fresh(shape: tuple[int, ...], name: str) -> Tensor:
     return tensor
 
 
-def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) -> Lazy:
+def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) -> LazyTensors:
     """Carried with what is carried, scaled with what is scaled; zero, with a step count of their own, for the rest."""
     absorbed = dict(pair for block, scales in enumerate(modulation.scales) for pair in absorbed_scales(block, scales))
     old = source.optimizer
@@ -111,4 +112,4 @@ def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) 
         makers[f"{name}.step"] = (
             functools.partial(old.__getitem__, f"{name}.step") if known else lambda: torch.zeros(())
         )
-    return Lazy(makers)
+    return LazyTensors(makers)

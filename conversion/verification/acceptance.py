@@ -14,9 +14,10 @@ from conversion.calibration.amax import batch_losses, in_bf16, mean_loss, passes
 from conversion.options import STATEFUL
 from conversion.verification.quantization_error import cast_by_recipe
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.directory import Checkpoint, Lazy, State
-from pixart.checkpoint.safetensors_stream import differing
-from pixart.model.dit import DiT, load_model, own_config
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.lazy_tensors import LazyTensors, State
+from pixart.checkpoint.safetensors_stream import differing_tensors
+from pixart.model.dit import DiT, load_model, public_config
 from pixart.model.fp8 import linear as fp8
 from pixart.model.fp8 import scaling
 from pixart.model.fp8.ops import E4M3, E5M2
@@ -30,7 +31,7 @@ MEAN_DECIBELS, WORST_DECIBELS = 0.1, 0.5  # that calibrated weight gradients may
 
 def quantized(model: DiT, plan: Plan, scales: State) -> DiT:
     """A model on the same weights whose linears run as the plan says; those of a stateless recipe are emulated."""
-    copy = load_model(own_config(model.config), model.state_dict(), model.adaLN1.weight.device)
+    copy = load_model(public_config(model.config), model.state_dict(), model.adaLN1.weight.device)
     if plan.recipe == STATEFUL:
         fp8.swap_linears(copy, plan)
         scaling.load_scale_state(copy, scales)
@@ -131,7 +132,9 @@ def carried_check(source: Checkpoint, written: Path, fates: Mapping[str, str]) -
         state: State = getattr(source, field)
         carried = [key for key in state if fates.get(key if key in fates else key.rpartition(".")[0]) == "carried"]
         count += len(carried)
-        different += differing(written / file, Lazy({key: partial(state.__getitem__, key) for key in carried}))
+        different += differing_tensors(
+            written / file, LazyTensors({key: partial(state.__getitem__, key) for key in carried})
+        )
     return Check(
         name="carried tensors with other bits than their source's",
         value=f"{len(different)} of {count}" + (f", such as {different[0]}" if different else ""),

@@ -18,7 +18,7 @@ from conversion.batches import CalibrationBatch
 from conversion.calibration.amax import largest, watch
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8.ops import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, through_fp8
+from pixart.model.fp8.ops import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, fake_quantize
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # of a block's scale
@@ -34,9 +34,9 @@ def cast_by_recipe(x: Tensor, fmt: Format, recipe: str) -> Tensor:
     if recipe == "mxfp8":
         blocks = F.pad(x.float(), (0, -x.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK))
         exponent = torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True) / E4M3.max)).clamp(*MX_EXPONENTS)
-        return through_fp8(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
+        return fake_quantize(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
     amax = x.abs().amax(-1, keepdim=True) if recipe == "rowwise" else largest(x, fmt)
-    return through_fp8(x, dynamic_scale(amax, fmt), fmt)
+    return fake_quantize(x, dynamic_scale(amax, fmt), fmt)
 
 
 def dynamic_scale(amax: Tensor, fmt: Format) -> Tensor:
@@ -108,7 +108,7 @@ class LayerFigures:
         self.compare("sqnr", exact, products(*casts), share)
         aligned = [aligned_scale(*own) for own in zip(amax, scale, FORMATS, strict=True)]
         self.compare("aligned", exact, products(*cast_all(tensors, aligned)), share)
-        uncalibrated = through_fp8(tensors[GRAD_OUTPUT], scale.new_ones(()), E5M2)
+        uncalibrated = fake_quantize(tensors[GRAD_OUTPUT], scale.new_ones(()), E5M2)
         self.compare("forward_only", exact, {"weight_gradient": uncalibrated.mT @ casts[INPUT]}, share)
         for slot, (name, tensor, fmt) in enumerate(zip(SLOTS, tensors, FORMATS, strict=True)):
             whole = (x, weight, grad)[slot].numel() / len(x)
@@ -142,7 +142,7 @@ def largest_magnitudes(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 def cast_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> list[Tensor]:
     """By one scale each () or (1,), or by one of each batch (batches,)."""
     shaped = (scale.view(()) if scale.numel() == 1 else scale.view(-1, 1, 1) for scale in scales)
-    return [through_fp8(*own) for own in zip(tensors, shaped, FORMATS, strict=True)]
+    return [fake_quantize(*own) for own in zip(tensors, shaped, FORMATS, strict=True)]
 
 
 def aligned_scale(amax: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:

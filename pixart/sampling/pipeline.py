@@ -21,7 +21,7 @@ from pixart.checkpoint.normalization import Normalization
 from pixart.data.encoders.text_encoder import Encoder
 from pixart.data.encoders.vae import decode
 from pixart.demo.patch_vae import PatchAutoencoder
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 from pixart.sampling.denoise import denoise
 
 MODULE = "pipeline"  # the folder's file, without its suffix
@@ -124,7 +124,7 @@ class PixArtPipeline(DiffusionPipeline):
     def of_classes(self, asked: list[int | str]) -> tuple[Condition, Condition]:
         device = self.transformer.device
         label = torch.tensor([self.label(item) for item in asked], device=device)
-        return {"label": label}, {"label": no_class(self.transformer, len(asked), device)}
+        return {"label": label}, {"label": null_labels(self.transformer, len(asked), device)}
 
     def of_text(self, prompts: list[str]) -> tuple[Condition, Condition]:
         device, config = self.transformer.device, self.config

@@ -74,7 +74,7 @@ def test_batches_that_a_gpu_cannot_multiply_are_refused_before_anything_else(leg
     monkeypatch.setattr("conversion.batches.SYNTHETIC_TEXT_TOKENS", 20)
     for device, batch in (("cpu", 1), ("cuda", 4)):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch=batch, base_image_size=8))
-    with pytest.raises(ValueError, match="1 images at once have 20 states of text"):
+    with pytest.raises(ValueError, match="1 images have 20 text tokens"):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch=1, base_image_size=8))
 
 
@@ -107,7 +107,7 @@ def test_an_output_that_exists_is_replaced_only_on_request(legacy_file, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main([str(legacy_file), *KEEP, "--margin", "2", "--overwrite"]) == 0
     assert tree(directory.parent) == before
-    assert checkpoints.read_record(directory)["plan"]["margin"] == 2
+    assert checkpoints.read_metadata(directory)["plan"]["margin"] == 2
     with pytest.raises(ValueError, match="FP8 checkpoint already"):
         convert(directory, directory.with_name("twice"), Options(batches=1, batch=2))
     (directory.parent / "mine").mkdir()
@@ -161,7 +161,7 @@ def test_a_conversion_that_does_not_pass_is_kept_and_marked(legacy_file, capsys)
     printed = capsys.readouterr().out
     assert "FAIL        weight gradients below dynamic scaling" in printed
     assert "--accept-failed-conversion" in printed
-    assert checkpoints.read_record(legacy_file.with_name("ckpt.fp8"))["provenance"]["gate"] == "FAIL"
+    assert checkpoints.read_metadata(legacy_file.with_name("ckpt.fp8"))["provenance"]["gate"] == "FAIL"
 
 
 @pytest.mark.parametrize("stage", [1, 2])

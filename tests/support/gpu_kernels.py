@@ -1,9 +1,9 @@
-"""Prints the GPU kernels that torch.compile generates, as JSON; needs torch's CUDA build, no GPU.
+"""Print the GPU kernels that torch.compile generates, as JSON; needs torch's CUDA build but no GPU.
 
-    python -m tests.support.gpu_kernels linear    # norm, modulation, an FP8 linear there and back, after an activation
-    python -m tests.support.gpu_kernels optimizer # AdamW and the average in one pass
+    python -m tests.support.gpu_kernels linear    # norm, modulation, an FP8 linear forward and backward, an activation
+    python -m tests.support.gpu_kernels optimizer # fused AdamW and EMA
 
-The graph is traced on tensors without memory and lowered for a card that is described here; nothing is run.
+The graph is traced on fake tensors and lowered for the GPU that HOPPER describes; nothing is run.
 """
 
 import json
@@ -30,8 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from pixart.model.fp8 import ops
-from pixart.model.fp8.ops import INPUT, Float8Product
-from pixart.training.optimizer import COLUMNS, advance
+from pixart.model.fp8.ops import INPUT, Float8LinearFunction
+from pixart.training.optimizer import PARAMETER_TENSORS, adamw_ema_update
 
 ROWS, WIDTH = 8192, 1152
 HOPPER = {
@@ -45,7 +45,7 @@ HOPPER = {
 
 
 class Driver:
-    """Of a card that is not there."""
+    """Triton driver of a GPU that does not exist."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -57,8 +57,8 @@ class Driver:
         return 0
 
 
-def pretend() -> None:
-    card = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
+def pretend_to_have_a_gpu() -> None:
+    card = types.SimpleNamespace(**HOPPER, minor=0, name="a GPU", total_memory=1 << 37, L2_cache_size=50 << 20)
     torch.cuda.get_device_properties = lambda *_: card
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.current_device = lambda: 0
@@ -69,59 +69,64 @@ def pretend() -> None:
     config.compile_threads = 1
 
 
-def there_and_back(
+def forward_backward(
     x: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, scales: Tensor, staged: Tensor, after: Tensor
 ) -> tuple[Tensor, ...]:
     modulated = F.layer_norm(x, (WIDTH,)) * (1 + gamma)
-    ops.record(staged, INPUT, ops.largest(modulated))
-    kept: list[Tensor] = []
-    context = types.SimpleNamespace(save_for_backward=lambda *tensors: kept.extend(tensors))
-    output = Float8Product.forward(context, modulated, weight, None, bias, scales, (WIDTH,), False, staged)
-    context.saved_tensors, context.needs_input_grad = tuple(kept), (True, True, False, True)
-    grads = Float8Product.backward(context, F.silu(after))
+    ops.update_amax(staged, INPUT, ops.amax(modulated))
+    saved: list[Tensor] = []
+    context = types.SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
+    output = Float8LinearFunction.forward(context, modulated, weight, None, bias, scales, (WIDTH,), False, staged)
+    context.saved_tensors, context.needs_input_grad = tuple(saved), (True, True, False, True)
+    grads = Float8LinearFunction.backward(context, F.silu(after))
     return output, grads[0], grads[1], grads[3], staged
 
 
 def linear() -> str:
-    """The code of its graph."""
+    """Return the generated code of the FP8 linear."""
     mode = FakeTensorMode()
     with mode, torch.no_grad():
         bf16 = {"device": "cuda", "dtype": torch.bfloat16}
-        given = [torch.empty(ROWS, WIDTH, **bf16), torch.empty(WIDTH, **bf16), torch.empty(WIDTH, WIDTH, **bf16)]
-        given += [torch.empty(WIDTH, **bf16), torch.empty(1, 3, device="cuda"), torch.empty(3, device="cuda")]
-        given.append(torch.empty(ROWS, WIDTH, **bf16))
-    return generated(mode, there_and_back, given)
+        inputs = [torch.empty(ROWS, WIDTH, **bf16), torch.empty(WIDTH, **bf16), torch.empty(WIDTH, WIDTH, **bf16)]
+        inputs += [torch.empty(WIDTH, **bf16), torch.empty(1, 3, device="cuda"), torch.empty(3, device="cuda")]
+        inputs.append(torch.empty(ROWS, WIDTH, **bf16))
+    return generated(mode, forward_backward, inputs)
 
 
 def optimizer() -> str:
-    """The code of its graph, of a few parameters."""
+    """Return the generated code of the optimizer for four parameters."""
     mode = FakeTensorMode()
     with mode:
         shapes = [(WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH,), (4 * WIDTH,)]
-        rows = [[torch.empty(() if name == "step" else shape, device="cuda") for name in COLUMNS] for shape in shapes]
+        rows = [
+            [torch.empty(() if name == "step" else shape, device="cuda") for name in PARAMETER_TENSORS]
+            for shape in shapes
+        ]
         numbers = [torch.empty((), device="cuda", dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bool)]
 
-    def step(*given: Tensor) -> list[Tensor]:
-        parts = [given[start : start + len(COLUMNS)] for start in range(0, len(given) - len(numbers), len(COLUMNS))]
-        advance(parts, [0.01] * len(parts), *given[-len(numbers) :], 0.9, 0.95, 1e-15)
+    def step(*inputs: Tensor) -> list[Tensor]:
+        width = len(PARAMETER_TENSORS)
+        parts = [inputs[start : start + width] for start in range(0, len(inputs) - len(numbers), width)]
+        adamw_ema_update(parts, [0.01] * len(parts), *inputs[-len(numbers) :], 0.9, 0.95, 1e-15)
         return []
 
     with config.patch(combo_kernels=True):
         return generated(mode, functionalize(step), [tensor for row in rows for tensor in row] + numbers)
 
 
-def generated(mode: FakeTensorMode, function: Callable[..., Any], given: list[Tensor]) -> str:
+def generated(mode: FakeTensorMode, function: Callable[..., Any], inputs: list[Tensor]) -> str:
+    """Trace a function and return the code that inductor generates for it."""
     with mode, torch.no_grad():
-        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
+        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
     with V.set_fake_mode(mode), DebugContext(), torch.no_grad():
-        graph = GraphLowering(traced, example_inputs=given)
+        graph = GraphLowering(traced, example_inputs=inputs)
         with V.set_graph_handler(graph):
-            graph.run(*given)
+            graph.run(*inputs)
             return graph.codegen()[0].value
 
 
-def described(code: str) -> dict:
-    """Of each kernel, how often it loads whole tensors, what it makes in FP8, and whether it makes a norm."""
+def describe(code: str) -> dict:
+    """Return how often each kernel stores full tensors, and which operations are fused in it."""
     kernels = {}
     for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL):
         body = source[source.index("def triton") :]
@@ -135,15 +140,15 @@ def described(code: str) -> dict:
             "amax": "triton_helpers.maximum" in body or "max2" in body,
             "column_sum": "ws_ptr" in body,
         }
-    return {"kernels": kernels, "products": len(re.findall(r"= torch\.ops\.pixart\.tensor_core_product", code))}
+    return {"kernels": kernels, "gemms": len(re.findall(r"= torch\.ops\.pixart\.tensor_core_gemm", code))}
 
 
 def loads_and_stores(code: str) -> list[tuple[int, int]]:
-    """Of each kernel."""
+    """Return the numbers of loads and stores of each kernel."""
     sources = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL)
     return [(source.count("tl.load("), source.count("tl.store(")) for source in sources]
 
 
 if __name__ == "__main__":
-    pretend()
-    print(json.dumps(described(linear()) if sys.argv[1] == "linear" else loads_and_stores(optimizer())))
+    pretend_to_have_a_gpu()
+    print(json.dumps(describe(linear()) if sys.argv[1] == "linear" else loads_and_stores(optimizer())))
