@@ -8,7 +8,7 @@ import pytest
 
 from conversion import to_bf16, to_fp8
 from jobs import launch
-from pixart.config.overrides import override
+from pixart.config import overrides
 from pixart.recipes import RECIPES
 from slurm.devcluster import __main__ as devcluster
 
@@ -21,7 +21,7 @@ FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # of torchrun and of MLfl
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
 def test_commands_of_the_launcher(words):
     options = launch.make_parser().parse_args(shlex.split(words, comments=True))
-    override(RECIPES[getattr(options, "settings", "demo")]("home"), getattr(options, "overrides", []))
+    overrides.apply(RECIPES[getattr(options, "settings", "demo")]("home"), getattr(options, "overrides", []))
 
 
 def test_other_commands_are_modules():
@@ -55,4 +55,4 @@ def test_keys():
         for part in key.split("."):
             found = getattr(found, part)
         if len(value) > 1:
-            override(RECIPES["demo"]("home"), [key + value])
+            overrides.apply(RECIPES["demo"]("home"), [key + value])

@@ -23,7 +23,7 @@ def init_command(launch: Launch, options: argparse.Namespace) -> str:
     manifest = use_own_dataset(launch, options)
     data = manifest["data"]
     return (
-        f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['shards']} shards of "
+        f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['num_shards']} shards of "
         f"{manifest['rows_per_shard']}, {data['image_size']} px, hash {manifest['hash']}\n"
         f"next: python -m jobs.launch caption --dataset {launch.dataset}"
     )
@@ -33,7 +33,7 @@ def array_command(launch: Launch, options: argparse.Namespace) -> str:
     asked, limit = parse_array(options.array) if options.array is not None else (None, None)
     job = options.job
     manifest = use_own_dataset(launch, options, asked)
-    shards = check_shards(launch, manifest["data"]["shards"], asked)
+    shards = check_shards(launch, manifest["data"]["num_shards"], asked)
     if job == "latents":
         ledger.captions(launch.dataset, shards)
     run = run_array(launch, job, shards, limit)
@@ -61,7 +61,7 @@ def use_own_dataset(launch: Launch, options: argparse.Namespace, asked: list[int
     if ledger.manifest(launch.dataset) is None and not launch.dry_run:
         if options.job not in ("init", "caption"):
             raise ValueError(f"dataset {launch.dataset}: there is none; caption makes it")
-        check_shards(launch, launch.recipe.data.shards, asked)
+        check_shards(launch, launch.recipe.data.num_shards, asked)
     return use_dataset(launch, options.overrides)
 
 
@@ -77,7 +77,7 @@ def check_shards(launch: Launch, shards: int, asked: list[int] | None) -> list[i
 
 def audit_command(launch: Launch, options: argparse.Namespace) -> str:
     manifest = use_own_dataset(launch, options)
-    ledger.captions(launch.dataset, check_shards(launch, manifest["data"]["shards"], None))
+    ledger.captions(launch.dataset, check_shards(launch, manifest["data"]["num_shards"], None))
     run = submit_single(launch, "audit")
     if not launch.wait:
         return describe_submission(run)
@@ -119,7 +119,7 @@ def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: boo
 
     Returns the jobs to wait for.
     """
-    shards = check_shards(launch, manifest["data"]["shards"], None)
+    shards = check_shards(launch, manifest["data"]["num_shards"], None)
     after: list[str] = []
     for job in ("caption", "latents"):
         there = ledger.current(launch.dataset, job, shards, manifest["hash"]) if "hash" in manifest else set()

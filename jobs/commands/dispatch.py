@@ -18,8 +18,8 @@ from jobs.state import run as runs
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.submit import resubmit
 from jobs.tracking.sync import publish_in_background
+from pixart.config import overrides
 from pixart.config.dataset import is_url
-from pixart.config.overrides import override
 from pixart.config.recipe import Recipe, from_json
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles
@@ -64,10 +64,10 @@ def read_recipe(home: Path, options: argparse.Namespace) -> Recipe:
         recipe = recipe_of(Path(options.resume))
         if options.settings not in (DEFAULT_RECIPE, recipe.name):
             raise ValueError(f"--recipe {options.settings}: {options.resume} is a run of the recipe {recipe.name}")
-    recipe = absolute(override(recipe, options.overrides))
+    recipe = absolute(overrides.apply(recipe, options.overrides))
     if options.dataset:
         path = options.dataset if is_url(options.dataset) else Path(options.dataset).absolute()
-        recipe = override(recipe, [f"data.path={path}"])
+        recipe = overrides.apply(recipe, [f"data.path={path}"])
     if not recipe.data.path.strip():
         raise ValueError("data.path: is empty")
     return recipe
@@ -97,7 +97,7 @@ def absolute(recipe: Recipe) -> Recipe:
     named = {name: getattr(recipe.data, name) for name in ("source", "vae", "text_encoder", "caption_model")}
     local = {name: value for name, value in named.items() if value not in BUILT_IN and not is_url(value)}
     there = {name: Path(value).absolute() for name, value in local.items() if "*" in value or Path(value).exists()}
-    return override(recipe, [f"data.{name}={path}" for name, path in there.items()])
+    return overrides.apply(recipe, [f"data.{name}={path}" for name, path in there.items()])
 
 
 def retry_command(launch: Launch, options: argparse.Namespace) -> str:

@@ -40,7 +40,7 @@ def run_pipeline(launch: Launch, options: argparse.Namespace) -> list[Run]:
         after = require_audit(launch, after, any_source=True)
     stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
     source = last_checkpoint(launch, 1, stage1)
-    how = Options(batch=launch.recipe.stage2.batch)
+    how = Options(batch=launch.recipe.stage2.global_batch_size)
     conversion = submit_conversion(launch, source, default_output(source), how, waited(launch, stage1))
     start = default_output(source)
     stage2 = submit_training(launch, 2, options.nodes, start=start, after=waited(launch, conversion))
@@ -69,7 +69,7 @@ def where_runs_are(tracker: Tracker) -> str:
 
 def describe_plan(launch: Launch, options: argparse.Namespace) -> str:
     cluster = planned_cluster(launch, after=["BEFORE"])
-    shards = range(launch.recipe.data.shards)
+    shards = range(launch.recipe.data.num_shards)
     shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
     training = cluster.ranks_shape("train", options.nodes, None)
     single = functools.partial(cluster.ranks_shape, nodes=1, ranks_per_node=1)

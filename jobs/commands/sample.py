@@ -16,7 +16,7 @@ from jobs.submission.datasets import use_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.submit import describe_submission, run_ranks
 from jobs.submission.wait import waited
-from pixart.config.overrides import override
+from pixart.config import overrides
 from slurm.executor import Cluster
 
 NO_CLASS = "none"
@@ -91,7 +91,7 @@ def own_dataset(
     if not named and not record["dataset"]:
         raise ValueError(f"{checkpoint} names no dataset, so its VAE and text encoder are not known: give --dataset")
     if not named:
-        launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
+        launch.recipe = overrides.apply(launch.recipe, [f"data.path={record['dataset']}"])
     if ledger.manifest(launch.dataset) is None:
         raise ValueError(f"dataset {launch.dataset}: there is none; give --dataset where it lies now")
     return use_dataset(launch, options.overrides)

@@ -2,7 +2,7 @@
 
 import re
 
-from pixart.config.dataset import MOST_SHARDS
+from pixart.config.dataset import MAX_SHARDS
 
 PART = re.compile(r"([0-9]+)(?:-([0-9]+)(?::([0-9]+))?)?")
 
@@ -24,7 +24,7 @@ def parse_array(text: str) -> tuple[list[int], int | None]:
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         if last < first or step < 1:
             raise ValueError(f"--array {text!r}: the range {part!r} is empty, {wanted}")
-        if last >= MOST_SHARDS:
-            raise ValueError(f"--array {text!r}: a dataset has at most {MOST_SHARDS} shards")
+        if last >= MAX_SHARDS:
+            raise ValueError(f"--array {text!r}: a dataset has at most {MAX_SHARDS} shards")
         found.update(range(first, last + 1, step))
     return sorted(found), int(limit) if limit else None

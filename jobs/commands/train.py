@@ -15,8 +15,11 @@ from jobs.submission.datasets import use_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_configuration, check_dataset, check_start, find_start
 from jobs.submission.submit import describe_submission, run_ranks
-from pixart.config.overrides import override
+from pixart.config import overrides
 from slurm.executor import Cluster, Shape
+
+# What MLflow and the run's page show of a stage's configuration.
+LOGGED_KEYS = ("steps", "global_batch_size", "lr", "precision", "fp8", "ema_decay", "cond_dropout_prob")
 
 
 def train_command(launch: Launch, options: argparse.Namespace) -> str:
@@ -34,7 +37,7 @@ def train_command(launch: Launch, options: argparse.Namespace) -> str:
         print(f"goes on without FP8, though {start} is in FP8: {hint}", file=sys.stderr)
     names_data = options.dataset or any(item.startswith("data.path=") for item in options.overrides)
     if record and record["dataset"] and not names_data and ledger.manifest(record["dataset"]):
-        launch.recipe = override(launch.recipe, [f"data.path={record['dataset']}"])
+        launch.recipe = overrides.apply(launch.recipe, [f"data.path={record['dataset']}"])
     if launch.recipe.data.source != "demo" and not launch.dry_run and ledger.manifest(launch.dataset) is None:
         raise ValueError(f"dataset {launch.dataset}: there is none; caption makes it")
     manifest = use_dataset(launch, options.overrides)
@@ -70,7 +73,7 @@ def submit_training(
             "stage": stage,
             "nodes": nodes,
             "dataset": launch.dataset,
-            **{name: getattr(config, name) for name in ("steps", "batch", "lr", "precision", "fp8", "ema", "drop")},
+            **{name: getattr(config, name) for name in LOGGED_KEYS},
             **{name: getattr(launch.recipe.model, name) for name in ("dim", "num_blocks")},
         },
         tags={"pixart.parent_checkpoint": str(start)} if start else {},

@@ -16,7 +16,7 @@ from jobs.state.run import Run
 from jobs.submission.launch import Launch
 from jobs.submission.wait import POLL_SECONDS
 from jobs.tasks import init_dataset
-from pixart.config.dataset import is_url, read_data
+from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.recipe import to_json
 from slurm import commands
 from slurm import profile as profiles
@@ -39,7 +39,7 @@ def use_dataset(launch: Launch, assignments: Sequence[str]) -> dict[str, Any]:
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
     with of_this_version(f"{launch.dataset}/{ledger.MANIFEST}"):
-        made = read_data(manifest["data"])
+        made = data_from_dict(manifest["data"])
     named = {
         assignment.split("=")[0].removeprefix("data.") for assignment in assignments if assignment.startswith("data.")
     }

@@ -7,8 +7,9 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import find_checkpoint
+from pixart.config.model import CHECKPOINT_NAMES
 from pixart.config.recipe import Recipe
-from pixart.config.training import fp8_backend
+from pixart.config.training import resolve_fp8_backend
 
 Record = dict[str, Any]  # of a checkpoint
 
@@ -40,7 +41,7 @@ def check_start(recipe: Recipe, options: argparse.Namespace, start: Path | None,
         )
     for item in options.overrides:
         name, _, value = item.removeprefix("model.").partition("=")
-        own = record["config"].get(name)  # of stage 2, there is no number of classes
+        own = record["config"].get(CHECKPOINT_NAMES.get(name, name))  # of stage 2, there is no number of classes
         if item.startswith("model.") and own is not None and str(own) != value:
             raise ValueError(f"{item}: {start} is a model with {name}={own}, and stays one")
     if record["step"] >= recipe.train(stage).steps:
@@ -60,7 +61,7 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
             f"name it by --from, or set stage{stage}.fp8=false"
         )
     if config.fp8 and record:
-        backend = fp8_backend(config.fp8_backend, record["plan"]["recipe"])
+        backend = resolve_fp8_backend(config.fp8_backend, record["plan"]["recipe"])
         if backend == "te" and not gpus:
             raise ValueError(
                 f"FP8 by TransformerEngine needs GPUs, which this cluster's profile has none of: convert with another "
@@ -75,21 +76,23 @@ def check_pipeline(recipe: Recipe, ranks: int) -> None:
     if recipe.stage1.fp8:
         raise ValueError("stage1.fp8=true: FP8 begins with the conversion, after stage 1")
     if recipe.stage2.fp8:
-        fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
+        resolve_fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
 
 
 def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:
     """The batch over ranks and micro-batches, and the model's sizes among each other."""
     config, model = recipe.train(stage), recipe.model
-    if config.batch % ranks:
-        raise ValueError(f"stage{stage}.batch={config.batch} does not divide over {ranks} ranks")
-    if config.batch // ranks % config.accumulate:
+    if config.global_batch_size % ranks:
         raise ValueError(
-            f"stage{stage}.accumulate={config.accumulate}: the {config.batch // ranks} images of a rank do not divide "
-            "into so many micro-batches"
+            f"stage{stage}.global_batch_size={config.global_batch_size} does not divide over {ranks} ranks"
         )
-    if stage == 1 and config.short > 0:
-        raise ValueError(f"stage1.short={config.short}: stage 1 reads no captions")
+    if config.global_batch_size // ranks % config.gradient_accumulation_steps:
+        raise ValueError(
+            f"stage{stage}.gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
+            f"{config.global_batch_size // ranks} images of a rank do not divide into so many micro-batches"
+        )
+    if stage == 1 and config.short_caption_prob > 0:
+        raise ValueError(f"stage1.short_caption_prob={config.short_caption_prob}: stage 1 reads no captions")
     for divisor, what in ((model.num_heads, "heads"), (4, "sines and cosines of two axes")):
         if model.dim % divisor:
             raise ValueError(f"model.dim={model.dim}: does not divide into {divisor} {what}")

@@ -47,7 +47,7 @@ def train(
     Raises ValueError for errors in the configuration, the dataset or the checkpoint.
     """
     run, reporter = Path(run), reporter or NullReporter()
-    with process_group() as ranks, HangWatchdog(config.stall_minutes) as watchdog:
+    with process_group() as ranks, HangWatchdog(config.hang_timeout_minutes) as watchdog:
         check_config(stage, config, ranks)
         store = Store(manifests.read(dataset))
         checkpoint, errors = find_newest_valid(run, ranks)
@@ -60,13 +60,13 @@ def train(
         for error in errors:
             reporter.incident(trainer.steps_done, error)
         valid_rows = store.valid_rows()
-        validation_rows = held_out_rows(valid_rows, config.validation_rows)
+        validation_rows = held_out_rows(valid_rows, config.num_validation_samples)
         loader = Loader(
             store,
-            batch=config.batch,
+            batch=config.global_batch_size,
             seed=config.seed,
-            drop=config.drop,
-            short=config.short,
+            drop=config.cond_dropout_prob,
+            short=config.short_caption_prob,
             states=stage == 2,
             rank=ranks.rank,
             world=ranks.world_size,
@@ -75,9 +75,9 @@ def train(
         metrics = MetricsLogger(trainer, loader.order, reporter)
         manager = CheckpointManager(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
         validator = Validator(trainer, store, validation_rows) if len(validation_rows) else None
-        preview_rows = (validation_rows if len(validation_rows) else valid_rows)[: config.previews]
+        preview_rows = (validation_rows if len(validation_rows) else valid_rows)[: config.num_previews]
         previews = PreviewSampler(trainer, store, preview_rows, run) if config.preview_every else None
-        profiler = StepProfiler(run, config.profile if ranks.is_first else 0)
+        profiler = StepProfiler(run, config.profile_step if ranks.is_first else 0)
 
         def is_due(every: int) -> bool:
             return every > 0 and (trainer.steps_done % every == 0 or trainer.steps_done == config.steps)
@@ -91,7 +91,7 @@ def train(
             save_due = is_due(config.save_every) or stop_level > 0
             if is_due(config.log_every) or save_due:
                 metrics.log()
-            if trainer.plan and is_due(config.fp8_every):
+            if trainer.plan and is_due(config.fp8_log_every):
                 metrics.log_fp8_metrics()
             with metrics.exclude_from_timing():
                 if validator and is_due(config.validate_every):
@@ -116,10 +116,12 @@ def train(
 
 def check_config(stage: int, config: TrainConfig, ranks: Ranks) -> None:
     """Raise ValueError for a configuration that does not fit the stage or the number of ranks."""
-    if stage == 1 and config.short > 0:
-        raise ValueError(f"short={config.short}: stage 1 reads no captions; set short=0")
-    if config.batch % (ranks.world_size * config.accumulate):
+    if stage == 1 and config.short_caption_prob > 0:
         raise ValueError(
-            f"batch={config.batch}: must be divisible by {ranks.world_size} ranks times {config.accumulate} "
-            "micro-batches"
+            f"stage1.short_caption_prob={config.short_caption_prob}: stage 1 reads no captions; set it to 0"
+        )
+    if config.global_batch_size % (ranks.world_size * config.gradient_accumulation_steps):
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size}: must be divisible by {ranks.world_size} ranks times "
+            f"{config.gradient_accumulation_steps} micro-batches"
         )

@@ -63,7 +63,9 @@ class MetricsLogger:
         self.config, self.ranks = trainer.config, trainer.ranks
         self.previous_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         latent_size = trainer.dataset.latent_shape[-1]
-        self.flops_per_image = training_flops(trainer.metadata().config, latent_size, trainer.dataset.data.text_tokens)
+        self.flops_per_image = training_flops(
+            trainer.metadata().config, latent_size, trainer.dataset.data.max_text_tokens
+        )
         precision = "fp8" if trainer.plan else self.config.precision
         cuda = self.ranks.device.type == "cuda"
         self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), precision) if cuda else None
@@ -121,7 +123,7 @@ class MetricsLogger:
             self.reporter.metrics(last, {**throughput, **self.system_metrics(node_metrics)})
             logger.info(self.progress_line(last, losses[-1], grad_norms[-1], seconds, throughput))
         self.start_interval()
-        if self.trainer.consecutive_skips >= self.config.skip_limit:
+        if self.trainer.consecutive_skips >= self.config.max_skipped_steps:
             raise DivergedError(
                 f"step {last}: the gradients of the last {int(self.trainer.consecutive_skips)} steps were not finite; "
                 "resume from an earlier checkpoint with a smaller learning rate, or inspect the rows of these steps"
@@ -138,7 +140,7 @@ class MetricsLogger:
                 deviations = (loss - mean) / deviation
                 message = f"loss spike: {loss:.4f} is {deviations:.0f} standard deviations above the mean {mean:.4f}"
         if message:
-            rows = ", ".join(map(str, rows_of_step(self.order, step - 1, self.config.batch)))
+            rows = ", ".join(map(str, rows_of_step(self.order, step - 1, self.config.global_batch_size)))
             self.reporter.incident(step, f"{message}; rows {rows}")
             logger.warning("step %d: %s", step, message)
         else:
@@ -146,7 +148,7 @@ class MetricsLogger:
 
     def throughput(self, seconds: float) -> dict[str, float]:
         """Return the throughput metrics of an interval whose steps took `seconds` each, on average."""
-        images = self.config.batch / seconds
+        images = self.config.global_batch_size / seconds
         tflops = images * self.flops_per_image / self.ranks.world_size / 1e12
         metrics = {
             "train/seconds_per_step": seconds,

@@ -43,13 +43,13 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
     )
     mesh = make_mesh(ranks, config.sharding)
     for block in model.dit_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
 
 
 def shard_frozen(model: nn.Module, ranks: Ranks) -> None:
     """Apply FSDP2 to a frozen model in place; each layer of its module lists is a unit, the rest another."""
-    mesh = make_mesh(ranks, "full")
+    mesh = make_mesh(ranks, "fsdp")
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -62,9 +62,9 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
-    """Return a mesh that shards over all ranks or, for `hybrid`, within a node with a replica on each node."""
+    """Return a mesh that shards over all ranks or, for `hsdp`, within a node with a replica on each node."""
     kind, nodes = ranks.device.type, ranks.world_size // ranks.local_world_size
-    if sharding == "hybrid" and nodes > 1:
+    if sharding == "hsdp" and nodes > 1:
         return init_device_mesh(kind, (nodes, ranks.local_world_size), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(kind, (ranks.world_size,))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
 from pixart.config.model import ModelConfig
-from pixart.config.training import TrainConfig, fp8_backend
+from pixart.config.training import TrainConfig, resolve_fp8_backend
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store.zarr_store import Store
@@ -60,7 +60,7 @@ class Trainer:
         check_model_fits_dataset(self.model, self.dataset, stage)
         self.model.train()
         self.model.fuse_projections()
-        if config.attention == "measured" and ranks.device.type == "cuda":
+        if config.attention_backend == "autotune" and ranks.device.type == "cuda":
             kernels = self.autotune_attention() if ranks.is_first else None
             sdpa_autotune.set_kernels(self.model, *ranks.broadcast_object(kernels))
         if self.plan:
@@ -70,8 +70,10 @@ class Trainer:
             self.model.to_empty(device=ranks.device)
         fsdp_allgather.enable_fp8_all_gather(self.model, compute_dtype(config.precision))
         self.optimizer = make_optimizer(self.model, config)
-        self.ema = EMA(self.model, config.ema)
-        self.fused_update = FusedAdamWEma(self.model, self.optimizer, self.ema.weights) if config.one_pass else None
+        self.ema = EMA(self.model, config.ema_decay)
+        self.fused_update = (
+            FusedAdamWEma(self.model, self.optimizer, self.ema.weights) if config.fused_adamw_ema else None
+        )
         self.consecutive_skips = torch.zeros((), device=ranks.device)
         self.conditioning = (
             ClassConditioning(self.model, ranks.device) if stage == 1 else TextConditioning(self.dataset, ranks, config)
@@ -85,7 +87,7 @@ class Trainer:
             heads=model.num_heads,
             head_dim=model.dim // model.num_heads,
             tokens=self.tokens_per_image,
-            text_tokens=self.dataset.data.text_tokens if self.stage == 2 else None,
+            text_tokens=self.dataset.data.max_text_tokens if self.stage == 2 else None,
             device=self.ranks.device,
         )
         cross = f"; cross-attention: {cross_attention}" if self.stage == 2 else ""
@@ -94,14 +96,14 @@ class Trainer:
 
     def swap_linears(self, plan: Plan) -> None:
         """Replace the planned linears using the backend for the plan's recipe."""
-        backend = fp8_backend(self.config.fp8_backend, plan.recipe)
+        backend = resolve_fp8_backend(self.config.fp8_backend, plan.recipe)
         if backend == "native":
-            if self.ranks.device.type == "cuda" and self.config.fp8_weight_gradient:
+            if self.ranks.device.type == "cuda" and self.config.fp8_grad_weight:
                 rows_per_image = {"image tokens": self.tokens_per_image}
                 if self.stage == 2:
-                    rows_per_image["text tokens"] = math.gcd(TEXT_ALIGNMENT, self.dataset.data.text_tokens)
+                    rows_per_image["text tokens"] = math.gcd(TEXT_ALIGNMENT, self.dataset.data.max_text_tokens)
                 check_gemm_alignment(self.micro_batch_size, rows_per_image)
-            high_precision = not self.config.fp8_weight_gradient
+            high_precision = not self.config.fp8_grad_weight
             linear.swap_linears(self.model, plan, high_precision_grad_weight=high_precision)
         elif backend == "torchao":
             torchao.swap_linears(self.model, plan)
@@ -120,10 +122,10 @@ class Trainer:
             self.model.set_requires_gradient_sync(rows.stop == len(data))
             noised = interpolate(data[rows], noise[rows], t[rows])
             velocity = self.model(noised, t[rows], **self.conditioning(batch.part(rows)))
-            micro_loss = flow_loss(velocity, data[rows], noise[rows]) / self.config.accumulate
+            micro_loss = flow_loss(velocity, data[rows], noise[rows]) / self.config.gradient_accumulation_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).full_tensor()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).full_tensor()
         skip = ~grad_norm.isfinite()
         self.update_weights(skip)
         self.optimizer.zero_grad()
@@ -137,7 +139,7 @@ class Trainer:
         """Update weights and moments, unless `skip` () is true, and then the EMA weights."""
         lr = learning_rate(self.steps_done, self.config)
         if self.fused_update:
-            self.fused_update.step(lr, 1 - ema_decay(self.steps_done, self.config.ema), skip)
+            self.fused_update.step(lr, 1 - ema_decay(self.steps_done, self.config.ema_decay), skip)
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -148,9 +150,9 @@ class Trainer:
     def sample_noise_and_time(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return this rank's noise (B, C, h, w) and t (B,); those of the global batch do not depend on the ranks."""
         generator = step_generator(self.config.seed, self.steps_done, self.ranks.device)
-        noise = torch.randn((self.config.batch, *shape), generator=generator, device=self.ranks.device)
-        t = sample_time(self.config.batch, generator)
-        local_batch_size = self.config.batch // self.ranks.world_size
+        noise = torch.randn((self.config.global_batch_size, *shape), generator=generator, device=self.ranks.device)
+        t = sample_time(self.config.global_batch_size, generator)
+        local_batch_size = self.config.global_batch_size // self.ranks.world_size
         rows = slice(self.ranks.rank * local_batch_size, (self.ranks.rank + 1) * local_batch_size)
         return noise[rows], t[rows]
 
@@ -164,7 +166,7 @@ class Trainer:
     @property
     def micro_batch_size(self) -> int:
         """Images per forward pass of a rank."""
-        return self.config.batch // self.ranks.world_size // self.config.accumulate
+        return self.config.global_batch_size // self.ranks.world_size // self.config.gradient_accumulation_steps
 
     def micro_batches(self, rows: int) -> Iterator[slice]:
         """Return the rows of each micro-batch of this rank's part of the batch."""
@@ -198,7 +200,7 @@ class Trainer:
     def rescale_gradients_for_batch_size(self) -> None:
         """Rescale the FP8 scales of gradients if the batch size per rank has changed since they were measured."""
         if self.plan:
-            local_batch_size = self.config.batch // self.ranks.world_size
+            local_batch_size = self.config.global_batch_size // self.ranks.world_size
             scaling.rescale_gradients(self.model, self.plan.batch / local_batch_size)
             self.plan = dataclasses.replace(self.plan, batch=local_batch_size)
 
@@ -233,7 +235,7 @@ def dataset_normalization(store: Store) -> Normalization:
 
 def new_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:
     """Return an initialized model for a stage, with the text dimension of the dataset in stage 2."""
-    sizes = dataclasses.asdict(model)
+    sizes = model.dit_arguments()
     classes = sizes.pop("num_classes")
     return DiT(**sizes, **({"num_classes": classes} if stage == 1 else {"text_dim": dataset.text_dim}))
 

@@ -31,7 +31,7 @@ def check_gemm_alignment(images: int, rows_per_image: Mapping[str, int]) -> None
             raise ValueError(
                 f"FP8 on a GPU: {images} images have {images * rows} {name}, and the weight gradient sums over these; "
                 f"their number must be a multiple of {GEMM_ALIGNMENT}: change the batch size or, in training, set "
-                "fp8_weight_gradient=false"
+                "fp8_grad_weight=false"
             )
 
 

@@ -123,9 +123,9 @@ def test_compiled_fp8_training_equals_eager_training(small_recipe, converted, tm
         config = dataclasses.replace(
             small_recipe.stage2,
             compile=compile,
-            accumulate=2,
+            gradient_accumulation_steps=2,
             activation_checkpointing="selective",
-            **{"validate_every": 2, "validation_rows": 6, "preview_every": 3, "previews": 3},
+            **{"validate_every": 2, "num_validation_samples": 6, "preview_every": 3, "num_previews": 3},
         )
         run_stage(small_recipe, tmp_path / str(compile), 2, config, start=converted, reporter=reporter)
         results[compile] = reporter
@@ -138,7 +138,7 @@ def test_compiled_fp8_training_equals_eager_training(small_recipe, converted, tm
 
 def test_stage2_starts_at_the_loss_of_stage1(small_recipe, stage1, converted):
     reporter = RecordingReporter()
-    config = dataclasses.replace(small_recipe.stage2, steps=1, lr=0.0, drop=0.0)
+    config = dataclasses.replace(small_recipe.stage2, steps=1, lr=0.0, cond_dropout_prob=0.0)
     run_stage(small_recipe, converted.parent / "run", 2, config, start=converted, reporter=reporter)
     last_of_stage1 = min(stage1[1].values())
     assert reporter.losses[1] < 1.3 * last_of_stage1  # on another batch; an end-to-end test compares the same one
@@ -159,7 +159,7 @@ def test_bf16_trains_with_float32_master_weights(small_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        (1, {"batch": 7, "fp8": True}, "conversion.to_fp8"),
+        (1, {"global_batch_size": 7, "fp8": True}, "conversion.to_fp8"),
         (2, {}, "conversion.to_fp8"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_reported(small_recipe,
 
 def test_too_many_consecutive_skipped_steps_end_the_run(small_recipe, tmp_path, monkeypatch):
     make_loss_nan(monkeypatch, {2, 3, 4})
-    config = dataclasses.replace(small_recipe.stage1, skip_limit=3)
+    config = dataclasses.replace(small_recipe.stage1, max_skipped_steps=3)
     with pytest.raises(DivergedError, match="step 4: the gradients of the last 3 steps were not finite"):
         run_stage(small_recipe, tmp_path, 1, config)
 
@@ -260,7 +260,7 @@ def test_a_loss_spike_is_reported_with_its_rows(small_recipe, tmp_path, monkeypa
     ((step, text),) = reporter.incidents
     assert step == 28
     assert "standard deviations above the mean" in text
-    assert len(text.partition("rows ")[2].split(", ")) == config.batch
+    assert len(text.partition("rows ")[2].split(", ")) == config.global_batch_size
     assert len(reporter.losses) == 30
 
 
@@ -299,7 +299,7 @@ def test_previews_and_profiler_trace(small_recipe, tmp_path):
     from PIL import Image
 
     reporter = RecordingReporter()
-    config = dataclasses.replace(small_recipe.stage1, preview_every=3, previews=3, profile=2)
+    config = dataclasses.replace(small_recipe.stage1, preview_every=3, num_previews=3, profile_step=2)
     run_stage(small_recipe, tmp_path, 1, config, reporter=reporter)
     previews = sorted((tmp_path / "previews").glob("*.png"))
     assert [preview.name for preview in previews] == ["step-00000003.png", "step-00000006.png"]
@@ -324,7 +324,7 @@ def test_progress_lines(small_recipe, tmp_path, caplog):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_attention_is_autotuned_at_the_sizes_of_the_run(small_recipe, caplog, stage):
     caplog.set_level(logging.INFO, logger="pixart")
-    config = dataclasses.replace(small_recipe.train(stage), fp8=False, accumulate=2)
+    config = dataclasses.replace(small_recipe.train(stage), fp8=False, gradient_accumulation_steps=2)
     with process_group() as ranks:
         store = Store(manifests.read(small_recipe.data.path))
         trainer = Trainer(None, stage, small_recipe.model, config, store, ranks)

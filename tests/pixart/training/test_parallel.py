@@ -73,7 +73,7 @@ def train_losses(
     return read_metric(run, "train/loss")
 
 
-LONG = {"steps": 24, "save_every": 6, "validate_every": 6, "validation_rows": 8}
+LONG = {"steps": 24, "save_every": 6, "validate_every": 6, "num_validation_samples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_a_run_resumes_with_another_number_of_ranks(small_recipe, single_rank_lo
 @pytest.mark.parametrize(
     ("world_size", "nodes", "changes"),
     [
-        (1, 1, {"accumulate": 4}),
-        (2, 1, {"accumulate": 2, "reshard": False}),
-        (4, 2, {"sharding": "hybrid"}),
+        (1, 1, {"gradient_accumulation_steps": 4}),
+        (2, 1, {"gradient_accumulation_steps": 2, "reshard_after_forward": False}),
+        (4, 2, {"sharding": "hsdp"}),
         (1, 1, {"activation_checkpointing": "full"}),
         (2, 1, {"activation_checkpointing": "selective"}),
     ],
@@ -124,7 +124,7 @@ def test_compiled_blocks_give_the_same_losses(small_recipe, single_rank_losses, 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
 def test_fused_update_of_sharded_weights_gives_the_same_losses(small_recipe, single_rank_losses, tmp_path):
-    losses = train_losses(small_recipe, tmp_path, 2, **LONG, one_pass=True)
+    losses = train_losses(small_recipe, tmp_path, 2, **LONG, fused_adamw_ema=True)
     assert all_close(losses, single_rank_losses)
 
 
@@ -133,7 +133,9 @@ def text_child(recipe_json: str, file: str) -> None:
     recipe = from_json(recipe_json)
     with process_group() as group:
         store = Store(manifests.read(recipe.data.path))
-        manifest = dataclasses.replace(store.manifest, data=dataclasses.replace(store.manifest.data, text_states=False))
+        manifest = dataclasses.replace(
+            store.manifest, data=dataclasses.replace(store.manifest.data, store_text_embeddings=False)
+        )
         conditioning = TextConditioning(manifest, group, recipe.stage2)
         inputs = conditioning(Loader(store, batch=8, seed=0, drop=0.2).read(0))
         shard_bytes = sum(
@@ -148,10 +150,11 @@ def text_child(recipe_json: str, file: str) -> None:
 @pytest.mark.slow
 def test_a_sharded_text_encoder_gives_the_same_embeddings(small_recipe, tmp_path):
     results = []
-    for world_size, mode in ((1, "replicated"), (2, "sharded")):
-        recipe = dataclasses.replace(small_recipe, stage2=dataclasses.replace(small_recipe.stage2, text_encoder=mode))
-        ranks.run(world_size, text_child, to_json(recipe), str(tmp_path / mode))
-        results.append(torch.load(tmp_path / mode, weights_only=True))
+    for world_size, shard in ((1, False), (2, True)):
+        stage2 = dataclasses.replace(small_recipe.stage2, shard_text_encoder=shard)
+        file = tmp_path / str(world_size)
+        ranks.run(world_size, text_child, to_json(dataclasses.replace(small_recipe, stage2=stage2)), str(file))
+        results.append(torch.load(file, weights_only=True))
     replicated, sharded = results
     assert torch.allclose(replicated["text"], sharded["text"], atol=1e-5)
     assert torch.equal(replicated["text_mask"], sharded["text_mask"])
@@ -165,7 +168,9 @@ def gradients_child(recipe_json: str, folder: str) -> None:
     with process_group() as group:
         store = Store(manifests.read(recipe.data.path))
         trainer = Trainer(None, 1, recipe.model, recipe.stage1, store, group)
-        loader = Loader(store, batch=recipe.stage1.batch, seed=0, drop=0.1, rank=group.rank, world=group.world_size)
+        loader = Loader(
+            store, batch=recipe.stage1.global_batch_size, seed=0, drop=0.1, rank=group.rank, world=group.world_size
+        )
         trainer.optimizer.zero_grad = lambda: None  # keep the gradients
         trainer.train_step(loader.read(0))
         parameters = dict(trainer.model.named_parameters())
@@ -186,15 +191,15 @@ def gradients_child(recipe_json: str, folder: str) -> None:
 @pytest.mark.slow
 def test_gradients_and_memory_of_four_ranks(small_recipe, tmp_path):
     """Gradients equal those of one process on the same global batch; memory per rank is a quarter."""
-    recipe = with_stage1(small_recipe, clip=1e9, drop=0.1)
+    recipe = with_stage1(small_recipe, max_grad_norm=1e9, cond_dropout_prob=0.1)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dim=128))
     ranks.run(4, gradients_child, to_json(recipe), str(tmp_path))
 
     config, store = recipe.stage1, Store(manifests.read(recipe.data.path))
     torch.manual_seed(config.seed)
-    sizes = dataclasses.asdict(recipe.model)
+    sizes = recipe.model.dit_arguments()
     model = DiT(**sizes)
-    batch = Loader(store, batch=config.batch, seed=0, drop=0.1).read(0)
+    batch = Loader(store, batch=config.global_batch_size, seed=0, drop=0.1).read(0)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in store.statistics())
     data = (batch.latents.float() - mean) / std
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"0 0").digest()[:7]))
@@ -219,7 +224,7 @@ def test_gradients_and_memory_of_four_ranks(small_recipe, tmp_path):
 
 @pytest.mark.slow
 def test_validation_is_independent_of_the_ranks_and_its_rows_are_not_trained_on(small_recipe, tmp_path):
-    changes = {"steps": 6, "validate_every": 6, "validation_rows": 6}
+    changes = {"steps": 6, "validate_every": 6, "num_validation_samples": 6}
     single, distributed = {}, {}
     for world_size, metrics in ((1, single), (4, distributed)):
         run = tmp_path / str(world_size)
