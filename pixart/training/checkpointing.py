@@ -119,7 +119,7 @@ class CheckpointManager:
 def find_newest_valid(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """Return the newest undamaged checkpoint of a run, or None, and an error message for each newer one.
 
-    Damaged checkpoints are renamed so that they are not used again. Every rank must call it and reads a share of the
+    Damaged checkpoints are renamed so that no later attempt uses them. Every rank must call it and reads a share of the
     files; the messages are on rank 0 only.
     """
     errors: list[str] = []

@@ -1,7 +1,7 @@
 """AdamW and EMA fused in one compiled pass over memory, block by block.
 
 torch's fused AdamW followed by the EMA moves 40 bytes per weight; the fused pass moves 36, as the new weight is not
-read again. All blocks have the same shapes, so two compiled graphs serve a model.
+read again. All blocks have the same shapes, so two compiled graphs suffice for a model.
 """
 
 from collections.abc import Mapping

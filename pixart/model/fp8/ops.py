@@ -140,7 +140,7 @@ def tensor_core_gemm(
 
     This is a custom operator, opaque to the compiler, because torch's own operator requires reductions along rows even
     on GPUs that do not, and because a transposed copy fused into a row-wise cast would write single bytes with a stride
-    of a whole row.
+    of one row.
     """
     a, b = a.contiguous(), b.contiguous()  # the compiler may choose another layout
     if torch.cuda.get_device_properties(a.device).major != ANY_LAYOUT_CAPABILITY:

@@ -37,7 +37,7 @@ def make_checkpoint(step: int = 7) -> Checkpoint:
         plan=Plan(linears=("dit_blocks.0.mlp.linear1",), kept={"patchify": "entry"}, history=8),
         scales={"dit_blocks.0.mlp.linear1.scale": torch.tensor([1.0, 2.0, 3.0])},
         dataset="/data",
-        provenance={"source": "there"},
+        provenance={"source": "elsewhere"},
     )
 
 

@@ -204,6 +204,18 @@ def test_scale_state_round_trip_and_errors():
         scaling.load_scale_state(loaded, {**state, "0.scale": torch.ones(2)})
 
 
+def test_scales_of_the_first_checkpoints_are_loaded():
+    """Their saturation rate is stored as `overflow_share`."""
+    names = [f"{linear}.{buffer}" for linear in ("0", "2") for buffer in ("scale", "amax_history", "overflow_share")]
+    shapes = {"scale": (3,), "amax_history": (4, 3), "overflow_share": (3,)}
+    stored = {name: torch.rand(shapes[name.partition(".")[2]]) for name in names}
+    network = small_network(PLAN)
+    scaling.load_scale_state(network, stored)
+    assert torch.equal(network[0].scale, stored["0.scale"])
+    assert torch.equal(network[0].amax_history, stored["0.amax_history"])
+    assert torch.equal(network[2].saturation_rate, stored["2.overflow_share"])
+
+
 def test_gradient_scales_are_rescaled_with_the_batch_size():
     network = small_network(PLAN)
     scaling.load_scale_state(
