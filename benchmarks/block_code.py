@@ -28,7 +28,7 @@ def block(batch: int, *, fp8: bool = False, precise: bool = False) -> torch.nn.M
         model = DiT(dim=DIM, num_blocks=1, text_dim=TEXT_DIM)
     model.fuse_projections()
     if fp8:
-        linear.swap_linears(model, make_plan(model, batch=batch), fine_weight_gradient=precise)
+        linear.swap_linears(model, make_plan(model, batch=batch), high_precision_grad_weight=precise)
     one = model.dit_blocks[0].to_empty(device="cpu")
     for parameter in one.parameters():
         parameter.data = parameter.data.bfloat16()

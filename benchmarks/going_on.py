@@ -90,7 +90,7 @@ def curve(
     train(stage=2, model=recipe.model, config=config, dataset=recipe.data.path, run=folder, start=begin)
     batches = dataset_batches(evaluation, start.normalization, HELD_OUT_IMAGES // 64, 64)
     losses = []
-    for directory in [begin, *checkpoints.steps(folder)]:
+    for directory in [begin, *checkpoints.list_checkpoints(folder)]:
         saved = checkpoints.load(directory)
         model = load_model(saved.config, saved.model, measure.device())
         losses.append(mean_loss(model, batches))
@@ -107,8 +107,8 @@ def main() -> None:
     stage1 = next(
         directory
         for run in sorted(home.glob("runs/*-train-*"))
-        for directory in checkpoints.steps(run)[-1:]
-        if checkpoints.read_record(directory)["stage"] == 1
+        for directory in checkpoints.list_checkpoints(run)[-1:]
+        if checkpoints.read_metadata(directory)["stage"] == 1
     )
     work, evaluation = home / f"going-on-{options.lr:g}", held_out(home)
     convert(stage1, work / "start.fp8", Options(batch_size=BATCH, overwrite=True))

@@ -104,7 +104,7 @@ def lower_module(module: nn.Module, *inputs: Tensor) -> list[Lowered]:
         )
 
     with (
-        mock.patch.object(ops, "on_tensor_cores", always),
+        mock.patch.object(ops, "uses_tensor_cores", always),
         mock.patch.object(F, "scaled_dot_product_attention", attention_of_the_card),
     ):
         compiled = torch.compile(

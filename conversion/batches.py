@@ -12,7 +12,7 @@ from pixart.checkpoint.normalization import Normalization
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.store.zarr_store import Store
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 
 SYNTHETIC_TEXT_TOKENS = 32
 TOKENS_PER_PASS = 4096  # image tokens; a smaller forward pass spends its time reading the weights
@@ -85,7 +85,7 @@ def synthetic_batches(config: Mapping, text_dim: int, num_batches: int, batch_si
 
 def with_null_class(model: DiT, batch: CalibrationBatch) -> CalibrationBatch:
     """Return the batch with every label replaced by the null class."""
-    return dataclasses.replace(batch, label=no_class(model, len(batch.latents)))
+    return dataclasses.replace(batch, label=null_labels(model, len(batch.latents)))
 
 
 def batches_per_pass(model: DiT, latents: Tensor) -> int:

@@ -49,7 +49,7 @@ from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.safetensors_stream import map_tensors
 from pixart.data import manifest as manifests
 from pixart.model.dit import load_model
-from pixart.model.fp8.plan import check_rows
+from pixart.model.fp8.plan import check_gemm_alignment
 from pixart.training.process_group import process_group
 
 NUM_VALIDATION_BATCHES = 4  # for verification, distinct from the calibration batches
@@ -74,7 +74,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         if not is_rank_zero():
             calibrate(result, load_model(result.config, result.model, options.device), batches, options)
             return {}
-        with checkpoints.appearing(output) as partial:
+        with checkpoints.atomic_directory(output) as partial:
             progress.begin("writing weights, EMA and moments")
             digest = background.submit(formats.file_hash, source)
             checkpoints.write_state(result, partial)
@@ -166,7 +166,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     if options.device == "cuda" and options.fp8_recipe == STATEFUL:
         tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
         counts = {"image tokens": tokens} | ({"states of text": text.shape[1]} if options.stage == 2 else {})
-        check_rows(options.batch_size, counts)
+        check_gemm_alignment(options.batch_size, counts)
     return start, batches, dataset
 
 
@@ -180,11 +180,11 @@ def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Op
         "versions": report["versions"],
         "acceptance": "PASS" if report["acceptance"]["passed"] else "FAIL",
     }
-    checkpoints.write(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    checkpoints.write(partial / PAGE, page(report).encode())
+    checkpoints.write_file(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    checkpoints.write_file(partial / PAGE, page(report).encode())
     for name in options.exports:
         EXPORTS[name](result, partial)
-    checkpoints.write_record(result, partial)
+    checkpoints.write_metadata(result, partial)
 
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:

@@ -14,7 +14,7 @@ from conversion.options import STATEFUL, Options, Statistic
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8 import ops
-from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, through_fp8
+from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, fake_quantize
 from pixart.model.fp8.plan import Plan
 from pixart.model.fp8.scaling import calibrated_state
 from pixart.model.rectified_flow import flow_loss, interpolate, stratified_time
@@ -133,7 +133,7 @@ def activation_checkpointing(model: DiT) -> Iterator[None]:
 
 
 def max_magnitude(x: Tensor, fmt: Format) -> Tensor:
-    return ops.largest(x)
+    return ops.amax(x)
 
 
 def percentile(x: Tensor, fmt: Format) -> Tensor:
@@ -150,7 +150,7 @@ def mse_optimal(x: Tensor, fmt: Format) -> Tensor:
     errors = []
     for ratio in CLIPPING_RATIOS:
         scale = fmt.max / (amax * ratio)
-        errors.append((through_fp8(values, scale, fmt) - values).square().sum())
+        errors.append((fake_quantize(values, scale, fmt) - values).square().sum())
     return amax * CLIPPING_RATIOS[int(torch.stack(errors).argmin())]
 
 

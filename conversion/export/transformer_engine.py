@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.directory import Lazy, State
+from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.safetensors_stream import save_tensors
 from pixart.model.fp8.ops import GRAD_OUTPUT, INPUT, WEIGHT
 
@@ -38,4 +38,4 @@ def export(scales: State, path: Path) -> None:
         f"{name}._extra_state": lambda name=name: extra_state(scales[f"{name}.scale"], scales[f"{name}.amax_history"])
         for name in linears
     }
-    save_tensors(Lazy(makers), path)
+    save_tensors(LazyTensors(makers), path)

@@ -17,7 +17,8 @@ from torch import Tensor
 from conversion.export import transformer_engine
 from conversion.options import Export
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.directory import Checkpoint, Lazy
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.lazy_tensors import LazyTensors
 from pixart.model.fp8.ops import E4M3, INPUT
 from pixart.model.fp8.scaling import scale_from_amax
 from pixart.sampling.loading import INFERENCE_FILE, INPUT_SCALE, WEIGHT_SCALE
@@ -32,7 +33,7 @@ def export_torchao(checkpoint: Checkpoint, folder: Path) -> None:
     assert plan is not None
     recipe = "rowwise" if plan.recipe == "rowwise" else "tensorwise"
     content = {"recipe_name": recipe, "modules": list(plan.linears)}
-    checkpoints.write(folder / "torchao.json", (json.dumps(content, indent=2) + "\n").encode())
+    checkpoints.write_file(folder / "torchao.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
@@ -51,7 +52,7 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
             makers[f"{linear}.{INPUT_SCALE}"] = partial(input_scale, checkpoint, linear)
         else:
             makers[name] = partial(bf16_tensor, checkpoint, name)
-    checkpoints.save_weights(Lazy(makers), checkpoint.config, folder / "inference")
+    checkpoints.save_weights(LazyTensors(makers), checkpoint.config, folder / "inference")
     record = {
         "linears": list(plan.linears),
         "stage": checkpoint.stage,
@@ -59,7 +60,7 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
         "dataset": checkpoint.dataset,
         "normalization": {"mean": checkpoint.normalization.mean, "std": checkpoint.normalization.std},
     }
-    checkpoints.write(folder / "inference" / INFERENCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    checkpoints.write_file(folder / "inference" / INFERENCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def weight_scale(checkpoint: Checkpoint, name: str) -> Tensor:

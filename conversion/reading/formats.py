@@ -41,7 +41,7 @@ def read(path: str | Path, *, base_latent_size: int | None = None) -> Checkpoint
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir() and (path / dcp_reader.METADATA).exists():
-        stored = from_groups(dcp_reader.read(path), path, "torch.distributed.checkpoint")
+        stored = from_groups(dcp_reader.read_training_state(path), path, "torch.distributed.checkpoint")
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
         stored = read_diffusers(path)
     elif path.is_dir():

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from conversion.options import BASE_LATENT_SIZE
-from pixart.checkpoint.directory import Checkpoint, Lazy, State, check_shapes
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.integrity import check_shapes
+from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
 from pixart.model.dit import DiT, parameter_groups, state_shapes
 from pixart.training.optimizer import MOMENTS
@@ -91,7 +93,7 @@ def strip_prefixes(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def validated(state: State, name: str) -> Lazy:
+def validated(state: State, name: str) -> LazyTensors:
     """Return the tensors in float32, each validated at its first access.
 
     The access raises ValueError if a value is infinite or NaN, or if a second moment is negative.
@@ -113,7 +115,7 @@ def validated(state: State, name: str) -> Lazy:
 
         return load
 
-    return Lazy({key: loader(key) for key in state})
+    return LazyTensors({key: loader(key) for key in state})
 
 
 def infer_config(state: Mapping[str, Tensor], base_latent_size: int, path: Path) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def name_moments(moments: Mapping[str, Any] | None, config: dict[str, Any], path
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     fields = {field: shapes for field in MOMENTS} | {"step": dict.fromkeys(shapes, ())}
     if moments is None:
-        return Lazy({f"{n}.{f}": zeros(shape[n]) for f, shape in fields.items() for n in shapes})
+        return LazyTensors({f"{n}.{f}": zeros(shape[n]) for f, shape in fields.items() for n in shapes})
     decayed, undecayed = parameter_groups(model)
     names_in_order = decayed + undecayed
     stored_key = {name: f"{index}" for index, name in enumerate(names_in_order)}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conversion.batches import batches_per_pass
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 from pixart.model.rectified_flow import interpolate
 
 PAPER_T = 0.5
@@ -98,7 +98,7 @@ def quadrature_nodes() -> tuple[Tensor, Tensor]:
 def block_modulations(model: DiT, t: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return every block's modulation with the null class (blocks, T, 6 D) and block 0's hidden activation (T, D)."""
     device = model.adaLN1.weight.device
-    condition = model.condition(t.float().to(device), no_class(model, len(t), device)).to(dtype)
+    condition = model.embed_condition(t.float().to(device), null_labels(model, len(t), device)).to(dtype)
     hidden = [F.silu(linear(condition, block.adaLN1)) for block in model.dit_blocks]
     outputs = [linear(h, block.adaLN2) for h, block in zip(hidden, model.dit_blocks, strict=True)]
     return torch.stack(outputs), hidden[0]
@@ -114,7 +114,7 @@ def null_condition(model: DiT, count: int, device: torch.device) -> dict[str, Te
     Any text has the same effect after the conversion, because the output projection of cross-attention is zero.
     """
     if model.stage == 1:
-        return {"label": no_class(model, count, device)}
+        return {"label": null_labels(model, count, device)}
     mask = torch.ones(count, 1, dtype=torch.bool, device=device)
     return {"text": torch.zeros(count, 1, model.config.text_dim, device=device), "text_mask": mask}
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from conversion.stage2.modulation import Modulation, absorbed_scales
-from pixart.checkpoint.directory import Checkpoint, Lazy, State
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.model.dit import state_shapes
 from pixart.training.optimizer import MOMENTS
 
@@ -59,7 +60,7 @@ def tensor_provenance(source: Checkpoint, config: Mapping, modulation: Modulatio
     return provenance
 
 
-def stage2_tensors(source: State, config: Mapping, modulation: Modulation) -> Lazy:
+def stage2_tensors(source: State, config: Mapping, modulation: Modulation) -> LazyTensors:
     """Return the stage-2 weights that follow from the stage-1 weights `source` and `modulation`."""
     null_embedding, first = source["cond_proj.weight"][-1].double(), "dit_blocks.0.adaLN1"
 
@@ -83,7 +84,7 @@ def stage2_tensors(source: State, config: Mapping, modulation: Modulation) -> La
         "adaLN2_single.weight": lambda: modulation.weight,
         "adaLN2_single.bias": lambda: modulation.bias,
     }
-    return Lazy(makers)
+    return LazyTensors(makers)
 
 
 def initial_tensor(shape: tuple[int, ...], name: str) -> Tensor:
@@ -97,7 +98,7 @@ def initial_tensor(shape: tuple[int, ...], name: str) -> Tensor:
     return tensor
 
 
-def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) -> Lazy:
+def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) -> LazyTensors:
     """Return AdamW's state: carried for carried tensors, rescaled for scaled ones, zero with step 0 for the others."""
     absorbed = dict(pair for block, scales in enumerate(modulation.scales) for pair in absorbed_scales(block, scales))
     moments = source.optimizer
@@ -118,4 +119,4 @@ def stage2_moments(source: Checkpoint, config: Mapping, modulation: Modulation) 
         makers[f"{name}.step"] = (
             functools.partial(moments.__getitem__, f"{name}.step") if has_moments else lambda: torch.zeros(())
         )
-    return Lazy(makers)
+    return LazyTensors(makers)

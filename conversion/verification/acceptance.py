@@ -15,9 +15,10 @@ from conversion.options import STATEFUL
 from conversion.stage2.reparameterize import CARRIED
 from conversion.verification.quantization_error import fake_quantize_dynamic
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.directory import Checkpoint, Lazy, State
-from pixart.checkpoint.safetensors_stream import differing
-from pixart.model.dit import DiT, load_model, own_config
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.lazy_tensors import LazyTensors, State
+from pixart.checkpoint.safetensors_stream import differing_tensors
+from pixart.model.dit import DiT, load_model, public_config
 from pixart.model.fp8 import linear as fp8
 from pixart.model.fp8 import scaling
 from pixart.model.fp8.ops import E4M3, E5M2
@@ -31,7 +32,7 @@ MAX_MEAN_SQNR_LOSS_DB, MAX_WORST_SQNR_LOSS_DB = 0.1, 0.5  # of grad_weight, agai
 
 def quantized_copy(model: DiT, plan: Plan, scales: State) -> DiT:
     """Return a model with the same weights whose planned linears run in FP8; dynamic recipes are emulated."""
-    copy = load_model(own_config(model.config), model.state_dict(), model.adaLN1.weight.device)
+    copy = load_model(public_config(model.config), model.state_dict(), model.adaLN1.weight.device)
     if plan.recipe == STATEFUL:
         fp8.swap_linears(copy, plan)
         scaling.load_scale_state(copy, scales)
@@ -153,7 +154,9 @@ def check_carried_tensors(source: Checkpoint, written: Path, provenance: Mapping
             key for key in state if provenance.get(key if key in provenance else key.rpartition(".")[0]) == CARRIED
         ]
         count += len(carried)
-        different += differing(written / file, Lazy({key: partial(state.__getitem__, key) for key in carried}))
+        different += differing_tensors(
+            written / file, LazyTensors({key: partial(state.__getitem__, key) for key in carried})
+        )
     return Check(
         name="Carried tensors that are not bit-identical to the source",
         value=f"{len(different)} of {count}" + (f", such as {different[0]}" if different else ""),

@@ -18,7 +18,7 @@ from conversion.batches import CalibrationBatch
 from conversion.calibration.amax import max_magnitude, observe_linears
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
-from pixart.model.fp8.ops import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, through_fp8
+from pixart.model.fp8.ops import E4M3, E5M2, FORMATS, GRAD_OUTPUT, INPUT, SLOTS, Format, fake_quantize
 
 MX_BLOCK = 32  # values that share a scale (OCP Microscaling Formats, version 1.0)
 MX_EXPONENTS = (-126, 126)  # range of a block's scale
@@ -34,9 +34,9 @@ def fake_quantize_dynamic(x: Tensor, fmt: Format, recipe: str) -> Tensor:
     if recipe == "mxfp8":
         blocks = F.pad(x.float(), (0, -x.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK))
         exponent = torch.ceil(torch.log2(blocks.abs().amax(-1, keepdim=True) / E4M3.max)).clamp(*MX_EXPONENTS)
-        return through_fp8(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
+        return fake_quantize(blocks, torch.exp2(-exponent), E4M3).flatten(-2)[..., : x.shape[-1]]
     amax = x.abs().amax(-1, keepdim=True) if recipe == "rowwise" else max_magnitude(x, fmt)
-    return through_fp8(x, dynamic_scale(amax, fmt), fmt)
+    return fake_quantize(x, dynamic_scale(amax, fmt), fmt)
 
 
 def dynamic_scale(amax: Tensor, fmt: Format) -> Tensor:
@@ -117,7 +117,7 @@ class LinearStatistics:
         aligned = [aligned_scale(*args) for args in zip(amax, scale, FORMATS, strict=True)]
         aligned_tensors = linear_tensors(*fake_quantize_all(tensors, aligned))
         self.accumulate("aligned_dynamic_sqnr_db", exact, aligned_tensors, sample_weight)
-        uncalibrated = through_fp8(tensors[GRAD_OUTPUT], scale.new_ones(()), E5M2)
+        uncalibrated = fake_quantize(tensors[GRAD_OUTPUT], scale.new_ones(()), E5M2)
         self.accumulate("forward_only_sqnr_db", exact, {"grad_weight": uncalibrated.mT @ casts[INPUT]}, sample_weight)
         for slot, (name, tensor, fmt) in enumerate(zip(SLOTS, tensors, FORMATS, strict=True)):
             size = (x, weight, grad)[slot].numel() / len(x)
@@ -160,7 +160,7 @@ def fake_quantize_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> li
     Each scale is a single one, () or (1,), or one per batch (batches,).
     """
     shaped = (scale.view(()) if scale.numel() == 1 else scale.view(-1, 1, 1) for scale in scales)
-    return [through_fp8(*args) for args in zip(tensors, shaped, FORMATS, strict=True)]
+    return [fake_quantize(*args) for args in zip(tensors, shaped, FORMATS, strict=True)]
 
 
 def aligned_scale(amax: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:

@@ -121,7 +121,7 @@ def write_duplicates(path: Path, duplicates) -> None:
 def report(run_folder: str, folder: Path, summary: dict[str, Any]) -> None:
     journal = Journal(run_folder)
     rows = max(1, summary["rows"])
-    journal.metrics(0, {"data/rows": summary["rows"], "data/valid": summary["valid"]})
+    journal.metrics(0, {"data/rows": summary["rows"], "data/num_valid": summary["valid"]})
     journal.metrics(0, {f"data/{check['name'].replace(' ', '_')}": check["value"] for check in summary["checks"][:-1]})
     journal.metrics(0, {f"data/rejected_{name.replace(' ', '_')}": n / rows for name, n in summary["reasons"].items()})
     for name in (SUMMARY, PAGE, DUPLICATES):

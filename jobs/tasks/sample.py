@@ -91,9 +91,9 @@ def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> 
 
 def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
     """Whole or not at all."""
-    from pixart.checkpoint.directory import appearing
+    from pixart.checkpoint.directory import atomic_directory
 
-    with appearing(target) as partial:
+    with atomic_directory(target) as partial:
         pipeline.save_pretrained(partial)
         write_atomically(partial / "origin.json", json.dumps(about, indent=2) + "\n")
 

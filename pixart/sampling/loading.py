@@ -8,11 +8,12 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.directory import WEIGHTS, load_tensors
+from pixart.checkpoint.directory import WEIGHTS
+from pixart.checkpoint.safetensors_stream import load_tensors
 from pixart.data.encoders.text_encoder import Encoder, load_text_model
 from pixart.data.encoders.vae import load_vae
 from pixart.data.manifest import Manifest
-from pixart.model.dit import DiT, load_model, own_config
+from pixart.model.dit import DiT, load_model, public_config
 from pixart.model.fp8 import linear
 from pixart.model.fp8.ops import E4M3, INPUT, WEIGHT
 from pixart.model.fp8.plan import Plan
@@ -40,7 +41,7 @@ def load(directory: Path, weights: str = "ema") -> tuple[DiT, dict[str, Any]]:
         return load_fp8(directory, record["linears"]), record
     checkpoint = checkpoints.load(directory)
     state = checkpoint.ema if weights == "ema" else checkpoint.model
-    return load_model(checkpoint.config, state).eval(), checkpoints.read_record(directory)
+    return load_model(checkpoint.config, state).eval(), checkpoints.read_metadata(directory)
 
 
 def load_pipeline(
@@ -52,7 +53,7 @@ def load_pipeline(
     encoder-decoder text model, which transformers needs to save it.
     """
     model, record = load(directory, weights)
-    normalization, data = checkpoints.normalization(record), dataset.data
+    normalization, data = checkpoints.normalization_of(record), dataset.data
     tokenizer, text_model = load_text_model(data.text_encoder) if model.stage == 2 else (None, None)
     if model.stage == 2 and not keep_text_decoder:
         text_model = Encoder(tokenizer, text_model, max_tokens=data.max_text_tokens, scale=data.text_scale).model
@@ -80,7 +81,7 @@ def load_fp8(directory: Path, linears: Sequence[str]) -> DiT:
         name: tensor.float() / scales[name.removesuffix(".weight")] if tensor.dtype == E4M3.dtype else tensor.float()
         for name, tensor in state.items()
     }
-    model = load_model(own_config(DiT.load_config(directory)), weights)
+    model = load_model(public_config(DiT.load_config(directory)), weights)
     linear.swap_linears(model, Plan(linears=tuple(linears)))
     for name, module in linear.float8_linears(model):
         module.scale[INPUT], module.scale[WEIGHT] = inputs[name], scales[name]

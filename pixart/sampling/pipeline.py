@@ -22,7 +22,7 @@ from pixart.checkpoint.normalization import Normalization
 from pixart.data.encoders.text_encoder import Encoder
 from pixart.data.encoders.vae import decode
 from pixart.demo.patch_vae import PatchAutoencoder
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 from pixart.sampling.denoise import denoise
 
 MODULE = "pipeline"  # name of the Python module in an exported folder
@@ -129,7 +129,7 @@ class PixArtPipeline(DiffusionPipeline):
     def class_conditioning(self, classes: list[int | str]) -> tuple[Conditioning, Conditioning]:
         device = self.transformer.device
         label = torch.tensor([self.class_index(item) for item in classes], device=device)
-        return {"label": label}, {"label": no_class(self.transformer, len(classes), device)}
+        return {"label": label}, {"label": null_labels(self.transformer, len(classes), device)}
 
     def text_conditioning(self, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
         device, config = self.transformer.device, self.config

@@ -73,7 +73,7 @@ def test_page_and_verdict(recipe, tmp_path):
     assert "http" not in page.replace("http-equiv", "")
     lines, _ = read_journal(tmp_path)
     metrics = {key: value for line in lines for key, value in line.get("metrics", {}).items()}
-    assert metrics["data/valid"] == 22
+    assert metrics["data/num_valid"] == 22
     assert metrics["data/rejected_plain"] == pytest.approx(5 / 29)
     assert {line["artifact"].rpartition("/")[2] for line in lines if "artifact" in line} >= {audit_files.PAGE}
 
