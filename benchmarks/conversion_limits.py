@@ -36,7 +36,7 @@ CALIBRATION, FIT = "calibrating", "stage"  # steps of the conversion's log
 
 def write_checkpoint(path: Path) -> int:
     """The original training's file with random content -> parameters of the model."""
-    sizes = {name: getattr(ModelConfig(), name) for name in ModelConfig.__dataclass_fields__}
+    sizes = ModelConfig().dit_arguments()
     model = DiT(**{**sizes, "base_image_size": 8})
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -69,7 +69,7 @@ def copy_seconds(path: Path) -> float:
 def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str, float], float]:
     """Seconds of each step, and the peak of memory that is no mapped file, in bytes."""
     shutil.rmtree(path.with_suffix(".fp8"), ignore_errors=True)
-    words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--text-dim", "2048", "--base-image-size", "8"]
+    words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--text-dim", "2048", "--base-latent-size", "8"]
     words += ["--batches", "1", "--batch", str(IMAGES), "--keep-bf16", "linear_out", "--stage", str(stage)]
     log = path.with_suffix(".log")
 

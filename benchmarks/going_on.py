@@ -41,7 +41,7 @@ def held_out(home: Path) -> str:
     """A dataset of scenes that training has not seen."""
     recipe = demo(str(home))
     data = dataclasses.replace(
-        recipe.data, path=str(home / "datasets/held-out"), seed=1, images=HELD_OUT_IMAGES, shards=8
+        recipe.data, path=str(home / "datasets/held-out"), seed=1, max_images=HELD_OUT_IMAGES, num_shards=8
     )
     if not Path(data.path).exists():
         init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
@@ -79,7 +79,7 @@ def curve(
     config = dataclasses.replace(
         recipe.stage2,
         steps=options.steps,
-        batch=BATCH,
+        global_batch_size=BATCH,
         lr=options.lr,
         seed=seed,
         save_every=EVERY,

@@ -65,17 +65,17 @@ class Losses:
 def configuration(options: argparse.Namespace, steps: int, *, fp8: bool) -> TrainConfig:
     return TrainConfig(
         steps=steps,
-        batch=options.batch,
+        global_batch_size=options.batch,
         lr=1e-4,
-        warmup=min(100, steps // 2),
-        ema=0.99,
+        warmup_steps=min(100, steps // 2),
+        ema_decay=0.99,
         fp8=fp8,
         compile=not options.tiny,
         log_every=min(10, steps),
         save_every=steps,
         keep_last=1,
         validate_every=steps,
-        validation_rows=min(options.batch, options.rows // 10),
+        num_validation_samples=min(options.batch, options.rows // 10),
     )
 
 

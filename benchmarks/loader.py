@@ -57,7 +57,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
     """-> manifest, seconds of whole shards and seconds of numpy.tofile and fsync of the same bytes, in turn."""
-    data = DataConfig(path=str(folder), shards=-(-rows // SHARD), images=rows, text_tokens=TOKENS)
+    data = DataConfig(path=str(folder), num_shards=-(-rows // SHARD), max_images=rows, max_text_tokens=TOKENS)
     manifest = Manifest(
         data=data, images=rows, rows_per_shard=SHARD, class_names=("any",), latent_shape=SHAPE, text_dim=2048, models={}
     )
@@ -66,7 +66,7 @@ def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
     latents = np.random.default_rng(0).standard_normal((SHARD, *SHAPE)).astype(np.float16)
     ours: list[float] = []
     plain: list[float] = []
-    for shard in range(data.shards):
+    for shard in range(data.num_shards):
         values = columns(manifest, shard, latents)
         ours.append(seconds(lambda: stores.write_shard(manifest, shard, values)))  # noqa: B023
         if len(plain) < 40:
@@ -126,7 +126,7 @@ def at_random(manifest: Manifest) -> dict[str, float]:
 def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
     """MB/s of the latents' bytes from first to last, copied so many rows at a time, and each copy dropped at once."""
     begun, copied = time.perf_counter(), 0
-    for shard in range(manifest.data.shards):
+    for shard in range(manifest.data.num_shards):
         file = Path(manifest.data.path) / store.columns["latents"].file(shard)
         chunks = np.memmap(file, np.uint8, "r", shape=(SHARD, ROW + CHECKSUM))[:, :ROW]
         for start in range(0, SHARD, rows):

@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    sizes = ModelConfig(dim=1152, num_blocks=options.blocks, base_image_size=8, num_classes=5)
-    config = TrainConfig(steps=1, batch=8, lr=1e-4, warmup=1)
+    sizes = ModelConfig(dim=1152, num_blocks=options.blocks, base_latent_size=8, num_classes=5)
+    config = TrainConfig(steps=1, global_batch_size=8, lr=1e-4, warmup_steps=1)
     held: dict[str, list[float]] = {"in the background": [], "at once": []}
     with tempfile.TemporaryDirectory() as folder, process_group() as ranks:
         dataset = make_dataset(folder)
@@ -69,7 +69,7 @@ def main() -> None:
 
 def make_dataset(folder: str) -> str:
     recipe = demo(folder)
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=16, shards=1))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_images=16, num_shards=1))
     init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, [0])
     latents.run(recipe.data.path, [0])

@@ -69,7 +69,7 @@ class Way:
 
 
 def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: str = "", backend: str = "") -> nn.Module:
-    config = TrainConfig(steps=1, batch=options.batch, lr=1e-4, warmup=1, compile=compile)
+    config = TrainConfig(steps=1, global_batch_size=options.batch, lr=1e-4, warmup_steps=1, compile=compile)
     model = DiT(in_dim=CHANNELS, dim=options.dim, num_heads=HEADS, num_blocks=options.blocks, text_dim=TEXT_DIM).to(
         ranks.device
     )
@@ -180,17 +180,17 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
     """Make a model by a way, take its step, and return what was measured of it."""
     way = WAYS[name]
     model = way.make(options, ranks)
-    config = TrainConfig(steps=1, batch=options.batch, lr=1e-4, warmup=1)
+    config = TrainConfig(steps=1, global_batch_size=options.batch, lr=1e-4, warmup_steps=1)
     optimizer = make_optimizer(model, config) if isinstance(model, DiT) else peer_optimizer(model)
     given = batch_of(options, ranks.device)
-    ema = Ema(model, config.ema) if way.average else None
+    ema = Ema(model, config.ema_decay) if way.average else None
     one_pass = OnePass(model, optimizer, ema.averages) if ema and way.average == "in one pass" else None
     never = torch.zeros((), dtype=torch.bool, device=ranks.device)
 
     def step() -> None:
         way.call(model, *given).float().square().mean().backward()
         if one_pass:
-            one_pass.step(config.lr, 1 - config.ema, never)
+            one_pass.step(config.lr, 1 - config.ema_decay, never)
         else:
             optimizer.step()
             if ema:

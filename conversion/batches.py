@@ -42,8 +42,8 @@ def dataset_batches(path: str, normalization: Normalization, batches: int, batch
     rows = np.random.default_rng(0).choice(valid, size=(batches, batch), replace=len(valid) < batches * batch)
     data = manifest.data
     encoder = None
-    if not data.text_states:
-        encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+    if not data.store_text_embeddings:
+        encoder = TextEncoder(data.text_encoder, tokens=data.max_text_tokens, scale=data.text_scale)
     drawn = []
     for chosen in rows:
         mask = torch.from_numpy(store.read("token_mask", chosen))

@@ -15,7 +15,7 @@ Device = Literal["auto", "cpu", "cuda"]
 STATEFUL: Recipe = "delayed"  # the recipe that keeps scales; all others measure them anew in every step
 AUTO = "auto"
 TEXT_DIM = 2048  # T5Gemma-XL, the text encoder of the real run
-BASE_IMAGE_SIZE = 32  # latent side of the original training, which its files do not say
+BASE_LATENT_SIZE = 32  # latent side of the original training, which its files do not say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Options:
     keep_bf16: tuple[str, ...] = (AUTO,)
     data: str | None = None
     text_dim: int | None = None
-    base_image_size: int | None = None
+    base_latent_size: int | None = None
     batches: int = 8
     batch: int = 16
     statistic: Statistic = "max"
@@ -39,7 +39,7 @@ class Options:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        least = {"batches": 1, "batch": 1, "history": 2, "margin": 0, "text_dim": 1, "base_image_size": 1}
+        least = {"batches": 1, "batch": 1, "history": 2, "margin": 0, "text_dim": 1, "base_latent_size": 1}
         for name, limit in least.items():
             value = getattr(self, name)
             if value is not None and value < limit:
@@ -91,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-dim", type=int, help=f"width of text states (default: the dataset's, else {TEXT_DIM})")
     parser.add_argument(
-        "--base-image-size", type=int, help=f"latent side of a file's model (default: {BASE_IMAGE_SIZE})"
+        "--base-latent-size", type=int, help=f"latent side of a file's model (default: {BASE_LATENT_SIZE})"
     )
     parser.add_argument("--batches", type=int, default=default.batches, help="calibration batches (default: 8)")
     parser.add_argument("--batch", type=int, default=default.batch, help="images in each (default: 16)")

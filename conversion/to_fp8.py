@@ -131,7 +131,7 @@ def with_device(options: Options) -> Options:
 
 def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, list[CalibrationBatch], str | None]:
     """The source, batches to calibrate and to verify on, and the dataset that they are from, if it is there."""
-    start = formats.read(source, base_image_size=options.base_image_size)
+    start = formats.read(source, base_image_size=options.base_latent_size)
     if output.exists() and not options.overwrite:
         raise ValueError(f"{output} exists: name another --output, or give --overwrite")
     if output.exists() and not (output / checkpoints.MARKER).exists():

@@ -18,13 +18,27 @@ from pixart.config.training import TrainConfig
 MINILM_STATE_STD = 0.35
 
 DEMO_TRAINING: dict[str, Any] = {
-    **{"batch": 64, "lr": 6e-3, "warmup": 40, "final_lr": 0.05, "ema": 0.99, "precision": "fp32", "log_every": 5},
-    **{"validate_every": 100, "validation_rows": 64, "preview_every": 100},
+    **{
+        "global_batch_size": 64,
+        "lr": 6e-3,
+        "warmup_steps": 40,
+        "min_lr_ratio": 0.05,
+        "ema_decay": 0.99,
+        "precision": "fp32",
+        "log_every": 5,
+    },
+    **{"validate_every": 100, "num_validation_samples": 64, "preview_every": 100},
 }
 XL_TRAINING: dict[str, Any] = {
-    **{"batch": 2048, "lr": 1e-4, "warmup": 1000, "weight_decay": 0.03, "activation_checkpointing": "selective"},
+    **{
+        "global_batch_size": 2048,
+        "lr": 1e-4,
+        "warmup_steps": 1000,
+        "weight_decay": 0.03,
+        "activation_checkpointing": "selective",
+    },
     **{"compile": True},
-    **{"validate_every": 1000, "validation_rows": 4096, "preview_every": 1000, "keep_every": 50_000},
+    **{"validate_every": 1000, "num_validation_samples": 4096, "preview_every": 1000, "keep_every": 50_000},
 }
 
 
@@ -35,16 +49,16 @@ def demo(home: str) -> Recipe:
         data=DataConfig(
             path=f"{home}/datasets/demo",
             source="demo",
-            shards=256,
-            images=4096,
+            num_shards=256,
+            max_images=4096,
             image_size=64,
             normalization="scalar",  # the demo's VAE has weighted its channels by what they matter for the picture
-            text_tokens=32,
+            max_text_tokens=32,
             text_scale=1 / MINILM_STATE_STD,
-            text_states=True,
+            store_text_embeddings=True,
         ),
         audit=AuditConfig(max_duplicates=1, max_same_opening=1),  # scenes of a few shapes are much alike
-        model=ModelConfig(dim=128, cond_dim=128, num_heads=4, num_blocks=4, base_image_size=8, num_classes=5),
+        model=ModelConfig(dim=128, cond_dim=128, num_heads=4, num_blocks=4, base_latent_size=8, num_classes=5),
         stage1=TrainConfig(steps=300, **DEMO_TRAINING),
         stage2=TrainConfig(steps=800, fp8=True, **DEMO_TRAINING),
         sample=SampleConfig(steps=20, guidance=2.0, count=64),
@@ -61,7 +75,7 @@ def xl(home: str) -> Recipe:
         data=DataConfig(
             path=f"{home}/datasets/xl",
             source="",
-            shards=256,  # some minutes of work each, for which a task starts its engine once
+            num_shards=256,  # some minutes of work each, for which a task starts its engine once
             vae="stabilityai/stable-diffusion-3-medium-diffusers/vae",
             text_encoder="google/t5gemma-xl-xl-ul2",
             captioner="vllm",

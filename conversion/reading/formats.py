@@ -45,7 +45,7 @@ def read(path: str | Path, *, base_image_size: int | None = None) -> Checkpoint:
         content = read_diffusers(path)
     elif path.is_dir():
         if base_image_size is not None:
-            raise ValueError(f"--base-image-size: {path} says its own, the option is for files that do not")
+            raise ValueError(f"--base-latent-size: {path} says its own, the option is for files that do not")
         return read_own(checkpoints.find(path))
     elif is_safetensors(path):
         content = Content(kind="safetensors", model=load_safetensors(path))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conversion.options import BASE_IMAGE_SIZE
+from conversion.options import BASE_LATENT_SIZE
 from pixart.checkpoint.directory import Checkpoint, Lazy, State, check_shapes
 from pixart.checkpoint.normalization import Normalization
 from pixart.model.dit import DiT, parameter_groups, state_shapes
@@ -37,7 +37,7 @@ class Content:
 
 def assemble(content: Content, path: Path, base_image_size: int | None) -> Checkpoint:
     model = clean(content.model, f"{path}: model")
-    config = content.config or infer_config(model, base_image_size or BASE_IMAGE_SIZE, path)
+    config = content.config or infer_config(model, base_image_size or BASE_LATENT_SIZE, path)
     check_config(config, path)
     ema = clean(content.ema, f"{path}: model_ema") if content.ema else model
     for name, state in (("model", model), ("model_ema", ema)):
@@ -67,7 +67,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: its configuration is not that of a PixArt of this suite: {error}") from None
     side, patch = config["base_image_size"], config["patch_size"]
     if side < patch or side % patch:
-        raise ValueError(f"--base-image-size {side}: must be a multiple of the patch, {patch}")
+        raise ValueError(f"--base-latent-size {side}: must be a multiple of the patch, {patch}")
 
 
 def clean(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:

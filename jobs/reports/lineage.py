@@ -16,6 +16,7 @@ from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
 from pixart.config.dataset import is_url
+from pixart.config.renamed_keys import rename_stage
 
 LETTERS = 500  # of what a picture says of itself; its command is longer
 
@@ -151,7 +152,8 @@ class Walk:
         about = read_description(run.folder) if (run.folder / DESCRIPTION).exists() else {"tags": {}, "parameters": {}}
         tags, parameters = about["tags"], about["parameters"]
         if run.kind == "train":
-            told = {key: parameters.get(key) for key in ("stage", "steps", "batch", "lr", "fp8")}
+            logged = rename_stage(parameters)
+            told = {key: logged.get(key) for key in ("stage", "steps", "global_batch_size", "lr", "fp8")}
         else:
             told = {"shards": len(run.elements) or None, "guidance": parameters.get("guidance")}
         kind = {"train": "training", "convert": "conversion", "sample": "samples"}.get(run.kind, run.kind)
@@ -175,7 +177,7 @@ class Walk:
             "dataset",
             path,
             source=data["source"],
-            images=f"{manifest['images']:,} of {data['image_size']} px in {data['shards']} shards",
+            images=f"{manifest['images']:,} of {data['image_size']} px in {data['num_shards']} shards",
             **captioner(data, models["captioner"]),
             VAE=f"{data['vae']} ({models['vae']})",
             text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",

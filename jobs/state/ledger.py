@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.state.json_record import parse_record
+from jobs.state.json_record import of_this_version, parse_record
 from pixart.config.dataset import is_url
+from pixart.config.renamed_keys import rename_data
 
 MANIFEST = "manifest.json"
 ARRAYS = "latents.zarr"  # a folder
@@ -93,7 +94,11 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
     None where there is none. Raises ValueError for a damaged one.
     """
     (text,) = read_files(dataset, [MANIFEST])
-    return None if text is None else parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
+    if text is None:
+        return None
+    record = parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
+    with of_this_version(f"{dataset}/{MANIFEST}"):
+        return {**record, "data": rename_data(record["data"])}
 
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:

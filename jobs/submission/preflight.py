@@ -7,6 +7,7 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import find_checkpoint
+from pixart.config.model import CHECKPOINT_NAMES
 from pixart.config.recipe import Recipe
 from pixart.config.training import fp8_backend
 
@@ -39,7 +40,7 @@ def check_start(recipe: Recipe, start: Path, record: Record, stage: int, overrid
         )
     for item in overrides:
         name, _, value = item.removeprefix("model.").partition("=")
-        expected = record["config"].get(name)  # a stage-2 model has no number of classes
+        expected = record["config"].get(CHECKPOINT_NAMES.get(name, name))  # a stage-2 model has no number of classes
         if item.startswith("model.") and expected is not None and str(expected) != value:
             raise ValueError(f"{item}: {start} is a model with {name}={expected}, which cannot change")
     if record["step"] >= recipe.train(stage).steps:
@@ -90,15 +91,17 @@ def check_pipeline(recipe: Recipe, ranks: int) -> None:
 def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:
     """Check that the batch divides over ranks and micro-batches, and that the model's sizes divide."""
     config, model = recipe.train(stage), recipe.model
-    if config.batch % ranks:
-        raise ValueError(f"stage{stage}.batch={config.batch} does not divide over {ranks} ranks")
-    if config.batch // ranks % config.accumulate:
+    if config.global_batch_size % ranks:
         raise ValueError(
-            f"stage{stage}.accumulate={config.accumulate}: the {config.batch // ranks} images of a rank do not divide "
-            "into that many micro-batches"
+            f"stage{stage}.global_batch_size={config.global_batch_size} does not divide over {ranks} ranks"
         )
-    if stage == 1 and config.short > 0:
-        raise ValueError(f"stage1.short={config.short}: stage 1 reads no captions")
+    if config.global_batch_size // ranks % config.gradient_accumulation_steps:
+        raise ValueError(
+            f"stage{stage}.gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
+            f"{config.global_batch_size // ranks} images of a rank do not divide into that many micro-batches"
+        )
+    if stage == 1 and config.short_caption_prob > 0:
+        raise ValueError(f"stage1.short_caption_prob={config.short_caption_prob}: stage 1 reads no captions")
     for divisor, what in ((model.num_heads, "heads"), (4, "sines and cosines of two axes")):
         if model.dim % divisor:
             raise ValueError(f"model.dim={model.dim}: does not divide into {divisor} {what}")

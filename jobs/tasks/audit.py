@@ -24,7 +24,7 @@ def run(run_folder: str) -> str:
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     dataset = recipe.data.path
     manifest = manifests.read(dataset)
-    made_of = captions_digest(dataset, manifest.data.shards)
+    made_of = captions_digest(dataset, manifest.data.num_shards)
     merged = merge(manifest)
     duplicates = merged.duplicates()
     summary = {"manifest": manifest.hash, "captions": made_of, **audits.summary(merged, duplicates, recipe.audit)}
@@ -69,7 +69,7 @@ def require(dataset: str | Path) -> None:
     if text is None:
         raise ValueError(f"dataset {dataset} has not been audited: {told}")
     summary = parse_record(text, f"{dataset}/{FOLDER}/{SUMMARY}", "manifest", "captions", "passed", "checks")
-    now = captions_digest(dataset, manifest["data"]["shards"])
+    now = captions_digest(dataset, manifest["data"]["num_shards"])
     if (summary["manifest"], summary["captions"]) != (manifest["hash"], now):
         raise ValueError(f"dataset {dataset} has changed since its audit: {told}")
     if not summary["passed"]:
@@ -82,7 +82,7 @@ def merge(manifest):
     from pixart.data.audit.statistics import Audit
 
     merged = Audit()
-    for shard in range(manifest.data.shards):
+    for shard in range(manifest.data.num_shards):
         merged.add(read_part(manifest.data.path, shard), manifest.shard(shard)[0])
     return merged
 

@@ -28,9 +28,9 @@ def run(dataset: str, shards: list[int]) -> None:
     source = manifests.open_images(manifest)
     vae = load_vae(data.vae)
     text: Tokenizer = (
-        TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
-        if data.text_states
-        else Tokenizer(load_tokenizer(data.text_encoder), tokens=data.text_tokens)
+        TextEncoder(data.text_encoder, tokens=data.max_text_tokens, scale=data.text_scale)
+        if data.store_text_embeddings
+        else Tokenizer(load_tokenizer(data.text_encoder), tokens=data.max_text_tokens)
     )
     for_each_shard(todo, lambda shard: encode_shard(manifest, shard, source, vae, text))
 
@@ -70,7 +70,7 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
         columns[f"{prefix}token_ids"], columns[f"{prefix}token_mask"] = text.tokenize(table[caption])
     for rows, latents in encoded(manifest, source.read(*manifest.shard(shard)), table, vae):
         columns["latents"][rows] = latents
-        for prefix in captions_of if manifest.data.text_states else ():
+        for prefix in captions_of if manifest.data.store_text_embeddings else ():
             states = text.states(columns[f"{prefix}token_ids"][rows], columns[f"{prefix}token_mask"][rows])
             columns[f"{prefix}text_states"][rows] = states.to(torch.float16).cpu().numpy()
     for name in columns:

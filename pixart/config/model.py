@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from pixart.config.limits import require_at_least
 
+CHECKPOINT_NAMES = {"base_latent_size": "base_image_size"}  # of the sizes whose name in a checkpoint is another
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -17,8 +19,12 @@ class ModelConfig:
     mlp_ratio: int = 4
     num_blocks: int = 28
     patch_size: int = 2
-    base_image_size: int = 32  # latent side at the reference resolution
+    base_latent_size: int = 32  # latent side at the reference resolution
     num_classes: int = 1001  # of stage 1; the last index means "no class"
 
     def __post_init__(self) -> None:
         require_at_least(1, **dataclasses.asdict(self))
+
+    def dit_arguments(self) -> dict[str, int]:
+        """Return the sizes under the names of DiT's arguments, which checkpoints keep as the model's configuration."""
+        return {CHECKPOINT_NAMES.get(name, name): size for name, size in dataclasses.asdict(self).items()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pixart.config.audit import AuditConfig
 from pixart.config.dataset import DataConfig, read_data
 from pixart.config.model import ModelConfig
+from pixart.config.renamed_keys import rename_recipe
 from pixart.config.sampling import SampleConfig
 from pixart.config.training import TrainConfig
 
@@ -36,7 +37,7 @@ def to_json(recipe: Recipe) -> str:
 
 def from_json(text: str) -> Recipe:
     """Rebuilds the recipe that `to_json` wrote; unknown fields raise TypeError."""
-    values = json.loads(text)
+    values = rename_recipe(json.loads(text))
     return Recipe(
         name=values["name"],
         data=read_data(values["data"]),

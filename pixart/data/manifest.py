@@ -14,11 +14,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pixart.config.dataset import DataConfig, is_url, read_data
+from pixart.config.renamed_keys import original_data
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
 from pixart.data.storage import read_object
 
-FORMAT = 2
+FORMAT = 3
+NAMED_AS_0_1 = 2  # the format whose `data` has the keys of version 0.1
 FILE = "manifest.json"
 COUNTS = "source-files.json"  # rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
@@ -35,24 +37,32 @@ class Manifest:
     latent_shape: tuple[int, int, int]  # (channels, height, width)
     text_dim: int
     models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
+    format: int = FORMAT
 
     @property
     def rows(self) -> int:
         """Rows of the store: whole shards, of which the last may not be filled."""
-        return self.rows_per_shard * self.data.shards
+        return self.rows_per_shard * self.data.num_shards
 
     def shard(self, index: int) -> tuple[int, int]:
         """First row and end row of a shard's items. Raises ValueError for a shard that does not exist."""
-        if not 0 <= index < self.data.shards:
-            raise ValueError(f"shard {index}: the dataset {self.data.path} has shards 0 to {self.data.shards - 1}")
+        if not 0 <= index < self.data.num_shards:
+            raise ValueError(f"shard {index}: the dataset {self.data.path} has shards 0 to {self.data.num_shards - 1}")
         start = min(index * self.rows_per_shard, self.images)
         return start, min(start + self.rows_per_shard, self.images)
 
     @property
     def hash(self) -> str:
-        """Identifies the dataset wherever it lies."""
-        values = dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, path="")))
+        """Identify the dataset by its content, wherever it lies; checkpoints refer to it."""
+        values = dataclasses.replace(self, data=dataclasses.replace(self.data, path="")).values()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def values(self) -> dict[str, Any]:
+        """Return what the hash is computed over, under the keys of the manifest's format."""
+        values = dataclasses.asdict(self)
+        if values.pop("format") == NAMED_AS_0_1:
+            values["data"] = original_data(values["data"])
+        return values
 
 
 def open_images(manifest: Manifest) -> Source:
@@ -68,7 +78,7 @@ def open_images(manifest: Manifest) -> Source:
 
 
 def open_data(data: DataConfig, counts: Path) -> Source:
-    return open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size, counts=counts)
+    return open_source(data.source, images=data.max_images, seed=data.seed, image_size=data.image_size, counts=counts)
 
 
 def make(data: DataConfig) -> Manifest:
@@ -87,7 +97,7 @@ def make(data: DataConfig) -> Manifest:
         manifest = Manifest(
             data=data,
             images=len(source),
-            rows_per_shard=-(-len(source) // data.shards),
+            rows_per_shard=-(-len(source) // data.num_shards),
             class_names=tuple(source.class_names),
             latent_shape=latent_shape(data.vae, data.image_size),
             text_dim=text_dim(data.text_encoder),
@@ -126,7 +136,7 @@ def write(manifest: Manifest) -> None:
     """Writes the manifest atomically."""
     path = Path(manifest.data.path) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"format": FORMAT, "hash": manifest.hash, **dataclasses.asdict(manifest)}
+    record = {"format": manifest.format, "hash": manifest.hash, **manifest.values()}
     temporary = path.with_name(f".{FILE}.{uuid.uuid4().hex[:8]}")
     with temporary.open("w") as file:
         json.dump(record, file, indent=2)
@@ -141,8 +151,8 @@ def read(path: str | Path) -> Manifest:
         record: dict[str, Any] = json.loads(read_object(str(path), FILE) or b"")
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no dataset: it has no readable {FILE}") from error
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{path} has dataset format {record.get('format')!r}, not {FORMAT}")
+    if record.get("format") not in (NAMED_AS_0_1, FORMAT):
+        raise ValueError(f"{path} has dataset format {record.get('format')!r}, not {NAMED_AS_0_1} or {FORMAT}")
     try:
         manifest = Manifest(
             data=read_data({**record["data"], "path": str(path)}),
@@ -152,6 +162,7 @@ def read(path: str | Path) -> Manifest:
             latent_shape=tuple(record["latent_shape"]),
             text_dim=record["text_dim"],
             models=record["models"],
+            format=record["format"],
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}/{FILE} is no manifest of this suite: {error}") from error

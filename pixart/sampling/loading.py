@@ -50,7 +50,7 @@ def load_pipeline(directory: Path, weights: str, dataset: Manifest, *, both_halv
     normalization, data = checkpoints.normalization(record), dataset.data
     tokenizer, text_model = load_text_model(data.text_encoder) if model.stage == 2 else (None, None)
     if model.stage == 2 and not both_halves:
-        text_model = Encoder(tokenizer, text_model, tokens=data.text_tokens, scale=data.text_scale).model
+        text_model = Encoder(tokenizer, text_model, tokens=data.max_text_tokens, scale=data.text_scale).model
     return PixArtPipeline(
         transformer=model,
         vae=load_vae(data.vae),
@@ -60,7 +60,7 @@ def load_pipeline(directory: Path, weights: str, dataset: Manifest, *, both_halv
         latents_mean=normalization.mean,
         latents_std=normalization.std,
         sample_size=dataset.latent_shape[1],
-        text_tokens=data.text_tokens,
+        text_tokens=data.max_text_tokens,
         text_scale=data.text_scale,
         id2label={str(index): name for index, name in enumerate(dataset.class_names)} if model.stage == 1 else None,
     )

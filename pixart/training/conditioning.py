@@ -31,14 +31,14 @@ class TextCondition:
         from pixart.data.encoders.text_encoder import TextEncoder
 
         data, device = dataset.data, ranks.device
-        encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+        encoder = TextEncoder(data.text_encoder, tokens=data.max_text_tokens, scale=data.text_scale)
         self.null_states, self.null_mask = (tensor.to(device) for tensor in encoder.encode([""]))
         self.null_length = int(self.null_mask.sum())
-        self.encoder, self.device = None if data.text_states else encoder, device
+        self.encoder, self.device = None if data.store_text_embeddings else encoder, device
         self.tokenizer = encoder.tokenizer
         if self.encoder and config.compile:
             self.encoder.model.compile()
-        if self.encoder and config.text_encoder == "sharded":
+        if self.encoder and config.shard_text_encoder:
             shard_frozen(self.encoder.model, ranks)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def train(
     the same step and raise Stopped. Raises ValueError for what the user can mend.
     """
     run, reporter = Path(run), reporter or Quiet()
-    with process_group() as ranks, Watch(config.stall_minutes) as watch:
+    with process_group() as ranks, Watch(config.hang_timeout_minutes) as watch:
         check(stage, config, ranks)
         store = Store(manifests.read(dataset))
         source, faults = newest_whole(run, ranks)
@@ -57,13 +57,13 @@ def train(
         for fault in faults:
             reporter.incident(training.steps_done, fault)
         valid = store.valid_rows()
-        held_out = held_out_rows(valid, config.validation_rows)
+        held_out = held_out_rows(valid, config.num_validation_samples)
         loader = Loader(
             store,
-            batch=config.batch,
+            batch=config.global_batch_size,
             seed=config.seed,
-            drop=config.drop,
-            short=config.short,
+            drop=config.cond_dropout_prob,
+            short=config.short_caption_prob,
             states=stage == 2,
             rank=ranks.rank,
             world=ranks.world,
@@ -72,9 +72,9 @@ def train(
         interval = Interval(training, loader.order, reporter)
         saver = Saver(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
         validation = Validation(training, store, held_out) if len(held_out) else None
-        shown = (held_out if len(held_out) else valid)[: config.previews]
+        shown = (held_out if len(held_out) else valid)[: config.num_previews]
         previews = Previews(training, store, shown, run) if config.preview_every else None
-        profile = Profile(run, config.profile if ranks.first else 0)
+        profile = Profile(run, config.profile_step if ranks.first else 0)
 
         def due(every: int) -> bool:
             return every > 0 and (training.steps_done % every == 0 or training.steps_done == config.steps)
@@ -88,7 +88,7 @@ def train(
             saving = due(config.save_every) or level > 0
             if due(config.log_every) or saving:
                 interval.tell()
-            if training.plan and due(config.fp8_every):
+            if training.plan and due(config.fp8_log_every):
                 interval.tell_scales()
             with interval.aside():
                 if validation and due(config.validate_every):
@@ -113,9 +113,10 @@ def train(
 
 def check(stage: int, config: TrainConfig, ranks: Ranks) -> None:
     """Raises ValueError for a configuration that cannot work with this stage or these ranks."""
-    if stage == 1 and config.short > 0:
-        raise ValueError(f"short={config.short}: stage 1 reads no captions")
-    if config.batch % (ranks.world * config.accumulate):
+    if stage == 1 and config.short_caption_prob > 0:
+        raise ValueError(f"stage1.short_caption_prob={config.short_caption_prob}: stage 1 reads no captions")
+    if config.global_batch_size % (ranks.world * config.gradient_accumulation_steps):
         raise ValueError(
-            f"batch={config.batch}: does not divide over {ranks.world} ranks and {config.accumulate} micro-batches"
+            f"global_batch_size={config.global_batch_size}: does not divide over {ranks.world} ranks and "
+            f"{config.gradient_accumulation_steps} micro-batches"
         )

@@ -60,7 +60,7 @@ class Interval:
         self.before: deque[float] = deque(maxlen=REMEMBERED)
         self.tokens = training.tokens
         side = training.dataset.latent_shape[-1]
-        self.flops = training_flops(training.description().config, side, training.dataset.data.text_tokens)
+        self.flops = training_flops(training.description().config, side, training.dataset.data.max_text_tokens)
         precision = "fp8" if training.plan else self.config.precision
         cuda = self.ranks.device.type == "cuda"
         self.peak = peak_tflops(torch.cuda.get_device_name(), precision) if cuda else None
@@ -116,7 +116,7 @@ class Interval:
             self.reporter.metrics(last, {**speed, **self.systems(machines)})
             print(self.line(last, losses[-1], norms[-1], seconds, speed), flush=True)
         self.clear()
-        if self.training.skipped_in_row >= self.config.skip_limit:
+        if self.training.skipped_in_row >= self.config.max_skipped_steps:
             raise DivergedError(
                 f"the gradients of the last {int(self.training.skipped_in_row)} steps to step {last} were not finite: "
                 "go on from an earlier checkpoint with a smaller learning rate, or look at the rows of these steps"
@@ -132,14 +132,14 @@ class Interval:
             if loss > mean + SPIKE * deviation:
                 odd = f"the loss {loss:.4f} is {(loss - mean) / deviation:.0f} deviations over its mean {mean:.4f}"
         if odd:
-            rows = ", ".join(map(str, rows_of_step(self.order, step - 1, self.config.batch)))
+            rows = ", ".join(map(str, rows_of_step(self.order, step - 1, self.config.global_batch_size)))
             self.reporter.incident(step, f"{odd}; rows {rows}")
             print(f"step {step}: {odd}", file=sys.stderr, flush=True)
         else:
             self.before.append(loss)
 
     def speed(self, seconds: float) -> dict[str, float]:
-        images = self.config.batch / seconds
+        images = self.config.global_batch_size / seconds
         tflops = images * self.flops / self.ranks.world / 1e12
         values = {
             "train/seconds_per_step": seconds,

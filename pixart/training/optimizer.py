@@ -14,10 +14,10 @@ COLUMNS = ("weight", "gradient", *MOMENTS, "step", "average")  # of a parameter
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine from `lr` to `final_lr * lr` at the last step; `step` counts from 0."""
-    warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    progress = min(max(step - config.warmup, 0) / max(config.steps - config.warmup, 1), 1.0)
-    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    """Linear warm-up, then cosine from `lr` to `min_lr_ratio * lr` at the last step; `step` counts from 0."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    progress = min(max(step - config.warmup_steps, 0) / max(config.steps - config.warmup_steps, 1), 1.0)
+    return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -41,13 +41,13 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
     )
     mesh = make_mesh(ranks, config.sharding)
     for block in model.dit_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
 
 
 def shard_frozen(model: nn.Module, ranks: Ranks) -> None:
     """FSDP2 around a model that is not trained, in place: each item of its lists of layers a unit, the rest another."""
-    mesh = make_mesh(ranks, "full")
+    mesh = make_mesh(ranks, "fsdp")
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -59,9 +59,9 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
-    """One dimension, over which all is sharded; `hybrid`: shards within a node, replicas over nodes."""
+    """Return a mesh over all ranks; with `hsdp` on several nodes, of (replicas over nodes, shards within a node)."""
     kind, nodes = ranks.device.type, ranks.world // ranks.local_world
-    if sharding == "hybrid" and nodes > 1:
+    if sharding == "hsdp" and nodes > 1:
         return init_device_mesh(kind, (nodes, ranks.local_world), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(kind, (ranks.world,))
 

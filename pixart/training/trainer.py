@@ -56,7 +56,7 @@ class Training:
         check_fits(self.model, self.dataset, stage)
         self.model.train()
         self.model.fuse_projections()
-        if config.attention == "measured" and ranks.device.type == "cuda":
+        if config.attention_backend == "autotune" and ranks.device.type == "cuda":
             sdpa_autotune.use(self.model, *ranks.of_first(self.fastest_attention() if ranks.first else None))
         if self.plan:
             self.swap_linears(self.plan)
@@ -65,8 +65,8 @@ class Training:
             self.model.to_empty(device=ranks.device)
         fsdp_allgather.gather_in_fp8(self.model, dtype_of(config.precision))
         self.optimizer = make_optimizer(self.model, config)
-        self.ema = Ema(self.model, config.ema)
-        self.one_pass = OnePass(self.model, self.optimizer, self.ema.averages) if config.one_pass else None
+        self.ema = Ema(self.model, config.ema_decay)
+        self.one_pass = OnePass(self.model, self.optimizer, self.ema.averages) if config.fused_adamw_ema else None
         self.skipped_in_row = torch.zeros((), device=ranks.device)
         self.condition = (
             ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks, config)
@@ -80,7 +80,7 @@ class Training:
             heads=model.num_heads,
             width=model.dim // model.num_heads,
             tokens=self.tokens,
-            text=self.dataset.data.text_tokens if self.stage == 2 else None,
+            text=self.dataset.data.max_text_tokens if self.stage == 2 else None,
             device=self.ranks.device,
         )
         print(f"attention: {image}" + (f"; to the text, {text}" if self.stage == 2 else ""), flush=True)
@@ -90,10 +90,10 @@ class Training:
         """By the backend that follows the plan."""
         backend = fp8_backend(self.config.fp8_backend, plan.recipe)
         if backend == "native":
-            if self.ranks.device.type == "cuda" and self.config.fp8_weight_gradient:
-                text = {"states of text": math.gcd(ALIGNMENT, self.dataset.data.text_tokens)}
+            if self.ranks.device.type == "cuda" and self.config.fp8_grad_weight:
+                text = {"states of text": math.gcd(ALIGNMENT, self.dataset.data.max_text_tokens)}
                 check_rows(self.micro_batch, {"image tokens": self.tokens} | (text if self.stage == 2 else {}))
-            linear.swap_linears(self.model, plan, fine_weight_gradient=not self.config.fp8_weight_gradient)
+            linear.swap_linears(self.model, plan, fine_weight_gradient=not self.config.fp8_grad_weight)
         elif backend == "torchao":
             torchao.swap_linears(self.model, plan)
         else:
@@ -111,10 +111,10 @@ class Training:
             self.model.set_requires_gradient_sync(rows.stop == len(data))
             noised = interpolate(data[rows], noise[rows], t[rows])
             velocity = self.model(noised, t[rows], **self.condition(batch.part(rows)))
-            part = flow_loss(velocity, data[rows], noise[rows]) / self.config.accumulate
+            part = flow_loss(velocity, data[rows], noise[rows]) / self.config.gradient_accumulation_steps
             part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).full_tensor()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).full_tensor()
         not_finite = ~norm.isfinite()
         self.update(not_finite)
         self.optimizer.zero_grad()
@@ -128,7 +128,7 @@ class Training:
         """Weights and moments, unless `skip` () says that they stay, and the average after them."""
         rate = learning_rate(self.steps_done, self.config)
         if self.one_pass:
-            self.one_pass.step(rate, 1 - decay_at(self.steps_done, self.config.ema), skip)
+            self.one_pass.step(rate, 1 - decay_at(self.steps_done, self.config.ema_decay), skip)
             return
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -139,9 +139,9 @@ class Training:
     def draw(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """This rank's part of the noise (B, C, h, w) and t (B,) of a global batch, whatever the number of ranks."""
         generator = step_generator(self.config.seed, self.steps_done, self.ranks.device)
-        noise = torch.randn((self.config.batch, *shape), generator=generator, device=self.ranks.device)
-        t = sample_time(self.config.batch, generator)
-        part = self.config.batch // self.ranks.world
+        noise = torch.randn((self.config.global_batch_size, *shape), generator=generator, device=self.ranks.device)
+        t = sample_time(self.config.global_batch_size, generator)
+        part = self.config.global_batch_size // self.ranks.world
         own = slice(self.ranks.rank * part, (self.ranks.rank + 1) * part)
         return noise[own], t[own]
 
@@ -155,7 +155,7 @@ class Training:
     @property
     def micro_batch(self) -> int:
         """Images that go through the model of a rank at once."""
-        return self.config.batch // self.ranks.world // self.config.accumulate
+        return self.config.global_batch_size // self.ranks.world // self.config.gradient_accumulation_steps
 
     def micro_batches(self, rows: int) -> Iterator[slice]:
         return (slice(begin, begin + self.micro_batch) for begin in range(0, rows, self.micro_batch))
@@ -190,7 +190,7 @@ class Training:
     def fit_gradient_scales(self) -> None:
         """Follows a change of the batch of a rank since the scales were measured."""
         if self.plan:
-            local_batch = self.config.batch // self.ranks.world
+            local_batch = self.config.global_batch_size // self.ranks.world
             scaling.rescale_gradients(self.model, self.plan.batch / local_batch)
             self.plan = dataclasses.replace(self.plan, batch=local_batch)
 
@@ -223,7 +223,7 @@ def statistics(store: Store) -> dict[str, tuple[float, ...]]:
 
 
 def fresh_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:
-    sizes = dataclasses.asdict(model)
+    sizes = model.dit_arguments()
     classes = sizes.pop("num_classes")
     return DiT(**sizes, **({"num_classes": classes} if stage == 1 else {"text_dim": dataset.text_dim}))
 

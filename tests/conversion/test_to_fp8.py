@@ -16,7 +16,7 @@ from pixart.model.dit import DiT
 from pixart.model.fp8 import linear as fp8
 from pixart.model.fp8 import scaling
 
-QUICK = ["--batches", "2", "--batch", "16", "--text-dim", "48", "--base-image-size", "8"]
+QUICK = ["--batches", "2", "--batch", "16", "--text-dim", "48", "--base-latent-size", "8"]
 
 
 KEEP = [*QUICK, "--stage", "1"]  # quicker still
@@ -54,7 +54,7 @@ def test_legacy_file_to_a_checkpoint_that_training_can_use(legacy_file, capsys):
 
 @pytest.mark.parametrize("name", ["dev_stage1", "dev_stage1_bf16"])
 def test_original_files_pass_and_are_fitted(shared_data, tmp_path, name):
-    report = convert(shared_data / f"legacy/{name}.pt", tmp_path / "out", Options(base_image_size=16, text_dim=48))
+    report = convert(shared_data / f"legacy/{name}.pt", tmp_path / "out", Options(base_latent_size=16, text_dim=48))
     assert report["gate"]["passed"], report["gate"]
     error = report["reparameterization"]["mean_error"]
     assert error["fitted"] <= 0.4 * error["paper"]
@@ -73,9 +73,9 @@ def test_conversion_on_a_gpu(legacy_file, recipe):
 def test_batches_that_a_gpu_cannot_multiply_are_refused_before_anything_else(legacy_file, tmp_path, monkeypatch):
     monkeypatch.setattr("conversion.batches.SYNTHETIC_TEXT_TOKENS", 20)
     for device, batch in (("cpu", 1), ("cuda", 4)):
-        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch=batch, base_image_size=8))
+        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch=batch, base_latent_size=8))
     with pytest.raises(ValueError, match="1 images at once have 20 states of text"):
-        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch=1, base_image_size=8))
+        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch=1, base_latent_size=8))
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_bad_arguments_exit_2(arguments, capsys):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("option", ["batches", "batch", "history", "text-dim", "base-image-size"])
+@pytest.mark.parametrize("option", ["batches", "batch", "history", "text-dim", "base-latent-size"])
 def test_numbers_too_small_exit_2(legacy_file, option, capsys):
     assert main([str(legacy_file), f"--{option}", "0"]) == 2
     assert f"error: --{option} must be at least" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch caption --set data.sauce=demo", "'data.sauce'"),
         ("python -m jobs.launch caption --set data.source=/no/such/folder", "/no/such/folder"),
         ("python -m jobs.launch caption --set data.vae=/no/such/vae", "/no/such/vae"),
-        ("python -m jobs.launch caption --set data.shards=0", "data.shards=0"),
+        ("python -m jobs.launch caption --set data.num_shards=0", "data.num_shards=0"),
         ("python -m jobs.launch train --nodes 0", "'0'"),
         ("python -m jobs.launch train --stage 3", "3"),
         ("python -m jobs.launch train --stage 2", "conversion.to_fp8"),
@@ -148,7 +148,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --resume run --recipe xl", "is a run of the recipe demo"),
         ("python -m jobs.launch train --resume foreign", "config.json is damaged, or of another version"),
         ("python -m jobs.launch train --from ", "--from: is empty"),
-        ("python -m jobs.launch train --set stage1.clip=0", "clip=0"),
+        ("python -m jobs.launch train --set stage1.max_grad_norm=0", "max_grad_norm=0"),
         ("python -m jobs.launch train --set stage1.beta1=1", "beta1=1"),
         ("python -m jobs.launch train --set stage1.seed=99999999999999999999", "seed=99999999999999999999"),
         ("python -m jobs.launch train --set data.source=data", "demo does not exist; run 'caption' to create it"),
@@ -161,11 +161,17 @@ def tree(folder: Path) -> list[str]:
         ("python -m conversion.to_bf16 fp8-training --output broken.pt/x", "broken.pt"),
         ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
-        ("python -m jobs.launch train --set stage1.accumulate=3", "stage1.accumulate=3"),
-        ("python -m jobs.launch train --set stage1.validate_every=5 --set stage1.validation_rows=0", "validation_rows"),
-        ("python -m jobs.launch train --set stage1.sharding=half", "full, hybrid"),
+        (
+            "python -m jobs.launch train --set stage1.gradient_accumulation_steps=3",
+            "stage1.gradient_accumulation_steps=3",
+        ),
+        (
+            "python -m jobs.launch train --set stage1.validate_every=5 --set stage1.num_validation_samples=0",
+            "num_validation_samples",
+        ),
+        ("python -m jobs.launch train --set stage1.sharding=half", "fsdp, hsdp"),
         ("python -m jobs.launch train --set stage1.fp8=true", "conversion.to_fp8"),
-        ("python -m jobs.launch train --set stage1.short=0.5", "stage 1 reads no captions"),
+        ("python -m jobs.launch train --set stage1.short_caption_prob=0.5", "stage 1 reads no captions"),
         ("python -m jobs.launch train --from done --set model.dim=64", "model.dim=64"),
         ("python -m jobs.launch convert nowhere", "nowhere"),
         ("python -m jobs.launch convert done", "--overwrite"),
@@ -178,7 +184,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch sample done", "done names no dataset"),
         ("python -m jobs.launch sample lost", "nodata does not exist; give its present place by --dataset"),
         ("python -m jobs.launch sample text --dataset nodata", "nodata does not exist"),
-        ("python -m jobs.launch sample text --set data.text_tokens=7", "data.text_tokens=7"),
+        ("python -m jobs.launch sample text --set data.max_text_tokens=7", "data.max_text_tokens=7"),
         ("python -m jobs.launch sample text --set sample.guidance=nan", "sample.guidance=nan"),
         ("python -m jobs.launch sample text --set sample.seed=-1", "sample.seed=-1"),
         ("python -m jobs.launch sample text --class circle", "is a checkpoint of stage 2"),
@@ -273,7 +279,9 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, caps
     """And from an older checkpoint where the newest is cut off."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIXART_CLUSTER", "local")
-    own = override(demo(str(tmp_path)), ["stage1.batch=8", "stage1.lr=0.5", "stage1.steps=20", "model.dim=64"])
+    own = override(
+        demo(str(tmp_path)), ["stage1.global_batch_size=8", "stage1.lr=0.5", "stage1.steps=20", "model.dim=64"]
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(to_json(own))
     for step in (3, 9):
@@ -283,7 +291,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, caps
         assert launch.main(arguments) == 0
         printed = capsys.readouterr().out
         recipe = from_json(printed[printed.index("{") :])
-        assert (recipe.stage1.batch, recipe.stage1.lr, recipe.stage1.steps) == (8, 0.25, 20)
+        assert (recipe.stage1.global_batch_size, recipe.stage1.lr, recipe.stage1.steps) == (8, 0.25, 20)
         assert launch.main([*arguments, "--set", "stage1.steps=2"]) == 2
         assert f"has done {newest} steps" in capsys.readouterr().err
         weights = saved / "transformer" / checkpoints.WEIGHTS
@@ -415,7 +423,16 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
 @pytest.mark.slow
 def test_interrupting_ends_the_jobs_too(tmp_path):
     """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
-    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=8000", "--set", "data.shards=200"]
+    words = [
+        sys.executable,
+        "-m",
+        "jobs.launch",
+        "caption",
+        "--set",
+        "data.max_images=8000",
+        "--set",
+        "data.num_shards=200",
+    ]
     launcher = subprocess.Popen(
         words, cwd=tmp_path, env=bare_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

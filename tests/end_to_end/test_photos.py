@@ -24,21 +24,21 @@ from tests.support.environment import bare_environment
 pytestmark = pytest.mark.slow
 SIZE = 128
 SETTINGS = {
-    "data.shards": 4,
-    "data.images": "none",
+    "data.num_shards": 4,
+    "data.max_images": "none",
     "data.image_size": SIZE,
     "model.dim": 64,
     "model.cond_dim": 64,
     "model.num_heads": 4,
     "model.num_blocks": 4,
-    "model.base_image_size": SIZE // 8,
+    "model.base_latent_size": SIZE // 8,
     "model.num_classes": 97,
     "stage1.steps": 100,
-    "stage1.batch": 16,
-    "stage1.warmup": 10,
+    "stage1.global_batch_size": 16,
+    "stage1.warmup_steps": 10,
     "stage2.steps": 100,
-    "stage2.batch": 16,
-    "stage2.warmup": 10,
+    "stage2.global_batch_size": 16,
+    "stage2.warmup_steps": 10,
     "stage2.lr": 1e-3,
     "sample.count": 8,
 }

@@ -22,7 +22,7 @@ def run(options: DatasetOptions) -> int:
 def audit(launch: Launch) -> str:
     """Submit the audit. Raises ValueError if captions are missing."""
     manifest = open_writable_dataset(launch)
-    ledger.captions(launch.dataset, select_shards(launch, manifest["data"]["shards"]))
+    ledger.captions(launch.dataset, select_shards(launch, manifest["data"]["num_shards"]))
     submitted = submit_dataset_job(launch, "audit")
     if not launch.wait:
         return describe_submission(submitted)

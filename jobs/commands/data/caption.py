@@ -23,7 +23,7 @@ def caption(launch: Launch, options: ArrayOptions) -> str:
     """Submit the array of caption tasks."""
     selected, limit = parse_array(options.array)
     manifest = open_writable_dataset(launch, create=True, shards=selected)
-    shards = select_shards(launch, manifest["data"]["shards"], selected)
+    shards = select_shards(launch, manifest["data"]["num_shards"], selected)
     submitted = run_array(launch, "caption", shards, limit)
     if not launch.wait:
         return describe_submission(submitted)

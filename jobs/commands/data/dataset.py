@@ -45,7 +45,7 @@ def open_writable_dataset(launch: Launch, *, create: bool = False, shards: list[
     if ledger.manifest(launch.dataset) is None and not launch.dry_run:
         if not create:
             raise ValueError(f"dataset {launch.dataset} does not exist; run 'caption' to create it")
-        select_shards(launch, launch.recipe.data.shards, shards)
+        select_shards(launch, launch.recipe.data.num_shards, shards)
     return open_dataset(launch)
 
 
@@ -89,7 +89,7 @@ def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: boo
     Only the demo's dataset is completed before training, unless `any_source`; for another one that is incomplete
     it raises ValueError.
     """
-    shards = select_shards(launch, manifest["data"]["shards"])
+    shards = select_shards(launch, manifest["data"]["num_shards"])
     after: list[str] = []
     for job in ("caption", "latents"):
         complete = ledger.current(launch.dataset, job, shards, manifest["hash"]) if "hash" in manifest else set()

@@ -25,7 +25,7 @@ def init(launch: Launch) -> str:
     manifest = open_writable_dataset(launch, create=True)
     data = manifest["data"]
     return (
-        f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['shards']} shards of "
+        f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['num_shards']} shards of "
         f"{manifest['rows_per_shard']}, {data['image_size']} px, hash {manifest['hash']}\n"
         f"next: python -m jobs.launch caption --dataset {launch.dataset}"
     )

@@ -24,7 +24,7 @@ def latents(launch: Launch, options: ArrayOptions) -> str:
     """Submit the array of latents tasks. Raises ValueError if captions are missing."""
     selected, limit = parse_array(options.array)
     manifest = open_writable_dataset(launch, shards=selected)
-    shards = select_shards(launch, manifest["data"]["shards"], selected)
+    shards = select_shards(launch, manifest["data"]["num_shards"], selected)
     ledger.captions(launch.dataset, shards)
     submitted = run_array(launch, "latents", shards, limit)
     if not launch.wait:

@@ -55,7 +55,7 @@ def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
     source = last_checkpoint(launch, 1, stage1)
     converted = default_output(source)
-    conversion_options = ConversionOptions(batch=launch.recipe.stage2.batch)
+    conversion_options = ConversionOptions(batch=launch.recipe.stage2.global_batch_size)
     conversion = submit_conversion(launch, source, converted, conversion_options, dependencies(launch, stage1))
     stage2 = submit_training(launch, 2, options.nodes, start=converted, after=dependencies(launch, conversion))
     samples = submit_sampling(
@@ -86,7 +86,7 @@ def describe_tracking(tracker: Tracker) -> str:
 def describe_plan(launch: Launch, nodes: int) -> str:
     """Return what a dry run prints: every submission, and the recipe. Raises ValueError as `Cluster.check` does."""
     cluster = planned_cluster(launch, after=["BEFORE"])
-    shards = range(launch.recipe.data.shards)
+    shards = range(launch.recipe.data.num_shards)
     shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
     training = cluster.ranks_shape("train", nodes, None)
     single = functools.partial(cluster.ranks_shape, nodes=1, ranks_per_node=1)

@@ -33,6 +33,9 @@ from pixart.config.overrides import override
 from pixart.config.recipe import Recipe
 from slurm.executor import Cluster, Shape
 
+# Keys of a stage's configuration that MLflow and the page of the run show.
+LOGGED_KEYS = ("steps", "global_batch_size", "lr", "precision", "fp8", "ema_decay", "cond_dropout_prob")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(RecipeOptions, SubmissionOptions):
@@ -152,7 +155,7 @@ def submit_training(
             "stage": stage,
             "nodes": nodes,
             "dataset": launch.dataset,
-            **{name: getattr(config, name) for name in ("steps", "batch", "lr", "precision", "fp8", "ema", "drop")},
+            **{name: getattr(config, name) for name in LOGGED_KEYS},
             **{name: getattr(launch.recipe.model, name) for name in ("dim", "num_blocks")},
         },
         tags={"pixart.parent_checkpoint": str(start)} if start else {},

@@ -127,9 +127,9 @@ def perceptual_hash(luma: np.ndarray) -> int:
 
 def check(statistics: Statistics, limits: ScreeningConfig) -> None:
     """Raises Rejected for a picture of one colour, and for one whose inside is one flat tone."""
-    if statistics.dominant >= limits.plain:
+    if statistics.dominant >= limits.solid_color_fraction:
         raise Rejected(Reason.PLAIN, f"{statistics.dominant:.2%} of it in one colour")
-    if statistics.flat >= limits.near_plain:
+    if statistics.flat >= limits.uniform_area_fraction:
         raise Rejected(Reason.NEAR_PLAIN, f"{statistics.flat:.2%} of its inside flat and of one tone")
 
 

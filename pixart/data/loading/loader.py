@@ -68,7 +68,9 @@ class Loader:
         if batch % world:
             raise ValueError(f"the global batch of {batch} does not divide over {world} ranks")
         if short > 0 and not data.short_captions:
-            raise ValueError(f"short={short}: dataset {path} has no short captions, data.short_captions is false")
+            raise ValueError(
+                f"short_caption_prob={short}: dataset {path} has no short captions, data.short_captions is false"
+            )
         valid = store.valid_rows()
         if held_out is not None:
             valid = np.setdiff1d(valid, held_out, assume_unique=True)
@@ -77,7 +79,7 @@ class Loader:
         self.store, self.batch, self.seed, self.drop, self.short, self.ahead = store, batch, seed, drop, short, ahead
         self.part = slice(rank * batch // world, (rank + 1) * batch // world)
         self.order = Order(valid, rows_per_shard=store.manifest.rows_per_shard, seed=seed)
-        self.text = ("token_ids", "token_mask", "text_states")[: 3 if states and data.text_states else 2]
+        self.text = ("token_ids", "token_mask", "text_states")[: 3 if states and data.store_text_embeddings else 2]
         names = ["latents", "label", *self.text, *(f"short_{name}" for name in self.text if short > 0)]
         self.by_window = [name for name in names if store.columns[name].row_bytes <= LARGE]
         self.names = names
@@ -185,7 +187,7 @@ def rows_batch(store: Store, rows: np.ndarray, *, states: bool) -> Batch:
         dropped=torch.zeros(len(rows), dtype=torch.bool),
         token_ids=column("token_ids"),
         token_mask=column("token_mask"),
-        text_states=column("text_states") if states and store.manifest.data.text_states else None,
+        text_states=column("text_states") if states and store.manifest.data.store_text_embeddings else None,
     )
 
 

@@ -81,10 +81,10 @@ def layout(manifest: Manifest) -> Layout:
     data = manifest.data
     arrays: Layout = {"latents": (manifest.latent_shape, "float16"), "label": ((), "int32")}
     for prefix in ("", "short_") if data.short_captions else ("",):
-        arrays[f"{prefix}token_ids"] = ((data.text_tokens,), "int32")
-        arrays[f"{prefix}token_mask"] = ((data.text_tokens,), "bool")
-        if data.text_states:
-            arrays[f"{prefix}text_states"] = ((data.text_tokens, manifest.text_dim), "float16")
+        arrays[f"{prefix}token_ids"] = ((data.max_text_tokens,), "int32")
+        arrays[f"{prefix}token_mask"] = ((data.max_text_tokens,), "bool")
+        if data.store_text_embeddings:
+            arrays[f"{prefix}text_states"] = ((data.max_text_tokens, manifest.text_dim), "float16")
     return {**arrays, VALID: ((), "bool")}
 
 
@@ -109,7 +109,7 @@ def create(manifest: Manifest) -> None:
         if name not in group:
             group.create_array(
                 name,
-                shape=(column.rows * manifest.data.shards, *column.shape),
+                shape=(column.rows * manifest.data.num_shards, *column.shape),
                 dtype=column.dtype,
                 chunks=(column.chunk, *column.shape),
                 shards=(column.rows, *column.shape) if column.chunk < column.rows else None,

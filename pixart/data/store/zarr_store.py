@@ -180,7 +180,7 @@ class Store:
 
     def _whole(self, name: str) -> np.ndarray:
         """All rows of a small array, zeros where a shard was not written."""
-        column, shards = self.columns[name], range(self.manifest.data.shards)
+        column, shards = self.columns[name], range(self.manifest.data.num_shards)
         values = np.zeros((len(shards), column.rows * column.row_bytes), np.uint8)
         for shard, data in zip(shards, self.files.read_all([column.file(shard) for shard in shards]), strict=True):
             if data is not None:

@@ -29,7 +29,7 @@ def check_rows(images: int, counts: Mapping[str, int]) -> None:
             raise ValueError(
                 f"FP8 on a GPU: {images} images at once have {images * count} {what}, or a multiple of it, and the "
                 f"weight gradient sums over multiples of {ROWS}: take another batch or, in training, "
-                "fp8_weight_gradient=false"
+                "fp8_grad_weight=false"
             )
 
 

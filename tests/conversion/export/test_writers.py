@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def converted(legacy_file) -> Path:
     exports = [word for name in EXPORTS for word in ("--export", name)]
-    sizes = ["--batches", "2", "--text-dim", "48", "--base-image-size", "8"]
+    sizes = ["--batches", "2", "--text-dim", "48", "--base-latent-size", "8"]
     assert main([str(legacy_file), *sizes, *exports]) == 0
     return legacy_file.with_name("ckpt.fp8")
 

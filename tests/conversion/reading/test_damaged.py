@@ -19,7 +19,7 @@ from pixart.checkpoint import directory as checkpoints
 from tests.support.checkpoints import legacy_content
 
 QUICK = ["--batches", "1", "--batch", "2", "--text-dim", "16", "--stage", "1"]
-OF_A_FILE = ["--base-image-size", "8"]  # a directory knows its own
+OF_A_FILE = ["--base-latent-size", "8"]  # a directory knows its own
 WEIGHT = "_orig_mod.dit_blocks.1.mlp.linear1.weight"
 TRUNCATIONS = 24
 pytestmark = pytest.mark.slow
@@ -183,7 +183,7 @@ def refused(path: Path, capsys: pytest.CaptureFixture) -> None:
     before = fingerprint(path.parent)
     assert main([str(path), *QUICK, *([] if path.is_dir() else OF_A_FILE)]) == 2
     captured = capsys.readouterr()
-    assert "--base-image-size" not in captured.err
+    assert "--base-latent-size" not in captured.err
     last = captured.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert path.name in last

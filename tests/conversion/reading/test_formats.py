@@ -102,7 +102,9 @@ def test_a_step_goes_on_as_in_the_original_layout(shared_data, name):
     one.load_state_dict(content["optimizer"])
     saved = content["optimizer"]["param_groups"][0]
     names = {"lr": saved["lr"], "weight_decay": saved["weight_decay"], "eps": saved["eps"]}
-    config = TrainConfig(steps=9, batch=4, warmup=0, beta1=saved["betas"][0], beta2=saved["betas"][1], **names)
+    config = TrainConfig(
+        steps=9, global_batch_size=4, warmup_steps=0, beta1=saved["betas"][0], beta2=saved["betas"][1], **names
+    )
     other = make_optimizer(own, config)
     for name, tensor in optimizer_tensors(other, own).items():
         tensor.copy_(read.optimizer[name])
@@ -123,7 +125,7 @@ def test_own_directory_and_run(stage1, tmp_path):
     checkpoints.save(stage1, tmp_path / "run/checkpoints/step-00000008")
     for path in (tmp_path / "run", tmp_path / "run/checkpoints/step-00000008"):
         assert torch.equal(formats.read(path).model["patchify.weight"], stage1.model["patchify.weight"])
-    with pytest.raises(ValueError, match="--base-image-size"):
+    with pytest.raises(ValueError, match="--base-latent-size"):
         formats.read(tmp_path / "run", base_image_size=8)
 
 

@@ -36,7 +36,7 @@ def recipe(tmp_path_factory) -> Recipe:
     for path in images.glob("[01]*.png"):
         path.with_suffix(".txt").write_text(f"a coarse pattern of many colours, number {path.stem}. It is soft.")
     made = demo(str(home))
-    data = DataConfig(path=f"{home}/data", source=str(images), shards=SHARDS, image_size=64, text_tokens=8)
+    data = DataConfig(path=f"{home}/data", source=str(images), num_shards=SHARDS, image_size=64, max_text_tokens=8)
     made = dataclasses.replace(made, data=data)
     init_dataset.run(to_json(made))
     caption.run(data.path, list(range(SHARDS)))

@@ -116,9 +116,9 @@ def test_fp8_compiled_with_all_that_a_run_does(small_recipe, converted, tmp_path
         config = dataclasses.replace(
             small_recipe.stage2,
             compile=compile,
-            accumulate=2,
+            gradient_accumulation_steps=2,
             activation_checkpointing="selective",
-            **{"validate_every": 2, "validation_rows": 6, "preview_every": 3, "previews": 3},
+            **{"validate_every": 2, "num_validation_samples": 6, "preview_every": 3, "num_previews": 3},
         )
         run_stage(small_recipe, tmp_path / str(compile), 2, config, start=converted, curves=curves)
         found[compile] = curves
@@ -131,7 +131,7 @@ def test_fp8_compiled_with_all_that_a_run_does(small_recipe, converted, tmp_path
 
 def test_stage2_begins_where_stage1_ended(small_recipe, stage1, converted):
     curves = Curves()
-    config = dataclasses.replace(small_recipe.stage2, steps=1, lr=0.0, drop=0.0)
+    config = dataclasses.replace(small_recipe.stage2, steps=1, lr=0.0, cond_dropout_prob=0.0)
     run_stage(small_recipe, converted.parent / "run", 2, config, start=converted, curves=curves)
     last_of_stage1 = min(stage1[1].values())
     assert curves.losses[1] < 1.3 * last_of_stage1  # another batch; the end-to-end test compares the same ones
@@ -152,7 +152,7 @@ def test_bf16_trains_with_float32_masters(small_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        (1, {"batch": 7, "fp8": True}, "conversion.to_fp8"),
+        (1, {"global_batch_size": 7, "fp8": True}, "conversion.to_fp8"),
         (2, {}, "conversion.to_fp8"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_told(small_recipe, tmp_pa
 
 def test_too_many_of_them_in_a_row_end_the_run(small_recipe, tmp_path, monkeypatch):
     spoiled(monkeypatch, {2, 3, 4})
-    config = dataclasses.replace(small_recipe.stage1, skip_limit=3)
+    config = dataclasses.replace(small_recipe.stage1, max_skipped_steps=3)
     with pytest.raises(DivergedError, match="last 3 steps to step 4 were not finite"):
         run_stage(small_recipe, tmp_path, 1, config)
 
@@ -253,7 +253,7 @@ def test_a_spike_is_told_with_its_rows(small_recipe, tmp_path, monkeypatch):
     ((step_told, text),) = curves.incidents
     assert step_told == 28
     assert "deviations over its mean" in text
-    assert len(text.partition("rows ")[2].split(", ")) == config.batch
+    assert len(text.partition("rows ")[2].split(", ")) == config.global_batch_size
     assert len(curves.losses) == 30
 
 
@@ -290,7 +290,7 @@ def test_previews_and_a_trace(small_recipe, tmp_path):
     from PIL import Image
 
     curves = Curves()
-    config = dataclasses.replace(small_recipe.stage1, preview_every=3, previews=3, profile=2)
+    config = dataclasses.replace(small_recipe.stage1, preview_every=3, num_previews=3, profile_step=2)
     run_stage(small_recipe, tmp_path, 1, config, curves=curves)
     pictures = sorted((tmp_path / "previews").glob("*.png"))
     assert [picture.name for picture in pictures] == ["step-00000003.png", "step-00000006.png"]
@@ -314,7 +314,7 @@ def test_a_line_tells_how_it_goes(small_recipe, tmp_path, capsys):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_attention_is_measured_at_the_sizes_of_the_run(small_recipe, capsys, stage):
     """And whatever comes out, every block has it."""
-    config = dataclasses.replace(small_recipe.train(stage), fp8=False, accumulate=2)
+    config = dataclasses.replace(small_recipe.train(stage), fp8=False, gradient_accumulation_steps=2)
     with process_group() as ranks:
         store = Store(manifests.read(small_recipe.data.path))
         training = Training(None, stage, small_recipe.model, config, store, ranks)

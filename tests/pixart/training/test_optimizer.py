@@ -10,7 +10,7 @@ from pixart.training.ema import Ema, decay_at
 from pixart.training.fused_adamw_ema import OnePass
 from pixart.training.optimizer import MOMENTS, learning_rate, make_optimizer, optimizer_tensors
 
-CONFIG = TrainConfig(steps=100, batch=8, lr=1e-3, warmup=10, final_lr=0.1)
+CONFIG = TrainConfig(steps=100, global_batch_size=8, lr=1e-3, warmup_steps=10, min_lr_ratio=0.1)
 SIZES = {"in_dim": 4, "dim": 16, "cond_dim": 8, "num_heads": 2, "num_blocks": 1, "base_image_size": 8, "num_classes": 3}
 
 
@@ -20,7 +20,7 @@ def test_learning_rate_by_hand():
     assert learning_rate(55, CONFIG) == pytest.approx(1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
     assert learning_rate(100, CONFIG) == pytest.approx(1e-4)
     assert learning_rate(10_000, CONFIG) == pytest.approx(1e-4)
-    constant = TrainConfig(steps=100, batch=8, lr=1e-3, warmup=0)
+    constant = TrainConfig(steps=100, global_batch_size=8, lr=1e-3, warmup_steps=0)
     assert {learning_rate(step, constant) for step in range(100)} == {1e-3}
 
 

@@ -67,7 +67,7 @@ def losses(recipe, run: Path, world: int, *, last: int = 0, nodes: int = 1, **ch
     return told(run, "train/loss")
 
 
-LONG = {"steps": 24, "save_every": 6, "validate_every": 6, "validation_rows": 8}
+LONG = {"steps": 24, "save_every": 6, "validate_every": 6, "num_validation_samples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_compiled_blocks_give_the_same_losses(small_recipe, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
 def test_one_pass_of_sharded_weights_gives_the_same_losses(small_recipe, alone, tmp_path):
-    assert close(losses(small_recipe, tmp_path, 2, **LONG, one_pass=True), alone)
+    assert close(losses(small_recipe, tmp_path, 2, **LONG, fused_adamw_ema=True), alone)
 
 
 def text_child(recipe_json: str, file: str) -> None:
@@ -124,7 +124,9 @@ def text_child(recipe_json: str, file: str) -> None:
     recipe = from_json(recipe_json)
     with process_group() as group:
         store = Store(manifests.read(recipe.data.path))
-        manifest = dataclasses.replace(store.manifest, data=dataclasses.replace(store.manifest.data, text_states=False))
+        manifest = dataclasses.replace(
+            store.manifest, data=dataclasses.replace(store.manifest.data, store_text_embeddings=False)
+        )
         condition = TextCondition(manifest, group, recipe.stage2)
         found = condition(Loader(store, batch=8, seed=0, drop=0.2).read(0))
         kept = sum(
@@ -156,7 +158,9 @@ def gradients_child(recipe_json: str, folder: str) -> None:
     with process_group() as group:
         store = Store(manifests.read(recipe.data.path))
         training = Training(None, 1, recipe.model, recipe.stage1, store, group)
-        loader = Loader(store, batch=recipe.stage1.batch, seed=0, drop=0.1, rank=group.rank, world=group.world)
+        loader = Loader(
+            store, batch=recipe.stage1.global_batch_size, seed=0, drop=0.1, rank=group.rank, world=group.world
+        )
         training.optimizer.zero_grad = lambda: None  # they are looked at afterwards
         training.step(loader.read(0))
         parameters = dict(training.model.named_parameters())
@@ -177,15 +181,15 @@ def gradients_child(recipe_json: str, folder: str) -> None:
 @pytest.mark.slow
 def test_gradients_and_memory_of_four_ranks(small_recipe, tmp_path):
     """Against plain autograd in one process over the same global batch."""
-    recipe = with_stage1(small_recipe, clip=1e9, drop=0.1)
+    recipe = with_stage1(small_recipe, max_grad_norm=1e9, cond_dropout_prob=0.1)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dim=128))
     ranks.run(4, gradients_child, to_json(recipe), str(tmp_path))
 
     config, store = recipe.stage1, Store(manifests.read(recipe.data.path))
     torch.manual_seed(config.seed)
-    sizes = dataclasses.asdict(recipe.model)
+    sizes = recipe.model.dit_arguments()
     model = DiT(**sizes)
-    batch = Loader(store, batch=config.batch, seed=0, drop=0.1).read(0)
+    batch = Loader(store, batch=config.global_batch_size, seed=0, drop=0.1).read(0)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in store.statistics())
     data = (batch.latents.float() - mean) / std
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"0 0").digest()[:7]))
@@ -210,7 +214,7 @@ def test_gradients_and_memory_of_four_ranks(small_recipe, tmp_path):
 
 @pytest.mark.slow
 def test_validation_is_the_same_for_any_number_of_ranks_and_its_rows_are_never_trained_on(small_recipe, tmp_path):
-    changes = {"steps": 6, "validate_every": 6, "validation_rows": 6}
+    changes = {"steps": 6, "validate_every": 6, "num_validation_samples": 6}
     found = []
     for world in (1, 4):
         losses(small_recipe, tmp_path / str(world), world, **changes)

@@ -86,7 +86,7 @@ def wait_for(run: Path, step: int, processes) -> None:
 def recipe(small_recipe):
     def longer(config, **changes):
         return dataclasses.replace(
-            config, steps=STEPS, save_every=7, validate_every=50, validation_rows=8, log_every=1, **changes
+            config, steps=STEPS, save_every=7, validate_every=50, num_validation_samples=8, log_every=1, **changes
         )
 
     return dataclasses.replace(

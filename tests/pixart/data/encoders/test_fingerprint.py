@@ -42,7 +42,7 @@ def test_what_is_no_model_is_an_error():
 
 def test_another_model_under_the_same_name_is_refused(tmp_path):
     name = folder(tmp_path / "vae", b"weights", '{"latent_channels": 4, "block_out_channels": [8, 8]}')
-    data = DataConfig(path=str(tmp_path / "data"), images=4, image_size=64, vae=name)
+    data = DataConfig(path=str(tmp_path / "data"), max_images=4, image_size=64, vae=name)
     manifest = manifests.make(data)
     manifests.check_model(manifest, "vae")
     (tmp_path / "vae" / "model.safetensors").write_bytes(b"trained on")
@@ -53,7 +53,7 @@ def test_another_model_under_the_same_name_is_refused(tmp_path):
 
 
 def test_a_manifest_that_was_changed_is_refused(tmp_path):
-    manifest = manifests.make(DataConfig(path=str(tmp_path / "data"), images=4, image_size=64, shards=2))
+    manifest = manifests.make(DataConfig(path=str(tmp_path / "data"), max_images=4, image_size=64, num_shards=2))
     manifests.write(manifest)
     file = tmp_path / "data" / manifests.FILE
     file.write_text(file.read_text().replace('"rows_per_shard": 2', '"rows_per_shard": 3'))

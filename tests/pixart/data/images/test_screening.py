@@ -352,9 +352,9 @@ def test_limits_decide():
     found = measure(page)
     check(found, LIMITS)
     with pytest.raises(Rejected, match=r"^plain: 9\d\.\d\d% of it in one colour$"):
-        check(found, ScreeningConfig(plain=0.9))
+        check(found, ScreeningConfig(solid_color_fraction=0.9))
     with pytest.raises(Rejected, match=r"^near-plain: 9\d\.\d\d% of its inside"):
-        check(found, ScreeningConfig(near_plain=0.9))
+        check(found, ScreeningConfig(uniform_area_fraction=0.9))
 
 
 def test_thumbnail():

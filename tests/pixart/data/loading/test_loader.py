@@ -19,7 +19,9 @@ from pixart.data.store.zarr_store import Store
 def dataset(tmp_path_factory) -> Store:
     """200 rows in 7 shards with long and short captions; what a row has says which it is."""
     path = str(tmp_path_factory.mktemp("dataset"))
-    data = DataConfig(path=path, shards=7, images=200, text_tokens=5, text_states=True, short_captions=True)
+    data = DataConfig(
+        path=path, num_shards=7, max_images=200, max_text_tokens=5, store_text_embeddings=True, short_captions=True
+    )
     made = Manifest(
         data=data, images=200, rows_per_shard=29, class_names=("a",), latent_shape=(2, 3, 3), text_dim=6, models={}
     )
@@ -87,7 +89,7 @@ def test_draws_are_not_of_each_other(dataset):
 
 def test_short_captions_must_be_there(small_recipe):
     store = Store(manifests.read(small_recipe.data.path))
-    with pytest.raises(ValueError, match=r"short=0\.1.*data\.short_captions"):
+    with pytest.raises(ValueError, match=r"short_caption_prob=0\.1.*data\.short_captions"):
         Loader(store, batch=8, seed=0, short=0.1)
 
 
@@ -118,7 +120,7 @@ def test_an_error_of_the_reading_thread_reaches_the_caller(dataset, tmp_path):
 def test_memory_stays_as_it_is(tmp_path):
     """Twelve epochs of two windows of 100 MB: how many are held at a time varies by one, and does not grow."""
     path, rows = str(tmp_path), 24_000
-    data = DataConfig(path=path, shards=6, images=rows, text_tokens=8)
+    data = DataConfig(path=path, num_shards=6, max_images=rows, max_text_tokens=8)
     made = Manifest(
         data=data, images=rows, rows_per_shard=4000, class_names=("a",), latent_shape=(4, 32, 32), text_dim=6, models={}
     )

@@ -78,7 +78,7 @@ def environment(server, tmp_path, monkeypatch) -> Server:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> Store:
     path = str(tmp_path_factory.mktemp("dataset"))
-    data = DataConfig(path=path, shards=3, images=600, text_tokens=5)
+    data = DataConfig(path=path, num_shards=3, max_images=600, max_text_tokens=5)
     made = Manifest(
         data=data, images=600, rows_per_shard=201, class_names=("a",), latent_shape=(4, 32, 32), text_dim=6, models={}
     )

@@ -21,7 +21,7 @@ from pixart.data.store.zarr_store import Store
 
 @pytest.fixture
 def manifest(tmp_path) -> Manifest:
-    data = DataConfig(path=str(tmp_path), shards=3, images=10, text_tokens=5, text_states=True)
+    data = DataConfig(path=str(tmp_path), num_shards=3, max_images=10, max_text_tokens=5, store_text_embeddings=True)
     made = Manifest(
         data=data, images=10, rows_per_shard=4, class_names=("a",), latent_shape=(2, 3, 3), text_dim=6, models={}
     )
@@ -196,7 +196,7 @@ def test_rows_keep_their_place(manifest):
 
 
 def test_more_shards_than_images(manifest):
-    many = dataclasses.replace(manifest, data=dataclasses.replace(manifest.data, shards=256), rows_per_shard=1)
+    many = dataclasses.replace(manifest, data=dataclasses.replace(manifest.data, num_shards=256), rows_per_shard=1)
     assert many.shard(9) == (9, 10)
     assert many.shard(255) == (10, 10)
 
