@@ -5,7 +5,6 @@ line; its annotation says what is read. `jobs.commands.parsing` makes the argpar
 knows argparse.
 """
 
-from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
@@ -34,7 +33,7 @@ class Delegated:
 def option(
     *flags: str, help: str, metavar: str | None = None, default: Any = None, convert: Callable[[str], Any] | None = None
 ) -> Any:
-    """Declare an option. `convert` reads one value and raises ArgumentTypeError for a wrong one."""
+    """Declare an option. `convert` reads one value, and raises ValueError for a wrong one."""
     return field(default=default, metadata={METADATA: Option(flags=flags, help=help, metavar=metavar, convert=convert)})
 
 
@@ -49,16 +48,16 @@ def delegated(add: Callable[[Any], None], read: Callable[[Any], Any]) -> dict[st
 
 
 def nonempty(text: str) -> str:
-    """Return `text`; an empty one, as an unset shell variable leaves, raises ArgumentTypeError."""
+    """Return `text`; an empty one, as an unset shell variable leaves, raises ValueError."""
     if not text.strip():
-        raise ArgumentTypeError("is empty; give a value, or leave the option out")
+        raise ValueError("is empty; give a value, or leave the option out")
     return text
 
 
 def positive(text: str) -> int:
-    """Return the number that `text` holds. Raises ArgumentTypeError unless it is an integer of at least 1."""
+    """Return the number that `text` holds. Raises ValueError unless it is an integer of at least 1."""
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a positive integer")
+        raise ValueError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -70,6 +69,12 @@ class CommonOptions:
 
     home: str | None = option(
         "--home", metavar="FOLDER", help="Folder of datasets, runs and tracking (default: $PIXART_HOME, else outputs)."
+    )
+    config: str | None = option(
+        "--config",
+        metavar="FILE",
+        help="TOML file with home, recipe, dataset, cluster and configuration keys; options of the command line win "
+        "(default: no file).",
     )
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from jobs.commands.options import METADATA, CommonOptions, Delegated, Option, nonempty
@@ -116,8 +116,29 @@ def keywords(name: str, declared: Option, hint: Any, default: Any) -> dict[str, 
         arguments |= {"action": "append", "default": None} if declared.flags else {"nargs": "*"}
     elif not declared.flags and is_optional(hint):
         arguments["nargs"] = "?"
-    if get_origin(kind) is Literal:
-        arguments["choices"] = get_args(kind)
-        kind = type(get_args(kind)[0])
-    arguments["type"] = declared.convert or {str: nonempty}.get(kind, kind)
-    return arguments
+    convert = declared.convert or (one_of(get_args(kind)) if get_origin(kind) is Literal else nonempty)
+    return {**arguments, "type": reported(convert)}
+
+
+def one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
+    """Return a converter of the texts of some choices. It raises ValueError for any other text."""
+    by_text = {str(choice): choice for choice in choices}
+
+    def convert(text: str) -> Any:
+        if text not in by_text:
+            raise ValueError(f"{text!r} is not one of {', '.join(by_text)}")
+        return by_text[text]
+
+    return convert
+
+
+def reported(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse print the message of a converter's ValueError, of which it prints nothing otherwise."""
+
+    def converter(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return converter

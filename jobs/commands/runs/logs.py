@@ -4,7 +4,6 @@ Of every job, or of the job of one shard. With several logs, each part starts wi
 """
 
 import time
-from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,9 @@ FOLLOW_SECONDS = 0.5
 
 
 def shard_number(text: str) -> int:
-    """Return the number of a shard. Raises ArgumentTypeError unless it is an integer of at least 0."""
+    """Return the number of a shard. Raises ValueError unless it is an integer of at least 0."""
     if not (text.isascii() and text.isdecimal()):
-        raise ArgumentTypeError(f"{text!r} is not the number of a shard")
+        raise ValueError(f"{text!r} is not the number of a shard")
     return int(text)
 
 
