@@ -10,7 +10,7 @@ from conversion import to_bf16, to_fp8
 from jobs import launch
 from jobs.commands.options import RecipeOptions
 from jobs.commands.registry import ENTRIES
-from pixart.config.overrides import override
+from pixart.config import overrides
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.devcluster import __main__ as devcluster
 
@@ -24,7 +24,7 @@ FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # of torchrun and of MLfl
 def test_commands_of_the_launcher(words):
     _, options = launch.parse_command(shlex.split(words, comments=True))
     if isinstance(options, RecipeOptions):
-        override(RECIPES[options.recipe or DEFAULT_RECIPE]("home"), list(options.overrides))
+        overrides.apply(RECIPES[options.recipe or DEFAULT_RECIPE]("home"), list(options.overrides))
 
 
 def test_other_commands_are_modules():
@@ -58,4 +58,4 @@ def test_keys():
         for part in key.split("."):
             found = getattr(found, part)
         if len(value) > 1:
-            override(RECIPES["demo"]("home"), [key + value])
+            overrides.apply(RECIPES["demo"]("home"), [key + value])

@@ -16,7 +16,7 @@ from jobs.commands.options import RecipeOptions, SubmissionOptions
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import publish_in_background
 from pixart.config.dataset import is_url
-from pixart.config.overrides import override
+from pixart.config.overrides import apply
 from pixart.config.recipe import Recipe, from_json
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles
@@ -80,10 +80,10 @@ def read_recipe(home: Path, options: RecipeOptions) -> Recipe:
 
 def override_recipe(recipe: Recipe, options: RecipeOptions) -> Recipe:
     """Return the recipe with the overrides and the dataset of the options, and with absolute paths."""
-    recipe = resolve_paths(override(recipe, list(options.overrides)))
+    recipe = resolve_paths(apply(recipe, options.overrides))
     if options.dataset:
         path = options.dataset if is_url(options.dataset) else Path(options.dataset).absolute()
-        recipe = override(recipe, [f"{DATASET_KEY}{path}"])
+        recipe = apply(recipe, [f"{DATASET_KEY}{path}"])
     if not recipe.data.path.strip():
         raise ValueError("data.path: is empty; give the folder or URL of a dataset")
     return recipe
@@ -99,7 +99,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     values = {name: getattr(recipe.data, name) for name in ("source", "vae", "text_encoder", "caption_model")}
     local = {name: value for name, value in values.items() if value not in BUILT_IN and not is_url(value)}
     paths = {name: Path(value).absolute() for name, value in local.items() if "*" in value or Path(value).exists()}
-    return override(recipe, [f"data.{name}={path}" for name, path in paths.items()])
+    return apply(recipe, [f"data.{name}={path}" for name, path in paths.items()])
 
 
 def read_run_recipe(folder: Path) -> Recipe:

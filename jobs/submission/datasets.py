@@ -15,7 +15,7 @@ from jobs.state.run import Run
 from jobs.submission.launch import Launch
 from jobs.submission.wait import POLL_SECONDS
 from jobs.tasks import init_dataset
-from pixart.config.dataset import is_url, read_data
+from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.recipe import to_json
 from slurm import commands
 from slurm import profile as profiles
@@ -38,7 +38,7 @@ def open_dataset(launch: Launch) -> dict[str, Any]:
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
     with of_this_version(f"{launch.dataset}/{ledger.MANIFEST}"):
-        stored = read_data(manifest["data"])
+        stored = data_from_dict(manifest["data"])
     keys = {item.split("=")[0].removeprefix("data.") for item in launch.overrides if item.startswith("data.")}
     for key in sorted(keys - {"path"}):
         expected, actual = (attrgetter(key)(data) for data in (stored, launch.recipe.data))

@@ -9,7 +9,7 @@ from jobs.state import run
 from jobs.state.checkpoint_names import find_checkpoint
 from pixart.config.model import CHECKPOINT_NAMES
 from pixart.config.recipe import Recipe
-from pixart.config.training import fp8_backend
+from pixart.config.training import resolve_fp8_backend
 
 Record = dict[str, Any]  # of a checkpoint
 
@@ -68,7 +68,7 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
             f"give it by --from, or set stage{stage}.fp8=false"
         )
     if config.fp8 and record:
-        backend = fp8_backend(config.fp8_backend, record["plan"]["recipe"])
+        backend = resolve_fp8_backend(config.fp8_backend, record["plan"]["recipe"])
         if backend == "te" and not gpus:
             raise ValueError(
                 f"FP8 by TransformerEngine needs GPUs, and the cluster profile has none; convert with another "
@@ -85,7 +85,7 @@ def check_pipeline(recipe: Recipe, ranks: int) -> None:
             "stage1.fp8=true: in a pipeline stage 1 trains in BF16; FP8 starts with the conversion after it"
         )
     if recipe.stage2.fp8:
-        fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
+        resolve_fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
 
 
 def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pixart.config.dataset import DataConfig, is_url, read_data
+from pixart.config.dataset import DataConfig, data_from_dict, is_url
 from pixart.config.renamed_keys import original_data
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
@@ -155,7 +155,7 @@ def read(path: str | Path) -> Manifest:
         raise ValueError(f"{path} has dataset format {record.get('format')!r}, not {NAMED_AS_0_1} or {FORMAT}")
     try:
         manifest = Manifest(
-            data=read_data({**record["data"], "path": str(path)}),
+            data=data_from_dict({**record["data"], "path": str(path)}),
             images=record["images"],
             rows_per_shard=record["rows_per_shard"],
             class_names=tuple(record["class_names"]),

@@ -11,7 +11,7 @@ from torch import Tensor
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
 from pixart.config.model import ModelConfig
-from pixart.config.training import TrainConfig, fp8_backend
+from pixart.config.training import TrainConfig, resolve_fp8_backend
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store.zarr_store import Store
@@ -88,7 +88,7 @@ class Training:
 
     def swap_linears(self, plan: Plan) -> None:
         """By the backend that follows the plan."""
-        backend = fp8_backend(self.config.fp8_backend, plan.recipe)
+        backend = resolve_fp8_backend(self.config.fp8_backend, plan.recipe)
         if backend == "native":
             if self.ranks.device.type == "cuda" and self.config.fp8_grad_weight:
                 text = {"states of text": math.gcd(ALIGNMENT, self.dataset.data.max_text_tokens)}

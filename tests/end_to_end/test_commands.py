@@ -22,8 +22,8 @@ from jobs.state.run import Run
 from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
+from pixart.config import overrides
 from pixart.config.dataset import DataConfig
-from pixart.config.overrides import override
 from pixart.config.recipe import from_json, to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest
@@ -279,7 +279,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, caps
     """And from an older checkpoint where the newest is cut off."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIXART_CLUSTER", "local")
-    own = override(
+    own = overrides.apply(
         demo(str(tmp_path)), ["stage1.global_batch_size=8", "stage1.lr=0.5", "stage1.steps=20", "model.dim=64"]
     )
     (tmp_path / "run").mkdir()

@@ -2,7 +2,7 @@
 
 import re
 
-from pixart.config.dataset import MOST_SHARDS
+from pixart.config.dataset import MAX_SHARDS
 
 RANGE = re.compile(r"([0-9]+)(?:-([0-9]+)(?::([0-9]+))?)?")
 NOTATION = "write shards as 0-255, 3,7,9-12, 0-999:10 or 0-255%32"
@@ -26,7 +26,7 @@ def parse_array(text: str | None) -> tuple[list[int] | None, int | None]:
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         if last < first or step < 1:
             raise ValueError(f"--array {text!r}: the range {part!r} is empty; {NOTATION}")
-        if last >= MOST_SHARDS:
-            raise ValueError(f"--array {text!r}: a dataset has at most {MOST_SHARDS} shards")
+        if last >= MAX_SHARDS:
+            raise ValueError(f"--array {text!r}: a dataset has at most {MAX_SHARDS} shards")
         shards.update(range(first, last + 1, step))
     return sorted(shards), int(limit) if limit else None

@@ -22,7 +22,7 @@ from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.submit import describe_submission
 from jobs.submission.wait import dependencies
-from pixart.config.overrides import override
+from pixart.config.overrides import apply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def open_training_dataset(launch: Launch, options: Options, checkpoint: Path, re
     if not names_dataset(options):
         if not record["dataset"]:
             raise ValueError(f"{checkpoint} names no dataset, which says the VAE and the text encoder; give --dataset")
-        launch.recipe = override(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
+        launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
     if ledger.manifest(launch.dataset) is None:
         raise ValueError(f"dataset {launch.dataset} does not exist; give its present place by --dataset")
     return open_dataset(launch)

@@ -29,7 +29,7 @@ from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_acceptance, check_configuration, check_dataset, check_start, find_start
 from jobs.submission.submit import describe_submission, run_ranks
-from pixart.config.overrides import override
+from pixart.config.overrides import apply
 from pixart.config.recipe import Recipe
 from slurm.executor import Cluster, Shape
 
@@ -117,7 +117,7 @@ def train(launch: Launch, options: Options) -> str:
         hint = f"its plan and scales are not used; --set stage{stage}.fp8=true keeps them"
         print(f"warning: training continues without FP8 from the FP8 checkpoint {start}; {hint}", file=sys.stderr)
     if record and record["dataset"] and not names_dataset(options) and ledger.manifest(record["dataset"]):
-        launch.recipe = override(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
+        launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
     if launch.recipe.data.source != "demo" and not launch.dry_run and ledger.manifest(launch.dataset) is None:
         raise ValueError(f"dataset {launch.dataset} does not exist; run 'caption' to create it")
     manifest = open_dataset(launch)

@@ -19,7 +19,7 @@ from jobs.tasks import sample
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
-from pixart.config.overrides import override
+from pixart.config import overrides
 from pixart.config.recipe import Recipe, to_json
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import text_dim
@@ -69,7 +69,7 @@ def paint(small_recipe, tmp_path):
     def run(checkpoint: Path, *settings: str, name: str = "run", **request) -> tuple[Path, dict]:
         folder = tmp_path / name
         folder.mkdir()
-        recipe = override(small_recipe, ["sample.steps=2", "sample.seed=40", *settings])
+        recipe = overrides.apply(small_recipe, ["sample.steps=2", "sample.seed=40", *settings])
         (folder / "config.json").write_text(to_json(recipe))
         (folder / "git.txt").write_text(f"commit {COMMIT}\n\n")
         return folder, sample.run(
