@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from jobs.commands.options import RecipeOptions, SubmissionOptions
+from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import publish_in_background
 from pixart.config.dataset import is_url
@@ -23,7 +23,6 @@ from slurm import profile as profiles
 from slurm.profile import Profile
 
 BUILT_IN = ("", "demo", "minilm")  # sources and models that are not files
-DATASET_KEY = "data.path="
 Value = TypeVar("Value")
 
 
@@ -87,11 +86,6 @@ def override_recipe(recipe: Recipe, options: RecipeOptions) -> Recipe:
     if not recipe.data.path.strip():
         raise ValueError("data.path: is empty; give the folder or URL of a dataset")
     return recipe
-
-
-def names_dataset(options: RecipeOptions) -> bool:
-    """Return whether the options name a dataset, by --dataset or by its key."""
-    return bool(options.dataset) or any(item.startswith(DATASET_KEY) for item in options.overrides)
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:

@@ -6,10 +6,14 @@ knows argparse.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+if TYPE_CHECKING:
+    from pixart.config.toml_file import RunFile
 
 METADATA = "command line"
+DATASET_KEY = "data.path="
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +81,10 @@ class CommonOptions:
         "(default: no file).",
     )
 
+    def with_run_file(self, file: "RunFile") -> Self:
+        """Return the options with the values of a configuration file where the command line gave none."""
+        return replace(self, home=self.home or file.home)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions(CommonOptions):
@@ -95,6 +103,19 @@ class RecipeOptions(CommonOptions):
     dataset: str | None = option(
         "--dataset", metavar="FOLDER", help="Folder or URL of the dataset (default: the recipe's data.path)."
     )
+
+    @property
+    def names_dataset(self) -> bool:
+        """Whether the options name a dataset, by --dataset or by its key."""
+        return bool(self.dataset) or any(item.startswith(DATASET_KEY) for item in self.overrides)
+
+    def with_run_file(self, file: "RunFile") -> Self:
+        return replace(
+            super().with_run_file(file),
+            recipe=self.recipe or file.recipe,
+            overrides=(*file.overrides, *self.overrides),  # of two values for one key the later holds
+            dataset=self.dataset if self.names_dataset else file.dataset,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +145,9 @@ class SubmissionOptions(CommonOptions):
         default=False,
         help="Print what would be submitted, and submit nothing (default: submit).",
     )
+
+    def with_run_file(self, file: "RunFile") -> Self:
+        return replace(super().with_run_file(file), cluster=self.cluster or file.cluster)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,9 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "cancel": Entry("runs.cancel", "Cancel the jobs of a run."),
         "sync": Entry("runs.sync", "Send the journals of runs to MLflow."),
     },
+    "Configuration": {
+        "config": Entry("config", "List every configuration key, or print a recipe as TOML."),
+    },
 }
 ENTRIES: dict[str, Entry] = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 

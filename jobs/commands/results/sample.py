@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.commands.data.recaption import print_problems, rewrite_by_server, submit_recaption
-from jobs.commands.launching import DATASET_KEY, launching, names_dataset, read_recipe
-from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option, positive
+from jobs.commands.launching import launching, read_recipe
+from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, argument, option, positive
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
 from jobs.commands.results.sampling_checks import check_model, class_index
 from jobs.state import ledger
@@ -162,7 +162,7 @@ def open_training_dataset(launch: Launch, options: Options, checkpoint: Path, re
 
     Sampling needs it for the VAE and the text encoder. Raises ValueError if the dataset is unknown or does not exist.
     """
-    if not names_dataset(options):
+    if not options.names_dataset:
         if not record["dataset"]:
             raise ValueError(f"{checkpoint} names no dataset, which says the VAE and the text encoder; give --dataset")
         launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])

@@ -4,8 +4,9 @@ Submits `python -m conversion.to_fp8` as a job, with the same options.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from conversion.options import Options as ConversionOptions
 from conversion.options import add_options, default_output, from_arguments
@@ -18,6 +19,7 @@ from jobs.state.checkpoint_names import check_file, check_lengths, checkpoint_re
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
 from jobs.submission.submit import describe_submission, run_ranks
+from pixart.config.toml_file import RunFile
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.executor import Cluster
 
@@ -31,6 +33,11 @@ class Options(SubmissionOptions):
         "--output", metavar="FOLDER", help="Folder to write (default: CHECKPOINT.fp8, beside the checkpoint)."
     )
     conversion: ConversionOptions = field(metadata=delegated(add_options, from_arguments))
+
+    def with_run_file(self, file: RunFile) -> Self:
+        """Of the file's recipe only the dataset matters here: it is calibrated on."""
+        calibration = replace(self.conversion, data=self.conversion.data or file.dataset)
+        return replace(super().with_run_file(file), conversion=calibration)
 
 
 def run(options: Options) -> int:

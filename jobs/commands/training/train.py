@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.commands.data.dataset import prepare_dataset, require_audit
-from jobs.commands.launching import (
-    DATASET_KEY,
-    launching,
-    names_dataset,
-    override_recipe,
-    read_recipe,
-    read_run_recipe,
-)
-from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, option, positive
+from jobs.commands.launching import launching, override_recipe, read_recipe, read_run_recipe
+from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, option, positive
 from jobs.reports.run_pages import SUMMARY
 from jobs.state import ledger
 from jobs.state import run as runs
@@ -116,7 +109,7 @@ def train(launch: Launch, options: Options) -> str:
     if record and record["plan"] and not launch.recipe.train(stage).fp8:
         hint = f"its plan and scales are not used; --set stage{stage}.fp8=true keeps them"
         print(f"warning: training continues without FP8 from the FP8 checkpoint {start}; {hint}", file=sys.stderr)
-    if record and record["dataset"] and not names_dataset(options) and ledger.manifest(record["dataset"]):
+    if record and record["dataset"] and not options.names_dataset and ledger.manifest(record["dataset"]):
         launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
     if launch.recipe.data.source != "demo" and not launch.dry_run and ledger.manifest(launch.dataset) is None:
         raise ValueError(f"dataset {launch.dataset} does not exist; run 'caption' to create it")
