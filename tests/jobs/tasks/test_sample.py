@@ -240,7 +240,7 @@ def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F81
     words = ["--prompt", "long", "--file", str(tmp_path / "prompts.jsonl"), "--recaption", "--server", url]
     assert launch.main(["sample", str(saved[2]), *where, *words]) == 0
     said = capsys.readouterr()
-    assert "left as it is (not answered): long" in said.err
+    assert "unchanged (not answered): long" in said.err
     sheet = Path(next(line for line in said.out.splitlines() if line.startswith("sampled: ")).split()[1])
     texts = [(image.text["request"], image.text["prompt"]) for image in pictures(sheet.parent)]
     assert texts == [
