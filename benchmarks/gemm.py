@@ -59,7 +59,7 @@ def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str
         ways.append(lambda compiled=compiled, given=given: compiled(*given))
     operations = 2 * a.shape[0] * a.shape[1] * b.shape[1] / 1e12
     plain, fp8, cast = (operations / seconds(way, repeats) for way in ways)
-    return [f"{plain:.3g}", f"{fp8:.3g}", f"{cast:.3g}", f"{fp8 / plain:.2f}", f"{cast / plain:.2f}"]
+    return [f"{plain:.3g}", f"{fp8:.3g}", f"{cast:.3g}", f"{fp8 / plain:.3g}", f"{cast / plain:.3g}"]
 
 
 def main() -> None:

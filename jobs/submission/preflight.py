@@ -7,7 +7,8 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import find_checkpoint
-from pixart.config.model import CHECKPOINT_NAMES
+from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
+from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
 from pixart.config.training import resolve_fp8_backend
 
@@ -39,10 +40,10 @@ def check_start(recipe: Recipe, start: Path, record: Record, stage: int, overrid
             f"--stage {record['stage']}"
         )
     for item in overrides:
-        name, _, value = item.removeprefix("model.").partition("=")
-        expected = record["config"].get(CHECKPOINT_NAMES.get(name, name))  # a stage-2 model has no number of classes
-        if item.startswith("model.") and expected is not None and str(expected) != value:
-            raise ValueError(f"{item}: {start} is a model with {name}={expected}, which cannot change")
+        field, value = parse(item)
+        size = record["config"].get(CHECKPOINT_NAMES.get(field.name, field.name))  # none of stage 2's num_classes
+        if field.owner is ModelConfig and size is not None and size != value:
+            raise ValueError(f"{item}: the model of {start} has {field.name}={size}; leave it out")
     if record["step"] >= recipe.train(stage).steps:
         raise ValueError(
             f"{start} has done {record['step']} steps, and stage{stage}.steps={recipe.train(stage).steps}; set more"

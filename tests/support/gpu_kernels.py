@@ -1,9 +1,9 @@
-"""Prints the GPU kernels that torch.compile generates, as JSON; needs torch's CUDA build, no GPU.
+"""Print what generated GPU kernels look like, as JSON; needs torch's CUDA build, no GPU.
 
-    python -m tests.support.gpu_kernels linear    # norm, modulation, an FP8 linear there and back, after an activation
-    python -m tests.support.gpu_kernels optimizer # AdamW and the average in one pass
-
-The graph is traced on tensors without memory and lowered for a card that is described here; nothing is run.
+python -m tests.support.gpu_kernels linear      # norm, modulation, an FP8 linear and an activation, both passes
+python -m tests.support.gpu_kernels optimizer   # AdamW and the EMA weights in one pass
+python -m tests.support.gpu_kernels block       # the FP8 stores and the work of a whole block, both passes
+python -m tests.support.gpu_kernels transpose   # the FP8 stores of a cast that is transposed on purpose
 """
 
 import json
@@ -11,62 +11,27 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import config, scheduler
-from torch._inductor.debug import DebugContext
+from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.graph import GraphLowering
-from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
+from benchmarks import block_code
+from benchmarks.generated_code import total
+from benchmarks.lowering import lower, lower_module, pretend
 from pixart.model.fp8 import ops
-from pixart.model.fp8.ops import INPUT, Float8Product
+from pixart.model.fp8.ops import E4M3, INPUT, Float8Product
 from pixart.training.optimizer import COLUMNS, advance
 
-ROWS, WIDTH = 8192, 1152
-HOPPER = {
-    "major": 9,
-    "multi_processor_count": 132,
-    "regs_per_multiprocessor": 65536,
-    "max_threads_per_multi_processor": 2048,
-    "max_threads_per_block": 1024,
-    "warp_size": 32,
-}
-
-
-class Driver:
-    """Of a card that is not there."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_current_device(self) -> int:
-        return 0
-
-
-def pretend() -> None:
-    card = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
-    torch.cuda.get_device_properties = lambda *_: card
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    torch.cuda.current_device = lambda: 0
-    properties = DeviceProperties(type="cuda", index=0, cc=90, **HOPPER)
-    DeviceProperties.create = classmethod(lambda *_: properties)
-    scheduler.has_triton = _triton.has_triton = _triton.has_triton_package = lambda *_: True
-    driver.set_active(Driver())
-    config.compile_threads = 1
+ROWS, WIDTH, BATCH = 8192, 1152, 64
+KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)'''", re.DOTALL)
 
 
 def there_and_back(
@@ -113,17 +78,48 @@ def optimizer() -> str:
 def generated(mode: FakeTensorMode, function: Callable[..., Any], given: list[Tensor]) -> str:
     with mode, torch.no_grad():
         traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
-    with V.set_fake_mode(mode), DebugContext(), torch.no_grad():
-        graph = GraphLowering(traced, example_inputs=given)
-        with V.set_graph_handler(graph):
-            graph.run(*given)
-            return graph.codegen()[0].value
+    return lower(traced, given, mode).code
+
+
+def block() -> dict:
+    """Return where each kernel of an FP8 block stores FP8 values, and what the block does."""
+    lowered = lower_module(block_code.block(BATCH, fp8=True), *block_code.inputs(BATCH))
+    stores = [store for part in lowered for store in float8_stores(part.code)]
+    work = total([part.work for part in lowered])
+    return {"stores": stores, **{field.name: getattr(work, field.name) for field in fields(work)}}
+
+
+def transpose() -> dict:
+    """Return the same of a cast whose result is transposed: what must be recognized."""
+    mode = FakeTensorMode()
+    with mode:
+        given = [torch.empty(ROWS, WIDTH, device="cuda", dtype=torch.bfloat16), torch.empty((), device="cuda")]
+    code = generated(mode, lambda x, scale: ops.quantize(x, scale, E4M3).t().contiguous(), given)
+    return {"stores": float8_stores(code)}
+
+
+def float8_stores(code: str) -> list[dict]:
+    """Return, of each FP8 store, its kernel and whether neighbouring threads write neighbouring bytes.
+
+    The innermost variable of a reduction is `r0_N`, of a pointwise kernel `xN`; a kernel tiled in two dimensions has
+    a YBLOCK.
+    """
+    found = []
+    for name, source in KERNEL.findall(code):
+        pointers = re.findall(r"'(\w+)': '\*fp8", source)
+        innermost = r"r0_\d+" if "r0_index" in source else r"x\d+|xindex"
+        for pointer, index in re.findall(r"tl\.store\((\w+) \+ (\(.*?\)), tmp", source):
+            if pointer in pointers:
+                terms = [term.strip("() ") for term in index.split(" + ")]
+                contiguous = any(re.fullmatch(innermost, term) for term in terms) and "YBLOCK" not in source
+                found.append({"kernel": name, "clamps": "minimum" in source, "contiguous": contiguous})
+    return found
 
 
 def described(code: str) -> dict:
     """Of each kernel, how often it loads whole tensors, what it makes in FP8, and whether it makes a norm."""
     kernels = {}
-    for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL):
+    for name, source in KERNEL.findall(code):
         body = source[source.index("def triton") :]
         stores = [line for line in body.splitlines() if "tl.store(" in line and f"{WIDTH}*" in line]
         kernels[name] = {
@@ -140,10 +136,16 @@ def described(code: str) -> dict:
 
 def loads_and_stores(code: str) -> list[tuple[int, int]]:
     """Of each kernel."""
-    sources = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL)
-    return [(source.count("tl.load("), source.count("tl.store(")) for source in sources]
+    return [(source.count("tl.load("), source.count("tl.store(")) for _, source in KERNEL.findall(code)]
 
+
+SUBJECTS: dict[str, Callable[[], Any]] = {
+    "linear": lambda: described(linear()),
+    "optimizer": lambda: loads_and_stores(optimizer()),
+    "block": block,
+    "transpose": transpose,
+}
 
 if __name__ == "__main__":
     pretend()
-    print(json.dumps(described(linear()) if sys.argv[1] == "linear" else loads_and_stores(optimizer())))
+    print(json.dumps(SUBJECTS[sys.argv[1]]()))

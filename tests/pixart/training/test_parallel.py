@@ -92,9 +92,9 @@ def test_any_number_of_ranks_goes_on_with_what_another_saved(small_recipe, alone
 @pytest.mark.parametrize(
     ("world", "nodes", "changes"),
     [
-        (1, 1, {"accumulate": 4}),
-        (2, 1, {"accumulate": 2, "reshard": False}),
-        (4, 2, {"sharding": "hybrid"}),
+        (1, 1, {"gradient_accumulation_steps": 4}),
+        (2, 1, {"gradient_accumulation_steps": 2, "reshard_after_forward": False}),
+        (4, 2, {"sharding": "hsdp"}),
         (1, 1, {"activation_checkpointing": "full"}),
         (2, 1, {"activation_checkpointing": "selective"}),
     ],
@@ -141,10 +141,11 @@ def text_child(recipe_json: str, file: str) -> None:
 @pytest.mark.slow
 def test_a_sharded_text_encoder_says_the_same(small_recipe, tmp_path):
     found = []
-    for world, how in ((1, "replicated"), (2, "sharded")):
-        recipe = dataclasses.replace(small_recipe, stage2=dataclasses.replace(small_recipe.stage2, text_encoder=how))
-        ranks.run(world, text_child, to_json(recipe), str(tmp_path / how))
-        found.append(torch.load(tmp_path / how, weights_only=True))
+    for world, shard in ((1, False), (2, True)):
+        stage2 = dataclasses.replace(small_recipe.stage2, shard_text_encoder=shard)
+        file = tmp_path / f"{world}.pt"
+        ranks.run(world, text_child, to_json(dataclasses.replace(small_recipe, stage2=stage2)), str(file))
+        found.append(torch.load(file, weights_only=True))
     replicated, sharded = found
     assert torch.allclose(replicated["text"], sharded["text"], atol=1e-5)
     assert torch.equal(replicated["text_mask"], sharded["text_mask"])
