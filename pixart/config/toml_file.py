@@ -3,6 +3,7 @@
     recipe = "xl"                # recipe to begin with
     dataset = "s3://bucket/data" # directory or URL of the dataset
     cluster = "hpg-b200"         # cluster profile
+    home = "/scratch/project"    # folder of datasets, runs and tracking
 
     [stage1]                     # any configuration key, in the table of its section
     global_batch_size = 1024
@@ -32,6 +33,7 @@ class RunFile:
     recipe: str | None = None
     dataset: str | None = None
     cluster: str | None = None
+    home: str | None = None
     overrides: tuple[str, ...] = ()  # `dotted.key=value`, for `pixart.config.overrides.apply`
 
 

@@ -115,4 +115,4 @@ def test_half_written_part_and_altered_chunk(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "1 of 4 shards" in done.stdout
     assert part.read_bytes()[-4:] == b"PAR1"
-    assert "is what its ledger says" in launch(tmp_path, "verify").stdout
+    assert "matches its ledger" in launch(tmp_path, "verify").stdout

@@ -85,7 +85,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
     [
         ("recipe = 3", "recipe=3: must be a string"),
         ('recipes = "xl"', r"recipes: unknown key; did you mean recipe\?"),
-        ('zzz = "xl"', "zzz: unknown key; it must be one of recipe, dataset, cluster or a section"),
+        ('zzz = "xl"', "zzz: unknown key; it must be one of recipe, dataset, cluster, home or a section"),
         ("[stage3]\nlr = 1", r"stage3: unknown key; did you mean stage"),
         ("[stage1]\nstepz = 1", r"stage1\.stepz: unknown key; did you mean stage1\.steps\?"),
         ("[stage1]\nsteps = 1.5", r"stage1\.steps='1\.5': must be a whole number"),
