@@ -72,7 +72,7 @@ def test_unaligned_batches_are_refused_on_a_gpu(legacy_file, tmp_path, monkeypat
     monkeypatch.setattr("conversion.batches.SYNTHETIC_TEXT_TOKENS", 20)
     for device, batch_size in (("cpu", 1), ("cuda", 4)):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch_size=batch_size, base_latent_size=8))
-    with pytest.raises(ValueError, match="1 images at once have 20 states of text"):
+    with pytest.raises(ValueError, match="1 images have 20 text tokens"):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch_size=1, base_latent_size=8))
 
 
@@ -176,7 +176,7 @@ def test_a_flipped_bit_on_disk_fails_the_conversion(legacy_file, monkeypatch, ca
     def write_damaged_state(checkpoint, partial):
         write_state(checkpoint, partial)
         with (partial / checkpoints.STATE_FILES["ema"]).open("r+b") as file:
-            _, _, offset, _ = safetensors_stream.entries(Path(file.name))["linear_out.bias"]
+            _, _, offset, _ = safetensors_stream.read_header(Path(file.name))["linear_out.bias"]
             file.seek(offset + 3)
             byte = file.read(1)[0]
             file.seek(offset + 3)
