@@ -105,7 +105,7 @@ def test_existing_output_is_replaced_only_with_overwrite(legacy_file, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main([str(legacy_file), *KEEP_STAGE, "--margin", "2", "--overwrite"]) == 0
     assert tree(directory.parent) == before
-    assert checkpoints.read_record(directory)["plan"]["margin"] == 2
+    assert checkpoints.read_metadata(directory)["plan"]["margin"] == 2
     with pytest.raises(ValueError, match="already an FP8 checkpoint"):
         convert(directory, directory.with_name("twice"), Options(num_batches=1, batch_size=2))
     (directory.parent / "mine").mkdir()
@@ -166,7 +166,7 @@ def test_failed_conversion_is_written_and_marked(legacy_file, capsys):
     printed = capsys.readouterr().out
     assert "FAIL        grad_weight SQNR loss vs. dynamic scaling" in printed
     assert "--accept-failed-conversion" in printed
-    assert checkpoints.read_record(legacy_file.with_name("ckpt.fp8"))["provenance"]["acceptance"] == "FAIL"
+    assert checkpoints.read_metadata(legacy_file.with_name("ckpt.fp8"))["provenance"]["acceptance"] == "FAIL"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
