@@ -17,26 +17,32 @@ NODES = 4
 
 
 @pytest.fixture(scope="session")
-def dev_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
-    """Four nodes with 8 GPUs each, without accounting; this process's variables point to it."""
+def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
+    """Four nodes with 8 GPUs each, without accounting."""
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster on this machine needs root")
     cluster = lifecycle.up(tmp_path_factory.mktemp("cluster") / "dev", nodes=NODES)
-    before = dict(os.environ)
-    os.environ.update(cluster.environment)
     yield cluster
-    for name in cluster.environment:
-        os.environ.pop(name)
-    os.environ.update({name: value for name, value in before.items() if name in cluster.environment})
     lifecycle.down(cluster.folder)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120, what: str = "the condition") -> float:
-    """Seconds that it took. Raises AssertionError after `seconds`."""
+@pytest.fixture(scope="module")
+def dev_cluster(running_cluster: DevCluster) -> Iterator[DevCluster]:
+    """The running cluster; while a module's tests run, this process's variables point to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running_cluster.environment.items():
+            patch.setenv(name, value)
+        yield running_cluster
+
+
+def wait_until(
+    condition: Callable[[], bool], seconds: float = 120, what: str = "the condition", *, interval: float = 0.1
+) -> float:
+    """Return the seconds that it took. Raises AssertionError after `seconds`; looks every `interval` seconds."""
     begun = time.monotonic()
     while not condition():
         assert time.monotonic() - begun < seconds, f"{what} did not come true in {seconds} s"
-        time.sleep(0.1)
+        time.sleep(interval)
     return time.monotonic() - begun
 
 

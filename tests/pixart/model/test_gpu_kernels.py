@@ -20,6 +20,7 @@ def kernels(of: str):
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("vllm_environment")
 @needs_vllm
 def test_a_cast_is_part_of_the_pass_that_makes_its_tensor():
     """Amax and bias gradient too: no tensor of the size of activations is read a second time for FP8."""
@@ -36,6 +37,7 @@ def test_a_cast_is_part_of_the_pass_that_makes_its_tensor():
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("vllm_environment")
 @needs_vllm
 def test_adamw_and_the_average_pass_over_memory_once():
     """Large weights by themselves, small ones together, and last the counts of steps; nothing is stored in between."""
