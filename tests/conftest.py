@@ -12,17 +12,15 @@ from tests.support.browser_fixture import browser, look  # noqa: F401 - fixtures
 from tests.support.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
 from tests.support.cluster_fixture import dev_cluster, running_cluster  # noqa: F401 - fixtures
 from tests.support.demo_fixture import small_demo  # noqa: F401 - a fixture
-from tests.support.distribution import distribute
+from tests.support.distribution import Workers, alone  # noqa: F401 - a fixture
 from tests.support.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
 from tests.support.vllm_fixture import tiny_qwen, vllm_environment  # noqa: F401 - fixtures
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # of a worker of pytest-xdist
-        distribute(items)
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Workers())
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -1,10 +1,8 @@
 """What the tests themselves are run with: their distribution over workers, and the table at their end."""
 
-from collections.abc import Sequence
-
 import pytest
 
-from tests.support.distribution import FIRST, distribute, group
+from tests.support.distribution import distribute, group
 from tests.support.recovery_times import RECOVERY, table
 
 
@@ -19,43 +17,41 @@ def test_table_of_recovery_times():
     assert table([("other", 1)]) == []
 
 
+FAULTS = "tests/end_to_end/test_slurm.py::test_a_fault_changes_nothing"
+
+
 class Item:
     """A test as far as its distribution looks at it."""
 
-    def __init__(self, file: str, *, slow: bool = False, mark: str = "", fixtures: Sequence[str] = ()) -> None:
-        self.location, self.fixturenames = (file, 0, "test"), fixtures
-        self.marks = {"slow": pytest.mark.slow.mark} if slow else {}
-        if mark:
-            self.add_marker(pytest.mark.xdist_group(mark))
+    def __init__(self, nodeid: str, *, slow: bool = False) -> None:
+        self.nodeid, self.slow = nodeid, slow
 
-    def get_closest_marker(self, name: str):
-        return self.marks.get(name)
-
-    def add_marker(self, mark) -> None:
-        self.marks[mark.name] = mark.mark
+    def get_closest_marker(self, name: str) -> bool:
+        return name == "slow" and self.slow
 
 
 def test_groups_of_tests_that_share_a_worker():
-    assert group(Item("a.py")) == "a.py"
-    assert group(Item("a.py", fixtures=["tmp_path", "small_demo"])) == "demo"
-    assert group(Item("a.py", fixtures=["dev_cluster"], mark="slurm-train")) == "slurm-train"
+    assert group("tests/a.py::test_one[x::y]") == "tests/a.py"
+    assert group(f"{FAULTS}[preempt-train]") == "slurm-train"
+    assert group("tests/end_to_end/test_slurm.py::test_status[True]") == "slurm"
+    assert group("tests/end_to_end/test_commands.py::test_demo_links") == group(
+        "tests/end_to_end/test_pages.py::test_a"
+    )
 
 
 def test_the_longest_groups_come_first():
-    """Then files with a slow test, then the others; within a group the order stays."""
-    items = [Item("a.py"), Item("b.py"), Item("c.py"), Item("b.py", slow=True), Item("c.py", fixtures=["dev_cluster"])]
-    items.append(Item("d.py", mark="slurm-train"))
+    """Then files with a slow test, then the others, and alone those that measure time; in a group, the order stays."""
+    names = ["tests/performance/test_a.py::b", "a.py::c", "b.py::d", "c.py::e", "b.py::f", "c.py::g"]
+    items = [*(Item(name, slow=name == "b.py::f") for name in names), Item(f"{FAULTS}[cancel-train]", slow=True)]
     ordered = list(items)
     distribute(ordered)
-    assert [items.index(item) for item in ordered] == [5, 4, 1, 3, 0, 2]
-    assert [item.marks["xdist_group"].args[0] for item in ordered] == [
-        *("slurm-train", "slurm", "b.py", "b.py", "a.py", "c.py")
-    ]
+    assert [items.index(item) for item in ordered] == [6, 2, 4, 1, 3, 5, 0]
 
 
-def test_groups_that_come_first_exist(request):
-    """Each is one of a test's, where all tests are collected."""
-    groups = {group(item) for item in request.session.items}
-    if len({item.location[0] for item in request.session.items}) < 50:
-        pytest.skip("needs a run of all tests")
-    assert groups >= set(FIRST)
+@pytest.mark.parametrize(
+    ("name", "fixture"), [("slurm", "dev_cluster"), ("vllm", "vllm_environment"), ("demo", "small_demo")]
+)
+def test_tests_of_an_expensive_fixture_are_in_its_groups(request, name: str, fixture: str):
+    """Of all the tests of this session."""
+    users = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
+    assert {group(item.nodeid).partition("-")[0] for item in users} <= {name}

@@ -18,7 +18,7 @@ from jobs.tasks import caption
 from tests.support.environment import bare_environment
 from tests.support.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm, pytest.mark.xdist_group("vllm-kills")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 SHARDS, KILLS = 8, 20
 DAMAGED = {"truncated": 3, "unreadable": 3, "plain": 2}
 MARK = "PIXART_TEST_MARK"  # in the environment of every process of a launch, by which they are found and killed

@@ -38,7 +38,7 @@ executor = "slurm"
 partition = "main"
 gpus_per_node = 1
 cpus_per_task = 1
-signal_seconds = 30
+signal_seconds = 45
 
 [environment]
 OMP_NUM_THREADS = "1"

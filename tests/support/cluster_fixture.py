@@ -47,15 +47,16 @@ def wait_until(
 
 
 def task_processes(job: str) -> list[int]:
-    """Python processes of a job, `12` or `12_3`, oldest first."""
+    """Return the Python processes of a job, `12` or `12_3`, of this process's cluster, oldest first."""
     main, _, element = job.partition("_")
+    cluster = f"SLURM_CONF={os.environ['SLURM_CONF']}"
     marks = [f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={element}"] if element else [f"SLURM_JOB_ID={main}"]
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
             words = (path / "cmdline").read_bytes().split(b"\0")
-            if b"submitit.core._submit" in words and b"srun" not in words[0] and set(marks) <= set(variables):
+            if b"submitit.core._submit" in words and b"srun" not in words[0] and {cluster, *marks} <= set(variables):
                 found.append(int(path.name))
     return sorted(found)
 
