@@ -80,7 +80,7 @@ def newest(home: Path, kind: str) -> Run:
     return runs.load(sorted(path for path in (home / "runs").iterdir() if f"-{kind}-" in path.name)[-1])
 
 
-def settle(run: Run, seconds: float = 240) -> dict[int, str]:
+def settle(run: Run, seconds: float = 600) -> dict[int, str]:
     """Waits for the run's end and returns the state of its elements."""
 
     def ended() -> bool:

@@ -36,7 +36,7 @@ def dev_cluster(running_cluster: DevCluster) -> Iterator[DevCluster]:
 
 
 def wait_until(
-    condition: Callable[[], bool], seconds: float = 120, what: str = "the condition", *, interval: float = 0.1
+    condition: Callable[[], bool], seconds: float = 300, what: str = "the condition", *, interval: float = 0.1
 ) -> float:
     """Return the seconds that it took. Raises AssertionError after `seconds`; looks every `interval` seconds."""
     begun = time.monotonic()
