@@ -11,7 +11,7 @@ FAST := not slow and not slurm and not vllm and not gpu
 # Many tests wait, for Slurm or for a server: workers may outnumber the processors.
 WORKERS ?= 4
 
-.PHONY: install demo check test test-all vllm-env gpu-env test-gpu-env test-newest clean
+.PHONY: install demo check test test-all vllm-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
 
 install: .venv/.installed
 demo: install
@@ -63,5 +63,10 @@ test-newest:
 	@sh tests/support/environment_of_versions.sh .venv-newest "$(PYTHON)" $(NEWEST_VERSIONS)
 	@.venv-newest/bin/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)" tests/pixart tests/conversion
 
+# Every part of the GPU day at tiny size, from what would be carried alone; see benchmarks/gpu_day.py.
+gpu-day-rehearsal: install
+	@$(BIN)/python -m benchmarks.gpu_day prepare $(GPU_DAY_DATA)
+	@sh benchmarks/gpu_day_rehearsal.sh "$(GPU_PYTHON)"
+
 clean:
-	rm -rf .venv .venv-vllm .venv-torchao .venv-gpu .venv-newest outputs build *.egg-info
+	rm -rf .venv .venv-vllm .venv-torchao .venv-gpu .venv-newest .venv-gpu-bare .gpuday outputs build *.egg-info

@@ -2,14 +2,14 @@
 
     python -m benchmarks.attention [--batch 320]
 
-Forward and backward; self-attention over 256 tokens, and over 120 states of text with a mask. Training chooses by the
+Forward and backward; self-attention over 256 tokens, and over 120 text tokens with a mask. Training chooses by the
 same measurement.
 """
 
 import torch
 
 from benchmarks import measure
-from pixart.model.sdpa_autotune import REPEATS, timings
+from pixart.model.sdpa_autotune import REPEATS, time_kernels
 
 HEADS, WIDTH, TOKENS, TEXT = 16, 72, 256, 120
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser = measure.parser(__doc__, repeats=REPEATS)
     options = parser.parse_args()
     image, text = (
-        timings(
+        time_kernels(
             options.batch, HEADS, WIDTH, TOKENS, keys, measure.device(), masked=keys == TEXT, repeats=options.repeats
         )
         for keys in (TOKENS, TEXT)

@@ -31,7 +31,7 @@ COUNTED = (
     "that passes of the model take as long as its weights make them. The source's hash, and the comparison of every "
     "carried tensor with it, are made beside what follows the writing; what they take beyond it counts, as `comparing`."
 )
-CALIBRATION, FIT = "calibrating", "stage"  # steps of the conversion's log
+CALIBRATION, FIT = "calibrating", "converting"  # steps of the conversion's log
 
 
 def write_checkpoint(path: Path) -> int:
@@ -69,8 +69,8 @@ def copy_seconds(path: Path) -> float:
 def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str, float], float]:
     """Seconds of each step, and the peak of memory that is no mapped file, in bytes."""
     shutil.rmtree(path.with_suffix(".fp8"), ignore_errors=True)
-    words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--text-dim", "2048", "--base-image-size", "8"]
-    words += ["--batches", "1", "--batch", str(IMAGES), "--keep-bf16", "linear_out", "--stage", str(stage)]
+    words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--text-dim", "2048", "--base-latent-size", "8"]
+    words += ["--num-batches", "1", "--batch-size", str(IMAGES), "--keep-bf16", "linear_out", "--stage", str(stage)]
     log = path.with_suffix(".log")
 
     def enter() -> None:

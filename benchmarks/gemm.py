@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from pixart.model.device_timer import seconds
+from pixart.model.device_timer import median_seconds
 from pixart.model.fp8.ops import E4M3, E5M2, Format, quantize, scaled_matmul
 
 TOKENS, TEXT, TEXT_DIM = 256, 120, 2048
@@ -48,7 +48,7 @@ def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str
     a8, b8 = quantize(a, scale, fmt), quantize(b, scale, E4M3)
 
     def alone(a8: Tensor, b8: Tensor) -> Tensor:
-        return scaled_matmul(a8, b8, scale, scale, torch.bfloat16, bias=None, fast=fast)
+        return scaled_matmul(a8, b8, scale, scale, torch.bfloat16, bias=None, fast_accum=fast)
 
     def with_casts(a: Tensor, b: Tensor) -> Tensor:
         return alone(quantize(a, scale, fmt), quantize(b, scale, E4M3))
@@ -58,8 +58,8 @@ def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str
         compiled = torch.compile(way, fullgraph=True)
         ways.append(lambda compiled=compiled, given=given: compiled(*given))
     operations = 2 * a.shape[0] * a.shape[1] * b.shape[1] / 1e12
-    plain, fp8, cast = (operations / seconds(way, repeats) for way in ways)
-    return [f"{plain:.3g}", f"{fp8:.3g}", f"{cast:.3g}", f"{fp8 / plain:.2f}", f"{cast / plain:.2f}"]
+    plain, fp8, cast = (operations / median_seconds(way, repeats) for way in ways)
+    return [f"{plain:.3g}", f"{fp8:.3g}", f"{cast:.3g}", f"{fp8 / plain:.3g}", f"{cast / plain:.3g}"]
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 
 # Operators of matrix products, and which of their tensors is the left operand.
-PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "_scaled_mm": 0, "tensor_core_product": 0}
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "_scaled_mm": 0, "tensor_core_gemm": 0}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -91,7 +91,7 @@ def add_call(work: Work, node: BaseSchedulerNode) -> None:
         work.launches["products"] += 1
         precision = "fp8" if left.get_dtype() in FP8 else "bf16"
         work.operations[precision] += 2 * result_elements(kernel) * summed(name, kernel, left)
-        if name == "tensor_core_product":
+        if name == "tensor_core_gemm":
             turn_left, turn_right = kernel.constant_args[:2]
             for operand, turned in ((left, turn_left), (right, not turn_right)):
                 work.transposed_bytes += 2 * elements(operand) if turned else 0
@@ -122,5 +122,5 @@ def result_elements(kernel: ir.ExternKernel) -> int:
 def summed(name: str, kernel: ir.ExternKernel, left: ir.IRNode) -> int:
     """How many values each element of a product sums over."""
     sizes = [int(size) for size in left.get_size()]
-    turned = name == "tensor_core_product" and kernel.constant_args[0]
+    turned = name == "tensor_core_gemm" and kernel.constant_args[0]
     return sizes[0] if turned else sizes[-1]

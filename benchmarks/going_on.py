@@ -41,7 +41,7 @@ def held_out(home: Path) -> str:
     """A dataset of scenes that training has not seen."""
     recipe = demo(str(home))
     data = dataclasses.replace(
-        recipe.data, path=str(home / "datasets/held-out"), seed=1, images=HELD_OUT_IMAGES, shards=8
+        recipe.data, path=str(home / "datasets/held-out"), seed=1, max_images=HELD_OUT_IMAGES, num_shards=8
     )
     if not Path(data.path).exists():
         init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
@@ -79,7 +79,7 @@ def curve(
     config = dataclasses.replace(
         recipe.stage2,
         steps=options.steps,
-        batch=BATCH,
+        global_batch_size=BATCH,
         lr=options.lr,
         seed=seed,
         save_every=EVERY,
@@ -90,7 +90,7 @@ def curve(
     train(stage=2, model=recipe.model, config=config, dataset=recipe.data.path, run=folder, start=begin)
     batches = dataset_batches(evaluation, start.normalization, HELD_OUT_IMAGES // 64, 64)
     losses = []
-    for directory in [begin, *checkpoints.steps(folder)]:
+    for directory in [begin, *checkpoints.list_checkpoints(folder)]:
         saved = checkpoints.load(directory)
         model = load_model(saved.config, saved.model, measure.device())
         losses.append(mean_loss(model, batches))
@@ -107,11 +107,11 @@ def main() -> None:
     stage1 = next(
         directory
         for run in sorted(home.glob("runs/*-train-*"))
-        for directory in checkpoints.steps(run)[-1:]
-        if checkpoints.read_record(directory)["stage"] == 1
+        for directory in checkpoints.list_checkpoints(run)[-1:]
+        if checkpoints.read_metadata(directory)["stage"] == 1
     )
     work, evaluation = home / f"going-on-{options.lr:g}", held_out(home)
-    convert(stage1, work / "start.fp8", Options(batch=BATCH, overwrite=True))
+    convert(stage1, work / "start.fp8", Options(batch_size=BATCH, overwrite=True))
     start = checkpoints.load(work / "start.fp8")
     found: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for seed in range(SEEDS):

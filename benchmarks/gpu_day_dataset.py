@@ -18,7 +18,7 @@ from pixart.config.audit import AuditConfig
 from pixart.config.dataset import DataConfig
 from pixart.config.recipe import Recipe, to_json
 from pixart.data.encoders.text_encoder import encoder_path, load_text_model
-from pixart.data.encoders.vae import DEMO
+from pixart.data.encoders.vae import DEMO_VAE
 from pixart.recipes import MINILM_STATE_STD, demo
 
 SIZE, TOKENS, SHARDS = 256, 32, 4
@@ -33,9 +33,9 @@ def make_dataset(folder: Path, dataset: Path, images: Path | None, vae: Path | N
     Paths within are relative to the working directory, where the day's parts run too.
     """
     encoder, autoencoder = folder / "encoder", folder / "vae"
-    shutil.copytree(vae or DEMO, autoencoder)
+    shutil.copytree(vae or DEMO_VAE, autoencoder)
     names = {"path": relative(dataset), "vae": relative(autoencoder), "text_encoder": relative(encoder)}
-    settings = {"shards": SHARDS, "image_size": SIZE, "text_tokens": TOKENS, "text_scale": 1 / MINILM_STATE_STD}
+    settings = {"num_shards": SHARDS, "image_size": SIZE, "max_text_tokens": TOKENS, "text_scale": 1 / MINILM_STATE_STD}
     with tempfile.TemporaryDirectory() as temporary:
         if images:
             write_views(images, Path(temporary))
@@ -46,7 +46,7 @@ def make_dataset(folder: Path, dataset: Path, images: Path | None, vae: Path | N
             from pixart.demo.scenes import make_scene
 
             prune(encoder, [caption_of(make_scene(0, index)) for index in range(SCENES)])
-            data = DataConfig(source="demo", images=SCENES, **names, **settings)
+            data = DataConfig(source="demo", max_images=SCENES, **names, **settings)
         recipe = dataclasses.replace(demo(str(folder)), data=data, audit=AuditConfig(max_duplicates=1))
         make(recipe, list(range(SHARDS)))
     for captions in dataset.glob("captions/*"):

@@ -30,7 +30,7 @@ from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 from pixart.sampling import loading
 from pixart.sampling.contact_sheet import contact_sheet
-from pixart.sampling.images import Picture, make
+from pixart.sampling.images import SampleRequest, generate
 from pixart.sampling.pipeline import PixArtPipeline
 from pixart.training.loop import train
 
@@ -65,17 +65,17 @@ class Losses:
 def configuration(options: argparse.Namespace, steps: int, *, fp8: bool) -> TrainConfig:
     return TrainConfig(
         steps=steps,
-        batch=options.batch,
+        global_batch_size=options.batch,
         lr=1e-4,
-        warmup=min(100, steps // 2),
-        ema=0.99,
+        warmup_steps=min(100, steps // 2),
+        ema_decay=0.99,
         fp8=fp8,
         compile=not options.tiny,
         log_every=min(10, steps),
         save_every=steps,
         keep_last=1,
         validate_every=steps,
-        validation_rows=min(options.batch, options.rows // 10),
+        num_validation_samples=min(options.batch, options.rows // 10),
     )
 
 
@@ -114,13 +114,13 @@ def compare(page: measure.Page, bf16: Losses, fp8: Losses) -> None:
 
 def pictures(pipeline: PixArtPipeline, prompts: Sequence[str], precision: torch.dtype | None):
     """Sample a picture for each prompt -> the pictures and the seconds of all of them."""
-    asked = [Picture(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
+    asked = [SampleRequest(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
     device = measure.device()
     pipeline.to(device)
     cast = torch.autocast(device.type, precision) if precision else contextlib.nullcontext()
     begun = time.perf_counter()
     with cast:
-        found = list(make(pipeline, asked, steps=SAMPLING_STEPS, guidance=GUIDANCE))
+        found = list(generate(pipeline, asked, steps=SAMPLING_STEPS, guidance=GUIDANCE))
     return found, time.perf_counter() - begun
 
 
@@ -182,16 +182,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         stage1, first = trained(options, work, 1, options.stage1_steps, None, fp8=False)
-        report = convert(stage1, work / "start.fp8", Options(batch=min(16, options.batch), exports=("inference",)))
+        report = convert(stage1, work / "start.fp8", Options(batch_size=min(16, options.batch), exports=("inference",)))
         shutil.rmtree(stage1)
         heading = [
             f"# {options.steps} steps after a conversion, batch {options.batch}, on {measure.card()}",
             "",
             f"torch {torch.__version__}. {options.rows} rows; stage 1 trained for {options.stage1_steps} steps to a "
             f"loss of {statistics.fmean(list(first.train.values())[-20:]):.4f}. Conversion: "
-            f"{report['linears']} linears in FP8, {len(report['kept'])} kept, losses "
+            f"{report['num_fp8_linears']} linears in FP8, {len(report['kept_in_bf16'])} kept, losses "
             f"{', '.join(f'{name} {loss:.4f}' for name, loss in report['losses'].items())}; acceptance checks "
-            f"{'passed' if report['gate']['passed'] else 'FAILED'}.",
+            f"{'passed' if report['acceptance']['passed'] else 'FAILED'}.",
         ]
         page = measure.Page(options.out, "gpu-training", heading, ["loss", "BF16", "FP8", "FP8 / BF16"])
         losses = []

@@ -30,15 +30,15 @@ def main() -> None:
     parser.add_argument("vae")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = DataConfig(path=folder, source=options.images, shards=1, image_size=SIZE, vae=options.vae)
+        data = DataConfig(path=folder, source=options.images, num_shards=1, image_size=SIZE, vae=options.vae)
         manifest = manifests.make(data)
         manifests.write(manifest)
         zarr_store.create(manifest)
         caption.run(folder, [0])
         source, vae = manifests.open_images(manifest), load_vae(data.vae)
-        text = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+        text = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
         valid = np.array(caption.read_part(folder, 0)["valid"].to_pylist())
-        items = [item for item, kept in zip(source.read(*manifest.shard(0)), valid, strict=True) if kept]
+        items = [item for item, kept in zip(source.read(*manifest.shard_range(0)), valid, strict=True) if kept]
         pictures = [np.asarray(resize_and_crop(decode(item.data, data.screening), SIZE)) for item in items]
         batches = [
             np.stack(pictures[begin : begin + latents.BATCH]) for begin in range(0, len(pictures), latents.BATCH)

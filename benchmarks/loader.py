@@ -26,10 +26,10 @@ from benchmarks import measure
 from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
-from pixart.data.loading.sampler import WINDOW, Order, rows_of_step
+from pixart.data.loading.sampler import WINDOW, WindowShuffleSampler, rows_of_step
 from pixart.data.manifest import Manifest
 from pixart.data.store import zarr_store as stores
-from pixart.data.store.layout import BLOCK, CHECKSUM
+from pixart.data.store.layout import BLOCK, CRC_BYTES
 from pixart.data.store.zarr_store import Store
 
 SHARD, SHAPE, TOKENS, BATCH = 1024, (16, 32, 32), 120, 256
@@ -38,7 +38,7 @@ REPEATS = 9
 
 
 def columns(manifest: Manifest, shard: int, latents: np.ndarray) -> dict[str, np.ndarray]:
-    rows = np.arange(*manifest.shard(shard), dtype=np.int32)
+    rows = np.arange(*manifest.shard_range(shard), dtype=np.int32)
     latents[:, 0, 0, 0] = shard
     return {
         "latents": latents[: len(rows)],
@@ -57,7 +57,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
     """-> manifest, seconds of whole shards and seconds of numpy.tofile and fsync of the same bytes, in turn."""
-    data = DataConfig(path=str(folder), shards=-(-rows // SHARD), images=rows, text_tokens=TOKENS)
+    data = DataConfig(path=str(folder), num_shards=-(-rows // SHARD), max_images=rows, max_text_tokens=TOKENS)
     manifest = Manifest(
         data=data, images=rows, rows_per_shard=SHARD, class_names=("any",), latent_shape=SHAPE, text_dim=2048, models={}
     )
@@ -66,7 +66,7 @@ def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
     latents = np.random.default_rng(0).standard_normal((SHARD, *SHAPE)).astype(np.float16)
     ours: list[float] = []
     plain: list[float] = []
-    for shard in range(data.shards):
+    for shard in range(data.num_shards):
         values = columns(manifest, shard, latents)
         ours.append(seconds(lambda: stores.write_shard(manifest, shard, values)))  # noqa: B023
         if len(plain) < 40:
@@ -126,9 +126,9 @@ def at_random(manifest: Manifest) -> dict[str, float]:
 def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
     """MB/s of the latents' bytes from first to last, copied so many rows at a time, and each copy dropped at once."""
     begun, copied = time.perf_counter(), 0
-    for shard in range(manifest.data.shards):
+    for shard in range(manifest.data.num_shards):
         file = Path(manifest.data.path) / store.columns["latents"].file(shard)
-        chunks = np.memmap(file, np.uint8, "r", shape=(SHARD, ROW + CHECKSUM))[:, :ROW]
+        chunks = np.memmap(file, np.uint8, "r", shape=(SHARD, ROW + CRC_BYTES))[:, :ROW]
         for start in range(0, SHARD, rows):
             copied += np.array(chunks[start : start + rows]).nbytes
     return copied / (time.perf_counter() - begun) / 1e6
@@ -136,7 +136,7 @@ def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
 
 def epoch(loader: Loader, number: int) -> float:
     """Rows a second of one rank through an epoch."""
-    steps = len(loader.order.valid) // loader.batch
+    steps = len(loader.sampler.valid) // loader.global_batch_size
     begun, rows = time.perf_counter(), 0
     for batch in loader.iterate(number * steps, (number + 1) * steps):
         rows += len(batch.rows)
@@ -146,7 +146,7 @@ def epoch(loader: Loader, number: int) -> float:
 def memory(path: str, at: list[int]) -> list[str]:
     """Resident megabytes after these batches, in a process of its own."""
     found = []
-    loader = Loader(Store(manifests.read(path)), batch=BATCH, seed=0)
+    loader = Loader(Store(manifests.read(path)), global_batch_size=BATCH, seed=0)
     for step, _ in enumerate(loader.iterate(0, at[-1]), 1):
         if step in at:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -156,8 +156,8 @@ def memory(path: str, at: list[int]) -> list[str]:
 
 def first_batch(path: str, share: float) -> float:
     def run() -> object:
-        loader = Loader(Store(manifests.read(path)), batch=BATCH, seed=0)
-        start = int(share * len(loader.order.valid) / BATCH)
+        loader = Loader(Store(manifests.read(path)), global_batch_size=BATCH, seed=0)
+        start = int(share * len(loader.sampler.valid) / BATCH)
         return next(loader.iterate(start, start + 1))
 
     return statistics.median(seconds(run) for _ in range(REPEATS))
@@ -165,14 +165,14 @@ def first_batch(path: str, share: float) -> float:
 
 def first_rows(rows: int, share: float) -> float:
     def run() -> object:
-        order = Order(np.arange(rows), rows_per_shard=SHARD, seed=0)
+        order = WindowShuffleSampler(np.arange(rows), rows_per_shard=SHARD, seed=0)
         return rows_of_step(order, int(share * rows / 2048), 2048)
 
     return statistics.median(seconds(run) for _ in range(REPEATS))
 
 
 def quality(rows: int) -> str:
-    drawn = Order(np.arange(rows), rows_per_shard=SHARD, seed=0).rows(0, rows)
+    drawn = WindowShuffleSampler(np.arange(rows), rows_per_shard=SHARD, seed=0).rows(0, rows)
     correlation = abs(np.corrcoef(np.arange(rows), drawn)[0, 1])
     batches = drawn[: rows // BATCH * BATCH].reshape(-1, BATCH)
     most = [np.unique(batch // BLOCK, return_counts=True)[1].max() for batch in batches]
@@ -193,7 +193,7 @@ kinds = {{"latents": "ndarray:float16:16,32,32", "label": "int32", "token_ids": 
 with MDSWriter(out=target, columns=kinds, size_limit=1 << 26) as writer:
     for row in range(rows):
         if row % {SHARD} == 0:
-            chunks = np.memmap(source / f"{{row // {SHARD}}}/0/0/0", np.uint8, "r", shape=({SHARD}, {ROW + CHECKSUM}))
+            chunks = np.memmap(source / f"{{row // {SHARD}}}/0/0/0", np.uint8, "r", shape=({SHARD}, {ROW + CRC_BYTES}))
         latents = np.array(chunks[row % {SHARD}, :{ROW}]).view(np.float16).reshape({SHAPE})
         ids = (row % 30_000 + np.arange({TOKENS})).astype(np.int32)
         mask = (np.arange({TOKENS}) <= row % {TOKENS}).astype(np.uint8)
@@ -224,8 +224,8 @@ def lines(folder: Path, rows: int, python: str | None) -> Iterator[str]:
     path, mb = manifest.data.path, 1e-6 * ROW
     peers = peer(python, manifest, folder / "peer")
     store = Store(manifest)
-    loader = Loader(store, batch=BATCH, seed=0)
-    eighth = Loader(store, batch=8 * BATCH, seed=0, rank=3, world=8)
+    loader = Loader(store, global_batch_size=BATCH, seed=0)
+    eighth = Loader(store, global_batch_size=8 * BATCH, seed=0, rank=3, world_size=8)
     memmap_pass(manifest, store, SHARD), epoch(loader, 0), epoch(eighth, 0)
     sequential: dict[int, list[float]] = {SHARD: [], BATCH: []}
     shuffled, shared = [], []

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart.model.device_timer import seconds
+from pixart.model.device_timer import median_seconds
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
@@ -75,7 +75,7 @@ def card() -> str:
 def matrix_rate(size: int, repeats: int = 20) -> float:
     """Return the TFLOP/s of one large product in BF16."""
     a, b = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, repeats) / 1e12
+    return 2 * size**3 / median_seconds(lambda: a @ b, repeats) / 1e12
 
 
 def fp8_matrix_rate(size: int, repeats: int = 20) -> float:
@@ -88,14 +88,14 @@ def fp8_matrix_rate(size: int, repeats: int = 20) -> float:
     def product() -> Tensor:
         return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return 2 * size**3 / seconds(product, repeats) / 1e12
+    return 2 * size**3 / median_seconds(product, repeats) / 1e12
 
 
 def bandwidth(size: int = 1 << 28, repeats: int = 20) -> float:
     """Return the GB/s read and written by the copy of so many bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
-    return 2 * size / seconds(lambda: target.copy_(source), repeats) / 1e9
+    return 2 * size / median_seconds(lambda: target.copy_(source), repeats) / 1e9
 
 
 def write(name: str, lines: Sequence[str]) -> None:

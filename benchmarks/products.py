@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from pixart.model.device_timer import seconds
-from pixart.model.fp8.ops import E4M3, E5M2, quantize, scaled_matmul, transposed
+from pixart.model.device_timer import median_seconds
+from pixart.model.fp8.ops import E4M3, E5M2, quantize, scaled_matmul, transpose_copy
 
 SHAPES = ((512, 1152, 3456), (1024, 4608, 1152), (48, 1152, 4608))  # rows, inputs, outputs
 TINY = ((32, 48, 64),)
@@ -38,23 +38,23 @@ def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Callable[[
     bf16 = torch.bfloat16
     return {
         "forward, with bias": (
-            lambda: scaled_matmul(x8, w8.t(), one, one, bf16, bias=bias, fast=True),
+            lambda: scaled_matmul(x8, w8.t(), one, one, bf16, bias=bias, fast_accum=True),
             exact_x @ exact_w.t() + bias.double(),
         ),
         "forward, a scale for each output": (
-            lambda: scaled_matmul(x8, w8_each.t(), one, each, bf16, bias=bias, fast=True),
+            lambda: scaled_matmul(x8, w8_each.t(), one, each, bf16, bias=bias, fast_accum=True),
             exact_x @ exact_w_each.t() + bias.double(),
         ),
         "gradient of the input": (
-            lambda: scaled_matmul(g8, w8, one, one, bf16, bias=None, fast=False),
+            lambda: scaled_matmul(g8, w8, one, one, bf16, bias=None, fast_accum=False),
             exact_g @ exact_w,
         ),
         "gradient of the weight": (
-            lambda: scaled_matmul(g8.t(), x8, one, one, bf16, bias=None, fast=False),
+            lambda: scaled_matmul(g8.t(), x8, one, one, bf16, bias=None, fast_accum=False),
             exact_g.t() @ exact_x,
         ),
         "gradient of the weight, in float32": (
-            lambda: scaled_matmul(g8.t(), x8, one, one, torch.float32, bias=None, fast=False),
+            lambda: scaled_matmul(g8.t(), x8, one, one, torch.float32, bias=None, fast_accum=False),
             exact_g.t() @ exact_x,
         ),
     }
@@ -82,13 +82,13 @@ def main() -> int:
         page.note("Transposed copies, GB/s read and written:", "")
         for shape in TINY if options.tiny else COPIES:
             given = torch.randn(shape, device="cuda").to(E4M3.dtype)
-            same = torch.equal(transposed(given).view(torch.uint8), given.view(torch.uint8).t().contiguous())
+            same = torch.equal(transpose_copy(given).view(torch.uint8), given.view(torch.uint8).t().contiguous())
             wrong += not same
             ways = {
-                "compiled": lambda given=given: transposed(given),
+                "compiled": lambda given=given: transpose_copy(given),
                 "eager": lambda given=given: given.t().contiguous(),
             }
-            rates = [f"{way} {2 * given.numel() / seconds(run, 20) / 1e9:.0f}" for way, run in ways.items()]
+            rates = [f"{way} {2 * given.numel() / median_seconds(run, 20) / 1e9:.0f}" for way, run in ways.items()]
             page.note(f"- {shape[0]}x{shape[1]}: {', '.join(rates)}{'' if same else '; WRONG'}")
     return 1 if wrong else 0
 

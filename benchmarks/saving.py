@@ -21,9 +21,9 @@ from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 from pixart.recipes import demo
-from pixart.training.checkpointing import Saver
+from pixart.training.checkpointing import CheckpointManager
 from pixart.training.process_group import process_group
-from pixart.training.trainer import Training
+from pixart.training.trainer import Trainer
 
 
 def main() -> None:
@@ -32,23 +32,23 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    sizes = ModelConfig(dim=1152, num_blocks=options.blocks, base_image_size=8, num_classes=5)
-    config = TrainConfig(steps=1, batch=8, lr=1e-4, warmup=1)
+    sizes = ModelConfig(dim=1152, num_blocks=options.blocks, base_latent_size=8, num_classes=5)
+    config = TrainConfig(steps=1, global_batch_size=8, lr=1e-4, warmup_steps=1)
     held: dict[str, list[float]] = {"in the background": [], "at once": []}
     with tempfile.TemporaryDirectory() as folder, process_group() as ranks:
         dataset = make_dataset(folder)
-        training = Training(None, 1, sizes, config, Store(manifests.read(dataset)), ranks)
-        saver = Saver(options.folder / "run", ranks, keep_last=1, keep_every=0)
+        trainer = Trainer(None, 1, sizes, config, Store(manifests.read(dataset)), ranks)
+        manager = CheckpointManager(options.folder / "run", ranks, keep_last=1, keep_every=0)
         for _ in range(1 + options.repeats):  # the first makes the memory that the others use again
             for how, seconds in held.items():
                 begun = time.perf_counter()
-                saver.save(training)
+                manager.save(trainer)
                 if how == "at once":
-                    saver.wait()
+                    manager.wait()
                 seconds.append(time.perf_counter() - begun)
-                saver.wait()
-        saver.close()
-    size = sum(tensor.nbytes for tensor in training.tensors().values())
+                manager.wait()
+        manager.close()
+    size = sum(tensor.nbytes for tensor in trainer.state_tensors().values())
     share = statistics.median(held["in the background"][1:]) / statistics.median(held["at once"][1:])
     lines = [
         f"# How long training stands still for a checkpoint of {size / 1e9:.2f} GB, on two CPU cores",
@@ -69,7 +69,7 @@ def main() -> None:
 
 def make_dataset(folder: str) -> str:
     recipe = demo(folder)
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=16, shards=1))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_images=16, num_shards=1))
     init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, [0])
     latents.run(recipe.data.path, [0])

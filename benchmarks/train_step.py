@@ -32,14 +32,14 @@ from benchmarks.generated_code import Work
 from conversion.calibration.plan import make_plan
 from pixart.config.training import TrainConfig
 from pixart.model import sdpa_autotune
-from pixart.model.device_timer import seconds, wait
+from pixart.model.device_timer import median_seconds, synchronize
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
 from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
-from pixart.model.fp8.ops import EITHER_LAYOUT
-from pixart.model.sdpa import Kernel
-from pixart.training.ema import Ema
-from pixart.training.fused_adamw_ema import OnePass
+from pixart.model.fp8.ops import ANY_LAYOUT_CAPABILITY
+from pixart.model.sdpa import AttentionKernel
+from pixart.training.ema import EMA
+from pixart.training.fused_adamw_ema import FusedAdamWEma
 from pixart.training.optimizer import make_optimizer
 from pixart.training.parallelize import parallelize
 from pixart.training.process_group import Ranks, process_group
@@ -69,7 +69,7 @@ class Way:
 
 
 def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: str = "", backend: str = "") -> nn.Module:
-    config = TrainConfig(steps=1, batch=options.batch, lr=1e-4, warmup=1, compile=compile)
+    config = TrainConfig(steps=1, global_batch_size=options.batch, lr=1e-4, warmup_steps=1, compile=compile)
     model = DiT(in_dim=CHANNELS, dim=options.dim, num_heads=HEADS, num_blocks=options.blocks, text_dim=TEXT_DIM).to(
         ranks.device
     )
@@ -81,11 +81,11 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
         if backend in ("torchao", "te"):
             (torchao if backend == "torchao" else transformer_engine).swap_linears(model, plan)
         else:
-            linear.swap_linears(model, plan, fine_weight_gradient=backend == "native, fine weight gradient")
+            linear.swap_linears(model, plan, high_precision_grad_weight=backend == "native, fine weight gradient")
     if options.attention:
-        sdpa_autotune.use(model, *(Kernel(**kernel) for kernel in json.loads(options.attention)))
+        sdpa_autotune.set_kernels(model, *(AttentionKernel(**kernel) for kernel in json.loads(options.attention)))
     parallelize(model, ranks, config)
-    fsdp_allgather.gather_in_fp8(model, torch.bfloat16)
+    fsdp_allgather.enable_fp8_all_gather(model, torch.bfloat16)
     if backend.startswith("native"):
         model.plan = plan
     return model
@@ -154,7 +154,7 @@ def profiled(step: Callable[[], object]) -> tuple[dict[str, float], list[tuple[s
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
         step()
-        wait()
+        synchronize()
     events = profile.key_averages()
     spent = [event.self_device_time_total if cuda else event.self_cpu_time_total for event in events]
     times = dict.fromkeys(("products", "attention", "casts", "others"), 0.0)
@@ -180,17 +180,17 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
     """Make a model by a way, take its step, and return what was measured of it."""
     way = WAYS[name]
     model = way.make(options, ranks)
-    config = TrainConfig(steps=1, batch=options.batch, lr=1e-4, warmup=1)
+    config = TrainConfig(steps=1, global_batch_size=options.batch, lr=1e-4, warmup_steps=1)
     optimizer = make_optimizer(model, config) if isinstance(model, DiT) else peer_optimizer(model)
     given = batch_of(options, ranks.device)
-    ema = Ema(model, config.ema) if way.average else None
-    one_pass = OnePass(model, optimizer, ema.averages) if ema and way.average == "in one pass" else None
+    ema = EMA(model, config.ema_decay) if way.average else None
+    one_pass = FusedAdamWEma(model, optimizer, ema.weights) if ema and way.average == "in one pass" else None
     never = torch.zeros((), dtype=torch.bool, device=ranks.device)
 
     def step() -> None:
         way.call(model, *given).float().square().mean().backward()
         if one_pass:
-            one_pass.step(config.lr, 1 - config.ema, never)
+            one_pass.step(config.lr, 1 - config.ema_decay, never)
         else:
             optimizer.step()
             if ema:
@@ -203,12 +203,12 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
         step()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    taken = seconds(step, options.repeats)
+    taken = median_seconds(step, options.repeats)
     memory = torch.cuda.max_memory_allocated() / measure.GIB if torch.cuda.is_available() else float("nan")
     begun = time.perf_counter()
     step()
     host = time.perf_counter() - begun  # until all is launched
-    wait()
+    synchronize()
     shares, kernels = profiled(step)
     block = work_of_a_block(graphs)
     return {
@@ -235,7 +235,7 @@ def work_of_a_block(graphs: list[Work]) -> Work | None:
 
 
 def moved(block: Work) -> int:
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != EITHER_LAYOUT
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != ANY_LAYOUT_CAPABILITY
     return block.generated_bytes + (block.transposed_bytes if hopper else 0)
 
 
@@ -279,11 +279,11 @@ def card_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "GB/s": measure.bandwidth(),
     }
     tokens, width = (SIDE // PATCH) ** 2, options.dim // HEADS
-    image = sdpa_autotune.timings(options.batch, HEADS, width, tokens, tokens, ranks.device, masked=False)
-    text = sdpa_autotune.timings(options.batch, HEADS, width, tokens, TEXT, ranks.device, masked=True)
-    fastest = [sdpa_autotune.fastest(found) for found in (image, text)]
+    image = sdpa_autotune.time_kernels(options.batch, HEADS, width, tokens, tokens, ranks.device, masked=False)
+    text = sdpa_autotune.time_kernels(options.batch, HEADS, width, tokens, TEXT, ranks.device, masked=True)
+    fastest = [sdpa_autotune.select_fastest(found) for found in (image, text)]
     taken = sum(found[kernel] for found, kernel in zip((image, text), fastest, strict=True))
-    kernels = [{"backend": kernel.backend, "width": kernel.width} for kernel in fastest]
+    kernels = [{"backend": kernel.backend, "padded_head_dim": kernel.padded_head_dim} for kernel in fastest]
     return {**rates, "attention, s an image": taken / options.batch, "kernels": kernels}
 
 
@@ -343,7 +343,7 @@ def main() -> int:
     if options.only_this:
         return only_this(options)
     rates = in_a_process("rates", options, options.batch, None)
-    image, text = (Kernel(**kernel) for kernel in rates["kernels"])
+    image, text = (AttentionKernel(**kernel) for kernel in rates["kernels"])
     heading = [
         f"# A training step, {options.blocks} blocks of width {options.dim}, on {measure.card()}",
         "",

@@ -1,4 +1,4 @@
-"""Batches for calibration and verification: rows of a dataset or random ones, and how many of them make a pass."""
+"""Batches for calibration and verification: rows of a dataset, or synthetic data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,75 +12,82 @@ from pixart.checkpoint.normalization import Normalization
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.store.zarr_store import Store
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 
 SYNTHETIC_TEXT_TOKENS = 32
-ROWS = 4096  # image tokens of a pass: with fewer, reading the weights is what takes the time
+TOKENS_PER_PASS = 4096  # image tokens; a smaller forward pass spends its time reading the weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationBatch:
+    """Inputs of one calibration step, on the CPU."""
+
     latents: Tensor  # (B, C, h, w), normalized
     label: Tensor  # (B,)
     text: Tensor  # (B, L, text_dim)
     text_mask: Tensor  # (B, L)
 
 
-def dataset_batches(path: str, normalization: Normalization, batches: int, batch: int) -> list[CalibrationBatch]:
-    """`batches` batches of `batch` rows drawn from a finished dataset, with the text states that training reads.
+def dataset_batches(
+    path: str, normalization: Normalization, num_batches: int, batch_size: int
+) -> list[CalibrationBatch]:
+    """Draw batches from a finished dataset, with the text embeddings that training reads.
 
-    No row is drawn twice where there are enough of them.
+    Rows are drawn without replacement if the dataset has enough of them. Raises ValueError if the dataset has no valid
+    row, or latents of a different number of channels than the model.
     """
     manifest = manifests.read(path)
-    channels, wanted = manifest.latent_shape[0], len(normalization.mean)
-    if channels != wanted:
-        raise ValueError(f"dataset {path} has latents of {channels} channels, the model reads {wanted}")
+    channels, expected = manifest.latent_shape[0], len(normalization.mean)
+    if channels != expected:
+        raise ValueError(f"dataset {path} has latents of {channels} channels, the model reads {expected}")
     store = Store(manifest)
     valid = store.valid_rows()
     if len(valid) == 0:
-        raise ValueError(f"dataset {path} has no valid row: run the latents job first")
-    rows = np.random.default_rng(0).choice(valid, size=(batches, batch), replace=len(valid) < batches * batch)
+        raise ValueError(f"dataset {path} has no valid row; run the latents job first")
+    size = (num_batches, batch_size)
+    selected = np.random.default_rng(0).choice(valid, size=size, replace=len(valid) < num_batches * batch_size)
     data = manifest.data
     encoder = None
-    if not data.text_states:
-        encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
-    drawn = []
-    for chosen in rows:
-        mask = torch.from_numpy(store.read("token_mask", chosen))
+    if not data.store_text_embeddings:
+        encoder = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
+    batches = []
+    for rows in selected:
+        mask = torch.from_numpy(store.read("token_mask", rows))
         if encoder:
-            text = encoder.states(store.read("token_ids", chosen), mask).cpu()
+            text = encoder.states(store.read("token_ids", rows), mask).cpu()
         else:
-            text = torch.from_numpy(store.read("text_states", chosen)).float()
-        drawn.append(
+            text = torch.from_numpy(store.read("text_states", rows)).float()
+        batches.append(
             CalibrationBatch(
-                latents=normalization.apply(torch.from_numpy(store.read("latents", chosen))),
-                label=torch.from_numpy(store.read("label", chosen)).long(),
+                latents=normalization.apply(torch.from_numpy(store.read("latents", rows))),
+                label=torch.from_numpy(store.read("label", rows)).long(),
                 text=text,
                 text_mask=mask,
             )
         )
-    return drawn
+    return batches
 
 
-def synthetic_batches(config: Mapping, text_dim: int, batches: int, batch: int) -> list[CalibrationBatch]:
-    """Latents and text of zero mean and unit variance, for a checkpoint whose data is not at hand."""
+def synthetic_batches(config: Mapping, text_dim: int, num_batches: int, batch_size: int) -> list[CalibrationBatch]:
+    """Draw latents and text of zero mean and unit variance, for a checkpoint whose dataset is not available."""
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, config["in_dim"], config["base_image_size"], config["base_image_size"])
+    shape = (batch_size, config["in_dim"], config["base_image_size"], config["base_image_size"])
     return [
         CalibrationBatch(
             latents=torch.randn(shape, generator=generator),
-            label=torch.randint(config.get("num_classes") or 1, (batch,), generator=generator),
-            text=torch.randn(batch, SYNTHETIC_TEXT_TOKENS, text_dim, generator=generator),
-            text_mask=torch.ones(batch, SYNTHETIC_TEXT_TOKENS, dtype=torch.bool),
+            label=torch.randint(config.get("num_classes") or 1, (batch_size,), generator=generator),
+            text=torch.randn(batch_size, SYNTHETIC_TEXT_TOKENS, text_dim, generator=generator),
+            text_mask=torch.ones(batch_size, SYNTHETIC_TEXT_TOKENS, dtype=torch.bool),
         )
-        for _ in range(batches)
+        for _ in range(num_batches)
     ]
 
 
-def without_class(model: DiT, batch: CalibrationBatch) -> CalibrationBatch:
-    return dataclasses.replace(batch, label=no_class(model, len(batch.latents)))
+def with_null_class(model: DiT, batch: CalibrationBatch) -> CalibrationBatch:
+    """Return the batch with every label replaced by the null class."""
+    return dataclasses.replace(batch, label=null_labels(model, len(batch.latents)))
 
 
-def at_once(model: DiT, latents: Tensor) -> int:
-    """How many such batches (B, C, h, w) make a pass of ROWS; one at the least."""
-    return max(1, ROWS // (latents[:, 0].numel() // model.config.patch_size**2))
+def batches_per_pass(model: DiT, latents: Tensor) -> int:
+    """Return how many batches with `latents` (B, C, h, w) fill a forward pass of TOKENS_PER_PASS; at least one."""
+    return max(1, TOKENS_PER_PASS // (latents[:, 0].numel() // model.config.patch_size**2))

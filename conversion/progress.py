@@ -1,4 +1,4 @@
-"""The steps of a conversion: a bar on a terminal, a line each in a log."""
+"""Progress of a conversion: a bar on a terminal, one line per step in a log."""
 
 import sys
 import time
@@ -10,17 +10,20 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    def __init__(self, steps: int, *, shown: bool = True) -> None:
-        self.name, self.since, self.shown = "", 0.0, shown
+    """Context manager that reports each step on standard error, with its duration in seconds."""
+
+    def __init__(self, steps: int, *, enabled: bool = True) -> None:
+        self.name, self.started, self.enabled = "", 0.0, enabled
         self.bar = None
-        if shown and sys.stderr.isatty():
+        if enabled and sys.stderr.isatty():
             columns = (MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
             self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task("", total=steps)
 
     def begin(self, name: str) -> None:
+        """End the current step and begin the one called `name`."""
         self.end()
-        self.name, self.since = name, time.perf_counter()
+        self.name, self.started = name, time.perf_counter()
         if self.bar:
             self.bar.update(self.task, description=name)
 
@@ -28,8 +31,8 @@ class Progress:
         if self.name:
             if self.bar:
                 self.bar.advance(self.task)
-            elif self.shown:
-                print(f"{self.name}: {time.perf_counter() - self.since:.1f} s", file=sys.stderr, flush=True)
+            elif self.enabled:
+                print(f"{self.name}: {time.perf_counter() - self.started:.1f} s", file=sys.stderr, flush=True)
         self.name = ""
 
     def __enter__(self) -> "Progress":

@@ -1,26 +1,29 @@
-"""`python -m conversion.to_bf16 CHECKPOINT`: an FP8 checkpoint goes on in BF16.
+"""`python -m conversion.to_bf16 CHECKPOINT`: turn an FP8 checkpoint back into a BF16 training checkpoint.
 
-FP8 training keeps its master weights, average and moments in full precision, so all that is left out is the plan and
-the scales: the way back is exact.
+FP8 training keeps master weights, EMA and moments in float32, so the conversion only removes the plan and the scales.
+It is exact.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from conversion.options import Parser, check_apart
+from conversion.options import Parser, check_output_apart
 from pixart.checkpoint import directory as checkpoints
 
 
 def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Raises ValueError, with nothing written, for what is no FP8 checkpoint or an output that exists."""
+    """Write the checkpoint `source` to `output` without its FP8 plan and scales.
+
+    Raises ValueError, with nothing written, if `source` is not an FP8 checkpoint or `output` exists.
+    """
     directory = checkpoints.find(source)
     checkpoint = checkpoints.load(directory)
     if checkpoint.plan is None:
-        raise ValueError(f"{directory} is no FP8 checkpoint")
+        raise ValueError(f"{directory} is not an FP8 checkpoint; it already trains in BF16")
     if output.exists() and not (overwrite and (output / checkpoints.MARKER).exists()):
-        raise ValueError(f"{output} exists: name another --output, or give --overwrite")
-    check_apart(output, directory)
+        raise ValueError(f"{output} exists; choose another --output, or give --overwrite to replace a checkpoint")
+    check_output_apart(output, directory)
     checkpoint.plan, checkpoint.scales = None, {}
     checkpoints.save(checkpoint, output)
 
@@ -28,9 +31,14 @@ def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__
     parser: argparse.ArgumentParser = Parser(prog="python -m conversion.to_bf16", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="FP8 checkpoint directory or run folder")
-    parser.add_argument("--output", type=Path, help="directory to write (default: beside it, with .bf16)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="FP8 checkpoint directory, or run folder.")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIRECTORY",
+        help="Directory to write (default: the checkpoint's name with the suffix .bf16).",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace the output of an earlier conversion.")
     options = parser.parse_args(arguments)
     source = options.checkpoint.absolute()
     output = options.output or source.with_name(f"{source.name.removesuffix('.fp8')}.bf16")

@@ -1,10 +1,10 @@
-"""`python -m conversion.to_fp8 CHECKPOINT`: a BF16 training checkpoint goes on in FP8, with calibrated scales.
+"""`python -m conversion.to_fp8 CHECKPOINT`: convert a BF16 training checkpoint to FP8 with calibrated scales.
 
-Stage 1 becomes stage 2 on the way, unless told to keep it. The result is a checkpoint directory that training
-goes on from: weights, average, moments, plan and scales, and a report of what became of each. The exit code is 0,
-2 for bad input, with nothing written, and 3 where the result is written but does not pass its own checks.
+A stage-1 checkpoint is also re-parameterized as stage 2, unless `--stage 1` is given. The result is a checkpoint
+directory that training continues from (weights, EMA, moments, FP8 plan and scales) with a report. Exit codes: 0 on
+success, 2 for invalid input, with nothing written, and 3 if the result is written but fails its acceptance checks.
 
-`torchrun --nproc-per-node N -m conversion.to_fp8 ...` shares the batches of calibration among N ranks.
+`torchrun --nproc-per-node N -m conversion.to_fp8 ...` divides the calibration batches among N ranks.
 """
 
 import contextlib
@@ -14,209 +14,187 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from conversion.batches import CalibrationBatch, dataset_batches, synthetic_batches
-from conversion.calibration.amax import calibrate, unmeasured
-from conversion.calibration.plan import plan_by_rule
+from conversion.calibration.amax import calibrate, uncalibrated_slots
+from conversion.calibration.plan import plan_from_options
 from conversion.export.writers import EXPORTS
 from conversion.options import (
-    AUTO,
     STATEFUL,
     TEXT_DIM,
     Options,
     Parser,
     add_options,
-    check_apart,
+    check_output_apart,
     default_output,
     from_arguments,
 )
 from conversion.progress import Progress
 from conversion.reading import formats
+from conversion.reading.training_state import INFERRED
 from conversion.report.html import page
-from conversion.report.text import PAGE, REPORT, describe
+from conversion.report.text import PAGE, REPORT, SYNTHETIC, describe
 from conversion.stage2 import strategies
-from conversion.verification import acceptance, layer_selection, quantization_error
+from conversion.stage2.reparameterize import CARRIED, DERIVED, NEW
+from conversion.verification import acceptance
+from conversion.verification.verify import verify
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.safetensors_stream import map_tensors
 from pixart.data import manifest as manifests
-from pixart.model.dit import DiT, load_model
-from pixart.model.fp8.plan import check_rows
+from pixart.model.dit import load_model
+from pixart.model.fp8.plan import check_gemm_alignment
 from pixart.training.process_group import process_group
 
-HELD_OUT = 4  # batches that verification has for itself
-STEPS = 7
+NUM_VALIDATION_BATCHES = 4  # for verification, distinct from the calibration batches
+NUM_STEPS = 7  # of the progress bar
 
 
 def convert(source: str | Path, output: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
-    """Converts, writes, and returns the report, whose `output` is the directory.
+    """Convert the checkpoint `source`, write it to `output`, and return the report.
 
-    Within a process group every rank calls it and calibrates on its share of the batches; the first does the rest, and
-    the others return an empty report. Raises ValueError, with nothing written, for what the user can mend.
+    In a process group every rank calls this function and calibrates on its share of the batches; rank 0 does everything
+    else, and the other ranks return an empty report. Raises ValueError, with nothing written, for invalid input.
     """
-    source, options = Path(source), with_device(options or Options())
+    source, options = Path(source), resolve_device(options or Options())
     output = Path(output) if output else default_output(source)
-    with Progress(STEPS, shown=first_rank()) as progress, ThreadPoolExecutor(2) as background:
+    with Progress(NUM_STEPS, enabled=is_rank_zero()) as progress, ThreadPoolExecutor(2) as background:
         progress.begin(f"reading {source}")
-        start, batches, data = prepare(source, output, options)
-        plan = plan_by_rule(start, options, text_dim=batches[0].text.shape[-1])
-        progress.begin("stage 1 to stage 2" if start.stage < options.stage else "no change of stage")
-        result, fates, reparameterization = strategies.change_stage(start, options, batches[0])
-        result = dataclasses.replace(result, plan=plan)  # apart from the source, against which it is checked
-        if not first_rank():
+        start, batches, dataset = prepare(source, output, options)
+        plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
+        progress.begin("converting stage 1 to stage 2" if start.stage < options.stage else "keeping the stage")
+        result, provenance, reparameterization = strategies.change_stage(start, options, batches[0])
+        result = dataclasses.replace(result, plan=plan)  # a copy: `start` is compared with the written files below
+        if not is_rank_zero():
             calibrate(result, load_model(result.config, result.model, options.device), batches, options)
             return {}
-        with checkpoints.appearing(output) as partial:
-            progress.begin("writing weights, average and moments")
+        with checkpoints.atomic_directory(output) as partial:
+            progress.begin("writing weights, EMA and moments")
             digest = background.submit(formats.file_hash, source)
             checkpoints.write_state(result, partial)
             result.model, result.ema, result.optimizer = checkpoints.load_state(partial, map_tensors)
-            carried = background.submit(acceptance.carried_check, start, partial, fates)
+            carried = background.submit(acceptance.check_carried_tensors, start, partial, provenance)
             model = load_model(result.config, result.model, options.device)
-            progress.begin(f"calibrating on {options.batches} batches")
+            progress.begin(f"calibrating on {options.num_batches} batches")
             result, amax = calibrate(result, model, batches, options)
-            progress.begin("verifying")
-            result, layers, loss, cosine = measure(start, model, result, batches, options)
-            progress.begin("comparing what was carried with its source")  # and hashing it: both are under way
-            checks = [*acceptance.gate(layers, loss), carried.result()]
+            progress.begin(f"verifying on {NUM_VALIDATION_BATCHES} batches")
+            result, layers, losses, cosine = verify(start, model, result, batches, options)
+            progress.begin("comparing carried tensors with the source")  # waits for the background tasks
+            checks = [*acceptance.check_losses_and_grads(layers, losses), carried.result()]
             assert result.plan is not None
             report = {
                 "source": str(source),
                 "source_format": start.provenance.get("source_format"),
                 "source_sha256": digest.result(),
-                "inferred": start.provenance.get("source_config") == "inferred from shapes",
+                "config_inferred": start.provenance.get("source_config") == INFERRED,
                 "output": str(output),
                 "stages": [start.stage, result.stage],
                 "step": start.step,
                 "config": result.config,
-                "data": data or "synthetic: unit-variance latents and text",
+                "calibration_data": dataset or f"{SYNTHETIC}: unit-variance latents and text",
                 "reparameterization": reparameterization,
-                **{name: getattr(options, name) for name in ("recipe", "statistic", "margin", "history")},
-                "batches": options.batches,
-                "batch": options.batch,
+                "fp8_recipe": options.fp8_recipe,
+                "amax_statistic": options.amax_statistic,
+                "margin": options.margin,
+                "amax_history_len": options.amax_history_len,
+                "num_batches": options.num_batches,
+                "batch_size": options.batch_size,
                 "layers": layers,
-                "linears": len(result.plan.linears),
-                "kept": dict(result.plan.kept),
-                "unmeasured": unmeasured(amax, result.plan),
-                "losses": loss,
-                "gradient_cosine": cosine,
-                "fates": {fate: list(fates.values()).count(fate) for fate in ("carried", "derived", "new")},
-                "tensors": fates,
+                "num_fp8_linears": len(result.plan.linears),
+                "kept_in_bf16": dict(result.plan.kept),
+                "uncalibrated": uncalibrated_slots(amax, result.plan),
+                "losses": losses,
+                "gradient_cosine_similarity": cosine,
+                "tensor_counts": {kind: list(provenance.values()).count(kind) for kind in (CARRIED, DERIVED, NEW)},
+                "tensor_provenance": provenance,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
-                "gate": acceptance.as_report(checks),
+                "acceptance": acceptance.as_report(checks),
             }
             progress.begin(f"writing {output}")
             write(result, report, partial, options)
     return report
 
 
-def first_rank() -> bool:
+def is_rank_zero() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def with_device(options: Options) -> Options:
-    there = torch.cuda.is_available()
-    if options.device == "cuda" and not there:
-        raise ValueError("--device cuda: this machine has none")
-    return dataclasses.replace(options, device="cuda" if there and options.device != "cpu" else "cpu")
+def resolve_device(options: Options) -> Options:
+    """Replace the device `auto`. Raises ValueError if `cuda` is requested and not available."""
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise ValueError("--device cuda: CUDA is not available on this machine; give --device cpu")
+    return dataclasses.replace(options, device="cuda" if available and options.device != "cpu" else "cpu")
 
 
 def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, list[CalibrationBatch], str | None]:
-    """The source, batches to calibrate and to verify on, and the dataset that they are from, if it is there."""
-    start = formats.read(source, base_image_size=options.base_image_size)
+    """Read the source and the batches for calibration and verification; check that they fit each other.
+
+    Returns the checkpoint, the batches, and the dataset that they were drawn from (None for synthetic data). Raises
+    ValueError for invalid input.
+    """
+    start = formats.read(source, base_latent_size=options.base_latent_size)
     if output.exists() and not options.overwrite:
-        raise ValueError(f"{output} exists: name another --output, or give --overwrite")
+        raise ValueError(f"{output} exists; choose another --output, or give --overwrite")
     if output.exists() and not (output / checkpoints.MARKER).exists():
-        raise ValueError(f"{output} exists and is no checkpoint: it is not overwritten")
-    check_apart(output, checkpoints.find(source) if start.provenance["source_format"] == formats.OWN else source)
+        raise ValueError(f"{output} exists and is not a checkpoint, so it is not overwritten; choose another --output")
+    is_suite_checkpoint = start.provenance["source_format"] == formats.SUITE_FORMAT
+    check_output_apart(output, checkpoints.find(source) if is_suite_checkpoint else source)
     if start.stage > options.stage:
-        raise ValueError(f"--stage {options.stage}: {source} is of stage {start.stage} already")
+        raise ValueError(f"--stage {options.stage}: {source} is already a stage-{start.stage} checkpoint")
     if start.plan is not None:
-        raise ValueError(f"{source} is an FP8 checkpoint already")
-    data = options.data
-    if data is None and start.dataset and (Path(start.dataset) / manifests.FILE).exists():
-        data = start.dataset
-    dataset_dim = manifests.read(data).text_dim if data else None
+        raise ValueError(f"{source} is already an FP8 checkpoint; conversion starts from a BF16 checkpoint")
+    dataset = options.calibration_dataset
+    if dataset is None and start.dataset and (Path(start.dataset) / manifests.FILE).exists():
+        dataset = start.dataset
+    dataset_dim = manifests.read(dataset).text_dim if dataset else None
     text_dim = start.config.get("text_dim") or options.text_dim or dataset_dim or TEXT_DIM
-    count = options.batches + HELD_OUT
-    if data:
-        batches = dataset_batches(data, start.normalization, count, options.batch)
+    count = options.num_batches + NUM_VALIDATION_BATCHES
+    if dataset:
+        batches = dataset_batches(dataset, start.normalization, count, options.batch_size)
     else:
-        batches = synthetic_batches(start.config, text_dim, count, options.batch)
+        batches = synthetic_batches(start.config, text_dim, count, options.batch_size)
     text = batches[0].text
     if options.stage == 2 and text.shape[-1] != text_dim:
-        raise ValueError(f"--data: text states are {text.shape[-1]} wide, the model reads {text_dim}")
-    if options.device == "cuda" and options.recipe == STATEFUL:
+        raise ValueError(f"--dataset: its text embeddings have {text.shape[-1]} dimensions, the model reads {text_dim}")
+    if options.device == "cuda" and options.fp8_recipe == STATEFUL:
         tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
         counts = {"image tokens": tokens} | ({"states of text": text.shape[1]} if options.stage == 2 else {})
-        check_rows(options.batch, counts)
-    return start, batches, data
-
-
-def measure(
-    start: Checkpoint, model: DiT, result: Checkpoint, batches: Sequence[CalibrationBatch], options: Options
-) -> tuple[Checkpoint, list[dict[str, Any]], dict[str, float], float | None]:
-    """Figures of each layer, losses before and after, and the cosine of a first step's gradients, on batches held out.
-
-    Linears that lose too much are taken out of the plan of the checkpoint returned, where that is left to us.
-    """
-    held_out, chooses = batches[options.batches :], AUTO in options.keep_bf16
-    observed = quantization_error.observe(model, result, held_out)
-    if chooses:
-        result = layer_selection.without(result, layer_selection.by_output(observed.layers))
-    loss = {f"stage {result.stage}, BF16": observed.loss}
-    if start.stage < result.stage:
-        loss = {"stage 1, BF16": acceptance.loss_before(start, held_out, options.device), **loss}
-
-    def by_plan() -> tuple[dict[str, float], dict[str, Tensor]]:
-        assert result.plan is not None
-        sampled = [name for name in observed.gradients if name in result.plan.linears]
-        copy = acceptance.quantized(model, result.plan, result.scales)
-        found, gradients = acceptance.in_fp8(copy, held_out, sampled)
-        return {**loss, f"stage {result.stage}, FP8": found}, gradients
-
-    after, gradients = by_plan()
-    if chooses and not acceptance.loss_gap(after) <= acceptance.LOSS_GAP:
-        result = layer_selection.without(result, layer_selection.by_loss(result, model, batches))
-        after, gradients = by_plan()
-    assert result.plan is not None
-    layers = [layer for layer in observed.layers if layer["name"] in result.plan.linears]
-    return result, layers, after, acceptance.gradient_cosine(observed.gradients, gradients)
+        check_gemm_alignment(options.batch_size, counts)
+    return start, batches, dataset
 
 
 def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Options) -> None:
-    """All but weights, average and moments, which are there."""
+    """Write the scales, report, exports and metadata beside the weights, EMA and moments that are already written."""
     result.provenance = {
         **result.provenance,
-        "converted_from": str(Path(report["source"]).absolute()),  # by which it is found from anywhere
+        "converted_from": str(Path(report["source"]).absolute()),
         "source_sha256": report["source_sha256"],
-        "calibration_data": report["data"],
+        "calibration_data": report["calibration_data"],
         "versions": report["versions"],
-        "gate": "PASS" if report["gate"]["passed"] else "FAIL",
+        "acceptance": "PASS" if report["acceptance"]["passed"] else "FAIL",
     }
-    checkpoints.write(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    checkpoints.write(partial / PAGE, page(report).encode())
+    checkpoints.write_file(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    checkpoints.write_file(partial / PAGE, page(report).encode())
     for name in options.exports:
         EXPORTS[name](result, partial)
-    checkpoints.write_record(result, partial)
+    checkpoints.write_metadata(result, partial)
 
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
-    """What a conversion would do, of what can be said without measuring."""
-    start, batches, data = prepare(source, output or default_output(source), options)
-    plan = plan_by_rule(start, options, text_dim=batches[0].text.shape[-1])
+    """Return what a conversion would do, as far as it is known without measurements."""
+    start, batches, dataset = prepare(source, output or default_output(source), options)
+    plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
     lines = [
         f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
-        f"would calibrate on {data or 'synthetic data'}",
-        f"would write {output or default_output(source)}: {len(plan.linears)} linears in FP8 by {plan.recipe}",
+        f"would calibrate on {dataset or 'synthetic data'}",
+        f"would write {output or default_output(source)}: {len(plan.linears)} linears in FP8, recipe {plan.recipe}",
         *(f"would keep {name} in BF16: {reason}" for name, reason in plan.kept.items()),
     ]
     return "\n".join(lines)
@@ -226,10 +204,18 @@ def main(arguments: list[str] | None = None) -> int:
     assert __doc__
     parser = Parser(prog="python -m conversion.to_fp8", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "checkpoint", type=Path, help="training checkpoint: .pt, safetensors, a directory, a run folder"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="Training checkpoint: .pt or safetensors file, checkpoint directory, or run folder.",
     )
-    parser.add_argument("--output", type=Path, help="directory to write (default: beside the checkpoint, with .fp8)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIRECTORY",
+        help="Directory to write (default: the checkpoint's name with the suffix .fp8).",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="Print what would be done, and write nothing.")
     add_options(parser)
     parsed = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -241,16 +227,16 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             report = convert(parsed.checkpoint, parsed.output, options)
         except KeyboardInterrupt:
-            print("interrupted: nothing is written", file=sys.stderr)
+            print("interrupted: nothing was written", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:
-            if first_rank():
+            if is_rank_zero():
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        if not first_rank():
+        if not is_rank_zero():
             return 0
         print(describe(report))
-        return 0 if report["gate"]["passed"] else 3
+        return 0 if report["acceptance"]["passed"] else 3
 
 
 if __name__ == "__main__":

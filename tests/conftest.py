@@ -51,11 +51,11 @@ def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     from jobs.tasks import caption, init_dataset, latents
 
     recipe = demo(str(tmp_path_factory.mktemp("home")))
-    short = {"steps": 6, "batch": 8, "warmup": 2, "save_every": 3, "log_every": 1}
-    short |= {"validate_every": 0, "validation_rows": 0, "preview_every": 0}
+    short = {"steps": 6, "global_batch_size": 8, "warmup_steps": 2, "save_every": 3, "log_every": 1}
+    short |= {"validate_every": 0, "num_validation_samples": 0, "preview_every": 0}
     recipe = dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, images=64, shards=4),
+        data=dataclasses.replace(recipe.data, max_images=64, num_shards=4),
         model=dataclasses.replace(recipe.model, dim=32, cond_dim=32, num_heads=2, num_blocks=2),
         stage1=dataclasses.replace(recipe.stage1, **short),
         stage2=dataclasses.replace(recipe.stage2, **short),

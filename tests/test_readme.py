@@ -8,8 +8,10 @@ import pytest
 
 from conversion import to_bf16, to_fp8
 from jobs import launch
-from pixart.config.overrides import override
-from pixart.recipes import RECIPES
+from jobs.commands.options import RecipeOptions
+from jobs.commands.registry import ENTRIES
+from pixart.config import overrides
+from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.devcluster import __main__ as devcluster
 
 ROOT = Path(__file__).parents[1]
@@ -20,8 +22,9 @@ FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # of torchrun and of MLfl
 
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
 def test_commands_of_the_launcher(words):
-    options = launch.make_parser().parse_args(shlex.split(words, comments=True))
-    override(RECIPES[getattr(options, "settings", "demo")]("home"), getattr(options, "overrides", []))
+    _, options = launch.parse_command(shlex.split(words, comments=True))
+    if isinstance(options, RecipeOptions):
+        overrides.apply(RECIPES[options.recipe or DEFAULT_RECIPE]("home"), list(options.overrides))
 
 
 def test_other_commands_are_modules():
@@ -36,7 +39,7 @@ def test_other_commands_are_modules():
 
 def test_options(capsys):
     """Each that is named anywhere is one of some command's."""
-    helps = [(launch.main, [job, "--help"]) for job in (*launch.JOBS, *launch.AFTERWARDS)]
+    helps = [(launch.main, [name, "--help"]) for name in ENTRIES]
     for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
         with pytest.raises(SystemExit):
             main(arguments)
@@ -55,4 +58,4 @@ def test_keys():
         for part in key.split("."):
             found = getattr(found, part)
         if len(value) > 1:
-            override(RECIPES["demo"]("home"), [key + value])
+            overrides.apply(RECIPES["demo"]("home"), [key + value])

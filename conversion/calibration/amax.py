@@ -1,4 +1,4 @@
-"""Scales from data: amax of input, weight and grad_output of every FP8 linear, through the true loss, both ways."""
+"""Calibration: the amax of input, weight and grad_output of every FP8 linear, measured with the training loss."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,79 +9,88 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conversion.batches import CalibrationBatch, at_once
+from conversion.batches import CalibrationBatch, batches_per_pass
 from conversion.options import STATEFUL, Options, Statistic
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8 import ops
-from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, through_fp8
+from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, fake_quantize
 from pixart.model.fp8.plan import Plan
 from pixart.model.fp8.scaling import calibrated_state
 from pixart.model.rectified_flow import flow_loss, interpolate, stratified_time
 
 PERCENTILE = 0.9999
-SAMPLED = 1 << 20  # values of a tensor that a percentile or an error is taken over
-CLIPPINGS = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])  # of the largest magnitude, that MSE-best tries
+MAX_SAMPLED_VALUES = 1 << 20  # of a tensor, for the percentile and the mean squared error
+CLIPPING_RATIOS = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])  # candidates of the statistic "mse"
 
 
-Numbered = Mapping[int, CalibrationBatch]  # by the seed of a batch's noise
+SeededBatches = Mapping[int, CalibrationBatch]  # by the seed of each batch's noise
 
 
-def batch_losses(model: DiT, batches: Numbered) -> Tensor:
-    """The training loss of each batch at stratified t, with noise by its seed; all of one size, in one pass -> (n,)."""
+def batch_losses(model: DiT, batches: SeededBatches) -> Tensor:
+    """Return the training loss of each batch at stratified t -> (num_batches,).
+
+    The batches have the same size and share one forward pass; each one's t and noise are drawn from its seed.
+    """
     device = model.adaLN1.weight.device
-    together = list(batches.values())
-    data = torch.cat([batch.latents for batch in together]).to(device)
+    group = list(batches.values())
+    data = torch.cat([batch.latents for batch in group]).to(device)
     draws = [time_and_noise(batch.latents.shape, seed) for seed, batch in batches.items()]
     t, noise = (torch.cat(parts).to(device) for parts in zip(*draws, strict=True))
     if model.stage == 1:
-        label = torch.cat([batch.label for batch in together]).to(device)
+        label = torch.cat([batch.label for batch in group]).to(device)
         condition = {"label": torch.where(label < 0, model.config.num_classes - 1, label)}
     else:
         condition = {
-            "text": torch.cat([batch.text for batch in together]).to(device),
-            "text_mask": torch.cat([batch.text_mask for batch in together]).to(device),
+            "text": torch.cat([batch.text for batch in group]).to(device),
+            "text_mask": torch.cat([batch.text_mask for batch in group]).to(device),
         }
     noised = interpolate(data, noise, t)
     if torch.is_grad_enabled():
-        noised.requires_grad_()  # so that gradients reach every layer, whether or not its weights ask for them
-    parts = (tensor.chunk(len(together)) for tensor in (model(noised, t, **condition), data, noise))
-    return torch.stack([flow_loss(*own) for own in zip(*parts, strict=True)])
+        noised.requires_grad_()  # the backward pass reaches every layer even if no weight requires a gradient
+    parts = (tensor.chunk(len(group)) for tensor in (model(noised, t, **condition), data, noise))
+    return torch.stack([flow_loss(*tensors) for tensors in zip(*parts, strict=True)])
 
 
 def time_and_noise(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-    """-> t (B,), noise (B, C, h, w)."""
+    """Draw t (B,) and noise (B, C, h, w) from a seed."""
     generator = torch.Generator().manual_seed(seed)
     return stratified_time(shape[0], generator), torch.randn(shape, generator=generator)
 
 
-def passes(model: DiT, batches: Numbered) -> Iterator[Numbered]:
-    numbered = list(batches.items())
-    while numbered:
-        count = at_once(model, numbered[0][1].latents)
-        yield dict(numbered[:count])
-        del numbered[:count]
+def split_passes(model: DiT, batches: SeededBatches) -> Iterator[SeededBatches]:
+    """Yield the batches in groups that share a forward pass."""
+    remaining = list(batches.items())
+    while remaining:
+        count = batches_per_pass(model, remaining[0][1].latents)
+        yield dict(remaining[:count])
+        del remaining[:count]
 
 
 @torch.no_grad()
 def mean_loss(model: DiT, batches: Sequence[CalibrationBatch]) -> float:
-    with in_bf16(model):
-        return float(torch.cat([batch_losses(model, own) for own in passes(model, dict(enumerate(batches)))]).mean())
+    """Return the mean training loss over the batches, computed in BF16."""
+    with bf16_autocast(model):
+        losses = [batch_losses(model, group) for group in split_passes(model, dict(enumerate(batches)))]
+        return float(torch.cat(losses).mean())
 
 
-def in_bf16(model: DiT) -> torch.autocast:
-    """As training runs, whose gradients have BF16's noise; no weight is kept in it, as a pass needs each but once."""
+def bf16_autocast(model: DiT) -> torch.autocast:
+    """Compute in BF16, as training does: BF16 rounding is part of the gradients that are calibrated.
+
+    Casts of weights are not cached, because a pass reads each weight once.
+    """
     return torch.autocast(model.adaLN1.weight.device.type, torch.bfloat16, cache_enabled=False)
 
 
-Visit = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (batches, rows, features)
+Visitor = Callable[[str, int, Tensor], None]  # name of a linear, slot, tensor (batches, rows, features)
 
 
-def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit) -> Tensor:
-    """Shows `visit` every linear's input, weight and grad_output, of every batch, and returns the losses (batches,).
+def observe_linears(model: DiT, linears: Sequence[str], batches: SeededBatches, visit: Visitor) -> Tensor:
+    """Call `visit` with every linear's input, weight and grad_output of every batch; return the losses (batches,).
 
-    All is in BF16. A linear that no gradient reaches is shown no grad_output, and a weight is shown once for the
-    batches of a pass, as if it were of one. One block's tensors are in memory at a time.
+    The passes run in BF16. `visit` is not called with the grad_output of a linear that no gradient reaches, and it is
+    called with a weight once per pass, with a batch dimension of 1. The activations of one block at a time are kept.
     """
     model.requires_grad_(False)
     backward, count, handles, losses = False, 0, [], []
@@ -90,7 +99,7 @@ def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit) -
         return tensor.detach().flatten(0, -2).unflatten(0, (count, -1))
 
     def forward(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if backward or not name.startswith("dit_blocks."):
+        if backward or not name.startswith("dit_blocks."):  # blocks are visited when they are recomputed
             visit(name, INPUT, by_batch(inputs[0]))
             visit(name, WEIGHT, module.weight.detach()[None])
         if output.requires_grad and not backward:
@@ -99,14 +108,14 @@ def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit) -
     for name in linears:
         handles.append(model.get_submodule(name).register_forward_hook(partial(forward, name)))
     try:
-        with recomputed_blocks(model):
-            for own in passes(model, batches):
-                backward, count = False, len(own)
-                with in_bf16(model):
-                    found = batch_losses(model, own)
+        with activation_checkpointing(model):
+            for group in split_passes(model, batches):
+                backward, count = False, len(group)
+                with bf16_autocast(model):
+                    group_losses = batch_losses(model, group)
                 backward = True
-                found.sum().backward()
-                losses.append(found.detach())
+                group_losses.sum().backward()
+                losses.append(group_losses.detach())
     finally:
         for handle in handles:
             handle.remove()
@@ -114,8 +123,8 @@ def watch(model: DiT, linears: Sequence[str], batches: Numbered, visit: Visit) -
 
 
 @contextmanager
-def recomputed_blocks(model: DiT) -> Iterator[None]:
-    """Blocks run again on the way back, so that the tensors of one at a time are in memory."""
+def activation_checkpointing(model: DiT) -> Iterator[None]:
+    """Recompute each block in the backward pass, which keeps the activations of one block at a time in memory."""
     model.enable_gradient_checkpointing()
     try:
         yield
@@ -123,76 +132,80 @@ def recomputed_blocks(model: DiT) -> Iterator[None]:
         model.disable_gradient_checkpointing()
 
 
-def largest(x: Tensor, fmt: Format) -> Tensor:
-    return ops.largest(x)
+def max_magnitude(x: Tensor, fmt: Format) -> Tensor:
+    return ops.amax(x)
 
 
 def percentile(x: Tensor, fmt: Format) -> Tensor:
-    """The magnitude that all but one in ten thousand values stay below."""
-    values = thinned(x).abs().float()
+    """Return the magnitude that the fraction PERCENTILE of the values stay below."""
+    values = subsample(x).abs().float()
     return values.kthvalue(max(1, round(PERCENTILE * len(values)))).values
 
 
-def mse_best(x: Tensor, fmt: Format) -> Tensor:
-    """Of the largest magnitude's CLIPPINGS the one with which values are cast at the smallest squared error."""
-    values, top = thinned(x).float(), largest(x, fmt)
-    if not torch.isfinite(top) or top == 0:
-        return top
+def mse_optimal(x: Tensor, fmt: Format) -> Tensor:
+    """Return the max magnitude times the one of CLIPPING_RATIOS that quantizes with the least mean squared error."""
+    values, amax = subsample(x).float(), max_magnitude(x, fmt)
+    if not torch.isfinite(amax) or amax == 0:
+        return amax
     errors = []
-    for clipping in CLIPPINGS:
-        scale = fmt.max / (top * clipping)
-        errors.append((through_fp8(values, scale, fmt) - values).square().sum())
-    return top * CLIPPINGS[int(torch.stack(errors).argmin())]
+    for ratio in CLIPPING_RATIOS:
+        scale = fmt.max / (amax * ratio)
+        errors.append((fake_quantize(values, scale, fmt) - values).square().sum())
+    return amax * CLIPPING_RATIOS[int(torch.stack(errors).argmin())]
 
 
-def thinned(x: Tensor) -> Tensor:
+def subsample(x: Tensor) -> Tensor:
     flat = x.flatten()
-    return flat[:: max(1, len(flat) // SAMPLED)]
+    return flat[:: max(1, len(flat) // MAX_SAMPLED_VALUES)]
 
 
 STATISTICS: dict[Statistic, Callable[[Tensor, Format], Tensor]] = {
-    "max": largest,
+    "max": max_magnitude,
     "percentile": percentile,
-    "mse": mse_best,
+    "mse": mse_optimal,
 }
 
 
 def measure_amax(
     model: DiT, linears: Sequence[str], batches: Sequence[CalibrationBatch], statistic: Statistic = "max"
 ) -> dict[str, Tensor]:
-    """The statistic of each linear's slots (3,), the largest of all batches, which several ranks share among them.
+    """Return the amax (3,) of each linear by slot: the largest value of `statistic` over the batches.
 
-    A slot that no value reaches is 0: behind a zero-initialized projection there is no gradient yet.
+    In a process group every rank measures a share of the batches and all return the maximum over ranks. A slot whose
+    values are all zero has an amax of 0: a linear that feeds a zero-initialized projection has no gradient yet.
     """
     amax = {name: torch.zeros(len(SLOTS)) for name in linears}
     measure = STATISTICS[statistic]
 
     def visit(name: str, slot: int, x: Tensor) -> None:
-        for part in x:
-            amax[name][slot] = torch.maximum(amax[name][slot], measure(part, FORMATS[slot]).float().cpu())
+        for batch in x:
+            amax[name][slot] = torch.maximum(amax[name][slot], measure(batch, FORMATS[slot]).float().cpu())
 
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    watch(model, linears, dict(list(enumerate(batches))[rank::ranks]), visit)
+    observe_linears(model, linears, dict(list(enumerate(batches))[rank::ranks]), visit)
     if dist.is_initialized() and amax:
-        together = torch.stack(list(amax.values())).to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(together, op=dist.ReduceOp.MAX)
-        amax = dict(zip(amax, together.cpu(), strict=True))
+        stacked = torch.stack(list(amax.values())).to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
+        amax = dict(zip(amax, stacked.cpu(), strict=True))
     return amax
 
 
 def calibrate(
     checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch], options: Options
 ) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """The checkpoint with scales, and the amax of each linear's slots; none for a recipe without scales."""
+    """Return the checkpoint with calibrated scales, and the amax (3,) of each linear by slot.
+
+    Both are empty for a recipe without stored scales.
+    """
     plan = checkpoint.plan
     assert plan is not None
     if plan.recipe != STATEFUL:
         return dataclasses.replace(checkpoint, scales={}), {}
-    amax = measure_amax(model, plan.linears, batches[: options.batches], options.statistic)
+    amax = measure_amax(model, plan.linears, batches[: options.num_batches], options.amax_statistic)
     return dataclasses.replace(checkpoint, scales=calibrated_state(amax, plan)), amax
 
 
-def unmeasured(amax: Mapping[str, Tensor], plan: Plan) -> list[str]:
-    """Names of the slots that no value has reached."""
-    found = {name: (amax[name] == 0).nonzero().flatten().tolist() for name in plan.linears if name in amax}
-    return [f"{name}.{SLOTS[slot]}" for name, slots in found.items() for slot in slots]
+def uncalibrated_slots(amax: Mapping[str, Tensor], plan: Plan) -> list[str]:
+    """Return the names LINEAR.SLOT of the planned linears' tensors whose amax is zero."""
+    zero = {name: (amax[name] == 0).nonzero().flatten().tolist() for name in plan.linears if name in amax}
+    return [f"{name}.{SLOTS[slot]}" for name, slots in zero.items() for slot in slots]

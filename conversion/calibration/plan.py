@@ -1,4 +1,4 @@
-"""Which linears run in FP8, and why the others stay in BF16."""
+"""Choice of the linears that run in FP8, with the reason for each one that stays in BF16."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -12,59 +12,69 @@ from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
 
-ALIGNMENT: dict[Recipe, int] = {"delayed": 16, "current": 16, "rowwise": 16, "mxfp8": 32}  # of a product's dimensions
-KEPT = {
-    "adaLN": "modulation: its leading dimension is the batch",
-    "cross_attention.k_proj": "entry of the text",
-    "cross_attention.v_proj": "entry of the text",
-    "linear_out": "last layer: its error is the output's",
+ALIGNMENT: dict[Recipe, int] = {"delayed": 16, "current": 16, "rowwise": 16, "mxfp8": 32}  # of the GEMM dimensions
+KEPT_IN_BF16 = {
+    "adaLN": "modulation, whose leading dimension is the batch",
+    "cross_attention.k_proj": "text entry projection",
+    "cross_attention.v_proj": "text entry projection",
+    "linear_out": "output layer, whose error is the output's error",
 }
 
 
 def make_plan(
     model: DiT, *, recipe: Recipe = STATEFUL, keep: Sequence[str] = (), history: int = 16, margin: int = 0, batch: int
 ) -> Plan:
-    """Every aligned linear of the blocks in FP8, except those in KEPT and those that a pattern of `keep` names.
+    """Plan FP8 for every aligned linear, except those in KEPT_IN_BF16 and those that match a pattern of `keep`.
 
-    `batch` as in `Plan`. Raises ValueError for a pattern that names no linear.
+    The other arguments are fields of `Plan`. Raises ValueError for a pattern that matches no linear.
     """
     alignment = ALIGNMENT[recipe]
-    names = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for pattern in keep:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"--keep-bf16 {pattern!r}: the model has no such linear, it has {next(iter(names))} ...")
-    linears, kept = [], {"patchify": "entry of the latents"}
-    for name, module in names.items():
-        reason = next((why for pattern, why in KEPT.items() if pattern in name), None)
-        odd = [size for size in (module.in_features, module.out_features) if size % alignment]
+        if not any(fnmatch(name, pattern) for name in modules):
+            raise ValueError(
+                f"--keep-bf16 {pattern!r}: matches no linear of the model; names are such as {next(iter(modules))}"
+            )
+    linears, kept = [], {"patchify": "latent entry projection"}
+    for name, module in modules.items():
+        reason = next((reason for part, reason in KEPT_IN_BF16.items() if part in name), None)
+        unaligned = [size for size in (module.in_features, module.out_features) if size % alignment]
         if reason:
             kept[name] = reason
-        elif odd:
-            kept[name] = f"dimension {odd[0]} is no multiple of {alignment}"
-        elif asked := next((pattern for pattern in keep if fnmatch(name, pattern)), None):
-            kept[name] = f"asked for by {asked}"
+        elif unaligned:
+            kept[name] = f"dimension {unaligned[0]} is not a multiple of {alignment}"
+        elif match := next((pattern for pattern in keep if fnmatch(name, pattern)), None):
+            kept[name] = f"matches --keep-bf16 {match}"
         else:
             linears.append(name)
     return Plan(linears=tuple(linears), kept=kept, recipe=recipe, history=history, margin=margin, batch=batch)
 
 
-def plan_by_rule(start: Checkpoint, options: Options, text_dim: int) -> Plan:
-    """Before anything is measured. Raises ValueError for patterns and exports that do not fit the model."""
+def plan_from_options(start: Checkpoint, options: Options, text_dim: int) -> Plan:
+    """Plan FP8 for the converted model from its shapes and the options, before anything is measured.
+
+    Raises ValueError for patterns and exports that do not fit the model.
+    """
     config = start.config
     if start.stage < options.stage:
         config = stage2_config(config, text_dim)
     with torch.device("meta"):
         model = DiT(**config)
-    patterns = [pattern for pattern in options.keep_bf16 if pattern != AUTO]
-    sizes = {name: getattr(options, name) for name in ("recipe", "history", "margin", "batch")}
-    plan = make_plan(model, keep=patterns, **sizes)
+    plan = make_plan(
+        model,
+        recipe=options.fp8_recipe,
+        keep=[pattern for pattern in options.keep_bf16 if pattern != AUTO],
+        history=options.amax_history_len,
+        margin=options.margin,
+        batch=options.batch_size,
+    )
     check_exports(options.exports, plan)
     return plan
 
 
 def check_exports(names: Sequence[Export], plan: Plan) -> None:
-    """Raises ValueError for an export that needs scales where the recipe keeps none."""
+    """Raise ValueError for an export that needs scales if the plan's recipe stores none."""
     stateless = plan.recipe != STATEFUL
     for name in names:
         if stateless and name != "torchao":
-            raise ValueError(f"--export {name} needs scales, which the recipe {plan.recipe} does not keep")
+            raise ValueError(f"--export {name}: needs stored scales; --fp8-recipe {plan.recipe} stores none")

@@ -1,9 +1,9 @@
-"""A converted checkpoint for others: TransformerEngine, torchao, and FP8 weights for inference.
+"""Exports of a converted checkpoint to other libraries: TransformerEngine, torchao, and FP8 weights for inference.
 
 transformer_engine.safetensors   NAME._extra_state, uint8, of each linear
-torchao.json                     the linears to convert; torchao's keys are those of transformer/
-inference/                       the average: linears of the plan in E4M3 with NAME.weight_scale and
-                                 NAME.input_scale, all else in BF16; `sample` takes it
+torchao.json                     the linears to convert; torchao reads the weights in transformer/ by the same names
+inference/                       EMA weights: planned linears in E4M3 with NAME.weight_scale and NAME.input_scale,
+                                 everything else in BF16; `python -m jobs.launch sample` reads it
 """
 
 import json
@@ -17,10 +17,11 @@ from torch import Tensor
 from conversion.export import transformer_engine
 from conversion.options import Export
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.directory import Checkpoint, Lazy
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.lazy_tensors import LazyTensors
 from pixart.model.fp8.ops import E4M3, INPUT
 from pixart.model.fp8.scaling import scale_from_amax
-from pixart.sampling.loading import INPUT_SCALE, RECORD, WEIGHT_SCALE
+from pixart.sampling.loading import INFERENCE_FILE, INPUT_SCALE, WEIGHT_SCALE
 
 
 def export_transformer_engine(checkpoint: Checkpoint, folder: Path) -> None:
@@ -32,23 +33,26 @@ def export_torchao(checkpoint: Checkpoint, folder: Path) -> None:
     assert plan is not None
     recipe = "rowwise" if plan.recipe == "rowwise" else "tensorwise"
     content = {"recipe_name": recipe, "modules": list(plan.linears)}
-    checkpoints.write(folder / "torchao.json", (json.dumps(content, indent=2) + "\n").encode())
+    checkpoints.write_file(folder / "torchao.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
-    """The average's weights have scales of their own; inputs have those that were calibrated."""
+    """Write the EMA weights in FP8.
+
+    Weight scales are computed from the EMA weights; input scales are the calibrated ones.
+    """
     plan = checkpoint.plan
     assert plan is not None
     makers: dict[str, Callable[[], Tensor]] = {}
     for name in checkpoint.ema:
         linear, _, kind = name.rpartition(".")
         if linear in plan.linears and kind == "weight":
-            makers[name] = partial(in_fp8, checkpoint, name)
+            makers[name] = partial(fp8_weight, checkpoint, name)
             makers[f"{linear}.{WEIGHT_SCALE}"] = partial(weight_scale, checkpoint, name)
             makers[f"{linear}.{INPUT_SCALE}"] = partial(input_scale, checkpoint, linear)
         else:
-            makers[name] = partial(in_bf16, checkpoint, name)
-    checkpoints.save_weights(Lazy(makers), checkpoint.config, folder / "inference")
+            makers[name] = partial(bf16_tensor, checkpoint, name)
+    checkpoints.save_weights(LazyTensors(makers), checkpoint.config, folder / "inference")
     record = {
         "linears": list(plan.linears),
         "stage": checkpoint.stage,
@@ -56,14 +60,14 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
         "dataset": checkpoint.dataset,
         "normalization": {"mean": checkpoint.normalization.mean, "std": checkpoint.normalization.std},
     }
-    checkpoints.write(folder / "inference" / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    checkpoints.write_file(folder / "inference" / INFERENCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def weight_scale(checkpoint: Checkpoint, name: str) -> Tensor:
     return scale_from_amax(checkpoint.ema[name].abs().amax(), torch.ones(()), E4M3.max)
 
 
-def in_fp8(checkpoint: Checkpoint, name: str) -> Tensor:
+def fp8_weight(checkpoint: Checkpoint, name: str) -> Tensor:
     scaled = checkpoint.ema[name] * weight_scale(checkpoint, name)
     return scaled.clamp_(-E4M3.max, E4M3.max).to(E4M3.dtype)
 
@@ -72,7 +76,7 @@ def input_scale(checkpoint: Checkpoint, linear: str) -> Tensor:
     return checkpoint.scales[f"{linear}.scale"][INPUT].clone()
 
 
-def in_bf16(checkpoint: Checkpoint, name: str) -> Tensor:
+def bf16_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return checkpoint.ema[name].bfloat16()
 
 

@@ -1,13 +1,13 @@
-"""Reading training checkpoints, whatever wrote them, recognized by content.
+"""Reading of training checkpoints in several formats, recognized by content.
 
-    a directory with training.json   our own, or a run folder with one
+    a directory with training.json   checkpoint directory of this suite, or a run folder that has one
     a directory with .metadata       torch.distributed.checkpoint: {"model", "model_ema", "optimizer", "step"}
-    a directory with config.json     weights alone, as `DiT.save_pretrained` writes them
-    a zip archive                    the `.pt` of the original training: the same four, or weights alone
-    a safetensors file               weights alone
+    a directory with config.json     weights only, as `DiT.save_pretrained` writes them
+    a zip archive                    `.pt` file of the original training: the same four entries, or weights only
+    a safetensors file               weights only
 
-Names may carry `_orig_mod.` and `module.`, tensors may be float32 or bfloat16. Tensors are mapped from their files and
-made float32 when they are asked for; nothing that a file holds is ever run.
+Parameter names may carry the prefixes `_orig_mod.` and `module.`; tensors may be float32 or bfloat16. Tensors are
+memory-mapped, and converted to float32 when they are accessed. No code in a file is ever executed.
 """
 
 import hashlib
@@ -22,60 +22,68 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conversion.reading.training_state import Content, assemble, checked
+from conversion.reading.training_state import StoredState, assemble, validated
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 
-OWN = "checkpoint directory"
+SUITE_FORMAT = "checkpoint directory"
 
 
-def read(path: str | Path, *, base_image_size: int | None = None) -> Checkpoint:
-    """Reads a checkpoint by its content.
+def read(path: str | Path, *, base_latent_size: int | None = None) -> Checkpoint:
+    """Read a checkpoint, whichever format it has.
 
-    Raises ValueError in one line for a path that does not exist, is no checkpoint, is truncated, or has tensors of
-    shapes that make no model; and, when the tensor is asked for, for one with a value that is not finite.
+    Raises ValueError, with a message of one line, if the path does not exist, is not a checkpoint or is truncated, or
+    if the shapes of its tensors do not make a model. A tensor with a value that is not finite raises ValueError when
+    it is accessed.
     """
     path = Path(path)
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir() and (path / dcp_reader.METADATA).exists():
-        content = from_groups(dcp_reader.read(path), path, "torch.distributed.checkpoint")
+        stored = from_groups(dcp_reader.read_training_state(path), path, "torch.distributed.checkpoint")
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
-        content = read_diffusers(path)
+        stored = read_diffusers(path)
     elif path.is_dir():
-        if base_image_size is not None:
-            raise ValueError(f"--base-image-size: {path} says its own, the option is for files that do not")
-        return read_own(checkpoints.find(path))
+        if base_latent_size is not None:
+            raise ValueError(
+                f"--base-latent-size: the checkpoint {path} records its latent size; give the option only for files "
+                "that do not"
+            )
+        return read_checkpoint_directory(checkpoints.find(path))
     elif is_safetensors(path):
-        content = Content(kind="safetensors", model=load_safetensors(path))
+        stored = StoredState(source_format="safetensors", model=load_safetensors(path))
     else:
-        content = read_pt(path)
-    return assemble(content, path, base_image_size)
+        stored = read_pt(path)
+    return assemble(stored, path, base_latent_size)
 
 
-def read_own(path: Path) -> Checkpoint:
-    read = checkpoints.load(path)
-    read.provenance = {**read.provenance, "source_format": OWN}
-    for field in ("model", "ema", "optimizer"):
-        setattr(read, field, checked(getattr(read, field), f"{path}: {field}"))
-    return read
+def read_checkpoint_directory(path: Path) -> Checkpoint:
+    """Read a checkpoint directory of this suite."""
+    checkpoint = checkpoints.load(path)
+    checkpoint.provenance = {**checkpoint.provenance, "source_format": SUITE_FORMAT}
+    for group in ("model", "ema", "optimizer"):
+        setattr(checkpoint, group, validated(getattr(checkpoint, group), f"{path}: {group}"))
+    return checkpoint
 
 
-def read_diffusers(path: Path) -> Content:
-    config = json_object(path / "config.json")
-    own = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-    return Content(kind="diffusers folder", model=load_safetensors(path / checkpoints.WEIGHTS), config=own)
+def read_diffusers(path: Path) -> StoredState:
+    """Read a folder that `DiT.save_pretrained` wrote."""
+    config = load_json_object(path / "config.json")
+    model_config = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
+    return StoredState(
+        source_format="diffusers folder", model=load_safetensors(path / checkpoints.WEIGHTS), config=model_config
+    )
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def load_json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
+        raise ValueError(f"{path} cannot be read as JSON") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
 
 
 def is_safetensors(path: Path) -> bool:
@@ -89,55 +97,62 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
             pass
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: it is no safetensors file, or a truncated one") from error
+        raise ValueError(f"{path} cannot be read: it is not a safetensors file, or it is truncated") from error
 
 
-def read_pt(path: Path) -> Content:
+def read_pt(path: Path) -> StoredState:
+    """Read a file that `torch.save` wrote, memory-mapped."""
     check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged archive fails in as many ways as its reader has lines
-        raise ValueError(f"{path} cannot be read: it is no PyTorch checkpoint, or a truncated one") from error
+    except Exception as error:  # torch.load raises many types of exception for a damaged archive
+        raise ValueError(f"{path} cannot be read: it is not a PyTorch checkpoint, or it is truncated") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no training checkpoint: it has no 'model' with tensors by name")
+        raise ValueError(f"{path} is not a training checkpoint: it has no entry 'model' with named tensors")
     if "model" not in content and content and all(isinstance(value, Tensor) for value in content.values()):
-        return Content(kind=".pt of weights alone", model=content)
+        return StoredState(source_format=".pt, weights only", model=content)
     return from_groups(content, path, ".pt of the original training")
 
 
 def check_archive(path: Path) -> None:
-    """Refuses what torch.save never writes: entries that are compressed, or that claim more than the file has."""
+    """Raise ValueError for a zip archive that `torch.save` cannot have written.
+
+    Such entries are compressed, or claim more bytes than the file has: a decompression bomb.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: it is no PyTorch checkpoint, or a truncated one") from error
-    claimed = sum(entry.file_size for entry in entries)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or claimed > path.stat().st_size:
-        raise ValueError(f"{path} cannot be read: its entries are compressed or overlap, as in no PyTorch checkpoint")
+        raise ValueError(f"{path} cannot be read: it is not a PyTorch checkpoint, or it is truncated") from error
+    claimed_bytes = sum(entry.file_size for entry in entries)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or claimed_bytes > path.stat().st_size:
+        raise ValueError(f"{path} cannot be read: its entries are compressed or overlap, so it is not from torch.save")
 
 
-def from_groups(content: Mapping[str, Any], path: Path, kind: str) -> Content:
-    """`{"model", "model_ema", "optimizer", "step"}`; all but the first may be missing."""
+def from_groups(content: Mapping[str, Any], path: Path, source_format: str) -> StoredState:
+    """Check the types of `{"model", "model_ema", "optimizer", "step"}`; only "model" is required.
+
+    Raises ValueError if an entry has the wrong type.
+    """
     model, ema, step = content.get("model"), content.get("model_ema"), content.get("step", -1)
     optimizer = content.get("optimizer") or {}
     states = optimizer.get("state") if isinstance(optimizer, Mapping) else None
     if not isinstance(model, Mapping) or not model:
-        raise ValueError(f"{path} is no training checkpoint: it has no 'model' with tensors by name")
+        raise ValueError(f"{path} is not a training checkpoint: it has no entry 'model' with named tensors")
     if ema is not None and not isinstance(ema, Mapping):
-        raise ValueError(f"{path}: 'model_ema' holds no tensors by name")
-    if optimizer and not (isinstance(states, Mapping) and all(isinstance(own, Mapping) for own in states.values())):
-        raise ValueError(f"{path}: 'optimizer' is no state of AdamW")
+        raise ValueError(f"{path}: 'model_ema' does not hold named tensors")
+    if optimizer and not (isinstance(states, Mapping) and all(isinstance(state, Mapping) for state in states.values())):
+        raise ValueError(f"{path}: 'optimizer' is not a state dict of AdamW")
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
     if not isinstance(step, int) or step < -1:
-        raise ValueError(f"{path}: 'step' is no number of a step")
-    moments = {f"{key}.{name}": value for key, own in (states or {}).items() for name, value in own.items()}
-    return Content(kind=kind, model=model, ema=ema or None, moments=moments or None, step=step)
+        raise ValueError(f"{path}: 'step' is not a step number, an integer of at least -1")
+    moments = {f"{key}.{name}": value for key, state in (states or {}).items() for name, value in state.items()}
+    return StoredState(source_format=source_format, model=model, ema=ema or None, moments=moments or None, step=step)
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, or of the hashes of a directory's files in order of their names."""
+    """Return the SHA-256 of a file, or of the SHA-256s of a directory's files, sorted by path."""
     path = Path(path)
     if path.is_file():
         with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""What a conversion did and measured, as lines for a terminal; `html` has it as HTML, report.json as data."""
+"""The report of a conversion as text for a terminal; `html` renders it as HTML, and report.json holds the data."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,81 +9,95 @@ from conversion.options import STATEFUL
 
 REPORT = "report.json"
 PAGE = "report.html"
-SHOWN_T = (1, 3, 5, 6, 7, 9, 11)  # of the report's values of t
+SYNTHETIC = "synthetic"  # prefix of the report's calibration data if no dataset was used
+T_COLUMNS = (1, 3, 5, 6, 7, 9, 11)  # indices of the report's values of t that are shown
 
 
 def describe(report: Mapping[str, Any]) -> str:
+    """Render the report of `to_fp8.convert` as lines of text."""
     sizes = ", ".join(f"{key} {value}" for key, value in report["config"].items() if value is not None)
-    origin = "inferred from shapes" if report["inferred"] else "its own"
+    origin = "inferred from shapes" if report["config_inferred"] else "stored in the source"
+    counts = ", ".join(f"{count} {kind}" for kind, count in report["tensor_counts"].items() if count)
     lines = [
         f"read        {report['source']}",
         f"            {report['source_format']}, stage {report['stages'][0]}, step {report['step']}",
-        f"model       stage {report['stages'][1]}: {sizes} ({origin})",
-        f"data        {report['data']}",
-        "tensors     " + ", ".join(f"{count} {fate}" for fate, count in report["fates"].items() if count),
+        f"model       stage {report['stages'][1]}: {sizes} (configuration {origin})",
+        f"data        {report['calibration_data']}",
+        f"tensors     {counts}",
     ]
-    if report["data"].startswith("synthetic"):
+    if report["calibration_data"].startswith(SYNTHETIC):
         lines.append(
-            "WARNING     scales come from synthetic data: name the run's own dataset by --data for scales that fit it"
+            "WARNING     scales were calibrated on synthetic data; give --dataset to calibrate on the training data"
         )
-    if ways := report["reparameterization"]:
-        lines += describe_ways(ways)
-    reasons = Counter(report["kept"].values())
-    kept = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-    lines.append(f"FP8         {report['linears']} linears by {report['recipe']} scaling; BF16: {kept}")
-    if report["recipe"] != STATEFUL:
-        lines.append("scales      none to keep: this recipe measures them anew in every step")
-    if report["unmeasured"]:
-        zero = len(report["unmeasured"])
-        lines.append(f"no scale    {zero} gradients are zero until the text is used; their scales follow in training")
+    if errors := report["reparameterization"]:
+        lines += describe_strategies(errors)
+    reasons = Counter(reason.partition(":")[0] for reason in report["kept_in_bf16"].values())
+    kept = "; ".join(f"{count} ({reason})" for reason, count in reasons.items())
+    lines.append(
+        f"FP8         {report['num_fp8_linears']} linears, {report['fp8_recipe']} scaling; kept in BF16: {kept}"
+    )
+    if report["fp8_recipe"] != STATEFUL:
+        lines.append("scales      none stored: this recipe computes scales in every step")
+    if report["uncalibrated"]:
+        lines.append(
+            f"scales      {len(report['uncalibrated'])} tensors were zero in every batch; delayed scaling sets their "
+            "scales in training"
+        )
     lines += describe_layers(report["layers"])
     lines += [f"loss        {loss:.5f}  {name}" for name, loss in report["losses"].items()]
-    if report["gradient_cosine"] is not None:
-        lines.append(f"gradient    cosine {report['gradient_cosine']:.4f} of FP8 against BF16, first step")
-    for check in report["gate"]["checks"]:
-        word = "pass" if check["passed"] else "FAIL"
-        lines.append(f"{word}        {check['name']}: {check['value']} (limit {check['limit']})")
+    if report["gradient_cosine_similarity"] is not None:
+        cosine = report["gradient_cosine_similarity"]
+        lines.append(f"gradient    cosine similarity of FP8 and BF16 weight gradients, first step: {cosine:.4f}")
+    for check in report["acceptance"]["checks"]:
+        verdict = "PASS" if check["passed"] else "FAIL"
+        lines.append(f"{verdict}        {check['name']}: {check['value']} (limit {check['limit']})")
     lines.append(f"written     {report['output']}, with {PAGE}")
-    if report["gate"]["passed"]:
-        lines.append(f"next        {following(report['stages'][1], report['output'])}")
+    if report["acceptance"]["passed"]:
+        lines.append(f"next        {next_command(report['stages'][1], report['output'])}")
     else:
-        lines.append("next        see what failed: train takes this checkpoint with --accept-failed-conversion only")
+        lines.append("next        read the report; train accepts this checkpoint only with --accept-failed-conversion")
     return "\n".join(lines)
 
 
-def following(stage: int, output: str | Path) -> str:
-    """The command that goes on in FP8; stage 1 is trained in BF16 unless told."""
+def next_command(stage: int, output: str | Path) -> str:
+    """Return the command that trains the converted checkpoint in FP8; stage 1 trains in BF16 by default."""
     command = f"python -m jobs.launch train --stage {stage} --from {output}"
     return f"{command} --set stage1.fp8=true" if stage == 1 else command
 
 
-def describe_ways(ways: Mapping[str, Any]) -> list[str]:
-    shown = [index for index in SHOWN_T if index < len(ways["t"])]
-    head = " ".join(f"{ways['t'][index]:>8.2f}" for index in shown)
-    lines = [f"error at t  {head}     mean  samples   (relative, against stage 1 without a class)"]
-    for way, errors in ways["output_error"].items():
-        row = " ".join(f"{errors[index]:>8.2%}" for index in shown)
-        mark = "  <- written" if way == ways["way"] else ""
-        lines.append(f"  {way:<9} {row} {ways['mean_error'][way]:>8.2%} {ways['sample_error'][way]:>8.2%}{mark}")
+def describe_strategies(errors: Mapping[str, Any]) -> list[str]:
+    """Render the relative errors of each re-parameterization strategy at some t, on average, and of samples."""
+    columns = [index for index in T_COLUMNS if index < len(errors["t"])]
+    head = " ".join(f"{errors['t'][index]:>8.2f}" for index in columns)
+    lines = [
+        "Relative RMS error of each strategy against stage 1 with the null class, by t",
+        f"  t         {head}     mean  samples",
+    ]
+    for strategy, curve in errors["output_error"].items():
+        row = " ".join(f"{curve[index]:>8.2%}" for index in columns)
+        mark = "  <- written" if strategy == errors["strategy"] else ""
+        mean, sample = errors["mean_error"][strategy], errors["sample_error"][strategy]
+        lines.append(f"  {strategy:<9} {row} {mean:>8.2%} {sample:>8.2%}{mark}")
     return lines
 
 
 def describe_layers(layers: Iterable[Mapping[str, Any]]) -> list[str]:
-    """By kind of layer: the lowest SQNR over the blocks, and the least headroom."""
+    """Render the lowest SQNR over the blocks for each kind of linear."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for layer in layers:
         kinds.setdefault(".".join(layer["name"].split(".")[2:]), []).append(layer)
     if not kinds:
         return []
-    columns = ("input", "weight", "output", "weight_gradient")
-    lines = [f"{'lowest SQNR, dB':<32}" + "".join(f"{name:>16}" for name in columns) + f"{'dynamic':>10}"]
-    for kind, own in kinds.items():
-        cells = [lowest(layer["sqnr"][name] for layer in own) for name in columns]
-        dynamic = lowest(layer["dynamic"]["weight_gradient"] for layer in own)
-        lines.append(f"  {kind:<30}" + "".join(f"{cell:>16}" for cell in cells) + f"{dynamic:>10}")
+    columns = ("input", "weight", "output", "grad_weight")
+    head = "".join(f"{name:>12}" for name in columns)
+    lines = [f"{'Lowest SQNR over blocks, dB':<32}{head}  grad_weight (dynamic)"]
+    for kind, group in kinds.items():
+        cells = [lowest(layer["sqnr_db"][name] for layer in group) for name in columns]
+        dynamic = lowest(layer["dynamic_sqnr_db"]["grad_weight"] for layer in group)
+        lines.append(f"  {kind:<30}" + "".join(f"{cell:>12}" for cell in cells) + f"{dynamic:>23}")
     return lines
 
 
 def lowest(values: Iterable[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return f"{min(found):.1f}" if found else "-"
+    present = [value for value in values if value is not None]
+    return f"{min(present):.1f}" if present else "-"

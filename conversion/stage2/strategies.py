@@ -1,4 +1,4 @@
-"""The ways from stage 1's modulations to the shared one, and how far from stage 1 each of them is."""
+"""Strategies that turn stage 1's modulations into the shared one, and their output errors against stage 1."""
 
 import itertools
 from typing import Any
@@ -7,96 +7,116 @@ import torch
 from torch import Tensor
 
 from conversion.batches import CalibrationBatch
-from conversion.options import Options, Way
-from conversion.stage2 import distill, reparameterize
-from conversion.stage2.modulation import NODES, Fit, Modulation, paper, sensitivity, tables, velocities
+from conversion.options import Options, Strategy
+from conversion.stage2 import distillation, reparameterize
+from conversion.stage2.modulation import (
+    NUM_NODES,
+    Modulation,
+    ModulationFit,
+    paper_modulation,
+    sensitivity,
+    tabulate,
+    velocities,
+)
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT, load_model
 from pixart.model.rectified_flow import interpolate, stratified_time
 
-# The fit minimizes errors channel by channel, but those of all blocks add up in the output: more rounds of it can make
-# the output worse. So these are tried, |s| within [1 / max_scale, max_scale], and the output's error decides.
+# The fit minimizes errors channel by channel, but the errors of all blocks add up in the output, and further rounds can
+# increase it. Each of these settings is therefore tried, and the one with the smallest output error is taken.
 ROUNDS = (1, 2, 4, 10)
 MAX_SCALES = (4.0, 16.0)
-CHOICE_IMAGES = 4  # at the least
-IMAGES = 32  # at the most, of whatever is measured here
-OPERATIONS = {"cpu": 3e11, "cuda": 1e14}  # that a measurement may take: beyond them, fewer and smaller images
-SMALLEST_GRID = 4
-ERROR_LOGITS = torch.linspace(-3, 3, 13)  # of the values of t that errors are shown at
-SAMPLES = 4
+MIN_SELECTION_IMAGES = 4
+MAX_IMAGES = 32  # in any measurement of this module
+FLOP_BUDGET = {"cpu": 3e11, "cuda": 1e14}  # of a measurement; images are left out or cropped to stay within it
+MIN_GRID = 4  # smallest side of a cropped image, in patches
+ERROR_LOGITS = torch.linspace(-3, 3, 13)  # logits of the t at which output errors are reported
+NUM_SAMPLES = 4
 SAMPLE_STEPS = 20
 
 
 def change_stage(
     start: Checkpoint, options: Options, batch: CalibrationBatch
 ) -> tuple[Checkpoint, dict[str, str], dict[str, Any] | None]:
-    """The training state in the stage that is asked for, the fate of every tensor, and each way's error."""
+    """Convert the training state to the stage in `options`.
+
+    Returns the new state, the provenance of every tensor, and the errors of the strategies for the report (None if the
+    stage does not change).
+    """
     if start.stage == options.stage:
-        return start, dict.fromkeys(start.model, "carried"), None
+        return start, dict.fromkeys(start.model, reparameterize.CARRIED), None
+    strategy = options.reparameterization
     stage1 = load_model(start.config, start.model, options.device)
-    modulations, average = find_modulations(start, stage1, options.way, batch.latents)
+    modulations, ema_modulation = find_modulations(start, stage1, strategy, batch.latents)
     t = ERROR_LOGITS.sigmoid()
-    latents = affordable(stage1, batch.latents, passes=len(modulations) * 2 * len(t)).to(options.device)
-    tried = list(modulations.values())
-    curves, means = zip(*output_errors(stage1, tried, latents, t), strict=True)
-    found = {
-        "way": options.way,
+    latents = subsample_to_budget(stage1, batch.latents, passes=len(modulations) * 2 * len(t)).to(options.device)
+    candidates = list(modulations.values())
+    curves, means = zip(*output_errors(stage1, candidates, latents, t), strict=True)
+    errors = {
+        "strategy": strategy,
         "t": t.tolist(),
         "output_error": dict(zip(modulations, curves, strict=True)),
         "mean_error": dict(zip(modulations, means, strict=True)),
-        "sample_error": dict(zip(modulations, sample_errors(stage1, tried, latents), strict=True)),
+        "sample_error": dict(zip(modulations, sample_errors(stage1, candidates, latents), strict=True)),
     }
-    own = modulations[options.way]
-    result = reparameterize.to_stage2(start, own, average, text_dim=batch.text.shape[-1])
-    result.provenance["reparameterization"] = options.way
-    return result, reparameterize.fates(start, result.config, own), found
+    modulation = modulations[strategy]
+    result = reparameterize.to_stage2(start, modulation, ema_modulation, text_dim=batch.text.shape[-1])
+    result.provenance["reparameterization"] = strategy
+    return result, reparameterize.tensor_provenance(start, result.config, modulation), errors
 
 
 def find_modulations(
-    source: Checkpoint, model: DiT, way: Way, latents: Tensor
-) -> tuple[dict[Way, Modulation], Modulation]:
-    """The weights' modulation in every way up to `way`, and in that way the modulation of their average.
+    source: Checkpoint, model: DiT, strategy: Strategy, latents: Tensor
+) -> tuple[dict[Strategy, Modulation], Modulation]:
+    """Return the weights' modulation by every strategy up to `strategy`, and the EMA's modulation by `strategy`.
 
-    The average shares its scales with the weights, so that it remains their average. `model` is the source's, on its
-    device; `latents` (B, C, h, w), normalized, weigh the channels of the fit: as many of them as take some seconds.
+    The EMA gets the scales of the weights, so that it remains an average of them. `model` has the weights of `source`.
+    `latents` (B, C, h, w) are normalized; they determine the sensitivities that weight the fit and are subsampled so
+    that it takes seconds.
     """
     device = model.adaLN1.weight.device
-    omega = sensitivity(model, affordable(model, latents, passes=3 * NODES).to(device))
-    fit, candidates = Fit(model, omega), list(itertools.product(ROUNDS, MAX_SCALES))
-    tried = [fit.modulation(*candidate) for candidate in candidates]
-    noised, t = at_training_times(affordable(model, latents, passes=1 + len(tried), least=CHOICE_IMAGES).to(device))
-    wanted, *got = velocities(model, tables(model, [None, *tried], t), noised, t)
-    errors = [float((velocity - wanted).square().mean()) for velocity in got]  # what each adds to the loss
+    omega = sensitivity(model, subsample_to_budget(model, latents, passes=3 * NUM_NODES).to(device))
+    fit, settings = ModulationFit(model, omega), list(itertools.product(ROUNDS, MAX_SCALES))
+    candidates = [fit.solve(*setting) for setting in settings]
+    selection = subsample_to_budget(model, latents, passes=1 + len(candidates), minimum=MIN_SELECTION_IMAGES)
+    noised, t = noise_at_training_times(selection.to(device))
+    target, *predictions = velocities(model, tabulate(model, [None, *candidates], t), noised, t)
+    errors = [float((prediction - target).square().mean()) for prediction in predictions]  # increase of the loss
     best = errors.index(min(errors))
-    found: dict[Way, Modulation] = {"paper": paper(model), "fitted": tried[best]}
-    latents = affordable(model, latents, passes=4 * distill.STEPS, least=CHOICE_IMAGES).to(device)
-    if way == "distilled":
-        found[way] = distill.distilled(model, found["fitted"], latents, free_scales=True)
+    modulations: dict[Strategy, Modulation] = {"paper": paper_modulation(model), "fitted": candidates[best]}
+    latents = subsample_to_budget(model, latents, passes=4 * distillation.STEPS, minimum=MIN_SELECTION_IMAGES).to(
+        device
+    )
+    if strategy == "distilled":
+        modulations[strategy] = distillation.distill(model, modulations["fitted"], latents, train_scales=True)
 
-    average = load_model(source.config, source.ema, device)
-    if way == "paper":
-        return found, paper(average)
-    averaged = Fit(average, omega).modulation(*candidates[best], found[way].scales)
-    if way == "distilled":
-        averaged = distill.distilled(average, averaged, latents, free_scales=False)
-    return found, averaged
+    ema_model = load_model(source.config, source.ema, device)
+    if strategy == "paper":
+        return modulations, paper_modulation(ema_model)
+    ema_modulation = ModulationFit(ema_model, omega).solve(*settings[best], modulations[strategy].scales)
+    if strategy == "distilled":
+        ema_modulation = distillation.distill(ema_model, ema_modulation, latents, train_scales=False)
+    return modulations, ema_modulation
 
 
-def affordable(model: DiT, latents: Tensor, *, passes: int, least: int = 1) -> Tensor:
-    """As many latents as so many forward passes of each can take within OPERATIONS; if need be, their corners."""
-    weights = sum(parameter.numel() for name, parameter in model.dit_blocks.named_parameters() if "adaLN" not in name)
+def subsample_to_budget(model: DiT, latents: Tensor, *, passes: int, minimum: int = 1) -> Tensor:
+    """Return as many latents as `passes` forward passes can process within FLOP_BUDGET, at least `minimum`.
+
+    If the budget does not suffice for `minimum` images, they are cropped.
+    """
+    params = sum(parameter.numel() for name, parameter in model.dit_blocks.named_parameters() if "adaLN" not in name)
     patch = model.config.patch_size
     while True:
         tokens = latents[0, 0].numel() // patch**2
-        images = int(OPERATIONS[model.adaLN1.weight.device.type] / (passes * 2 * weights * tokens))
+        images = int(FLOP_BUDGET[model.adaLN1.weight.device.type] / (passes * 2 * params * tokens))
         side = latents.shape[-1] // 2
-        if images >= least or side < SMALLEST_GRID * patch:
-            return latents[: min(max(images, least), IMAGES)]
+        if images >= minimum or side < MIN_GRID * patch:
+            return latents[: min(max(images, minimum), MAX_IMAGES)]
         latents = latents[..., :side, :side]
 
 
-def at_training_times(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents with noise at stratified t -> (B, C, h, w), (B,)."""
+def noise_at_training_times(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Add noise to latents at stratified t -> (B, C, h, w), (B,)."""
     generator = torch.Generator().manual_seed(2)
     t = stratified_time(len(latents), generator).to(latents.device)
     return interpolate(latents, torch.randn(latents.shape, generator=generator).to(latents.device), t), t
@@ -105,41 +125,47 @@ def at_training_times(latents: Tensor) -> tuple[Tensor, Tensor]:
 def output_errors(
     model: DiT, modulations: list[Modulation], latents: Tensor, t: Tensor
 ) -> list[tuple[list[float], float]]:
-    """Relative root-mean-square error of each velocity at every t (T,), and its mean under t's training distribution.
+    """Return the relative RMS error of the velocity at every t (T,) and its mean, for each modulation.
 
-    For the latter, t must be at equal distances of its logit.
+    The mean is over the training distribution of t, and correct if the logits of `t` are equidistant.
     """
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents.device)
-    by_time = tables(model, [None, *modulations], t)
-    squares = torch.zeros(1 + len(modulations), len(t), dtype=torch.float64)  # of stage 1's, then of the errors
-    for pairs in torch.cartesian_prod(torch.arange(len(t)), torch.arange(len(latents))).split(IMAGES):
+    rows = tabulate(model, [None, *modulations], t)
+    squares = torch.zeros(
+        1 + len(modulations), len(t), dtype=torch.float64
+    )  # of stage 1's velocity, then of the errors
+    for pairs in torch.cartesian_prod(torch.arange(len(t)), torch.arange(len(latents))).split(MAX_IMAGES):
         node, image = pairs.unbind(1)
         time, image = t[node].float().to(latents.device), image.to(latents.device)
         noised = interpolate(latents[image], noise[image], time)
-        wanted, *got = velocities(model, by_time[:, :, node.to(by_time.device)], noised, time)
-        found = torch.stack([wanted, *(velocity - wanted for velocity in got)])
-        squares.index_add_(1, node, found.square().flatten(2).mean(2).double().cpu())
-    size, *errors = squares
+        target, *predictions = velocities(model, rows[:, :, node.to(rows.device)], noised, time)
+        terms = torch.stack([target, *(prediction - target for prediction in predictions)])
+        squares.index_add_(1, node, terms.square().flatten(2).mean(2).double().cpu())
+    signal, *errors = squares
     weight = torch.exp(-torch.logit(t.double()).square() / 2)
     return [
-        ((error / size).sqrt().tolist(), float(((weight * error).sum() / (weight * size).sum()).sqrt()))
+        ((error / signal).sqrt().tolist(), float(((weight * error).sum() / (weight * signal).sum()).sqrt()))
         for error in errors
     ]
 
 
 def sample_errors(model: DiT, modulations: list[Modulation], latents: Tensor) -> list[float]:
-    """Relative root-mean-square difference from stage 1's own pictures, of the size of `latents`, same noise."""
-    count, parts = min(SAMPLES, len(latents)), 1 + len(modulations)
+    """Return the relative RMS difference of each modulation's samples from stage 1's, from the same initial noise.
+
+    Samples have the size of `latents` and are integrated by Euler's method in SAMPLE_STEPS steps.
+    """
+    count, parts = min(NUM_SAMPLES, len(latents)), 1 + len(modulations)
     state = torch.randn(latents[:count].shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
     state = state.repeat(parts, 1, 1, 1)
     times = torch.arange(SAMPLE_STEPS, device=latents.device) / SAMPLE_STEPS
-    by_time = tables(model, [None, *modulations], times)
+    table = tabulate(model, [None, *modulations], times)
     for step, t in enumerate(times):
-        rows = by_time[:, :, step, None].expand(-1, -1, count, -1)
+        rows = table[:, :, step, None].expand(-1, -1, count, -1)
         state = state + velocities(model, rows, state, t.expand(count)).flatten(0, 1) / SAMPLE_STEPS
-    wanted, *got = state.unflatten(0, (parts, count))
-    return [relative_error(pictures, wanted) for pictures in got]
+    target, *samples = state.unflatten(0, (parts, count))
+    return [relative_error(sample, target) for sample in samples]
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the RMS of the difference, relative to the RMS of `expected`."""
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())

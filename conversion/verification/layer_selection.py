@@ -1,4 +1,4 @@
-"""Which linears lose too much in FP8, as measured: they stay in BF16 where the plan is left to the conversion."""
+"""Selection of linears that lose too much accuracy in FP8 and stay in BF16, for `--keep-bf16 auto`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,47 +6,50 @@ from typing import Any
 
 from conversion.batches import CalibrationBatch
 from conversion.calibration.amax import mean_loss
-from conversion.verification.acceptance import LOSS_GAP, quantized
+from conversion.verification.acceptance import MAX_FP8_LOSS_INCREASE, quantized_copy
 from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT
 
-LEAST_DECIBELS = 15.0  # an output with less has outliers that FP8 cannot hold
-BATCHES = 2  # that a linear's own effect on the loss is measured on
+MIN_OUTPUT_SQNR_DB = 15.0  # below it, outliers of the output exceed the range of FP8
+NUM_BATCHES = 2  # for the effect of a single linear on the loss
 
 
-def by_output(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Linears whose output would have too low an SQNR, with the reason."""
-    found = {layer["name"]: layer["sqnr"]["output"] for layer in layers}
+def select_by_output(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the linears whose output has too low an SQNR, with the reason."""
+    output_sqnr = {layer["name"]: layer["sqnr_db"]["output"] for layer in layers}
     return {
-        name: f"sensitive: its output would have {decibels:.1f} dB"
-        for name, decibels in found.items()
-        if decibels is not None and decibels < LEAST_DECIBELS
+        name: f"sensitive: SQNR of the output is {value:.1f} dB"
+        for name, value in output_sqnr.items()
+        if value is not None and value < MIN_OUTPUT_SQNR_DB
     }
 
 
-def by_loss(checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch]) -> dict[str, str]:
-    """The linears that raise the loss most, as many as bring the sum of all below half of LOSS_GAP, with the reason."""
+def select_by_loss(checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch]) -> dict[str, str]:
+    """Return the linears that increase the loss most, with the reason.
+
+    They are as many as bring the summed increase of the others below half of MAX_FP8_LOSS_INCREASE.
+    """
     plan = checkpoint.plan
     assert plan is not None
-    batches = batches[:BATCHES]
-    base = mean_loss(model, batches)
-    change = {}
+    batches = batches[:NUM_BATCHES]
+    bf16_loss = mean_loss(model, batches)
+    increase = {}
     for name in plan.linears:
-        alone = only(checkpoint, (name,))
-        assert alone.plan is not None
-        change[name] = mean_loss(quantized(model, alone.plan, alone.scales), batches) / base - 1
-    found: dict[str, str] = {}
-    left = sum(change.values())
-    for name in sorted(change, key=change.__getitem__, reverse=True):
-        if left <= LOSS_GAP / 2 or change[name] <= 0:
+        single = restrict_plan(checkpoint, (name,))
+        assert single.plan is not None
+        increase[name] = mean_loss(quantized_copy(model, single.plan, single.scales), batches) / bf16_loss - 1
+    selected: dict[str, str] = {}
+    remaining = sum(increase.values())
+    for name in sorted(increase, key=increase.__getitem__, reverse=True):
+        if remaining <= MAX_FP8_LOSS_INCREASE / 2 or increase[name] <= 0:
             break
-        found[name] = f"sensitive: alone it raises the loss by {change[name]:.3%}"
-        left -= change[name]
-    return found
+        selected[name] = f"sensitive: FP8 in this linear alone increases the loss by {increase[name]:.3%}"
+        remaining -= increase[name]
+    return selected
 
 
-def only(checkpoint: Checkpoint, linears: Sequence[str], kept: Mapping[str, str] | None = None) -> Checkpoint:
-    """With these linears in FP8, and no others; `kept` joins the plan's reasons."""
+def restrict_plan(checkpoint: Checkpoint, linears: Sequence[str], kept: Mapping[str, str] | None = None) -> Checkpoint:
+    """Return the checkpoint with only these linears in FP8; `kept` is added to the plan's reasons."""
     plan = checkpoint.plan
     assert plan is not None
     plan = dataclasses.replace(plan, linears=tuple(linears), kept={**plan.kept, **(kept or {})})
@@ -54,7 +57,7 @@ def only(checkpoint: Checkpoint, linears: Sequence[str], kept: Mapping[str, str]
     return dataclasses.replace(checkpoint, plan=plan, scales=scales)
 
 
-def without(checkpoint: Checkpoint, kept: Mapping[str, str]) -> Checkpoint:
-    """With the linears that `kept` names, and why, in BF16."""
+def keep_in_bf16(checkpoint: Checkpoint, kept: Mapping[str, str]) -> Checkpoint:
+    """Return the checkpoint with the linears in `kept`, which maps names to reasons, moved to BF16."""
     assert checkpoint.plan is not None
-    return only(checkpoint, [name for name in checkpoint.plan.linears if name not in kept], kept)
+    return restrict_plan(checkpoint, [name for name in checkpoint.plan.linears if name not in kept], kept)

@@ -11,11 +11,12 @@ from typing import Any
 from conversion.report.text import PAGE, REPORT
 from jobs.state import audit_files, ledger
 from jobs.state import run as runs
-from jobs.state.checkpoint_names import INFERENCE, MARKER, checkpoint_record, find_checkpoint
+from jobs.state.checkpoint_names import INFERENCE, MARKER, acceptance, checkpoint_record, find_checkpoint
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
 from pixart.config.dataset import is_url
+from pixart.config.renamed_keys import rename_stage
 
 LETTERS = 500  # of what a picture says of itself; its command is longer
 
@@ -124,8 +125,13 @@ class Walk:
         return node
 
     def conversion(self, output: Path, origin: dict[str, Any]) -> Node:
-        ways = {"gate": origin.get("gate"), "calibrated_on": origin.get("calibration_data")}
-        node = self.made("conversion", f"{output} (conversion)", way=origin.get("reparameterization"), **ways)
+        node = self.made(
+            "conversion",
+            f"{output} (conversion)",
+            strategy=origin.get("reparameterization"),
+            acceptance=acceptance(origin),
+            calibrated_on=origin.get("calibration_data"),
+        )
         node.pages = {"report": output / PAGE}
         for run in self.known():
             if run.kind == "convert" and run.request.get("output") == str(output):
@@ -151,7 +157,8 @@ class Walk:
         about = read_description(run.folder) if (run.folder / DESCRIPTION).exists() else {"tags": {}, "parameters": {}}
         tags, parameters = about["tags"], about["parameters"]
         if run.kind == "train":
-            told = {key: parameters.get(key) for key in ("stage", "steps", "batch", "lr", "fp8")}
+            logged = rename_stage(parameters)
+            told = {key: logged.get(key) for key in ("stage", "steps", "global_batch_size", "lr", "fp8")}
         else:
             told = {"shards": len(run.elements) or None, "guidance": parameters.get("guidance")}
         kind = {"train": "training", "convert": "conversion", "sample": "samples"}.get(run.kind, run.kind)
@@ -175,7 +182,7 @@ class Walk:
             "dataset",
             path,
             source=data["source"],
-            images=f"{manifest['images']:,} of {data['image_size']} px in {data['shards']} shards",
+            images=f"{manifest['images']:,} of {data['image_size']} px in {data['num_shards']} shards",
             **captioner(data, models["captioner"]),
             VAE=f"{data['vae']} ({models['vae']})",
             text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",

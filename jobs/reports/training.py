@@ -36,17 +36,17 @@ FURTHER = {
     "train/tokens_per_second": ("tokens per second", "Latent patches of the global batch per second."),
     "train/tflops_per_rank": ("TFLOP/s", "Operations of a step by count, for each rank."),
     "train/mfu": ("share of the peak", "Operations by count against the card's peak."),
-    "train/data_wait": ("share of a step", "Time that a step waits for its batch."),
+    "train/data_loading_fraction": ("share of a step", "Time that a step waits for its batch."),
 }
 NODES = {
-    "cpu_percent": ("%", "Processors in use, of all of a node.", SECONDS),
-    "load": ("processes", "Processes that run or wait to, mean over a minute.", STEPS),
-    "ram_gb": ("GB", "Memory of a node that is in use.", SECONDS),
-    "memory_gb": ("GB", "Largest memory so far of the node's first rank: of its GPU, where it has one.", STEPS),
-    "disk_free_gb": ("GB", "Room that is left where the run lies.", SECONDS),
-    "gpu_percent": ("%", "Time in which GPUs did something, mean over those of a node.", SECONDS),
-    "gpu_memory_gb": ("GB", "Memory of GPUs in use, mean over those of a node.", SECONDS),
-    "gpu_watts": ("W", "Power of GPUs, mean over those of a node.", SECONDS),
+    "cpu_utilization_percentage": ("%", "Processors in use, of all of a node.", SECONDS),
+    "load_average_1m": ("processes", "Processes that run or wait to, mean over a minute.", STEPS),
+    "system_memory_usage_megabytes": ("MB", "Memory of a node that is in use.", SECONDS),
+    "max_memory_allocated_gib": ("GiB", "Peak memory of the node's first rank: of its GPU, if it has one.", STEPS),
+    "disk_available_megabytes": ("MB", "Room that is left where the run lies.", SECONDS),
+    "gpu_utilization_percentage": ("%", "Time in which GPUs did something, mean over those of a node.", SECONDS),
+    "gpu_memory_usage_megabytes": ("MB", "Memory of GPUs in use, mean over those of a node.", SECONDS),
+    "gpu_power_usage_watts": ("W", "Power of GPUs, mean over those of a node.", SECONDS),
 }
 COLORS = 8  # of the pages' style
 SLOTS = ("input", "weight", "grad_output")
@@ -54,14 +54,14 @@ FP8_CHARTS = (
     (
         "FP8 headroom",
         "powers of two",
-        "How many times the largest value may double before it overflows: the lowest of all linears.",
-        tuple(f"fp8/headroom/{slot}_lowest" for slot in SLOTS),
+        "How many times the largest value may double before it saturates: the minimum over all linears.",
+        tuple(f"fp8/headroom/{slot}_min" for slot in SLOTS),
     ),
     (
-        "FP8 overflow",
+        "FP8 saturation",
         "share of steps",
-        "Share of the last steps in which a tensor overflowed: the highest of all linears.",
-        tuple(f"fp8/overflow_share/{slot}_highest" for slot in SLOTS),
+        "Share of the last steps in which a tensor saturated: the maximum over all linears.",
+        tuple(f"fp8/saturation_rate/{slot}_max" for slot in SLOTS),
     ),
 )
 Points = Sequence[tuple[int, float]]  # step, value
@@ -115,9 +115,9 @@ def section(
 
 
 def of_nodes(name: str, curves: Mapping[str, Points]) -> dict[str, Points]:
-    """A figure's curves by node, in their order."""
-    begin = f"system/{name}_node"
-    return {key: curves[key] for key in sorted(curves, key=lambda key: (len(key), key)) if key.startswith(begin)}
+    """Return the curves of a system metric by node, in order."""
+    keys = sorted(curves, key=lambda key: (len(key), key))
+    return {key: curves[key] for key in keys if key.startswith("system/node_") and key.endswith(f"/{name}")}
 
 
 def told(incidents: Sequence[Incident]) -> str:

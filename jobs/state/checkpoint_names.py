@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
 def checkpoint_record(directory: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises ValueError for one that is damaged."""
     return read_record(directory / MARKER, *KEYS)
+
+
+def acceptance(provenance: Mapping[str, Any]) -> str | None:
+    """Return the verdict of a conversion's acceptance checks, PASS or FAIL; None if there was no conversion."""
+    return provenance.get("acceptance", provenance.get("gate"))  # "gate" in checkpoints of an earlier version
 
 
 def is_foreign(directory: Path) -> bool:

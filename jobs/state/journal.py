@@ -5,8 +5,10 @@ file overwrite each other. A line is one write, so that a kill leaves whole line
 Imports nothing heavy: a training step waits for it.
 """
 
+import functools
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +19,22 @@ from typing import Any
 
 FOLDER = "journal"
 TAIL_BYTES = 1 << 20  # the FP8 figures of all linears are one line
-EXTREMES: dict[str, Callable[..., float]] = {"lowest": min, "highest": max}
-SERIOUS = {"headroom": "lowest", "overflow_share": "highest"}  # of the others both are told
+EXTREMES: dict[str, Callable[..., float]] = {"min": min, "max": max}
+CRITICAL = {"headroom": "min", "saturation_rate": "max"}  # of other metrics both extremes are kept
+# Metrics of runs of version 0.1: pattern, current name, factor of the unit.
+EARLIER_NAMES = (
+    (r"fp8/overflow_share/(.*)", r"fp8/saturation_rate/\1", 1.0),
+    (r"train/data_wait", "train/data_loading_fraction", 1.0),
+    (r"data/valid", "data/num_valid", 1.0),
+    (r"system/load_node(\d+)", r"system/node_\1/load_average_1m", 1.0),
+    (r"system/memory_gb_node(\d+)", r"system/node_\1/max_memory_allocated_gib", 1e9 / 2**30),
+    (r"system/cpu_percent_node(\d+)", r"system/node_\1/cpu_utilization_percentage", 1.0),
+    (r"system/ram_gb_node(\d+)", r"system/node_\1/system_memory_usage_megabytes", 1e3),
+    (r"system/disk_free_gb_node(\d+)", r"system/node_\1/disk_available_megabytes", 1e3),
+    (r"system/gpu_percent_node(\d+)", r"system/node_\1/gpu_utilization_percentage", 1.0),
+    (r"system/gpu_memory_gb_node(\d+)", r"system/node_\1/gpu_memory_usage_megabytes", 1e3),
+    (r"system/gpu_watts_node(\d+)", r"system/node_\1/gpu_power_usage_watts", 1.0),
+)
 Ends = dict[str, int]  # of files by name: the byte after the last line that was read
 
 
@@ -112,15 +128,29 @@ def points(lines: list[dict[str, Any]], seen: set[tuple[str, int]]) -> Iterator[
 
 
 def summarized(metrics: Mapping[str, float]) -> dict[str, float]:
-    """With the extremes of `fp8/WHAT/LINEAR.SLOT` over all linears: a large model has thousands of them."""
-    found: dict[str, float] = {}
-    for key, value in metrics.items():
+    """Return metrics under their current names, with the extremes of `fp8/METRIC/LINEAR.SLOT` over all linears.
+
+    A large model has thousands of FP8 metrics.
+    """
+    summary: dict[str, float] = {}
+    for name, recorded in metrics.items():
+        key, factor = current_name(name)
+        value = factor * recorded
         if not key.startswith("fp8/"):
-            found[key] = value
+            summary[key] = value
             continue
-        what, slot = key.split("/")[1], key.rpartition(".")[2]
-        for name, extreme in EXTREMES.items():
-            if SERIOUS.get(what, name) == name:
-                own = f"fp8/{what}/{slot}_{name}"
-                found[own] = extreme(found.get(own, value), value)
-    return found
+        metric, slot = key.split("/")[1], key.rpartition(".")[2]
+        for suffix, extreme in EXTREMES.items():
+            if CRITICAL.get(metric, suffix) == suffix:
+                extreme_key = f"fp8/{metric}/{slot}_{suffix}"
+                summary[extreme_key] = extreme(summary.get(extreme_key, value), value)
+    return summary
+
+
+@functools.cache
+def current_name(name: str) -> tuple[str, float]:
+    """Return the current name of a metric, and the factor that converts it to the current unit."""
+    for pattern, replacement, factor in EARLIER_NAMES:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement), factor
+    return name, 1.0

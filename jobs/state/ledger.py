@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.state.json_record import parse_record
+from jobs.state.json_record import of_this_version, parse_record
 from pixart.config.dataset import is_url
+from pixart.config.renamed_keys import rename_data
 
 MANIFEST = "manifest.json"
 ARRAYS = "latents.zarr"  # a folder
@@ -93,7 +94,11 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
     None where there is none. Raises ValueError for a damaged one.
     """
     (text,) = read_files(dataset, [MANIFEST])
-    return None if text is None else parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
+    if text is None:
+        return None
+    record = parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
+    with of_this_version(f"{dataset}/{MANIFEST}"):
+        return {**record, "data": rename_data(record["data"])}
 
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
@@ -101,7 +106,7 @@ def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
     if is_url(str(dataset)):
         from pixart.data.storage import RemoteFiles
 
-        return RemoteFiles(str(dataset)).read_all(names)
+        return RemoteFiles(str(dataset)).read_files(names)
     contents: list[bytes | None] = []
     for name in names:
         try:
@@ -117,7 +122,7 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
         if is_url(str(dataset)):
             from pixart.data.storage import RemoteFiles
 
-            return RemoteFiles(str(dataset)).names(folder)
+            return RemoteFiles(str(dataset)).list_folder(folder)
         return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names
     except FileNotFoundError:
         return []

@@ -1,30 +1,30 @@
-"""The code of a submission: a copy that queued jobs run from, and what git says of the checkout."""
+"""Copy of the code that queued jobs run from, and the state of the git checkout."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("jobs", "pixart", "conversion", "slurm")
+PACKAGES = ("jobs", "pixart", "conversion", "slurm")
 
 
 def copy_code(target: Path) -> None:
-    """Copies the suite's packages, so that editing the checkout does not change a job that waits."""
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the suite's packages, so that editing the checkout does not change a queued job."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def git(*words: str) -> str | None:
-    """Output of a git command in the suite's checkout; None where it is none, or has no git."""
+    """Return the output of a git command in the checkout; None without git or outside of a repository."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        process = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
     except FileNotFoundError:
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None
 
 
 def record_git(folder: Path) -> str | None:
-    """Writes git.txt, the commit and what differs from it, and returns the commit."""
+    """Write git.txt with the commit and the uncommitted changes, and return the commit."""
     commit = git("rev-parse", "HEAD")
     if commit is not None:
         (folder / "git.txt").write_text(f"commit {commit}\n{git('status', '--short')}\n{git('diff', 'HEAD')}")

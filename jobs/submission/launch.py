@@ -1,4 +1,4 @@
-"""What every submission of one command shares."""
+"""State that all submissions of one command share."""
 
 import functools
 from dataclasses import dataclass, field
@@ -11,26 +11,27 @@ from slurm.profile import Profile
 
 
 class JobFailedError(Exception):
-    """A job ended without its result; the message names it and its log."""
+    """A job ended without a result; the message names the job and its log."""
 
 
-class NothingSubmitted(Exception):  # noqa: N818 - no error
-    """A dry run has come to its end; the message is what would have been submitted."""
+class NothingSubmitted(Exception):  # noqa: N818 - the regular end of a dry run
+    """A dry run is complete; the message is what would have been submitted."""
 
 
 @dataclass(kw_only=True)
 class Launch:
-    """What every submission of one command shares."""
+    """State that all submissions of one command share."""
 
     home: Path
-    job: str  # the command's name
+    command: str  # name of the command, such as train
     recipe: Recipe
     profile: Profile
-    submission: Path | None = None  # folder of what this command's runs belong to
+    overrides: tuple[str, ...] = ()  # assignments of configuration keys that the user gave
+    submission: Path | None = None  # folder of the submission that the runs belong to
     wait: bool = True
     dry_run: bool = False
-    folders: list[Path] = field(default_factory=list)  # of all runs that it has begun
-    untold: bool = False  # whether MLflow has not taken something
+    folders: list[Path] = field(default_factory=list)  # of all runs that were submitted
+    mlflow_stale: bool = False  # MLflow did not take the last update
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -41,8 +42,7 @@ class Launch:
         return self.recipe.data.path
 
 
-def tell(launch: Launch, folder: Path) -> None:
-    """Where the launcher waits, MLflow has a run before its first task starts; else a process in the background sees
-    to it."""
+def sync_run(launch: Launch, folder: Path) -> None:
+    """Send a run to MLflow if the launcher waits for it; otherwise a background process does."""
     if launch.wait:
-        launch.untold = not try_publish(launch.tracker, folder)
+        launch.mlflow_stale = not try_publish(launch.tracker, folder)

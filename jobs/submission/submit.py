@@ -1,4 +1,4 @@
-"""Submissions: a run folder with all that was asked for, and the jobs on the cluster."""
+"""Submit jobs: create the run folder with its records, and the jobs on the cluster."""
 
 import functools
 import getpass
@@ -16,11 +16,11 @@ from typing import Any
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.run import Run
-from jobs.state.run_metadata import FILE as DESCRIPTION
+from jobs.state.run_metadata import FILE as METADATA_FILE
 from jobs.state.run_metadata import add_tags, describe, set_status
 from jobs.submission.code_snapshot import copy_code, record_git
-from jobs.submission.launch import Launch, NothingSubmitted, tell
-from jobs.submission.wait import follow
+from jobs.submission.launch import Launch, NothingSubmitted, sync_run
+from jobs.submission.wait import wait_for_run
 from jobs.tasks import audit, caption, convert, latents, recaption, sample, train, verify
 from jobs.tracking.node_agent import accompanied, published
 from pixart.config.recipe import to_json
@@ -38,14 +38,15 @@ RANK_JOBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def new_folder(home: Path, kind: str, place: str = "runs") -> Path:
+def new_folder(home: Path, kind: str, parent: str = "runs") -> Path:
+    """Create a folder whose name has the time, the kind of job and four random digits."""
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(2)}"
-    folder = home / place / name
+    folder = home / parent / name
     folder.mkdir(parents=True)
     return folder
 
 
-def begin(
+def start_run(
     launch: Launch,
     shape: Shape,
     parameters: dict[str, Any],
@@ -53,60 +54,62 @@ def begin(
     folder: Path | None = None,
     after: Sequence[str] = (),
 ) -> Cluster:
-    """Makes the run folder, with all that was asked for.
+    """Create the run folder with its records, and return the cluster to submit to.
 
-    Raises ValueError, with nothing made, for what the cluster would never run.
+    Raises ValueError, with nothing written, for a shape that the cluster cannot run; NothingSubmitted in a dry run.
     """
     planned = planned_cluster(launch, after)
     planned.check(shape)
     if launch.dry_run:
         raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
-    continued = folder is not None and (folder / DESCRIPTION).exists()
+    continued = folder is not None and (folder / METADATA_FILE).exists()
     if launch.submission is None and not continued:
-        launch.submission = new_folder(launch.home, launch.job, "submissions")
+        launch.submission = new_folder(launch.home, launch.command, "submissions")
         write_settings(launch, launch.submission)
-        describe(launch.submission, {"recipe": launch.recipe.name}, common_tags(launch, launch.job))
+        describe(launch.submission, {"recipe": launch.recipe.name}, common_tags(launch, launch.command))
     folder = folder or new_folder(launch.home, shape.kind)
     write_settings(launch, folder)
     origin = {"pixart.dataset": launch.dataset, **commit_tags(record_git(folder))}
     describe(folder, parameters, {**(tags or {}), **origin, **common_tags(launch, shape.kind)}, launch.submission)
     launch.folders.append(folder)
-    tell(launch, folder)
-    return prepared(launch, folder, shape, after)
+    sync_run(launch, folder)
+    return make_cluster(launch, folder, shape, after)
 
 
 def planned_cluster(launch: Launch, after: Sequence[str] = ()) -> Cluster:
-    """As a submission will have it, of a run that has no name yet."""
+    """Return the cluster for a run folder that does not exist yet, to check and describe a submission."""
     run = launch.home / "runs" / "RUN"
     return Cluster(launch.profile, run, code=next_code(run), after=after)
 
 
 def next_code(run: Path) -> Path:
-    """Where the copy of the code for another submission of a run lies."""
+    """Return the folder for the code of the next submission of a run."""
     return run / f"code-{len(list(run.glob('code-*'))) + 1}"
 
 
 def common_tags(launch: Launch, job: str) -> dict[str, str]:
+    """Return the MLflow tags that every run and submission has."""
     command = command_line()
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # within a container, perhaps
+    except (KeyError, OSError):  # a container may lack the user's entry
         user = f"user {os.getuid()}"
-    own = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.user": user, "pixart.command": command}
-    return {**own, "mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "JOB"}
+    tags = {"pixart.job": job, "pixart.cluster": launch.profile.name, "pixart.user": user, "pixart.command": command}
+    return {**tags, "mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "JOB"}
 
 
 def command_line() -> str:
-    """As it was given; Python itself has put the module's file in the place of `-m` and its name."""
+    """Return the command line as the user typed it; in sys.argv, Python replaces `-m MODULE` by the module's file."""
     return shlex.join(["python", "-m", "jobs.launch", *sys.argv[1:]])
 
 
 def commit_tags(commit: str | None) -> dict[str, str]:
+    """Return the tags that name the commit; none outside of a repository."""
     return {"pixart.commit": commit, "mlflow.source.git.commit": commit} if commit else {}
 
 
-def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = ()) -> Cluster:
-    """The cluster, ready for a submission into a run folder: on Slurm, with a copy of the code."""
+def make_cluster(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = ()) -> Cluster:
+    """Return the cluster for a run folder; on Slurm, copy the code there and write the sbatch text."""
     if launch.profile.executor != "slurm":
         return Cluster(launch.profile, folder)
     code = next_code(folder)
@@ -117,7 +120,7 @@ def prepared(launch: Launch, folder: Path, shape: Shape, after: Sequence[str] = 
 
 
 def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
-    """Submits just what is neither done nor under way, into the same run; returns its elements too."""
+    """Submit the failed elements of a run again, in the same run folder; return the run and these elements."""
     missing = [number for number, element in runs.elements(run).items() if element.state == "failed"]
     if not missing:
         return run, []
@@ -129,38 +132,40 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     planned.check(shape)
     if launch.dry_run:
         raise NothingSubmitted(planned.describe(shape))
-    cluster = prepared(launch, run.folder, shape)
+    cluster = make_cluster(launch, run.folder, shape)
     set_status(run.folder, "RUNNING")
     launch.folders.append(run.folder)
     return (submit_array if run.elements else submit_ranks)(launch, cluster, shape, run), missing
 
 
 def write_settings(launch: Launch, folder: Path) -> None:
+    """Write the recipe, the command line and the cluster profile to a folder."""
     (folder / "config.json").write_text(to_json(launch.recipe) + "\n")
     (folder / "command.txt").write_text(command_line() + "\n")
     (folder / "profile.json").write_text(json.dumps(asdict(launch.profile), indent=2) + "\n")
 
 
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:
-    """One task per shard, of those in `shards`."""
+    """Submit one task for each of `shards`, at most `limit` at once."""
     launch.profile = replace(launch.profile, array_parallelism=limit or launch.profile.array_parallelism)
     shape = Cluster(launch.profile, launch.home).array_shape(kind, shards)
     parameters = {"dataset": launch.dataset, "shards": len(shards), "source": launch.recipe.data.source}
-    cluster = begin(launch, shape, parameters, after=after)
+    cluster = start_run(launch, shape, parameters, after=after)
     manifest = ledger.manifest(launch.dataset)
-    assert manifest is not None  # `use_dataset` has made it
+    assert manifest is not None  # open_dataset has created it
     ledger.forget_others(launch.dataset, kind, list(shards), manifest["hash"])
     run = new_run(launch, cluster, shape, total=len(shards))
     return submit_array(launch, cluster, shape, run)
 
 
 def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
+    """Submit the array, and wait for its end if the launch waits."""
     function = functools.partial(ARRAY_JOBS[run.kind], run.dataset)
     if run.executor == "slurm":
         function = functools.partial(published, function, str(run.folder))
-    run = with_jobs(run, cluster.submit_array(shape, function))
+    run = add_jobs(run, cluster.submit_array(shape, function))
     if launch.wait:
-        follow(launch, run, lambda found: (sum(element.state == "done" for element in found.values()), ""))
+        wait_for_run(launch, run, lambda elements: (sum(item.state == "done" for item in elements.values()), ""))
     return run
 
 
@@ -175,29 +180,32 @@ def run_ranks(
     folder: Path | None = None,
     after: Sequence[str] = (),
 ) -> Run:
-    """One job of one or more ranks; `request` are the arguments of its function but for the run folder."""
-    cluster = begin(launch, shape, parameters, tags, folder, after)
+    """Submit one job of one or more ranks; `request` holds its function's arguments after the run folder."""
+    cluster = start_run(launch, shape, parameters, tags, folder, after)
     run = new_run(launch, cluster, shape, total=total, request=request)
     return submit_ranks(launch, cluster, shape, run)
 
 
 def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
+    """Submit the job of ranks, and wait for its end if the launch waits."""
     (run.folder / RESULT).unlink(missing_ok=True)
     function = functools.partial(accompanied, RANK_JOBS[run.kind], str(run.folder), **run.request)
-    run = with_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+    run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
     if launch.wait:
-        follow(launch, run, lambda found: runs.progress(run))
+        wait_for_run(launch, run, lambda elements: runs.progress(run))
     return run
 
 
-def with_jobs(run: Run, submitted: Sequence[Submitted]) -> Run:
+def add_jobs(run: Run, submitted: Sequence[Submitted]) -> Run:
+    """Add submitted jobs to the records of a run."""
     run = run.added(submitted)
     add_tags(run.folder, {"pixart.jobs": ", ".join(run.job_ids)})
     return run
 
 
 def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request: dict[str, Any] | None = None) -> Run:
-    before = runs.load(cluster.run).jobs if (cluster.run / runs.RECORD).exists() else ()
+    """Return the record of a run; one that is resumed keeps its earlier jobs."""
+    jobs = runs.load(cluster.run).jobs if (cluster.run / runs.RECORD).exists() else ()
     return Run(
         folder=cluster.run,
         kind=shape.kind,
@@ -208,11 +216,12 @@ def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request:
         ranks_per_node=shape.ranks_per_node,
         elements=shape.elements,
         request=request or {},
-        jobs=before,
+        jobs=jobs,
     )
 
 
 def describe_submission(run: Run) -> str:
+    """Return the lines that the launcher prints after a submission."""
     return (
         f"submitted {run.kind} as {', '.join(run.job_ids)}; run folder {run.folder}\n"
         f"next: python -m jobs.launch status {run.folder.name}"

@@ -1,4 +1,4 @@
-"""Wait for a run's end, with a progress line."""
+"""Wait for the end of a run, with a progress line."""
 
 import re
 import time
@@ -8,43 +8,44 @@ from jobs.progress import ProgressLine
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
 from jobs.state.run_metadata import set_status
-from jobs.submission.launch import JobFailedError, Launch, tell
+from jobs.submission.launch import JobFailedError, Launch, sync_run
 from slurm import commands
 
-POLL_SECONDS = {"local": 0.5, "slurm": 2.0}  # Slurm's controller serves many
+POLL_SECONDS = {"local": 0.5, "slurm": 2.0}  # Slurm's controller serves many users
 SYNC_SECONDS = 5.0
-RANK = re.compile(r"^\[rank\d+\]: ")  # torch's, before a line of a process that is one of several
-RETRY_SECONDS = 60.0  # of an MLflow server that did not answer
+RETRY_SECONDS = 60.0  # between two attempts to reach an MLflow server that did not answer
+RANK = re.compile(r"^\[rank\d+\]: ")  # prefix that torch writes before the lines of a rank
 
 
-def follow(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tuple[int, str]]) -> None:
-    """Waits for the run's end with a progress line and replays its journal.
+def wait_for_run(launch: Launch, run: Run, progress: Callable[[dict[int, Element]], tuple[int, str]]) -> None:
+    """Wait for the end of a run with a progress line, and send its journal to MLflow.
 
-    Raises ValueError for what the user can mend, JobFailedError for the rest.
+    Raises ValueError for a failure that the user's input caused, JobFailedError for any other.
     """
     succeeded = False
     try:
         with ProgressLine(run.kind, run.total) as line:
             synced = time.monotonic()
-            while runs.under_way(found := runs.elements(run)):
-                line.update(*progress(found))
+            while runs.under_way(elements := runs.elements(run)):
+                line.update(*progress(elements))
                 time.sleep(POLL_SECONDS[run.executor])
-                if time.monotonic() - synced > (RETRY_SECONDS if launch.untold else SYNC_SECONDS):
-                    tell(launch, run.folder)
+                if time.monotonic() - synced > (RETRY_SECONDS if launch.mlflow_stale else SYNC_SECONDS):
+                    sync_run(launch, run.folder)
                     synced = time.monotonic()
-            line.update(*progress(found))
-            raise_first_failure(run, found)
+            line.update(*progress(elements))
+            raise_first_failure(run, elements)
         succeeded = True
     except KeyboardInterrupt:
         commands.cancel(run.executor, run.job_ids)
         raise
     finally:
         set_status(run.folder, "FINISHED" if succeeded else "FAILED")
-        tell(launch, run.folder)
+        sync_run(launch, run.folder)
 
 
-def raise_first_failure(run: Run, found: dict[int, Element]) -> None:
-    failed = {number: element for number, element in found.items() if element.state == "failed"}
+def raise_first_failure(run: Run, elements: dict[int, Element]) -> None:
+    """Raise the error of the first element that failed, if one did."""
+    failed = {number: element for number, element in elements.items() if element.state == "failed"}
     for number, element in failed.items():
         name, _, message = RANK.sub("", element.note).partition(": ")
         if name == "ValueError":
@@ -54,6 +55,6 @@ def raise_first_failure(run: Run, found: dict[int, Element]) -> None:
         raise JobFailedError(f"{what}{others} failed: {element.note}; its log is {run.log(element.job)}")
 
 
-def waited(launch: Launch, run: Run) -> list[str]:
-    """The jobs that what comes after a run has to wait for: none, where the launcher itself has waited."""
+def dependencies(launch: Launch, run: Run) -> list[str]:
+    """Return the ids of the jobs that the next job has to wait for: none if the launcher itself has waited."""
     return [] if launch.wait else run.job_ids

@@ -24,7 +24,7 @@ def run(run_folder: str) -> str:
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     dataset = recipe.data.path
     manifest = manifests.read(dataset)
-    made_of = captions_digest(dataset, manifest.data.shards)
+    made_of = captions_digest(dataset, manifest.data.num_shards)
     merged = merge(manifest)
     duplicates = merged.duplicates()
     summary = {"manifest": manifest.hash, "captions": made_of, **audits.summary(merged, duplicates, recipe.audit)}
@@ -69,7 +69,7 @@ def require(dataset: str | Path) -> None:
     if text is None:
         raise ValueError(f"dataset {dataset} has not been audited: {told}")
     summary = parse_record(text, f"{dataset}/{FOLDER}/{SUMMARY}", "manifest", "captions", "passed", "checks")
-    now = captions_digest(dataset, manifest["data"]["shards"])
+    now = captions_digest(dataset, manifest["data"]["num_shards"])
     if (summary["manifest"], summary["captions"]) != (manifest["hash"], now):
         raise ValueError(f"dataset {dataset} has changed since its audit: {told}")
     if not summary["passed"]:
@@ -82,8 +82,8 @@ def merge(manifest):
     from pixart.data.audit.statistics import Audit
 
     merged = Audit()
-    for shard in range(manifest.data.shards):
-        merged.add(read_part(manifest.data.path, shard), manifest.shard(shard)[0])
+    for shard in range(manifest.data.num_shards):
+        merged.add(read_part(manifest.data.path, shard), manifest.shard_range(shard)[0])
     return merged
 
 
@@ -121,7 +121,7 @@ def write_duplicates(path: Path, duplicates) -> None:
 def report(run_folder: str, folder: Path, summary: dict[str, Any]) -> None:
     journal = Journal(run_folder)
     rows = max(1, summary["rows"])
-    journal.metrics(0, {"data/rows": summary["rows"], "data/valid": summary["valid"]})
+    journal.metrics(0, {"data/rows": summary["rows"], "data/num_valid": summary["valid"]})
     journal.metrics(0, {f"data/{check['name'].replace(' ', '_')}": check["value"] for check in summary["checks"][:-1]})
     journal.metrics(0, {f"data/rejected_{name.replace(' ', '_')}": n / rows for name, n in summary["reasons"].items()})
     for name in (SUMMARY, PAGE, DUPLICATES):

@@ -56,7 +56,7 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
     from pixart.data.captions.table import content_digest, make_part
 
     begun = time.monotonic()
-    start, stop = manifest.shard(shard)
+    start, stop = manifest.shard_range(shard)
     table = make_part(source.read(start, stop), captioner, manifest.data.screening)
     if len(table) != stop - start:
         raise ValueError(

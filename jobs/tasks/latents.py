@@ -28,9 +28,9 @@ def run(dataset: str, shards: list[int]) -> None:
     source = manifests.open_images(manifest)
     vae = load_vae(data.vae)
     text: Tokenizer = (
-        TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
-        if data.text_states
-        else Tokenizer(load_tokenizer(data.text_encoder), tokens=data.text_tokens)
+        TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
+        if data.store_text_embeddings
+        else Tokenizer(load_tokenizer(data.text_encoder), max_tokens=data.max_text_tokens)
     )
     for_each_shard(todo, lambda shard: encode_shard(manifest, shard, source, vae, text))
 
@@ -68,9 +68,9 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     columns["valid"][:] = valid
     for prefix, caption in captions_of.items() if len(valid) else ():
         columns[f"{prefix}token_ids"], columns[f"{prefix}token_mask"] = text.tokenize(table[caption])
-    for rows, latents in encoded(manifest, source.read(*manifest.shard(shard)), table, vae):
+    for rows, latents in encoded(manifest, source.read(*manifest.shard_range(shard)), table, vae):
         columns["latents"][rows] = latents
-        for prefix in captions_of if manifest.data.text_states else ():
+        for prefix in captions_of if manifest.data.store_text_embeddings else ():
             states = text.states(columns[f"{prefix}token_ids"][rows], columns[f"{prefix}token_mask"][rows])
             columns[f"{prefix}text_states"][rows] = states.to(torch.float16).cpu().numpy()
     for name in columns:
@@ -102,8 +102,8 @@ def encoded(manifest, items, table, vae):
     import numpy as np
 
     from pixart.data.encoders.vae import encode
-    from pixart.data.images.screening import decode_shrunk, digest, resize_and_crop
-    from pixart.data.prefetch import made_ahead
+    from pixart.data.images.screening import decode_downscaled, digest, resize_and_crop
+    from pixart.data.prefetch import prefetch_map
 
     size = manifest.data.image_size
 
@@ -118,10 +118,10 @@ def encoded(manifest, items, table, vae):
         row, item = numbered
         if digest(item.data) != table["digest"][row]:
             raise ValueError(f"{item.id} is another image than the one that was captioned")
-        image, _ = decode_shrunk(item.data, manifest.data.screening, lambda *sides: FINER * size / min(sides))
+        image, _ = decode_downscaled(item.data, manifest.data.screening, lambda *sides: FINER * size / min(sides))
         return row, np.asarray(resize_and_crop(image, size))
 
-    images_ahead = made_ahead(prepare, wanted())
+    images_ahead = prefetch_map(prepare, wanted())
     while batch := list(islice(images_ahead, BATCH)):
         rows, images = zip(*batch, strict=True)
         yield list(rows), encode(vae, np.stack(images))

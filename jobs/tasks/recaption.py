@@ -10,9 +10,9 @@ from jobs.state.ledger import write_atomically
 
 def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, str]]:
     """Returns request, text and problem of each, in their order."""
-    from pixart.data.captions.rewriting import engine, rewrite
+    from pixart.data.captions.rewriting import rewrite, vllm_generator
 
-    found = [asdict(each) for each in rewrite(requests, engine(model))]
+    found = [asdict(each) for each in rewrite(requests, vllm_generator(model))]
     path = Path(run_folder) / "rewritten.jsonl"
     write_atomically(path, "".join(json.dumps(each) + "\n" for each in found))
     Journal(run_folder).artifact(path)

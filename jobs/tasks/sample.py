@@ -40,7 +40,7 @@ def run(
     directory = loading.find(checkpoint)
     for kind in ("vae", "text_encoder"):
         manifests.check_model(dataset, kind)
-    pipeline = loading.load_pipeline(directory, weights, dataset, both_halves=export is not None)
+    pipeline = loading.load_pipeline(directory, weights, dataset, keep_text_decoder=export is not None)
     about = origin(folder, pipeline.transformer.stage, directory, weights, dataset)
     if rewritten:
         lines = [json.loads(line) for line in Path(rewritten).read_text().splitlines()]
@@ -71,10 +71,10 @@ def run(
 def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> dict[str, str]:
     """Where the run's pictures come from, as all of them say."""
     from pixart.checkpoint.directory import MARKER
-    from pixart.sampling.loading import RECORD
+    from pixart.sampling.loading import INFERENCE_FILE
 
-    in_fp8 = (directory / RECORD).exists()
-    record = json.loads((directory / (RECORD if in_fp8 else MARKER)).read_text())
+    in_fp8 = (directory / INFERENCE_FILE).exists()
+    record = json.loads((directory / (INFERENCE_FILE if in_fp8 else MARKER)).read_text())
     git = folder / "git.txt"
     commit = {"commit": git.read_text().split(maxsplit=2)[1]} if git.exists() else {}
     return {
@@ -91,21 +91,21 @@ def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> 
 
 def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
     """Whole or not at all."""
-    from pixart.checkpoint.directory import appearing
+    from pixart.checkpoint.directory import atomic_directory
 
-    with appearing(target) as partial:
+    with atomic_directory(target) as partial:
         pipeline.save_pretrained(partial)
         write_atomically(partial / "origin.json", json.dumps(about, indent=2) + "\n")
 
 
 def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict[str, Any]]:
     """Those that were asked for, else the first of the dataset's, else "no class"."""
-    from pixart.sampling.pipeline import NO_CLASS
+    from pixart.sampling.pipeline import NULL_CLASS
 
     names, none = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
     labels = classes or list(range(len(names)))[: configuration.sample.count] or [none]
     return [
-        {"label": label, "class_name": NO_CLASS if label == none else names.get(str(label), str(label))}
+        {"label": label, "class_name": NULL_CLASS if label == none else names.get(str(label), str(label))}
         for label in labels
     ]
 
@@ -123,17 +123,17 @@ def paint(
 ) -> dict[str, Any]:
     """Makes and writes the pictures; the k-th of all has the seed `sample.seed` + k."""
     from pixart.sampling.contact_sheet import contact_sheet
-    from pixart.sampling.images import Picture, make, save_png
+    from pixart.sampling.images import SampleRequest, generate, save_png
 
     options, journal = configuration.sample, Journal(folder)
     repeated = [item for item in asked for _ in range(each)]
-    pictures = [Picture(seed=options.seed + index, **item) for index, item in enumerate(repeated)]
+    pictures = [SampleRequest(seed=options.seed + index, **item) for index, item in enumerate(repeated)]
     pipeline.to(pipeline.vae.device)
     (folder / "samples").mkdir(exist_ok=True)
     images: list[Any] = []
     settings: list[dict[str, str]] = []
     how = {"steps": str(options.steps), "guidance": str(options.guidance)}
-    for image in make(pipeline, pictures, steps=options.steps, guidance=options.guidance):
+    for image in generate(pipeline, pictures, steps=options.steps, guidance=options.guidance):
         own, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
         whole = {**own, **how, "size": size, **about}
         save_png(image, folder / "samples" / f"{len(images):04d}.png", {**whole, "command": command(whole)})
@@ -164,9 +164,9 @@ def count_right(folder: Path, scenes: list) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from pixart.demo.scene_scorer import count
+    from pixart.demo.scene_scorer import score
 
     files = sorted((folder / "samples").glob("*.png"))
-    counts = count([np.asarray(Image.open(file)) for file in files], scenes)
-    Journal(folder).metrics(0, {"sample/color": counts.color, "sample/shape": counts.shape})
-    return {"prompts": counts.total, "color": counts.color, "shape": counts.shape}
+    accuracy = score([np.asarray(Image.open(file)) for file in files], scenes)
+    Journal(folder).metrics(0, {"sample/color": accuracy.color, "sample/shape": accuracy.shape})
+    return {"prompts": accuracy.total, "color": accuracy.color, "shape": accuracy.shape}

@@ -1,20 +1,31 @@
 """The train job: one rank of a training run."""
 
+import logging
 import os
 from pathlib import Path
 
 from jobs.state.journal import Journal
 from pixart.config.recipe import from_json
 
+logger = logging.getLogger(__name__)
 PORTS = range(20_000, 32_768)  # below the default of net.ipv4.ip_local_port_range
 
 
 def run(run_folder: str, *, stage: int, start: str | None) -> str:
-    """Called on every rank; returns the last checkpoint's directory.
+    """Train on this rank and return the directory of the last checkpoint.
 
-    Raises Left where the cluster has asked for the nodes, once all ranks have saved together.
+    Raises Left when the cluster has asked for the nodes, after all ranks have saved.
     """
     join_ranks()
+
+    from pixart.training.process_group import configure_logging
+
+    configure_logging(int(os.environ["RANK"]))
+    logger.info(
+        "rank %s of %s, local rank %s of %s, master %s:%s",
+        *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
+        *(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")),
+    )
 
     from pixart.training.loop import Stopped, train
     from slurm.task import Left, stop_level
@@ -53,8 +64,3 @@ def join_ranks() -> None:
     if "MASTER_PORT" not in os.environ:
         found.master_port = quiet_port(found.master_port)
     found.export(set_cuda_visible_devices=False, overwrite=True)
-    print(
-        f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size}, "
-        f"master {found.master_addr}:{found.master_port}",
-        flush=True,
-    )

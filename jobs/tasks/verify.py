@@ -17,8 +17,8 @@ def run(run_folder: str) -> dict[str, list[int]]:
     manifest = manifests.read(dataset)
     store = Store(manifest) if ledger.shards(dataset, "latents") else None
     altered: dict[str, list[int]] = {"caption": [], "latents": []}
-    with ProgressLine("verify", manifest.data.shards) as line:
-        for shard in range(manifest.data.shards):
+    with ProgressLine("verify", manifest.data.num_shards) as line:
+        for shard in range(manifest.data.num_shards):
             if not captions_whole(dataset, shard):
                 altered["caption"].append(shard)
             if store and not latents_whole(store, shard):
@@ -52,7 +52,7 @@ def latents_whole(store, shard: int) -> bool:
     entry = ledger.read(store.manifest.data.path, "latents", shard)
     if entry is None:
         return True
-    rows = np.arange(*store.manifest.shard(shard))
+    rows = np.arange(*store.manifest.shard_range(shard))
     try:
         columns = {name: store.read(name, rows) for name in store.arrays}
     except ValueError:

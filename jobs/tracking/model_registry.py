@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.reports import lineage, lineage_page
 from jobs.state import run as runs
-from jobs.state.checkpoint_names import checkpoint_record, find_checkpoint
+from jobs.state.checkpoint_names import acceptance, checkpoint_record, find_checkpoint
 from jobs.state.ledger import write_atomically
 from jobs.tracking.mlflow_store import Tracker, run_id
 from jobs.tracking.sync import publish
@@ -48,7 +48,7 @@ def release(home: Path, name: str, model: str) -> str:
             "dataset": str(record["dataset"]),
             "dataset_hash": str(record["provenance"].get("dataset_hash")),
             "converted_from": str(record["provenance"].get("converted_from")),
-            "gate": str(record["provenance"].get("gate")),
+            "acceptance": str(acceptance(record["provenance"])),
         }
         with tracker.opened():
             version = register(tracker, model, run, weights, page, tags)

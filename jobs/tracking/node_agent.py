@@ -25,7 +25,7 @@ from jobs.tracking.sync import try_publish
 SECONDS = 15.0  # between two looks at the node
 LAST_SECONDS = 60.0  # that a finished rank waits for its last points to be sent
 ROOT = Path(__file__).parents[2]
-GB = 1e9
+MEGABYTE = 1e6  # as in MLflow's system metrics, whose names these are
 LOCK = ".published"  # its time says when an element has last brought something
 PAUSE_SECONDS = 60.0
 
@@ -87,7 +87,9 @@ def main(run: str, node: str) -> None:
         ended = bool(select.select([sys.stdin], [], [], SECONDS)[0])
         before, busy = busy, processor_times()
         figures = node_figures(folder, before, busy)
-        journal.metrics(int(time.time() - begun), {f"system/{name}_node{node}": own for name, own in figures.items()})
+        journal.metrics(
+            int(time.time() - begun), {f"system/node_{node}/{name}": value for name, value in figures.items()}
+        )
         if node == "0" and tracker.uri.startswith("http"):
             try_publish(tracker, folder)
         if ended:
@@ -100,9 +102,9 @@ def node_figures(folder: Path, before: tuple[int, int], after: tuple[int, int]) 
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     used = sum(sign * int(memory[name].split()[0]) for name, sign in (("MemTotal", 1), ("MemAvailable", -1)))
     found = {
-        "cpu_percent": 100 * (after[0] - before[0]) / passed,
-        "ram_gb": used * 1024 / GB,
-        "disk_free_gb": shutil.disk_usage(folder).free / GB,
+        "cpu_utilization_percentage": 100 * (after[0] - before[0]) / passed,
+        "system_memory_usage_megabytes": used * 1024 / MEGABYTE,
+        "disk_available_megabytes": shutil.disk_usage(folder).free / MEGABYTE,
     }
     return found | gpu_figures()
 
@@ -123,7 +125,11 @@ def gpu_figures() -> dict[str, float]:
     if done.returncode or not rows:
         return {}
     use, memory, power = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-    return {"gpu_percent": use, "gpu_memory_gb": memory * 2**20 / GB, "gpu_watts": power}
+    return {
+        "gpu_utilization_percentage": use,
+        "gpu_memory_usage_megabytes": memory * 2**20 / MEGABYTE,  # nvidia-smi has MiB
+        "gpu_power_usage_watts": power,
+    }
 
 
 if __name__ == "__main__":

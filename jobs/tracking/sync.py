@@ -33,7 +33,7 @@ def journal_shards(run: Run) -> None:
     for shard, entry in ledger.entries(run.dataset, run.kind, new).items():
         values = {
             "data/images": entry.rows,
-            "data/valid": entry.valid,
+            "data/num_valid": entry.valid,
             "data/seconds": entry.seconds,
             "data/images_per_second": entry.rows / max(entry.seconds, 1e-3),
         }

@@ -1,4 +1,4 @@
-"""The normalization of latents that a checkpoint carries with it."""
+"""Normalization of latents, which a checkpoint stores."""
 
 import functools
 from dataclasses import dataclass
@@ -8,24 +8,28 @@ from torch import Tensor
 
 
 @functools.cache
-def by_channel(values: tuple[float, ...], device: torch.device | str) -> Tensor:  # copied once: a copy waits for a GPU
+def per_channel(values: tuple[float, ...], device: torch.device | str) -> Tensor:
+    """Return the values as a tensor (1, C, 1, 1); cached, as a copy to a GPU synchronizes."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normalization:
-    """Latents as the model sees them: (latent - mean) / std, per channel."""
+    """Normalization (latent - mean) / std, per channel, of the model's input."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:  # each (1, C, 1, 1)
-        return by_channel(self.mean, device), by_channel(self.std, device)
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, each (1, C, 1, 1)."""
+        return per_channel(self.mean, device), per_channel(self.std, device)
 
     def apply(self, latents: Tensor) -> Tensor:
+        """Normalize latents (B, C, h, w), in float32."""
         mean, std = self.tensors(latents.device)
         return (latents.float() - mean) / std
 
     def undo(self, normalized: Tensor) -> Tensor:
+        """Return the latents (B, C, h, w) of normalized ones, in float32."""
         mean, std = self.tensors(normalized.device)
         return normalized.float() * std + mean

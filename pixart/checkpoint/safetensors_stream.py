@@ -1,8 +1,7 @@
-"""Files of tensors, safetensors' format, that may be larger than memory: written tensor by tensor, past the page cache.
+"""Safetensors files that may be larger than memory, written tensor by tensor with direct I/O.
 
-A copy into the page cache costs a core more time than a fast disk takes to write, and drives out of memory what is
-about to be read. So bytes gather in a buffer of our own, which the disk takes by itself (O_DIRECT), while the next
-bytes gather in another.
+A copy into the page cache costs more CPU time than a fast disk takes to write, and evicts data that is about to be
+read. Tensors are therefore copied to a buffer, which is written with O_DIRECT while the next one is filled.
 """
 
 import ctypes
@@ -16,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
-BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-BLOCK = mmap.PAGESIZE  # what is written directly begins, ends and lies in memory at multiples of it
-BUFFER = 1 << 24
-# torch.equal takes several times as long, and more where its threads wait for those of a product.
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+BLOCK = mmap.PAGESIZE  # direct I/O requires offsets, lengths and memory addresses to be multiples of it
+BUFFER = 1 << 24  # bytes
+# torch.equal takes several times as long, and even more if its threads compete with those of a GEMM.
 MEMCMP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ("memcmp", ctypes.CDLL(None))
 )
 
 
-def open_directly(path: Path, flags: int) -> int:
+def open_direct(path: Path, flags: int) -> int:
+    """Open a file with O_DIRECT, or through the page cache on a file system without it, and return its descriptor."""
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666)
     except OSError as error:
@@ -37,20 +39,21 @@ def open_directly(path: Path, flags: int) -> int:
         return os.open(path, flags, 0o666)
 
 
-class DirectFile:
-    """A new file, written from `place` on by whole buffers; where the file system has no direct writing, by its cache.
+class DirectWriter:
+    """Writer of a new file, from byte `offset` on, with two buffers: one is filled while the other is written.
 
-    What a write raises, the next one or `finish` does.
+    An error of a write is raised by the next flush or by `finish`.
     """
 
-    def __init__(self, path: Path, place: int) -> None:
-        self.descriptor = open_directly(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.filling, self.writing = (mmap.mmap(-1, BUFFER) for _ in range(2))  # each begins with a page
-        self.place, self.filled = place, 0
-        self.writer = ThreadPoolExecutor(1)
-        self.written: Future[Any] = self.writer.submit(int)  # there is none before the first
+    def __init__(self, path: Path, offset: int) -> None:
+        self.descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.filling, self.writing = (mmap.mmap(-1, BUFFER) for _ in range(2))  # page-aligned
+        self.offset, self.filled = offset, 0
+        self.executor = ThreadPoolExecutor(1)
+        self.pending: Future[Any] = self.executor.submit(int)  # nothing to wait for before the first write
 
     def append(self, values: Tensor) -> None:  # (bytes,), uint8
+        """Copy bytes to the buffer and flush it whenever it is full."""
         while len(values):
             part = values[: BUFFER - self.filled]
             torch.frombuffer(self.filling, dtype=torch.uint8)[self.filled : self.filled + len(part)] = part
@@ -60,40 +63,40 @@ class DirectFile:
                 self.flush()
 
     def flush(self) -> None:
-        """Begins to write what has gathered, up to the end of its last block, once what was before is written."""
-        self.written.result()
+        """Wait for the previous write and start writing the buffer, up to the end of its last block."""
+        self.pending.result()
         self.filling, self.writing = self.writing, self.filling
-        self.written = self.writer.submit(self.write, self.writing, self.filled, self.place)
-        self.place, self.filled = self.place + self.filled, 0
+        self.pending = self.executor.submit(self.write, self.writing, self.filled, self.offset)
+        self.offset, self.filled = self.offset + self.filled, 0
 
-    def write(self, memory: mmap.mmap, size: int, place: int) -> None:
-        left = memoryview(memory)[: size + -size % BLOCK]
-        while left:
-            done = os.pwrite(self.descriptor, left, place)
-            left, place = left[done:], place + done
+    def write(self, memory: mmap.mmap, size: int, offset: int) -> None:
+        remaining = memoryview(memory)[: size + -size % BLOCK]
+        while remaining:
+            written = os.pwrite(self.descriptor, remaining, offset)
+            remaining, offset = remaining[written:], offset + written
 
     def finish(self, size: int) -> None:
-        """The file is of `size` bytes and on the disk."""
+        """Write the rest, truncate the file to `size` bytes and flush it to disk."""
         self.flush()
-        self.written.result()
+        self.pending.result()
         os.ftruncate(self.descriptor, size)
         os.fsync(self.descriptor)
 
     def close(self) -> None:
-        self.writer.shutdown()
+        self.executor.shutdown()
         os.close(self.descriptor)
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """The safetensors format: the header's length, the header, the tensors, of which one at a time is in memory.
+    """Write a safetensors file: header length, header, tensors; one tensor at a time is in memory.
 
-    The header comes first and is not known before the last tensor is, so room is left for it, filled up by spaces.
+    The header precedes the tensors and is known after the last one only; space for it is reserved and padded.
     """
-    room = 256 + sum(len(name) + 160 for name in state)
-    room += -(room + 8) % BLOCK
+    header_size = 256 + sum(len(name) + 160 for name in state)
+    header_size += -(header_size + 8) % BLOCK
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    file = DirectFile(path, place=8 + room)
+    file = DirectWriter(path, offset=8 + header_size)
     try:
         for name, tensor in state.items():
             values = as_bytes(tensor.detach().cpu())
@@ -102,65 +105,74 @@ def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         file.flush()
         header = json.dumps(entries, separators=(",", ":")).encode()
-        assert len(header) <= room
-        head = room.to_bytes(8, "little") + header.ljust(room)
-        file.place = 0
-        file.append(torch.frombuffer(bytearray(head), dtype=torch.uint8))
-        file.finish(8 + room + end)
+        assert len(header) <= header_size
+        prefix = header_size.to_bytes(8, "little") + header.ljust(header_size)
+        file.offset = 0
+        file.append(torch.frombuffer(bytearray(prefix), dtype=torch.uint8))
+        file.finish(8 + header_size + end)
     finally:
         file.close()
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `save_tensors`, of which nothing is read before it is used.
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Load a safetensors file. Raises ValueError if it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read, it may be truncated: {error}") from error
 
-    safetensors' own reader, which checks a file first, reads all of it ahead.
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Memory-map the tensors of a file that `save_tensors` wrote; pages are read on access.
+
+    safetensors' own reader validates a file first and so reads all of it ahead.
     """
     content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     return {
-        name: content[begin:end].view(BY_NAME[dtype]).view(shape)
-        for name, (dtype, shape, begin, end) in entries(path).items()
+        name: content[begin:end].view(DTYPES_BY_NAME[dtype]).view(shape)
+        for name, (dtype, shape, begin, end) in read_header(path).items()
     }
 
 
-def entries(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """By name the dtype's name, the shape, and where in the file its bytes begin and end."""
+def read_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Return the dtype name, shape, and first and last byte offset in the file of each tensor, by name."""
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start - 8))
     del header["__metadata__"]
     return {
-        name: (entry["dtype"], entry["shape"], *(start + place for place in entry["data_offsets"]))
+        name: (entry["dtype"], entry["shape"], *(start + offset for offset in entry["data_offsets"]))
         for name, entry in header.items()
     }
 
 
-def differing(path: Path, state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that a file of `save_tensors` has not with these bits; it is read past the page cache."""
-    stored, found = entries(path), []
-    descriptor, buffer = open_directly(path, os.O_RDONLY), mmap.mmap(-1, BUFFER + BLOCK)
+def differing_tensors(path: Path, state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors of `state` that a file does not contain bit for bit; read with direct I/O."""
+    stored, different = read_header(path), []
+    descriptor, buffer = open_direct(path, os.O_RDONLY), mmap.mmap(-1, BUFFER + BLOCK)
     try:
         for name, tensor in state.items():
-            dtype, shape, place, _ = stored.get(name, (None, None, 0, 0))
-            same = (dtype, shape) == (DTYPES.get(tensor.dtype), list(tensor.shape))
-            for part in as_bytes(tensor).split(BUFFER) if same else ():
-                same = same and is_at(descriptor, place, part, buffer)
-                place += len(part)
-            if not same:
-                found.append(name)
+            dtype, shape, offset, _ = stored.get(name, (None, None, 0, 0))
+            equal = (dtype, shape) == (DTYPES.get(tensor.dtype), list(tensor.shape))
+            for part in as_bytes(tensor).split(BUFFER) if equal else ():
+                equal = equal and bytes_equal(descriptor, offset, part, buffer)
+                offset += len(part)
+            if not equal:
+                different.append(name)
     finally:
         os.close(descriptor)
-    return found
+    return different
 
 
-def is_at(descriptor: int, place: int, values: Tensor, buffer: mmap.mmap) -> bool:
-    """Whether a file has just these bytes there, read by way of a buffer with room for a block more."""
-    before = place % BLOCK
-    size = before + len(values)
-    read = os.preadv(descriptor, [memoryview(buffer)[: size + -size % BLOCK]], place - before)
-    there = torch.frombuffer(buffer, dtype=torch.uint8)[before:]
-    return read >= size and not MEMCMP(there.data_ptr(), values.data_ptr(), len(values))
+def bytes_equal(descriptor: int, offset: int, values: Tensor, buffer: mmap.mmap) -> bool:
+    """Return whether a file has these bytes at `offset`; `buffer` holds at least one block more than `values`."""
+    skip = offset % BLOCK
+    size = skip + len(values)
+    read = os.preadv(descriptor, [memoryview(buffer)[: size + -size % BLOCK]], offset - skip)
+    stored = torch.frombuffer(buffer, dtype=torch.uint8)[skip:]
+    return read >= size and not MEMCMP(stored.data_ptr(), values.data_ptr(), len(values))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor in row-major order as uint8 (bytes,)."""
     return tensor.contiguous().flatten().view(torch.uint8)

@@ -1,71 +1,126 @@
-"""What fixes a dataset: its source, its models and the limits of screening."""
+"""Configuration of a dataset: its source, its models and the limits of screening."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pixart.config.limits import require_at_least
+from pixart.config.renamed_keys import rename_data
 
-MOST_SHARDS = 1_000_000  # each is a file or two of one folder
+MAX_SHARDS = 1_000_000  # each shard is a file or two in one folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScreeningConfig:
-    """Which images are kept: the limits that `pixart.data.images.screening` holds each image against.
+    """Limits that `pixart.data.images.screening` checks each image against, before any GPU time is spent.
 
     Raises ValueError naming the field for a limit that no image, or every image, could meet.
     """
 
-    max_pixels: int = 50_000_000  # width times height, by the file's header
-    min_side: int = 64  # pixels of the shorter side
-    max_aspect: float = 4.0  # longer side over shorter side
-    plain: float = 0.999  # share of the picture in one colour from which on it is plain
-    near_plain: float = 0.995  # share of its inside that is flat and of one tone, from which on it is near-plain
+    max_pixels: int = 50_000_000
+    """Largest width times height, in pixels, according to the file's header."""
+
+    min_side: int = 64
+    """Smallest shorter side, in pixels."""
+
+    max_aspect: float = 4.0
+    """Largest ratio of the longer side to the shorter side."""
+
+    solid_color_fraction: float = 0.999
+    """Fraction of the pixels in one colour from which an image is rejected as plain."""
+
+    uniform_area_fraction: float = 0.995
+    """Fraction of the inner area that is flat and of one tone from which an image is rejected as near-plain."""
 
     def __post_init__(self) -> None:
         require_at_least(1, max_pixels=self.max_pixels, min_side=self.min_side, max_aspect=self.max_aspect)
-        for name in ("plain", "near_plain"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be more than 0 and at most 1")
+        fractions = {
+            "solid_color_fraction": self.solid_color_fraction,
+            "uniform_area_fraction": self.uniform_area_fraction,
+        }
+        for name, value in fractions.items():
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}={value}: must be more than 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """A dataset: where its images come from and how they become rows.
+    """Source, preprocessing and models of a dataset; all but `path` are fixed in its manifest before the first task.
 
-    `source` is `demo` or the fsspec URL of an image folder, parquet files or webdataset tars.
-    All of it but `path` is fixed in the dataset's manifest before the first task runs.
+    Raises ValueError naming the field for a value out of range.
     """
 
-    path: str  # the dataset's directory
+    path: str
+    """Directory or URL of the dataset."""
+
     source: str = "demo"
-    shards: int = 256
-    images: int | None = None  # how many of the source's images; None: all of them
-    seed: int = 0  # of the demo's scenes
-    image_size: int = 256  # pixels, both sides, after resize and centre crop
-    vae: str = "demo"  # `demo`, or a folder or hub name of a diffusers AutoencoderKL
-    normalization: Literal["channel", "scalar"] = "channel"  # of latents: each channel's mean and deviation, or one
-    text_encoder: str = "minilm"  # `minilm`, or a folder or hub name of a transformers encoder
-    text_tokens: int = 120
-    text_scale: float = 1.0  # multiplies the encoder's states
-    text_states: bool = False  # store the states too: 15 times the size of the latents at width 2048
-    short_captions: bool = False  # store the tokens (and states) of short captions too
+    """Source of the images: `demo` for rendered scenes, or a path or fsspec URL of an image folder, of parquet files or
+    of webdataset tars."""
+
+    num_shards: int = 256
+    """Number of shards; one array element processes one shard."""
+
+    max_images: int | None = None
+    """Number of images taken from the source; none takes all of them."""
+
+    seed: int = 0
+    """Random seed of the rendered scenes; read by the source `demo` only."""
+
+    image_size: int = 256
+    """Side of the training images, in pixels, after resize and centre crop."""
+
+    vae: str = "demo"
+    """VAE that encodes the images: `demo`, or a folder or hub name of a diffusers AutoencoderKL."""
+
+    normalization: Literal["channel", "scalar"] = "channel"
+    """Normalization of latents: `channel` by the mean and standard deviation of each channel, `scalar` by those of all
+    channels together."""
+
+    text_encoder: str = "minilm"
+    """Text encoder of the captions: `minilm`, or a folder or hub name of a transformers encoder."""
+
+    max_text_tokens: int = 120
+    """Number of tokens that a caption is truncated or padded to."""
+
+    text_scale: float = 1.0
+    """Factor that the text encoder's embeddings are multiplied by."""
+
+    store_text_embeddings: bool = False
+    """Whether to store text embeddings with the dataset; at a width of 2048 they take 15 times the space of the
+    latents. Otherwise training runs the text encoder."""
+
+    short_captions: bool = False
+    """Whether to store the tokens (and embeddings) of the captions' first sentences too; see
+    stage2.short_caption_prob."""
+
     captioner: Literal["labels", "vllm"] = "labels"
-    caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"  # read by the vllm captioner
+    """Origin of the captions: `labels` takes the source's own text, `vllm` generates them with `caption_model`."""
+
+    caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"
+    """Folder or hub name of the vision-language model that the captioner `vllm` runs."""
+
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 
     def __post_init__(self) -> None:
-        require_at_least(1, shards=self.shards, image_size=self.image_size, text_tokens=self.text_tokens)
-        require_at_least(1, images=1 if self.images is None else self.images)
+        require_at_least(
+            1, num_shards=self.num_shards, image_size=self.image_size, max_text_tokens=self.max_text_tokens
+        )
+        if self.max_images is not None:
+            require_at_least(1, max_images=self.max_images)
         require_at_least(0, seed=self.seed, text_scale=self.text_scale)
-        if self.shards > MOST_SHARDS:
-            raise ValueError(f"shards={self.shards}: must be at most {MOST_SHARDS}")
+        if self.num_shards > MAX_SHARDS:
+            raise ValueError(f"num_shards={self.num_shards}: must be at most {MAX_SHARDS}")
 
 
 def is_url(path: str) -> bool:
-    """Whether a dataset's path means one that lies elsewhere."""
+    """Return whether a path is a URL, such as `s3://bucket/data`."""
     return "://" in path
 
 
-def read_data(values: dict[str, Any]) -> DataConfig:
-    """Rebuilds the dataset's part from its dictionary, as JSON holds it; unknown fields raise TypeError."""
+def data_from_dict(values: Mapping[str, Any]) -> DataConfig:
+    """Build the configuration of a dataset from a manifest's or a run's record of it, also one by version 0.1.
+
+    Raises TypeError or KeyError for a record with other fields, and ValueError for a value out of range.
+    """
+    values = rename_data(values)
     return DataConfig(**{**values, "screening": ScreeningConfig(**values["screening"])})

@@ -1,61 +1,117 @@
-"""Overrides of a recipe by dotted key, as the command line has them."""
+"""Overrides of a recipe's values by dotted key, as the command line and `run.toml` give them."""
 
 import dataclasses
-import types
-import typing
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from pixart.config.fields import NONE, Field, allowed_values, fields_by_key, optional, sections
 from pixart.config.recipe import Recipe
 
+Config = TypeVar("Config")
+Value = TypeVar("Value")
 
-def override(recipe: Recipe, assignments: list[str]) -> Recipe:
-    """Returns `recipe` with each `dotted.key=value` applied.
 
-    Raises ValueError naming the key and what is allowed for an unknown key or a value of the wrong type.
+def apply(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """Return `recipe` with each `dotted.key=value` set; of two values for one key the later holds.
+
+    The result is validated once, with all values set, so that the order of assignments does not matter. Raises
+    ValueError of one line, which names the key, its value and what is allowed, for an unknown key, for a value of the
+    wrong type or out of range, and for values that do not go together.
     """
+    changes: dict[str, Any] = {}
     for assignment in assignments:
-        key, separator, text = assignment.partition("=")
-        if not separator:
-            raise ValueError(f"override {assignment!r}: write it as key=value, for example stage1.steps=100")
-        recipe = _replace(recipe, key.split("."), text, key)
-    return recipe
+        field, value = parse(assignment)
+        changes[field.key] = value
+    return _replace(recipe, changes, "") if changes else recipe
 
 
-def _replace(config: Any, path: list[str], text: str, key: str) -> Any:
-    name, rest = path[0], path[1:]
-    allowed = [field.name for field in dataclasses.fields(config)]
-    if name not in allowed:
-        raise ValueError(f"unknown configuration key {key!r}: {name!r} is not one of {', '.join(allowed)}")
-    value = getattr(config, name)
-    if dataclasses.is_dataclass(value):
-        if not rest:
-            inner = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(value))
-            raise ValueError(f"configuration key {key!r} is a group; set one of {inner}")
-        return dataclasses.replace(config, **{name: _replace(value, rest, text, key)})
-    if rest:
-        raise ValueError(f"unknown configuration key {key!r}: {name!r} has no parts")
-    parsed = parse_value(get_type_hints(type(config))[name], text, key)
+def parse(assignment: str) -> tuple[Field, Any]:
+    """Return the field that a `dotted.key=value` sets and its value. Raises ValueError as `apply` does."""
+    key, separator, text = assignment.partition("=")
+    if not key:
+        raise ValueError(f"{assignment!r}: has no key; write KEY=VALUE, such as stage1.steps=100")
+    field = find(key)
+    if not separator:
+        raise ValueError(f"{key}: has no value; write {key}=VALUE, where VALUE is {allowed_values(field.annotation)}")
     try:
-        return dataclasses.replace(config, **{name: parsed})
-    except ValueError as error:
-        raise ValueError(f"{key.removesuffix(name)}{error}") from None
-
-
-def parse_value(kind: Any, text: str, key: str) -> Any:
-    """Reads `text` as a value of the annotated type `kind`, one of those that the configuration uses."""
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            raise ValueError(f"{key}={text!r}: must be one of {', '.join(get_args(kind))}")
-        return text
-    if get_origin(kind) in (typing.Union, types.UnionType):  # only `T | None` is used
-        if text.lower() == "none":
-            return None
-        return parse_value(get_args(kind)[0], text, key)
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{key}={text!r}: must be true or false")
-        return text.lower() == "true"
-    try:
-        return kind(text)
+        return field, parse_value(field.annotation, text)
     except ValueError:
-        raise ValueError(f"{key}={text!r}: must be of type {kind.__name__}") from None
+        raise ValueError(f"{key}={text!r}: must be {allowed_values(field.annotation)}") from None
+
+
+def find(key: str) -> Field:
+    """Return the field of a dotted key. Raises ValueError, with the nearest keys, for an unknown one."""
+    fields = fields_by_key()
+    if key in fields:
+        return fields[key]
+    if within := [each for each in fields if each.startswith(f"{key}.")]:
+        raise ValueError(f"{key}: is a section, not a key; set one of {', '.join(within)}")
+    raise ValueError(f"{key}: unknown key; {suggestion(key)}")
+
+
+def suggestion(key: str) -> str:
+    """Return what an unknown key may have meant, or else what is allowed in its place.
+
+    Looks for the same name in another section, then for near names in its section, then for the nearest key of all.
+    """
+    keys = list(fields_by_key())
+    section, _, name = key.rpartition(".")
+    neighbours = [each for each in keys if section and each.startswith(f"{section}.")]
+    names = [each.removeprefix(f"{section}.") for each in neighbours]
+    near = [each for each in keys if each.rpartition(".")[2] == name]
+    near = near or [f"{section}.{each}" for each in difflib.get_close_matches(name, names, n=1)]
+    near = near or [f"{section}.{each}" for each in names if len(name) > 2 and name in each]
+    if not neighbours:
+        near = near or difflib.get_close_matches(key, keys, n=1)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"it must be one of {', '.join(neighbours or [f'{name}.*' for name in sections(Recipe)])}"
+
+
+def parse_value(annotation: Any, text: str) -> Any:
+    """Return the value of an annotated type that `text` stands for. Raises ValueError for a text that has none.
+
+    Whole numbers may be written as `1_000` and `1e3`.
+    """
+    if kind := optional(annotation):
+        return None if text.lower() == NONE else parse_value(kind, text)
+    if get_origin(annotation) is Literal:
+        return _one_of({choice: choice for choice in get_args(annotation)}, text)
+    if annotation is bool:
+        return _one_of({"true": True, "false": False}, text.lower())
+    if annotation is int:
+        return parse_whole_number(text)
+    return annotation(text)
+
+
+def parse_whole_number(text: str) -> int:
+    """Return the whole number that `text` stands for. Raises ValueError for a fraction, infinity or not a number."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
+def _one_of(choices: Mapping[str, Value], text: str) -> Value:
+    if text not in choices:
+        raise ValueError(text)
+    return choices[text]
+
+
+def _replace(config: Config, changes: dict[str, Any], prefix: str) -> Config:
+    """Return a dataclass with the changed values of the keys that begin with `prefix`, nested ones included."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        key = f"{prefix}{field.name}"
+        if key in changes:
+            values[field.name] = changes[key]
+        elif any(each.startswith(f"{key}.") for each in changes):
+            values[field.name] = _replace(getattr(config, field.name), changes, f"{key}.")
+    try:
+        return dataclasses.replace(config, **values)  # type: ignore[type-var]
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None

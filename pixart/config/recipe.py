@@ -1,6 +1,6 @@
-"""A recipe: the whole configuration of a run, and how it is written and read back.
+"""A recipe: the whole configuration of a run, and its JSON form in run folders.
 
-Imports neither torch nor anything heavy, so that the launcher may read it.
+Imports nothing heavy, so that the launcher can use it.
 """
 
 import dataclasses
@@ -8,8 +8,9 @@ import json
 from dataclasses import dataclass
 
 from pixart.config.audit import AuditConfig
-from pixart.config.dataset import DataConfig, read_data
+from pixart.config.dataset import DataConfig, data_from_dict
 from pixart.config.model import ModelConfig
+from pixart.config.renamed_keys import rename_recipe
 from pixart.config.sampling import SampleConfig
 from pixart.config.training import TrainConfig
 
@@ -27,19 +28,25 @@ class Recipe:
     sample: SampleConfig
 
     def train(self, stage: int) -> TrainConfig:
+        """Return the training configuration of stage 1 or 2."""
         return self.stage1 if stage == 1 else self.stage2
 
 
 def to_json(recipe: Recipe) -> str:
+    """Return the JSON text of a recipe, as run folders keep it in `config.json`."""
     return json.dumps(dataclasses.asdict(recipe), indent=2)
 
 
 def from_json(text: str) -> Recipe:
-    """Rebuilds the recipe that `to_json` wrote; unknown fields raise TypeError."""
-    values = json.loads(text)
+    """Rebuild the recipe that `to_json` wrote, also in version 0.1.
+
+    Raises json.JSONDecodeError, KeyError or TypeError for a text of another form, and ValueError for a value out of
+    range.
+    """
+    values = rename_recipe(json.loads(text))
     return Recipe(
         name=values["name"],
-        data=read_data(values["data"]),
+        data=data_from_dict(values["data"]),
         audit=AuditConfig(**values["audit"]),
         model=ModelConfig(**values["model"]),
         stage1=TrainConfig(**values["stage1"]),

@@ -1,85 +1,191 @@
-"""One stage of training."""
+"""Configuration of one stage of training."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from pixart.config.limits import require_at_least, require_share
+from pixart.config.limits import require_at_least, require_fraction, require_positive
 
-# That follow a plan's recipe, the one to be taken first; TransformerEngine (te) needs a GPU.
+# Backends that can train by a plan of each FP8 recipe, the default first; TransformerEngine (te) needs a GPU.
 FP8_BACKENDS = {"delayed": ("native",), "current": ("torchao", "te"), "rowwise": ("torchao",), "mxfp8": ("te",)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One stage of training. The global batch does not depend on the number of ranks."""
+    """One stage of training. Raises ValueError naming the field for a value out of range."""
 
     steps: int
-    batch: int  # global batch, images
-    lr: float
-    warmup: int  # steps of linear warm-up
-    final_lr: float = 1.0  # cosine decay ends at this fraction of lr; 1: constant
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-15
-    clip: float = 1.0  # global gradient norm
-    ema: float = 0.9999
-    drop: float = 0.1  # share of conditions replaced by "none", for guidance
-    short: float = 0.0  # share of short captions; stage 2, of a dataset with data.short_captions
-    precision: Literal["bf16", "fp32"] = "bf16"
-    fp8: bool = False  # needs a checkpoint that the conversion wrote
-    fp8_backend: Literal["auto", "native", "torchao", "te"] = "auto"  # auto: by the recipe of the checkpoint's plan
-    fp8_weight_gradient: bool = True  # false: the native backend's third product stays in BF16
-    seed: int = 0
-    skip_limit: int = 10  # steps in a row, left out as their gradient is not finite, after which training ends
+    """Number of optimizer steps."""
 
-    accumulate: int = 1  # micro-batches, one after the other, of which a rank's part of the batch is made up
-    sharding: Literal["full", "hybrid"] = "full"  # hybrid: over the ranks of a node, with a replica on each node
-    reshard: bool = True  # free a block's gathered weights after its forward pass: less memory, one gather more
-    compile: bool = False  # each block, by torch.compile; the text encoder too
-    one_pass: bool = False  # AdamW and the average of the weights as one compiled pass
-    attention: Literal["measured", "torch"] = "measured"  # on a GPU: the fastest kernel there, or torch's own choice
-    text_encoder: Literal["replicated", "sharded"] = "replicated"  # where the dataset has no states of the text
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: products are kept
+    global_batch_size: int
+    """Number of images of one optimizer step, over all ranks and micro-batches."""
+
+    lr: float
+    """Peak learning rate of AdamW."""
+
+    warmup_steps: int
+    """Number of steps over which the learning rate grows linearly from 0."""
+
+    min_lr_ratio: float = 1.0
+    """Fraction of the peak learning rate that cosine decay ends at; 1 keeps the rate constant after the warm-up."""
+
+    weight_decay: float = 0.01
+    """Weight decay of AdamW, applied neither to biases nor to normalizations and embeddings."""
+
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+
+    eps: float = 1e-15
+    """Term that AdamW adds to the denominator."""
+
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are clipped to it."""
+
+    ema_decay: float = 0.9999
+    """Decay of the EMA weights; it warms up as (1 + step) / (10 + step)."""
+
+    cond_dropout_prob: float = 0.1
+    """Probability of training an image on the null condition, for classifier-free guidance."""
+
+    short_caption_prob: float = 0.0
+    """Probability of training an image on its short caption; stage 2 only, and needs data.short_captions."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of computation outside of FP8 linears; master weights are float32."""
+
+    fp8: bool = False
+    """Whether to train in FP8; needs a checkpoint by conversion.to_fp8."""
+
+    fp8_backend: Literal["auto", "native", "torchao", "te"] = "auto"
+    """Implementation of FP8 linears; `auto` takes the default one for the recipe of the checkpoint's plan."""
+
+    fp8_grad_weight: bool = True
+    """Whether the native backend computes weight gradients in FP8 rather than in BF16."""
+
+    seed: int = 0
+    """Random seed of initialization, data order, noise and timesteps."""
+
+    max_skipped_steps: int = 10
+    """Number of consecutive steps with non-finite gradients, which are skipped, after which training ends."""
+
+    gradient_accumulation_steps: int = 1
+    """Number of micro-batches that each rank splits its part of the global batch into."""
+
+    sharding: Literal["fsdp", "hsdp"] = "fsdp"
+    """Sharding of the weights: `fsdp` over all ranks, `hsdp` over the ranks of a node with a replica on each node."""
+
+    reshard_after_forward: bool = True
+    """Whether to free a block's gathered weights after its forward pass, which saves memory for one more all-gather."""
+
+    compile: bool = False
+    """Whether to compile each transformer block, and the text encoder, with torch.compile."""
+
+    fused_adamw_ema: bool = False
+    """Whether to update weights and EMA weights in one compiled pass over memory."""
+
+    attention_backend: Literal["autotune", "default"] = "autotune"
+    """Attention kernel on a GPU: `autotune` times the available kernels and takes the fastest, `default` leaves the
+    choice to PyTorch."""
+
+    shard_text_encoder: bool = False
+    """Whether to shard the text encoder over all ranks rather than to replicate it; it is used in stage 2 on datasets
+    without data.store_text_embeddings."""
+
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations of a block that are recomputed in the backward pass: `none`, `selective` all but the results of
+    matrix multiplications and attention, or `full`."""
 
     log_every: int = 10
-    fp8_every: int = 100  # steps between two looks at the scales, of which there are thousands
+    """Number of steps between two logs of metrics."""
+
+    fp8_log_every: int = 100
+    """Number of steps between two logs of the FP8 scales."""
+
     save_every: int = 1000
-    keep_last: int = 3  # checkpoints
-    keep_every: int = 0  # and those of steps that are multiples of this; 0: no more
-    validate_every: int = 0  # steps; 0: never
-    validation_rows: int = 0  # kept from training, the same ones in both stages; at most a tenth of the dataset
-    preview_every: int = 0  # steps; 0: never
-    previews: int = 8  # pictures
-    stall_minutes: float = 10.0  # without a step, after which every rank prints its stacks
-    profile: int = 0  # step with which a trace of three steps begins; 0: none
+    """Number of steps between two checkpoints; the last step is always saved."""
+
+    keep_last: int = 3
+    """Number of newest checkpoints to keep."""
+
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this number are kept for good; 0 keeps the newest ones only."""
+
+    validate_every: int = 0
+    """Number of steps between two validations; 0 never validates."""
+
+    num_validation_samples: int = 0
+    """Number of images reserved for validation, the same in both stages; at most a tenth of the dataset is taken."""
+
+    preview_every: int = 0
+    """Number of steps between two sets of preview images; 0 makes none."""
+
+    num_previews: int = 8
+    """Number of images of a preview."""
+
+    hang_timeout_minutes: float = 10.0
+    """Minutes without a completed step after which every rank prints its stack traces."""
+
+    profile_step: int = 0
+    """First of the three steps that a profiler trace is written of; 0 writes none."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
-        require_at_least(1, accumulate=self.accumulate, skip_limit=self.skip_limit, keep_last=self.keep_last)
-        require_at_least(1, previews=self.previews, fp8_every=self.fp8_every)
-        require_at_least(0, warmup=self.warmup, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip)
-        if self.clip == 0:
-            raise ValueError("clip=0: every gradient would become 0; what is never reached clips nothing")
-        require_at_least(0, eps=self.eps, seed=self.seed)
-        require_at_least(0, validate_every=self.validate_every, preview_every=self.preview_every, profile=self.profile)
-        require_at_least(0, validation_rows=self.validation_rows, keep_every=self.keep_every)
-        require_at_least(0.01, stall_minutes=self.stall_minutes)
-        require_share(final_lr=self.final_lr, ema=self.ema, drop=self.drop, short=self.short)
-        require_share(beta1=self.beta1, beta2=self.beta2)
-        if 1 in (self.beta1, self.beta2):
-            raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: must be less than 1")
-        if self.validate_every and not self.validation_rows:
-            raise ValueError(f"validate_every={self.validate_every}: needs validation_rows, which are 0")
+        require_at_least(
+            1,
+            steps=self.steps,
+            global_batch_size=self.global_batch_size,
+            max_skipped_steps=self.max_skipped_steps,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            log_every=self.log_every,
+            fp8_log_every=self.fp8_log_every,
+            save_every=self.save_every,
+            keep_last=self.keep_last,
+            num_previews=self.num_previews,
+        )
+        require_at_least(
+            0,
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            seed=self.seed,
+            keep_every=self.keep_every,
+            validate_every=self.validate_every,
+            num_validation_samples=self.num_validation_samples,
+            preview_every=self.preview_every,
+            profile_step=self.profile_step,
+        )
+        require_positive(max_grad_norm=self.max_grad_norm)
+        require_at_least(0.01, hang_timeout_minutes=self.hang_timeout_minutes)
+        require_fraction(
+            min_lr_ratio=self.min_lr_ratio,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            ema_decay=self.ema_decay,
+            cond_dropout_prob=self.cond_dropout_prob,
+            short_caption_prob=self.short_caption_prob,
+        )
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if beta == 1:
+                raise ValueError(f"{name}={beta}: must be less than 1")
+        if self.validate_every and not self.num_validation_samples:
+            raise ValueError(
+                f"validate_every={self.validate_every}: num_validation_samples is 0; it must be at least 1, or "
+                "validate_every 0"
+            )
 
 
-def fp8_backend(wanted: str, recipe: str) -> str:
-    """What trains in FP8 by a plan of this recipe. Raises ValueError where `wanted` does not."""
-    able = FP8_BACKENDS[recipe]
-    if wanted not in ("auto", *able):
+def resolve_fp8_backend(backend: str, fp8_recipe: str) -> str:
+    """Return the backend to train with by a plan of an FP8 recipe; `auto` stands for the recipe's default.
+
+    Raises ValueError for a backend that cannot train by such a plan.
+    """
+    supported = FP8_BACKENDS[fp8_recipe]
+    if backend not in ("auto", *supported):
         allowed = ", ".join(f"{' or '.join(backends)} for {name}" for name, backends in FP8_BACKENDS.items())
         raise ValueError(
-            f"fp8_backend={wanted}: does not follow the plan's recipe {recipe!r} ({allowed}); convert with another "
-            "--recipe to train here"
+            f"fp8_backend={backend}: does not support the plan's FP8 recipe {fp8_recipe!r}; it must be auto or one "
+            f"that does ({allowed}), or convert again with another FP8 recipe"
         )
-    return able[0] if wanted == "auto" else wanted
+    return supported[0] if backend == "auto" else backend

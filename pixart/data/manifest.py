@@ -1,6 +1,6 @@
-"""The dataset's manifest: what was fixed before its first task ran.
+"""The dataset manifest: everything that is fixed before the first task of a dataset runs.
 
-Row r of shard s is source item `s * rows_per_shard + r`, for ever; an item that cannot be used keeps its row.
+Row r of shard s is always source item `s * rows_per_shard + r`; an item that is rejected keeps its row.
 """
 
 import dataclasses
@@ -13,20 +13,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pixart.config.dataset import DataConfig, is_url, read_data
+from pixart.config.dataset import DataConfig, data_from_dict, is_url
+from pixart.config.renamed_keys import original_data
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
-from pixart.data.storage import read_object
+from pixart.data.storage import read_file
 
-FORMAT = 2
+FORMAT = 3
+LEGACY_FORMAT = 2  # the format of version 0.1, whose `data` has other keys
 FILE = "manifest.json"
-COUNTS = "source-files.json"  # rows of each parquet or tar file of the source
+ROW_COUNTS_FILE = "source-files.json"  # number of rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """`data` is the configuration that made it, `images` how many items the source has."""
+    """The fixed properties of a dataset.
+
+    `data` is the configuration that the dataset was created from, and `images` is the number of source items.
+    """
 
     data: DataConfig
     images: int
@@ -35,71 +40,92 @@ class Manifest:
     latent_shape: tuple[int, int, int]  # (channels, height, width)
     text_dim: int
     models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
+    format: int = FORMAT
 
     @property
     def rows(self) -> int:
-        """Rows of the store: whole shards, of which the last may not be filled."""
-        return self.rows_per_shard * self.data.shards
+        """Number of rows of the store. Every shard has `rows_per_shard` rows, of which the last may be padding."""
+        return self.rows_per_shard * self.data.num_shards
 
-    def shard(self, index: int) -> tuple[int, int]:
-        """First row and end row of a shard's items. Raises ValueError for a shard that does not exist."""
-        if not 0 <= index < self.data.shards:
-            raise ValueError(f"shard {index}: the dataset {self.data.path} has shards 0 to {self.data.shards - 1}")
-        start = min(index * self.rows_per_shard, self.images)
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """Return the first row of a shard and the row after its last source item.
+
+        Raises ValueError if the shard does not exist.
+        """
+        if not 0 <= shard < self.data.num_shards:
+            raise ValueError(
+                f"shard {shard} does not exist; the dataset {self.data.path} has shards 0 to {self.data.num_shards - 1}"
+            )
+        start = min(shard * self.rows_per_shard, self.images)
         return start, min(start + self.rows_per_shard, self.images)
 
     @property
     def hash(self) -> str:
-        """Identifies the dataset wherever it lies."""
-        values = dataclasses.asdict(dataclasses.replace(self, data=dataclasses.replace(self.data, path="")))
+        """Sixteen hexadecimal digits that identify the dataset independently of its path; checkpoints refer to it."""
+        values = dataclasses.replace(self, data=dataclasses.replace(self.data, path="")).values()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def values(self) -> dict[str, Any]:
+        """Return the manifest as JSON values, with the keys of its format."""
+        values = dataclasses.asdict(self)
+        if values.pop("format") == LEGACY_FORMAT:
+            values["data"] = original_data(values["data"])
+        return values
 
 
 def open_images(manifest: Manifest) -> Source:
-    """The dataset's source. Raises ValueError where it has not as many items as when the dataset was made."""
+    """Open the image source of a dataset.
+
+    Raises ValueError if its number of items has changed since the dataset was created.
+    """
     data = manifest.data
-    source = open_data(data, Path(data.path) / COUNTS)
+    source = open_configured_source(data, Path(data.path) / ROW_COUNTS_FILE)
     if len(source) != manifest.images:
         raise ValueError(
             f"source {data.source!r} has {len(source)} items, but had {manifest.images} when the dataset {data.path} "
-            "was made"
+            "was created; restore the source or create another dataset"
         )
     return source
 
 
-def open_data(data: DataConfig, counts: Path) -> Source:
-    return open_source(data.source, images=data.images, seed=data.seed, image_size=data.image_size, counts=counts)
+def open_configured_source(data: DataConfig, counts_file: Path) -> Source:
+    """Open the image source that a configuration names."""
+    return open_source(
+        data.source, max_images=data.max_images, seed=data.seed, image_size=data.image_size, counts_file=counts_file
+    )
 
 
 def make(data: DataConfig) -> Manifest:
-    """Looks at source, VAE and text encoder, and keeps what it finds out of the source's files for the tasks.
+    """Build the manifest of a new dataset from its source, VAE and text encoder.
 
-    Raises ValueError, with nothing written, for one that is not there.
+    Also writes the row counts of the source's files into the dataset's directory, so that tasks need not count them
+    again. Raises ValueError, with nothing written, if the source or a model does not exist.
     """
     from pixart.data.encoders.text_encoder import text_dim
     from pixart.data.encoders.vae import latent_shape
 
     if not is_url(data.source) and Path(data.source).resolve() in Path(data.path).resolve().parents:
-        raise ValueError(f"the dataset {data.path} would lie within its source {data.source}: name another --home")
+        raise ValueError(f"the dataset {data.path} would be inside its own source {data.source}; choose another --home")
     with TemporaryDirectory() as folder:
-        counts = Path(folder) / COUNTS
-        source = open_data(data, counts)
+        counts_file = Path(folder) / ROW_COUNTS_FILE
+        source = open_configured_source(data, counts_file)
         manifest = Manifest(
             data=data,
             images=len(source),
-            rows_per_shard=-(-len(source) // data.shards),
+            rows_per_shard=-(-len(source) // data.num_shards),
             class_names=tuple(source.class_names),
             latent_shape=latent_shape(data.vae, data.image_size),
             text_dim=text_dim(data.text_encoder),
             models={kind: model_fingerprint(data, kind) for kind in MODELS},
         )
-        if counts.exists():
+        if counts_file.exists():
             Path(data.path).mkdir(parents=True, exist_ok=True)
-            (Path(data.path) / COUNTS).write_bytes(counts.read_bytes())
+            (Path(data.path) / ROW_COUNTS_FILE).write_bytes(counts_file.read_bytes())
     return manifest
 
 
 def model_fingerprint(data: DataConfig, kind: str) -> str:
+    """Return the fingerprint of one of MODELS; the captioner's includes the hash of its instruction."""
     from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
     from pixart.data.encoders.fingerprint import fingerprint
     from pixart.data.encoders.text_encoder import encoder_path
@@ -113,20 +139,23 @@ def model_fingerprint(data: DataConfig, kind: str) -> str:
 
 
 def check_model(manifest: Manifest, kind: str) -> None:
-    """Raises ValueError where the name that the dataset has for one of MODELS now means another model."""
-    found, fixed = model_fingerprint(manifest.data, kind), manifest.models[kind]
-    if found != fixed:
+    """Check that one of MODELS is still the model that the dataset was created with.
+
+    Raises ValueError if its name now refers to other files.
+    """
+    actual, expected = model_fingerprint(manifest.data, kind), manifest.models[kind]
+    if actual != expected:
         raise ValueError(
-            f"dataset {manifest.data.path}: its {kind.replace('_', ' ')} is no longer the one that it was made with "
-            f"(fingerprint {found}, was {fixed})"
+            f"dataset {manifest.data.path}: its {kind.replace('_', ' ')} has changed since the dataset was created "
+            f"(fingerprint {actual}, was {expected}); restore the model or create another dataset"
         )
 
 
 def write(manifest: Manifest) -> None:
-    """Writes the manifest atomically."""
+    """Write the manifest atomically into the dataset's directory."""
     path = Path(manifest.data.path) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"format": FORMAT, "hash": manifest.hash, **dataclasses.asdict(manifest)}
+    record = {"format": manifest.format, "hash": manifest.hash, **manifest.values()}
     temporary = path.with_name(f".{FILE}.{uuid.uuid4().hex[:8]}")
     with temporary.open("w") as file:
         json.dump(record, file, indent=2)
@@ -136,25 +165,31 @@ def write(manifest: Manifest) -> None:
 
 
 def read(path: str | Path) -> Manifest:
-    """The manifest of a dataset's directory or URL. Raises ValueError where there is none, or it was changed."""
+    """Read the manifest of a dataset by its directory or URL.
+
+    Raises ValueError if there is no manifest, if its format is unknown or if it was edited.
+    """
     try:
-        record: dict[str, Any] = json.loads(read_object(str(path), FILE) or b"")
+        record: dict[str, Any] = json.loads(read_file(str(path), FILE) or b"")
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no dataset: it has no readable {FILE}") from error
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{path} has dataset format {record.get('format')!r}, not {FORMAT}")
+        raise ValueError(f"{path} is not a dataset; it has no readable {FILE}") from error
+    if record.get("format") not in (LEGACY_FORMAT, FORMAT):
+        raise ValueError(
+            f"{path}/{FILE} has format {record.get('format')!r}; supported are {LEGACY_FORMAT} and {FORMAT}"
+        )
     try:
         manifest = Manifest(
-            data=read_data({**record["data"], "path": str(path)}),
+            data=data_from_dict({**record["data"], "path": str(path)}),
             images=record["images"],
             rows_per_shard=record["rows_per_shard"],
             class_names=tuple(record["class_names"]),
             latent_shape=tuple(record["latent_shape"]),
             text_dim=record["text_dim"],
             models=record["models"],
+            format=record["format"],
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}/{FILE} is no manifest of this suite: {error}") from error
+        raise ValueError(f"{path}/{FILE} is not a dataset manifest: {error}") from error
     if manifest.hash != record.get("hash"):
-        raise ValueError(f"{path}/{FILE} was changed since the dataset was made: its hash is {manifest.hash}")
+        raise ValueError(f"{path}/{FILE} was edited after the dataset was created; its hash is now {manifest.hash}")
     return manifest

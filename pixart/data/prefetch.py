@@ -1,4 +1,4 @@
-"""Work on items by threads, ahead of whoever takes the results in order."""
+"""Ordered parallel map in background threads, ahead of the consumer."""
 
 import os
 from collections import deque
@@ -6,31 +6,32 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
-# Pillow gives up the interpreter while it decodes and resizes; a processor is left to the taker of results.
-THREADS = max(1, min(16, len(os.sched_getaffinity(0)) - 1))
-AHEAD = 128  # results that may wait
-NICENESS = 10  # of each thread, as Linux has it: they work when whoever takes the results, and its engine, leave time
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+# Pillow releases the GIL while it decodes and resizes; one core is left to the consumer.
+NUM_THREADS = max(1, min(16, len(os.sched_getaffinity(0)) - 1))
+MAX_PENDING = 128  # inputs that are being processed, and results that are waiting for the consumer
+NICENESS = 10  # of each thread, as Linux counts it, so that the consumer and its engine take precedence
 
 
-def made_ahead(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-    """What `function` makes of the items, in their order; what it or the items raise is raised at its place.
+def prefetch_map(function: Callable[[Input], Output], inputs: Iterable[Input]) -> Iterator[Output]:
+    """Yield `function(input)` for every input, in order, computed by background threads.
 
-    The items are asked for by a thread of their own: whoever takes the results does not wait while they are read.
+    The inputs are read by a separate thread, so the consumer does not wait for them. An exception from the function
+    or from the inputs is raised at its position.
     """
-    source, end = iter(items), object()
+    iterator, end = iter(inputs), object()
 
-    def make(asked: Future[Any]) -> Any:
-        item = asked.result()
-        return item if item is end else function(item)
+    def compute(reading: Future[Any]) -> Any:
+        value = reading.result()
+        return value if value is end else function(value)
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS, "ahead", os.nice, (NICENESS,)) as pool:
-        pending = deque(pool.submit(make, reader.submit(next, source, end)) for _ in range(AHEAD))
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(NUM_THREADS, "prefetch", os.nice, (NICENESS,)) as pool:
+        pending = deque(pool.submit(compute, reader.submit(next, iterator, end)) for _ in range(MAX_PENDING))
         try:
-            while (made := pending.popleft().result()) is not end:
-                pending.append(pool.submit(make, reader.submit(next, source, end)))
-                yield made
+            while (result := pending.popleft().result()) is not end:
+                pending.append(pool.submit(compute, reader.submit(next, iterator, end)))
+                yield result
         finally:
             reader.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(wait=False, cancel_futures=True)

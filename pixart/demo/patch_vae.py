@@ -1,7 +1,7 @@
-"""The demo's autoencoder: the first 16 principal components of 8x8 patches, behind AutoencoderKL's interface.
+"""The demo's autoencoder: the first 16 principal components of 8x8 patches, with the interface of AutoencoderKL.
 
-Fitted in seconds and 25 KB large, it lets the demo run the whole path of a real autoencoder without a download.
-`python -m pixart.demo.patch_vae DIRECTORY` fits it and writes it.
+It has 25 KB of weights and fits in seconds, so the demo uses the same code path as a real autoencoder without a
+download. `python -m pixart.demo.patch_vae DIRECTORY` fits and saves it.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from torch import nn
 
 from pixart.demo.scenes import make_scene, render
 
-DEMO_VAE = Path(__file__).parent / "demo_vae"  # the fitted one that the package ships, for `from_pretrained`
+DEMO_VAE = Path(__file__).parent / "demo_vae"  # the fitted weights in the package, for `from_pretrained`
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """A linear autoencoder of patches: one convolution in and one out.
+    """A linear autoencoder of patches: one convolution and one transposed convolution.
 
-    As with AutoencoderKL, a diffusion model sees `(latents - config.shift_factor) * config.scaling_factor`,
-    of standard deviation 1.
+    As with AutoencoderKL, a diffusion model is trained on `(latents - config.shift_factor) * config.scaling_factor`,
+    which has standard deviation 1.
     """
 
     @register_to_config
@@ -36,43 +36,43 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.decoder = nn.ConvTranspose2d(latent_channels, 3, patch_size, stride=patch_size)
 
     def encode(self, images: torch.Tensor) -> AutoencoderKLOutput:
-        """Encodes images in [-1, 1] of (batch, 3, height, width) to latents of (batch, 16, height / 8, width / 8).
+        """Encode images in [-1, 1], (batch, 3, height, width), to latents (batch, 16, height / 8, width / 8).
 
-        The distribution in `latent_dist` has no variance: its mean, mode and samples are the same.
-        Raises ValueError where a side is not a multiple of the patch's.
+        The distribution in `latent_dist` is deterministic: its mean, mode and samples are equal.
+        Raises ValueError if a side is not a multiple of the patch size.
         """
         height, width = images.shape[-2:]
         patch_size = self.config.patch_size
         if height % patch_size or width % patch_size:
-            raise ValueError(f"image of {height}x{width} pixels: sides must be multiples of {patch_size}")
+            raise ValueError(f"image of {height}x{width} pixels: its sides must be multiples of {patch_size}")
         mean = self.encoder(images)
         parameters = torch.cat([mean, torch.zeros_like(mean)], dim=1)  # mean and log-variance
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters, deterministic=True))
 
     def decode(self, latents: torch.Tensor) -> DecoderOutput:
-        """Decodes latents of (batch, 16, height / 8, width / 8) to images about [-1, 1], not clipped, in `sample`."""
+        """Decode latents (batch, 16, height / 8, width / 8) to images near [-1, 1], not clamped, in `sample`."""
         return DecoderOutput(sample=self.decoder(latents))
 
 
-def fit(scenes_count: int = 2048, seed: int = 1) -> PatchAutoencoder:
-    """Fits the autoencoder to scenes 0 to `scenes_count` of `seed`; the same arguments give the same weights."""
+def fit(num_scenes: int = 2048, seed: int = 1) -> PatchAutoencoder:
+    """Fit the autoencoder to the first `num_scenes` scenes of a seed. The result is deterministic."""
     vae = PatchAutoencoder()
     channels, patch_size = vae.config.latent_channels, vae.config.patch_size
-    images = np.stack([render(make_scene(seed, index)) for index in range(scenes_count)]) / 127.5 - 1
+    images = np.stack([render(make_scene(seed, index)) for index in range(num_scenes)]) / 127.5 - 1
     rows = images.shape[1] // patch_size
-    patches = images.reshape(scenes_count, rows, patch_size, rows, patch_size, 3).transpose(0, 1, 3, 5, 2, 4)
-    color = patches.mean(axis=(0, 1, 2, 4, 5))  # the decoder's bias is a colour, not a patch
+    patches = images.reshape(num_scenes, rows, patch_size, rows, patch_size, 3).transpose(0, 1, 3, 5, 2, 4)
+    color = patches.mean(axis=(0, 1, 2, 4, 5))  # the decoder's bias is one color, not a patch
     patches = (patches - color[:, None, None]).reshape(-1, 3 * patch_size**2)  # (patches, 192)
 
     variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))  # ascending
     deviations = np.sqrt(variances[::-1][:channels])
     components = vectors.T[::-1][:channels]  # (16, 192)
-    # An eigenvector's sign is arbitrary: choose the one that agrees with a fixed direction.
+    # The sign of an eigenvector is arbitrary: choose the one that is positive along a fixed direction.
     direction = np.random.default_rng(0).standard_normal(components.shape[1])
     components = components * np.sign(components @ direction)[:, None]
 
-    # Dividing by the whole deviation would make the diffusion model work as hard for the last component as for
-    # the first; not dividing would drown the last ones in noise. The root is between the two.
+    # Dividing by the standard deviation would give the last component the same weight in the diffusion loss as the
+    # first; not dividing would drown the last ones in noise. The square root is a compromise.
     scales = np.sqrt(deviations)[:, None]
     kernel_shape = (channels, 3, patch_size, patch_size)
     encoder = (components / scales).reshape(kernel_shape)
@@ -89,6 +89,6 @@ def fit(scenes_count: int = 2048, seed: int = 1) -> PatchAutoencoder:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fits the demo's autoencoder and writes it.")
-    parser.add_argument("directory", type=Path)
+    parser = argparse.ArgumentParser(description="Fit the demo's autoencoder and save it.")
+    parser.add_argument("directory", type=Path, help="Directory in which to save the weights and config.json.")
     fit().save_pretrained(parser.parse_args().directory)

@@ -1,7 +1,7 @@
-"""The demo's images: rendered, captioned scenes that a small model learns in minutes on a CPU.
+"""The demo dataset: rendered scenes with captions that a small model learns in minutes on a CPU.
 
-A scene is a function of (seed, index) alone, so any process may make any of them, in any order.
-Lengths are fractions of the picture's side; x grows to the right and y downwards.
+A scene is a pure function of (seed, index), so every process can generate scenes in any order.
+Lengths are fractions of the image's side; x grows to the right and y downwards.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "star")  # a scene's class label is its shape's index
+SHAPES = ("circle", "square", "triangle", "star")  # the class label of a scene is the index of its shape
 COLORS = {
     "red": (220, 25, 30),
     "orange": (255, 140, 0),
@@ -21,8 +21,8 @@ COLORS = {
     "pink": (255, 135, 195),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (135, 135, 135), "black": (20, 20, 20), "brown": (95, 60, 35)}
-# Offset of the main shape from the middle, and the caption's words: a patch of the VAE, so that a shape moved is the
-# same latents moved.
+# Offset of the main shape from the center, and the words of the caption. Offsets are the size of a VAE patch, so that
+# moving a shape shifts its latents.
 POSITIONS = {
     "center": (0.0, 0.0, "in the center"),
     "left": (-8 / 64, 0.0, "on the left"),
@@ -31,49 +31,49 @@ POSITIONS = {
     "bottom": (0.0, 8 / 64, "at the bottom"),
 }
 
-# Corners, inner radius over outer radius, and the clockwise angle from "up" to a corner.
+# Number of corners, inner over outer radius, and the clockwise angle from the y axis to a corner.
 _POLYGONS = {
     "square": (4, math.cos(math.pi / 4), math.pi / 4),
     "triangle": (3, math.cos(math.pi / 3), 0.0),
     "star": (5, 0.45, 0.0),
 }
-_POLYGON_RADIUS = 1.1  # a polygon's outer radius over the circle's, which brings their areas closer
-_DOT_RADIUS = 0.3  # over the main shape's; the dot covers less than a fifth of any shape
-_CORNER = 23 / 64  # from the middle to a small shape, along both axes
+_POLYGON_RADIUS = 1.1  # outer radius of polygons relative to circles, so that their areas are similar
+_DOT_RADIUS = 0.3  # relative to the main shape; the dot covers less than a fifth of any shape
+_CORNER = 23 / 64  # distance of a small shape from the center, along both axes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmallShape:
-    """A second, small shape in a corner that the main shape leaves free."""
+    """A second, small shape in an empty corner."""
 
     shape: str
     color: str
     radius: float
-    x: float  # of its centre
+    x: float  # of its center
     y: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """What a picture shows: what its caption says, and the jitter that its caption leaves out."""
+    """The content of an image: what its caption states, and jitter that it does not mention."""
 
     shape: str
     color: str
     background: str
     position: str
-    dot: str | None  # colour of a dot in the middle of the main shape
+    dot: str | None  # color of a dot in the center of the main shape
     small: SmallShape | None
     radius: float
     x: float  # of the main shape's centroid
     y: float
-    brightness: float  # multiplies the colours of the shapes
+    brightness: float  # multiplies the colors of the shapes
     background_brightness: float
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """Returns scene `index` of the endless series `seed`; negative numbers raise ValueError.
+    """Return scene `index` of the series `seed`.
 
-    A quarter of the scenes have a dot, and an eighth have a small shape instead.
+    A quarter of the scenes have a dot, and another eighth have a small shape. Raises ValueError for negative numbers.
     """
     generator = np.random.default_rng((seed, index))
 
@@ -92,7 +92,7 @@ def make_scene(seed: int, index: int) -> Scene:
             shape=choose(list(SHAPES)),
             color=choose(other_colors),
             radius=float(generator.uniform(5, 6)) / 64,
-            x=0.5 + _CORNER * (-1 if offset_x > 0 else 1),  # away from the main shape, or at the top right
+            x=0.5 + _CORNER * (-1 if offset_x > 0 else 1),  # opposite the main shape, or at the top right
             y=0.5 + _CORNER * (1 if offset_y < 0 else -1),
         )
     shift_x, shift_y = generator.uniform(-0.25, 0.25, size=2) / 64
@@ -112,15 +112,15 @@ def make_scene(seed: int, index: int) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """Describes the scene in one noun phrase; scenes of the same content have the same caption."""
+    """Describe a scene in one noun phrase; scenes of equal content have equal captions."""
     dot = f" with {_with_article(scene.dot)} dot" if scene.dot else ""
     small = f" and a small {scene.small.color} {scene.small.shape}" if scene.small else ""
-    where = POSITIONS[scene.position][2]
-    return f"{_with_article(scene.color)} {scene.shape}{dot} {where} of a {scene.background} background{small}"
+    position = POSITIONS[scene.position][2]
+    return f"{_with_article(scene.color)} {scene.shape}{dot} {position} of a {scene.background} background{small}"
 
 
 def render(scene: Scene, size: int = 64) -> np.ndarray:
-    """Draws the scene, anti-aliased, as uint8 of (size, size, 3)."""
+    """Render a scene with anti-aliasing, uint8 (size, size, 3)."""
     image = np.empty((size, size, 3))
     image[:] = np.multiply(BACKGROUNDS[scene.background], scene.background_brightness)
     layers = [(scene.shape, scene.color, scene.radius, scene.x, scene.y)]
@@ -132,23 +132,23 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     for shape, color, radius, x, y in layers:
         outer_radius = radius * size * (1.0 if shape == "circle" else _POLYGON_RADIUS)
         distance = signed_distance(shape, centers - x * size, centers[:, None] - y * size, outer_radius)
-        coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of each pixel by the shape
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # share of each pixel that the shape covers
         image += coverage * (np.multiply(COLORS[color], scene.brightness) - image)
     return np.rint(image).astype(np.uint8)
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance from points (x, y) to the outline of a shape around the origin, negative inside, in the points' unit.
+    """Return the signed distance from points (x, y) to a shape centered at the origin, negative inside.
 
-    `radius` reaches from the centroid to the corners. `x` and `y` broadcast. Near a corner, outside,
-    the distance is to the lines that the sides lie on.
+    `radius` is the distance from the centroid to the corners, in the unit of the points. `x` and `y` broadcast.
+    Outside and near a corner, the distance is to the extended sides.
     """
     distance_to_origin = np.hypot(x, y)
     if shape == "circle":
         return distance_to_origin - radius
     corners, inner, first_corner = _POLYGONS[shape]
-    # Every half of a corner looks alike, so fold the plane onto one: its side runs from the corner,
-    # at angle zero, to the point of inner radius, at angle pi / corners.
+    # By symmetry, fold the plane onto half of a corner: its side runs from the corner, at angle zero, to the point of
+    # inner radius, at angle pi / corners.
     sector = 2 * math.pi / corners
     angle = np.arctan2(x, -y) - first_corner
     angle = np.abs(angle - sector * np.rint(angle / sector))
@@ -158,7 +158,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def unit_area(shape: str) -> float:
-    """Area of a shape whose `signed_distance` radius is 1."""
+    """Return the area of a shape whose `signed_distance` radius is 1."""
     if shape == "circle":
         return math.pi
     corners, inner, _ = _POLYGONS[shape]

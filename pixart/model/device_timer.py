@@ -1,4 +1,4 @@
-"""Time that work takes on a device."""
+"""Timing of work on a GPU or a CPU."""
 
 import statistics
 import time
@@ -7,37 +7,38 @@ from collections.abc import Callable
 import torch
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Return the median time of `repeats` calls after one that warms up.
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """Return the median time in seconds of `repeats` calls after one warm-up call.
 
-    On a GPU each call lies between two events of the device, so that the host's launches and its waiting do not count
-    as long as they keep ahead.
+    On a GPU each call is enclosed in two CUDA events, so that the host's kernel launches and synchronizations do not
+    count as long as the host stays ahead of the device.
     """
     function()
     if torch.cuda.is_available():
-        return statistics.median(device_seconds(function, repeats))
+        return statistics.median(cuda_event_seconds(function, repeats))
     return statistics.median(host_seconds(function) for _ in range(repeats))
 
 
-def device_seconds(function: Callable[[], object], repeats: int) -> list[float]:
-    """Return the time of each call between two CUDA events."""
+def cuda_event_seconds(function: Callable[[], object], repeats: int) -> list[float]:
+    """Return the time in seconds between the two CUDA events around each call."""
     torch.cuda.synchronize()
-    spans = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in spans:
-        begin.record()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
         function()
         end.record()
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1e3 for begin, end in spans]  # milliseconds
+    return [start.elapsed_time(end) / 1e3 for start, end in events]  # elapsed_time is in milliseconds
 
 
 def host_seconds(function: Callable[[], object]) -> float:
-    """Return the time of one call on the host's clock."""
-    begun = time.perf_counter()
+    """Return the wall-clock time in seconds of one call."""
+    start = time.perf_counter()
     function()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def wait() -> None:
+def synchronize() -> None:
+    """Wait for all kernels on the current GPU; do nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

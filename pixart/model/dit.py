@@ -1,4 +1,4 @@
-"""PixArt's diffusion transformer: class-conditional (stage 1) and text-conditional (stage 2), one implementation."""
+"""PixArt's diffusion transformer, class-conditional (stage 1) or text-conditional (stage 2)."""
 
 import functools
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from pixart.model.layers import Block, PositionEmbedding, TimeEmbedding, layer_n
 
 
 class DiT(ModelMixin, ConfigMixin):
-    """Predicts the velocity of rectified flow from a noised latent.
+    """Diffusion transformer that predicts the velocity of rectified flow from a noised latent.
 
-    Stage 1 is given by `num_classes` (DiT with adaLN-zero), stage 2 by `text_dim` (adaLN-single and
-    cross-attention, PixArt-alpha section 2.3). The last class index means "no class".
+    Stage 1 is selected by `num_classes` (DiT with adaLN-zero), stage 2 by `text_dim` (adaLN-single and
+    cross-attention, PixArt-alpha section 2.3). The last class index is the null class, "no class".
 
-    Raises ValueError unless exactly one of `num_classes` and `text_dim` is given.
+    Raises ValueError unless exactly one of `num_classes` and `text_dim` is passed.
     """
 
-    _supports_gradient_checkpointing = True  # of the blocks: `enable_gradient_checkpointing`
+    _supports_gradient_checkpointing = True  # diffusers' `enable_gradient_checkpointing`, block by block
 
     @register_to_config
     def __init__(
@@ -42,7 +42,7 @@ class DiT(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if (num_classes is None) == (text_dim is None):
-            raise ValueError(f"give num_classes (stage 1) or text_dim (stage 2), not {num_classes=} and {text_dim=}")
+            raise ValueError(f"{num_classes=}, {text_dim=}: pass either num_classes (stage 1) or text_dim (stage 2)")
         self.patchify = nn.Conv2d(in_dim, dim, kernel_size=patch_size, stride=patch_size)
         if num_classes is not None:
             self.cond_proj = nn.Embedding(num_classes, cond_dim)
@@ -59,14 +59,15 @@ class DiT(ModelMixin, ConfigMixin):
             self.adaLN1_single = nn.Linear(cond_dim, dim)
             self.adaLN2_single = nn.Linear(dim, 6 * dim)
         self.gradient_checkpointing = False
-        self.initialize()
+        self.initialize_weights()
 
     @property
     def stage(self) -> int:
+        """Training stage of the configuration: 1 (class-conditional) or 2 (text-conditional)."""
         return 1 if self.config.text_dim is None else 2
 
-    def initialize(self) -> None:
-        """Xavier for every linear; zero for what makes a fresh block the identity and a fresh output zero (DiT)."""
+    def initialize_weights(self) -> None:
+        """Initialize linears with Xavier; zero those that make a new block the identity and the output zero (DiT)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -80,14 +81,16 @@ class DiT(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.patchify.bias)
 
     def fuse_projections(self) -> None:
-        """For training: projections that read the same are one product, of the same values up to the last bits."""
+        """Compute the projections of the same input as one GEMM; results differ in rounding only.
+
+        For training: hooks on the individual linears are not called."""
         for block in self.dit_blocks:
             for attention in (block.attention.attention, getattr(block, "cross_attention", None)):
                 if attention is not None:
                     attention.fused_projections = True
 
-    def condition(self, t: Tensor, label: Tensor | None) -> Tensor:
-        """t in [0, 1] (B,), label (B,) in stage 1 -> (B, cond_dim)."""
+    def embed_condition(self, t: Tensor, label: Tensor | None) -> Tensor:
+        """Return the embedding (B, cond_dim) of the time t (B,) in [0, 1] and, in stage 1, the label (B,)."""
         time = self.time_proj(t).to(self.adaLN1.weight.dtype)
         return time if label is None else time + self.cond_proj(label)
 
@@ -99,22 +102,25 @@ class DiT(ModelMixin, ConfigMixin):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C, H, W), t (B,) in [0, 1], label (B,) or text (B, L, text_dim) with mask (B, L) -> (B, C, H, W)."""
+        """Return the velocity (B, C, H, W) of a noised latent x (B, C, H, W) at time t (B,) in [0, 1].
+
+        Stage 1 takes `label` (B,); stage 2 takes `text` (B, L, text_dim) and `text_mask` (B, L), true for its tokens.
+        """
         dtype = self.patchify.weight.dtype
         patch = self.config.patch_size
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
         tokens = rearrange(self.patchify(x.to(dtype)), "b d h w -> b (h w) d")
         tokens = tokens + self.pos_embed(height, width).to(dtype)
 
-        condition = self.condition(t, label)
+        condition = self.embed_condition(t, label)
         if text is None:
             block_condition = condition
         else:
             block_condition = self.adaLN2_single(F.silu(self.adaLN1_single(condition)))
             text = text.to(dtype)
-        again = self.gradient_checkpointing and torch.is_grad_enabled()  # on the way back
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.dit_blocks:
-            run = functools.partial(self._gradient_checkpointing_func, block) if again else block
+            run = functools.partial(self._gradient_checkpointing_func, block) if recompute else block
             tokens = run(tokens, block_condition, text, text_mask)
 
         gamma, beta = self.adaLN2(F.silu(self.adaLN1(condition))).chunk(2, dim=-1)
@@ -122,18 +128,19 @@ class DiT(ModelMixin, ConfigMixin):
         return rearrange(output, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
 
 
-def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what diffusers adds."""
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a DiT configuration without the private keys that diffusers adds."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def state_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a DiT's state dictionary by name."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in DiT(**config).state_dict().items()}
 
 
 def load_model(config: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> DiT:
-    """The model on the tensors that the state gives, which are not copied where they are on the device."""
+    """Return a DiT that shares the tensors of `state`; those on another device are copied to `device`."""
     with torch.device("meta"):
         model = DiT(**config)
     model.load_state_dict(dict(state), strict=True, assign=True)
@@ -141,9 +148,9 @@ def load_model(config: Mapping[str, Any], state: Mapping[str, Tensor], device: t
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the decayed and of the undecayed parameters, in the order of AdamW's state.
+    """Return the names of the parameters with and without weight decay, each in the order of AdamW's state.
 
-    Decayed is every parameter that is no bias and sits in no normalization or embedding.
+    Weight decay applies to all parameters but biases and those of normalizations and embeddings.
     """
     decayed: list[str] = []
     undecayed: list[str] = []
@@ -155,6 +162,6 @@ def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
     return decayed, undecayed
 
 
-def no_class(model: DiT, batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """The label "no class" for each of `batch` images -> (batch,)."""
+def null_labels(model: DiT, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the null class, "no class", for each of `batch` images -> (batch,)."""
     return torch.full((batch,), model.config.num_classes - 1, device=device)

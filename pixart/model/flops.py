@@ -1,4 +1,4 @@
-"""Floating-point operations of training, counted by torch, and what cards can do."""
+"""Floating-point operations of a training step, and the peak throughput of GPUs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixart.model.dit import DiT
 
-# Dense TFLOP/s by precision, of NVIDIA's data sheets (with sparsity they are twice as many).
-PEAKS = {
+# Dense TFLOP/s by precision, from NVIDIA's data sheets (their figures with sparsity are twice as high).
+PEAK_TFLOPS = {
     "A100": {"bf16": 312.0, "fp32": 156.0},
     "H100": {"bf16": 989.4, "fp8": 1978.9, "fp32": 494.7},
     "H200": {"bf16": 989.4, "fp8": 1978.9, "fp32": 494.7},
@@ -17,21 +17,25 @@ PEAKS = {
 }
 
 
-def training_flops(config: Mapping[str, Any], side: int, text_tokens: int) -> int:
-    """Of one image of `side` latent pixels, forward and backward; products and attention count, the rest is small."""
+def training_flops(config: Mapping[str, Any], latent_size: int, text_tokens: int) -> int:
+    """Return the floating-point operations of one image's forward and backward pass.
+
+    `config` is the configuration of a DiT; the latent has `latent_size` x `latent_size` pixels. torch's counter counts
+    GEMMs, convolutions and attention; element-wise operations are negligible.
+    """
     with torch.device("meta"):
         model = DiT(**config)
-        image, t = torch.empty(1, model.config.in_dim, side, side), torch.empty(1)
+        latent, t = torch.empty(1, model.config.in_dim, latent_size, latent_size), torch.empty(1)
         if model.stage == 1:
-            condition = {"label": torch.empty(1, dtype=torch.long)}
+            conditioning = {"label": torch.empty(1, dtype=torch.long)}
         else:
             text_mask = torch.empty(1, text_tokens, dtype=torch.bool)
-            condition = {"text": torch.empty(1, text_tokens, model.config.text_dim), "text_mask": text_mask}
+            conditioning = {"text": torch.empty(1, text_tokens, model.config.text_dim), "text_mask": text_mask}
     with FlopCounterMode(display=False) as counter:
-        model(image, t, **condition).sum().backward()
+        model(latent, t, **conditioning).sum().backward()
     return counter.get_total_flops()
 
 
-def peak_tflops(card: str, precision: str) -> float | None:
-    """Of a card by its name, where both are known."""
-    return next((peaks.get(precision) for name, peaks in PEAKS.items() if name in card), None)
+def peak_tflops(device_name: str, precision: str) -> float | None:
+    """Return a GPU's dense peak in TFLOP/s, or None if the GPU or the precision is not in PEAK_TFLOPS."""
+    return next((peaks.get(precision) for gpu, peaks in PEAK_TFLOPS.items() if gpu in device_name), None)

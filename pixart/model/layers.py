@@ -1,4 +1,4 @@
-"""The transformer's parts: embeddings, attention, feed-forward, modulation.
+"""Layers of the transformer: embeddings, attention, feed-forward, modulation.
 
 Shapes: B images, N image tokens, L text tokens, D width. Module and parameter names are the state-dict
 contract with existing checkpoints; the order of definition is the order of their optimizer state.
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixart.model.sdpa import Kernel, attend
+from pixart.model.sdpa import AttentionKernel, attend
 
-# Under autocast a norm's input is in BF16 and its weight, on purpose, in float32.
+# Under autocast a norm's input is in BF16 and its weight deliberately in float32.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 MAX_PERIOD = 10_000.0  # "Attention is all you need", section 3.5
 
@@ -35,7 +35,7 @@ class TimeEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Fixed 2-D sinusoidal positions, y in the first half of the channels, x in the second.
+    """Fixed 2-D sinusoidal position embedding, y in the first half of the channels, x in the second.
 
     Coordinates are scaled by `base_grid / grid`, so that every resolution spans the reference grid.
     """
@@ -58,23 +58,25 @@ class PositionEmbedding(nn.Module):
 
 
 def interleaved_sin_cos(angles: Tensor) -> Tensor:  # (..., n) -> (..., 2n)
+    """Return sines at even and cosines at odd positions of the last dimension."""
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without parameters over the last dimension."""
+    """Apply LayerNorm without parameters over the last dimension."""
     return F.layer_norm(x, x.shape[-1:])
 
 
 def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:  # (B, N, D), (B, D), (B, D) -> (B, N, D)
+    """Scale and shift the tokens of each image (adaLN)."""
     return x * (1 + gamma[:, None]) + beta[:, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases and an RMSNorm per head on queries and keys."""
+    """Multi-head attention with biases and a per-head RMSNorm of queries and keys."""
 
-    fused_projections = False  # one large product instead of several: hooks on the linears would not be called
-    kernel = Kernel()
+    fused_projections = False  # one GEMM for several linears; their hooks are not called
+    kernel = AttentionKernel()
 
     def __init__(self, dim: int, num_heads: int, kv_dim: int) -> None:
         super().__init__()
@@ -87,29 +89,32 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(dim // num_heads)
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query (B, N, D), context (B, L, kv_dim), mask (B, L) true where a key counts -> (B, N, D)."""
+        """Return the attention (B, N, D) of query (B, N, D) over context (B, L, kv_dim).
+
+        `mask` (B, L) is true for the keys to attend to.
+        """
         if query is context:
             projected = self.project([self.q_proj, self.k_proj, self.v_proj], query)
         else:
             projected = [self.q_proj(query), *self.project([self.k_proj, self.v_proj], context)]
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in projected)
+        q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=self.num_heads) for tensor in projected)
         q, k = self.q_norm(q), self.k_norm(k)
         attended = attend(q, k, v, None if mask is None else mask[:, None, None], self.kernel)
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
 
     def project(self, linears: list[nn.Linear], x: Tensor) -> Sequence[Tensor]:
-        """What each linear makes of x, as one product where that is asked for and their kind can."""
+        """Return each linear's output for x, by one GEMM if projections are fused and the linears support it."""
         if not self.fused_projections:
             return [linear(x) for linear in linears]
         if all(type(linear) is nn.Linear for linear in linears):
             weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
             return F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
-        together = getattr(linears[0], "side_by_side", None)
-        return together(linears, x) if together else [linear(x) for linear in linears]
+        fused_forward = getattr(linears[0], "fused_forward", None)
+        return fused_forward(linears, x) if fused_forward else [linear(x) for linear in linears]
 
 
 class SelfAttention(nn.Module):
-    """x + alpha * attention(modulated LN(x))."""
+    """Self-attention with adaLN: x + alpha * attention(modulate(LN(x)))."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -121,7 +126,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """x + alpha * mlp(modulated LN(x))."""
+    """Feed-forward with adaLN: x + alpha * mlp(modulate(LN(x)))."""
 
     def __init__(self, dim: int, mlp_ratio: int) -> None:
         super().__init__()
@@ -134,7 +139,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block of stage 1 (`cond_dim` given) or stage 2 (`text_dim` given).
+    """Transformer block of stage 1 (with `cond_dim`) or stage 2 (with `text_dim`).
 
     Stage 1 computes its own modulation from the condition (adaLN-zero). Stage 2 adds a learned offset to a
     modulation that all blocks share (adaLN-single, PixArt-alpha section 2.3) and attends to the text.
@@ -152,7 +157,10 @@ class Block(nn.Module):
             self.adaLN2 = nn.Linear(dim, 6 * dim)
 
     def modulation(self, condition: Tensor) -> Tensor:
-        """Stage 1: the class and time embedding (B, cond_dim); stage 2: the shared modulation -> (B, 6 D)."""
+        """Return the block's modulation (B, 6 D).
+
+        `condition` is the class and time embedding (B, cond_dim) in stage 1, the shared modulation (B, 6 D) in stage 2.
+        """
         if hasattr(self, "adaLNembed"):
             return condition + self.adaLNembed
         return self.adaLN2(F.silu(self.adaLN1(condition)))

@@ -5,27 +5,27 @@ from torch import Tensor
 
 
 def sample_time(batch: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal t in (0, 1) (Stable Diffusion 3, section 3.1, location 0, scale 1) -> (batch,)."""
+    """Draw logit-normal times in (0, 1) (Stable Diffusion 3, section 3.1, location 0, scale 1) -> (batch,)."""
     return torch.randn(batch, generator=generator, device=generator.device).sigmoid()
 
 
 def fixed_time(batch: int) -> Tensor:
-    """The middle of each of `batch` equally likely strata of the same distribution, ascending -> (batch,)."""
+    """Return the median of each of `batch` equally likely strata of the same distribution, ascending -> (batch,)."""
     return torch.special.ndtri((torch.arange(batch) + 0.5) / batch).sigmoid()
 
 
 def stratified_time(batch: int, generator: torch.Generator) -> Tensor:
-    """The same distribution, one draw from each of `batch` equally likely strata -> (batch,)."""
+    """Draw one time from each of `batch` equally likely strata of the same distribution, ascending -> (batch,)."""
     uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid()
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """data and noise (B, C, H, W), t (B,) -> x_t (B, C, H, W)."""
+    """Return x_t (B, C, H, W) of data and noise (B, C, H, W) at t (B,)."""
     t = t.view(-1, 1, 1, 1)
     return t * data + (1 - t) * noise
 
 
 def flow_loss(velocity: Tensor, data: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity, in float32 -> ()."""
+    """Return the mean squared error of the predicted velocity, computed in float32 -> ()."""
     return (velocity.float() - (data - noise)).square().mean()

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by a chosen kernel of torch, heads padded where that is asked for."""
+"""Scaled dot-product attention with a chosen torch backend and optional padding of the heads."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,32 +16,40 @@ BACKENDS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kernel:
-    """A backend of BACKENDS, the others where it cannot, and the width that a head is padded to; 0: as it is."""
+class AttentionKernel:
+    """A preferred SDPA backend and the head dimension that queries, keys and values are zero-padded to.
 
-    backend: str | None = None  # None: torch's own choice
-    width: int = 0
+    Backends other than the preferred one are used for inputs that it does not support.
+    """
+
+    backend: str | None = None  # a key of BACKENDS; None: torch's default choice
+    padded_head_dim: int = 0  # 0: no padding
 
     def __str__(self) -> str:
-        return (self.backend or "torch's own choice") + (f", heads padded to {self.width}" if self.width else "")
+        padding = f", heads padded to {self.padded_head_dim}" if self.padded_head_dim else ""
+        return (self.backend or "torch's default") + padding
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel) -> Tensor:
-    """q (B, heads, N, width), k and v (B, heads, L, width), mask (B, 1, 1, L) true where a key counts -> as q."""
-    with by(kernel.backend, *BACKENDS):
-        return padded(q, k, v, mask, kernel.width)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: AttentionKernel) -> Tensor:
+    """Return the attention of q (B, heads, N, head_dim) over k and v (B, heads, L, head_dim), shaped like q.
+
+    `mask` (B, 1, 1, L) is true for the keys to attend to.
+    """
+    with sdpa_backend(kernel.backend, *BACKENDS):
+        return padded_attention(q, k, v, mask, kernel.padded_head_dim)
 
 
-def by(backend: str | None, *others: str) -> AbstractContextManager[None]:
-    """The others where the first one cannot; torch's own choice where that is None."""
+def sdpa_backend(backend: str | None, *fallbacks: str) -> AbstractContextManager[None]:
+    """Select an SDPA backend, then `fallbacks` in order for inputs that it does not support; None: torch's default."""
     if backend is None:
         return nullcontext()
-    order = [backend, *(name for name in others if name != backend)]
+    order = [backend, *(name for name in fallbacks if name != backend)]
     return sdpa_kernel([BACKENDS[name] for name in order], set_priority=True)
 
 
-def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, to: int) -> Tensor:
-    width = q.shape[-1]
-    if to > width:
-        q, k, v = (F.pad(part, (0, to - width)) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)[..., :width]
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padded_head_dim: int) -> Tensor:
+    """Compute attention with heads zero-padded to `padded_head_dim` if that is larger than theirs, shaped like q."""
+    head_dim = q.shape[-1]
+    if padded_head_dim > head_dim:
+        q, k, v = (F.pad(tensor, (0, padded_head_dim - head_dim)) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5)[..., :head_dim]

@@ -1,4 +1,4 @@
-"""The fastest attention kernel here, measured: torch has several, and a head may suit one better padded."""
+"""Autotuning of attention: time torch's SDPA backends, with and without padded heads, and select the fastest."""
 
 import functools
 import warnings
@@ -7,74 +7,90 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pixart.model.device_timer import seconds
-from pixart.model.sdpa import BACKENDS, Kernel, by, padded
+from pixart.model.device_timer import median_seconds
+from pixart.model.sdpa import BACKENDS, AttentionKernel, padded_attention, sdpa_backend
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
 
-PADDINGS = (0, 80, 96)  # widths to try for a head of 72
+PADDED_HEAD_DIMS = (0, 80, 96)  # candidates for the model's head dimension of 72; 0: no padding
 REPEATS = 5
-CLEARLY = 0.95  # of the time
-AGREEMENT = 0.02  # relative: a few roundings of BF16
+REQUIRED_TIME_RATIO = 0.95  # to torch's default; smaller gains are within the variation between measurements
+TOLERANCE = 0.02  # relative error of a kernel's result: a few BF16 roundings
 
 
-def operands(batch: int, heads: int, width: int, tokens: int, keys: int, device: torch.device) -> list[Tensor]:
-    """Queries, keys and values in BF16, as a model hands them over: heads lie within a token."""
+def make_inputs(
+    batch: int, heads: int, head_dim: int, tokens: int, keys: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random BF16 queries (batch, heads, tokens, head_dim), keys and values (batch, heads, keys, head_dim).
+
+    Their memory layout is the model's: the heads of a token are contiguous.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(batch, rows, heads, width) for rows in (tokens, keys, keys)]
-    drawn = [torch.randn(shape, generator=generator, device=device).bfloat16().transpose(1, 2) for shape in shapes]
-    return [tensor.requires_grad_() for tensor in drawn]
+
+    def draw(length: int) -> Tensor:
+        values = torch.randn((batch, length, heads, head_dim), generator=generator, device=device)
+        return values.bfloat16().transpose(1, 2).requires_grad_()
+
+    return draw(tokens), draw(keys), draw(keys)
 
 
-def padding_mask(batch: int, keys: int, device: torch.device) -> Tensor:
-    """Of texts that fill between half of the keys and all of them (batch, 1, 1, keys)."""
+def make_padding_mask(batch: int, keys: int, device: torch.device) -> Tensor:
+    """Return the mask (batch, 1, 1, keys) of texts whose lengths are spread evenly from keys / 2 to keys."""
     lengths = torch.linspace(keys / 2, keys, batch, device=device)[:, None, None, None]
     return torch.arange(keys, device=device) < lengths
 
 
-def there_and_back(
-    given: Sequence[Tensor], mask: Tensor | None, to: int = 0, forward: Forward | None = None
-) -> list[Tensor]:
-    q, k, v = given
-    out = (forward or padded)(q, k, v, mask, to)
-    return [out, *torch.autograd.grad(out, given, torch.ones_like(out))]
-
-
-def alone(
-    given: Sequence[Tensor],
+def forward_backward(
+    inputs: Sequence[Tensor],
     mask: Tensor | None,
-    kernel: Kernel,
-    exact: Sequence[Tensor],
+    padded_head_dim: int = 0,
+    attention: AttentionFunction | None = None,
+) -> list[Tensor]:
+    """Return the attention of (q, k, v) and its gradients with respect to these, for an output gradient of ones."""
+    q, k, v = inputs
+    out = (attention or padded_attention)(q, k, v, mask, padded_head_dim)
+    return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+
+def time_backend(
+    inputs: Sequence[Tensor],
+    mask: Tensor | None,
+    kernel: AttentionKernel,
+    expected: Sequence[Tensor],
     repeats: int,
     *,
     compiled: bool,
 ) -> float | None:
-    """Return the seconds of forward and backward with one kernel.
+    """Return the seconds of one kernel's forward and backward pass.
 
-    None if the kernel does not take these operands, or its result differs from `exact`. `compiled`: the time is that of
-    the code which torch.compile generates, where padding and the layout of the heads are part of other kernels.
+    Return None if the kernel does not support these inputs, or its results differ from `expected`. `compiled` times
+    the code that torch.compile generates, where padding and the layout of the heads are fused into other kernels.
     """
     try:
-        with by(kernel.backend), warnings.catch_warnings(action="ignore"):  # of why a kernel cannot
-            if not all(map(agree, there_and_back(given, mask, kernel.width), exact)):
+        with (
+            sdpa_backend(kernel.backend),
+            warnings.catch_warnings(action="ignore"),
+        ):  # reasons of an unsupported backend
+            if not all(map(is_close, forward_backward(inputs, mask, kernel.padded_head_dim), expected)):
                 return None
-            forward = torch.compile(padded, fullgraph=True, dynamic=False) if compiled else None
-            return seconds(lambda: there_and_back(given, mask, kernel.width, forward), repeats)
-    except RuntimeError:  # no kernel, or too little memory
+            attention = torch.compile(padded_attention, fullgraph=True, dynamic=False) if compiled else None
+            return median_seconds(lambda: forward_backward(inputs, mask, kernel.padded_head_dim, attention), repeats)
+    except RuntimeError:  # the backend does not support the inputs, or memory is insufficient
         return None
     finally:
         if compiled:
-            torch._dynamo.reset()  # a graph keeps the backend that it was traced with
+            torch._dynamo.reset()  # a compiled graph keeps the backend that it was traced with
 
 
-def agree(found: Tensor, exact: Tensor) -> bool:
-    return bool((found - exact).float().norm() <= AGREEMENT * exact.float().norm())
+def is_close(actual: Tensor, expected: Tensor) -> bool:
+    """Return whether the relative error of `actual` is within TOLERANCE."""
+    return bool((actual - expected).float().norm() <= TOLERANCE * expected.float().norm())
 
 
-def timings(
+def time_kernels(
     batch: int,
     heads: int,
-    width: int,
+    head_dim: int,
     tokens: int,
     keys: int,
     device: torch.device,
@@ -82,42 +98,53 @@ def timings(
     masked: bool,
     repeats: int = REPEATS,
     compiled: bool | None = None,
-) -> dict[Kernel, float]:
-    """Return the seconds of forward and backward by kernel, torch's own choice first.
+) -> dict[AttentionKernel, float]:
+    """Return the seconds of a forward and backward pass by supported kernel, torch's default first.
 
-    `compiled` (default: on a GPU) measures the kernels as compiled code calls them.
+    `compiled` (default: on a GPU) times the kernels as compiled code calls them.
     """
     compiled = device.type == "cuda" if compiled is None else compiled
-    given = operands(batch, heads, width, tokens, keys, device)
-    mask = padding_mask(batch, keys, device) if masked else None
-    own = Kernel()
-    exact = there_and_back(given, mask)
-    kernels = [own, *(Kernel(backend=name, width=to) for name in BACKENDS for to in PADDINGS)]
-    found = {
-        kernel: alone(given, mask, kernel, exact, repeats, compiled=compiled)
-        for kernel in kernels
-        if kernel.width == 0 or kernel.width > width
+    inputs = make_inputs(batch, heads, head_dim, tokens, keys, device)
+    mask = make_padding_mask(batch, keys, device) if masked else None
+    expected = forward_backward(inputs, mask)
+    kernels = [
+        AttentionKernel(backend=backend, padded_head_dim=padded)
+        for backend in BACKENDS
+        for padded in PADDED_HEAD_DIMS
+        if padded == 0 or padded > head_dim
+    ]
+    seconds = {
+        kernel: time_backend(inputs, mask, kernel, expected, repeats, compiled=compiled)
+        for kernel in [AttentionKernel(), *kernels]
     }
-    return {kernel: taken for kernel, taken in found.items() if taken is not None}
+    return {kernel: value for kernel, value in seconds.items() if value is not None}
 
 
-def fastest(found: Mapping[Kernel, float]) -> Kernel:
-    """Torch's own choice unless another is faster by more than such measurements differ."""
-    best = min(found, key=found.__getitem__)
-    return best if found[best] < CLEARLY * found[Kernel()] else Kernel()
+def select_fastest(seconds: Mapping[AttentionKernel, float]) -> AttentionKernel:
+    """Return the fastest kernel if it beats torch's default by more than measurements vary, else the default."""
+    best = min(seconds, key=seconds.__getitem__)
+    default = AttentionKernel()
+    return best if seconds[best] < REQUIRED_TIME_RATIO * seconds[default] else default
 
 
 @functools.cache
-def measured(
-    batch: int, heads: int, width: int, tokens: int, text: int | None, device: torch.device
-) -> tuple[Kernel, Kernel]:
-    """The fastest among `tokens` of an image, and from these to `text` states of which some are padding."""
-    to_image = fastest(timings(batch, heads, width, tokens, tokens, device, masked=False))
-    return to_image, fastest(timings(batch, heads, width, tokens, text, device, masked=True)) if text else Kernel()
+def autotune(
+    batch: int, heads: int, head_dim: int, tokens: int, text_tokens: int | None, device: torch.device
+) -> tuple[AttentionKernel, AttentionKernel]:
+    """Return the fastest kernels of self-attention over `tokens` and of cross-attention to `text_tokens` with padding.
+
+    Without `text_tokens` the second one is torch's default.
+    """
+    self_attention = select_fastest(time_kernels(batch, heads, head_dim, tokens, tokens, device, masked=False))
+    if not text_tokens:
+        return self_attention, AttentionKernel()
+    return self_attention, select_fastest(
+        time_kernels(batch, heads, head_dim, tokens, text_tokens, device, masked=True)
+    )
 
 
-def use(model: nn.Module, self_attention: Kernel, cross_attention: Kernel) -> None:
-    """Has every block attend to the image, and to the text, by these."""
+def set_kernels(model: nn.Module, self_attention: AttentionKernel, cross_attention: AttentionKernel) -> None:
+    """Make every block of a DiT use these kernels for its self-attention and its cross-attention."""
     for block in model.dit_blocks:
         block.attention.attention.kernel = self_attention
         if hasattr(block, "cross_attention"):

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in a grid, each with its caption under it."""
+"""Contact sheets: a grid of images with captions."""
 
 from collections.abc import Sequence
 from textwrap import wrap
@@ -9,16 +9,20 @@ CELL = 176  # pixels, width of a column
 GAP = 12
 LINE = 14
 FONT_SIZE = 11
-LINES = 5  # of each of a caption's own lines, once wrapped
+MAX_LINES = 5  # wrapped lines per line of a caption
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Pictures scaled to the column's width, captions wrapped below and cut where they are long."""
+    """Arrange images in a grid, resized to the column width; long captions are wrapped and truncated."""
     columns = min(columns, len(images))
     font = ImageFont.load_default(size=FONT_SIZE)
     characters = CELL // 6
     texts = [
-        [part for line in caption.splitlines() for part in wrap(line, characters, max_lines=LINES, placeholder=" ...")]
+        [
+            part
+            for line in caption.splitlines()
+            for part in wrap(line, characters, max_lines=MAX_LINES, placeholder=" ...")
+        ]
         for caption in captions
     ]
     cell_height = CELL + max(len(lines) for lines in texts) * LINE + 2 * GAP

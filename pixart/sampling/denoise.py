@@ -1,4 +1,4 @@
-"""Sampling with classifier-free guidance, by diffusers' flow-match Euler scheduler."""
+"""Sampling with classifier-free guidance and the flow-match Euler scheduler of diffusers."""
 
 import numpy as np
 import torch
@@ -10,46 +10,51 @@ from pixart.model.dit import DiT
 
 def sample(
     model: DiT,
-    condition: dict[str, Tensor],
-    null: dict[str, Tensor],
+    conditioning: dict[str, Tensor],
+    null_conditioning: dict[str, Tensor],
     *,
-    side: int,
+    latent_size: int,
     steps: int,
     guidance: float,
     seed: int,
 ) -> Tensor:
-    """Normalized latents (B, C, side, side) for a condition and its "none", keyword arguments of the model.
+    """Sample normalized latents (B, C, latent_size, latent_size).
 
-    The noise of sample i depends on `seed + i` alone, not on the batch.
+    The conditioning and the null conditioning for guidance are keyword arguments of the model. The initial noise of
+    sample i depends only on `seed + i`, not on the batch.
     """
-    count, shape = len(next(iter(condition.values()))), (model.config.in_dim, side, side)
+    count, shape = len(next(iter(conditioning.values()))), (model.config.in_dim, latent_size, latent_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(count)]
-    return denoise(model, condition, null, torch.stack(noise), steps=steps, guidance=guidance)
+    return denoise(model, conditioning, null_conditioning, torch.stack(noise), steps=steps, guidance=guidance)
 
 
 @torch.no_grad()
 def denoise(
     model: DiT,
-    condition: dict[str, Tensor],
-    null: dict[str, Tensor],
+    conditioning: dict[str, Tensor],
+    null_conditioning: dict[str, Tensor],
     noise: Tensor,
     *,
     steps: int,
     guidance: float,
     scheduler: FlowMatchEulerDiscreteScheduler | None = None,
 ) -> Tensor:
-    """Noise (B, C, H, W) -> normalized latents (B, C, H, W). A guidance of 1 runs the model once a step."""
+    """Denoise noise (B, C, H, W) to normalized latents (B, C, H, W).
+
+    `guidance` is the scale of classifier-free guidance; with 1, the unconditional model is not evaluated.
+    """
     device = model.patchify.weight.device
     latents, count = noise.to(device), len(noise)
-    both = {key: torch.cat([value, null[key]]) for key, value in condition.items()}
+    both = {key: torch.cat([value, null_conditioning[key]]) for key, value in conditioning.items()}
 
-    # diffusers counts sigma from 1 (noise) to 0 (data) and predicts noise - data; the model has t = 1 - sigma.
+    # In diffusers, sigma falls from 1 (noise) to 0 (data) and the velocity is noise - data; the model uses
+    # t = 1 - sigma and the opposite sign.
     scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
         t = torch.full((count,), 1 - sigma.item(), device=device)
         if guidance == 1:
-            velocity = model(latents, t, **condition)
+            velocity = model(latents, t, **conditioning)
         else:
             conditional, unconditional = model(latents.repeat(2, 1, 1, 1), t.repeat(2), **both).chunk(2)
             velocity = unconditional + guidance * (conditional - unconditional)

@@ -1,9 +1,10 @@
-"""The model with all that a picture needs, as a diffusers pipeline: the suite samples by it, and exports it.
+"""The diffusers pipeline for sampling and export.
 
-    pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)  # where the suite is installed
+    pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)  # requires this package
     pipeline("a red circle", num_inference_steps=20, guidance_scale=4.5).images[0]
 
-The folder's `pipeline.py`, which diffusers runs only where it is told to, names the class of this file.
+An exported folder contains a `pipeline.py` that imports the class from this module; diffusers executes it only with
+`trust_remote_code=True`.
 """
 
 import json
@@ -21,25 +22,25 @@ from pixart.checkpoint.normalization import Normalization
 from pixart.data.encoders.text_encoder import Encoder
 from pixart.data.encoders.vae import decode
 from pixart.demo.patch_vae import PatchAutoencoder
-from pixart.model.dit import DiT, no_class
+from pixart.model.dit import DiT, null_labels
 from pixart.sampling.denoise import denoise
 
-MODULE = "pipeline"  # the folder's file, without its suffix
-NO_CLASS = "none"
+MODULE = "pipeline"  # name of the Python module in an exported folder
+NULL_CLASS = "none"  # class label for unconditional samples
 Prompts = str | list[str]
 Classes = int | str | list[int | str]
-Condition = dict[str, Tensor]  # keyword arguments of the model
+Conditioning = dict[str, Tensor]  # keyword arguments of the model
 
 
 class PixArtPipeline(DiffusionPipeline):
-    """Pictures of prompts (stage 2) or of classes (stage 1, which has neither text encoder nor tokenizer).
+    """Generates images of prompts (stage 2) or of classes (stage 1, without text encoder and tokenizer).
 
-    `latents_mean` and `latents_std`, one a channel, are the normalization that the transformer was trained with;
-    `sample_size` is the latents' side; `text_scale` multiplies the encoder's states of `text_tokens` tokens;
-    `id2label` names the classes by their index.
+    `latents_mean` and `latents_std`, one value per channel, are the normalization that the transformer was trained
+    with. `sample_size` is the height and width of the latents. Prompts are padded to `text_tokens` tokens, and
+    `text_scale` multiplies the text encoder's hidden states. `id2label` maps class indices to names.
     """
 
-    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - diffusers declares it so
+    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - declared like this in diffusers
 
     def __init__(
         self,
@@ -80,23 +81,23 @@ class PixArtPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """`images`: PIL images, or with `output_type="latent"` normalized latents (B, C, side, side).
+        """Generate PIL images, or with `output_type="latent"` normalized latents (B, C, sample_size, sample_size).
 
-        Stage 2 takes prompts, stage 1 classes by index, name or `none`. With a list of generators, one for each
-        picture, a picture depends on its own alone. Raises ValueError naming the argument that does not fit.
+        Stage 2 takes prompts; stage 1 takes classes by index, by name or `none`. With a list of one generator per
+        image, an image depends on its own generator only. Raises ValueError if an argument is invalid.
         """
         if output_type not in ("pil", "latent"):
             raise ValueError(f"output_type={output_type!r}: must be pil or latent")
-        condition, null = self.conditions(prompt, class_labels, num_images_per_prompt)
-        count = len(next(iter(condition.values())))
+        conditioning, null_conditioning = self.conditioning(prompt, class_labels, num_images_per_prompt)
+        count = len(next(iter(conditioning.values())))
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} pictures: give one for each")
-        side, channels = self.config.sample_size, self.transformer.config.in_dim
+            raise ValueError(f"generator: {len(generator)} generators for {count} images; pass one per image")
+        size, channels = self.config.sample_size, self.transformer.config.in_dim
         latents = denoise(
             self.transformer,
-            condition,
-            null,
-            randn_tensor((count, channels, side, side), generator=generator, device=self.transformer.device),
+            conditioning,
+            null_conditioning,
+            randn_tensor((count, channels, size, size), generator=generator, device=self.transformer.device),
             steps=num_inference_steps,
             guidance=guidance_scale,
             scheduler=self.scheduler,
@@ -108,42 +109,46 @@ class PixArtPipeline(DiffusionPipeline):
 
     @property
     def normalization(self) -> Normalization:
+        """The normalization of the latents."""
         return Normalization(mean=tuple(self.config.latents_mean), std=tuple(self.config.latents_std))
 
-    def conditions(
-        self, prompt: Prompts | None, class_labels: Classes | None, each: int
-    ) -> tuple[Condition, Condition]:
-        """The model's arguments for all pictures, `each` of every prompt or class, and those of "none"."""
+    def conditioning(
+        self, prompt: Prompts | None, class_labels: Classes | None, images_per_prompt: int
+    ) -> tuple[Conditioning, Conditioning]:
+        """Return the conditioning of all images and the null conditioning for guidance.
+
+        Raises ValueError unless exactly the argument for the model's stage is given.
+        """
         stage = self.transformer.stage
         if stage == 1 and class_labels is not None and prompt is None:
-            return self.of_classes([item for item in listed(class_labels) for _ in range(each)])
+            return self.class_conditioning([item for item in as_list(class_labels) for _ in range(images_per_prompt)])
         if stage == 2 and prompt is not None and class_labels is None:
-            return self.of_text([item for item in listed(prompt) for _ in range(each)])
-        raise ValueError(f"the model is of stage {stage}: give {'class_labels' if stage == 1 else 'prompt'} alone")
+            return self.text_conditioning([item for item in as_list(prompt) for _ in range(images_per_prompt)])
+        raise ValueError(f"the model has stage {stage}; pass only {'class_labels' if stage == 1 else 'prompt'}")
 
-    def of_classes(self, asked: list[int | str]) -> tuple[Condition, Condition]:
+    def class_conditioning(self, classes: list[int | str]) -> tuple[Conditioning, Conditioning]:
         device = self.transformer.device
-        label = torch.tensor([self.label(item) for item in asked], device=device)
-        return {"label": label}, {"label": no_class(self.transformer, len(asked), device)}
+        label = torch.tensor([self.class_index(item) for item in classes], device=device)
+        return {"label": label}, {"label": null_labels(self.transformer, len(classes), device)}
 
-    def of_text(self, prompts: list[str]) -> tuple[Condition, Condition]:
+    def text_conditioning(self, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
         device, config = self.transformer.device, self.config
-        encoder = Encoder(self.tokenizer, self.text_encoder, tokens=config.text_tokens, scale=config.text_scale)
+        encoder = Encoder(self.tokenizer, self.text_encoder, max_tokens=config.text_tokens, scale=config.text_scale)
         states, mask = encoder.encode([*prompts, ""])
         states, mask, count = states.to(device), mask.to(device), len(prompts)
-        none = {"text": states[-1:].expand(count, -1, -1), "text_mask": mask[-1:].expand(count, -1)}
-        return {"text": states[:-1], "text_mask": mask[:-1]}, none
+        null = {"text": states[-1:].expand(count, -1, -1), "text_mask": mask[-1:].expand(count, -1)}
+        return {"text": states[:-1], "text_mask": mask[:-1]}, null
 
-    def label(self, asked: int | str) -> int:
-        """The index of a class by its index, its name or `none`. Raises ValueError for one that is not there."""
-        names, none = self.config.id2label, self.transformer.config.num_classes - 1
-        index = next((int(key) for key, name in names.items() if name == asked), none if asked == NO_CLASS else asked)
-        if not isinstance(index, int) or not 0 <= index <= none:
-            raise ValueError(f"class {asked!r}: the model has classes 0 to {none - 1} and {none} for no class")
+    def class_index(self, label: int | str) -> int:
+        """Return the index of a class given by its index, its name or `none`. Raises ValueError if there is none."""
+        names, null = self.config.id2label, self.transformer.config.num_classes - 1
+        index = next((int(key) for key, name in names.items() if name == label), null if label == NULL_CLASS else label)
+        if not isinstance(index, int) or not 0 <= index <= null:
+            raise ValueError(f"class {label!r} does not exist; the model has classes 0 to {null - 1} and {NULL_CLASS}")
         return index
 
     def save_pretrained(self, save_directory: str | Path, **options) -> None:
-        """As diffusers does, with the file that lets `DiffusionPipeline.from_pretrained` find this class."""
+        """Save like diffusers, with a module that lets `DiffusionPipeline.from_pretrained` find this class."""
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
         (folder / f"{MODULE}.py").write_text(f"from {__name__} import {type(self).__name__}  # noqa: F401\n")
@@ -152,5 +157,5 @@ class PixArtPipeline(DiffusionPipeline):
         index.write_text(json.dumps({**content, "_class_name": [MODULE, type(self).__name__]}, indent=2) + "\n")
 
 
-def listed(value):
+def as_list(value):
     return value if isinstance(value, list) else [value]

@@ -1,7 +1,7 @@
-"""Checkpoints of a run while it trains: written in the background by all ranks, checked when they are read."""
+"""Checkpoints of a run: written in the background by all ranks, verified when they are read."""
 
+import logging
 import shutil
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.dcp_reader import METADATA, Planner, Reader, readable
-from pixart.checkpoint.directory import STATE, Checkpoint, checksum, write_record
+from pixart.checkpoint.dcp_reader import METADATA, RestrictedReader, WeightsOnlyPlanner, raise_value_error
+from pixart.checkpoint.directory import STATE, Checkpoint, write_metadata
+from pixart.checkpoint.integrity import length_and_crc32c
 from pixart.training.process_group import Ranks
-from pixart.training.trainer import Training
+from pixart.training.trainer import Trainer
 
-DAMAGED = ".damaged"
+DAMAGED_SUFFIX = ".damaged"
+logger = logging.getLogger(__name__)
 
 
 class ReusedMemoryStager(AsyncStager):
@@ -49,122 +51,125 @@ class ReusedMemoryStager(AsyncStager):
         self.copies.close()
 
 
-class Saver:
-    """Saves to a run folder. Training stops for the copy of the state alone, into memory that is used again."""
+class CheckpointManager:
+    """Saves checkpoints of a run asynchronously: training waits only while the state is copied to CPU memory."""
 
     def __init__(self, run: Path, ranks: Ranks, *, keep_last: int, keep_every: int) -> None:
         self.folder, self.ranks = run / "checkpoints", ranks
         self.keep_last, self.keep_every = keep_last, keep_every
         self.stager = ReusedMemoryStager(pinned=ranks.device.type == "cuda")
-        self.pool = ThreadPoolExecutor(1)
+        self.executor = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
-        if ranks.first:
-            for partial in self.folder.glob(".step-*.partial"):  # of an attempt that was killed
+        if ranks.is_first:
+            for partial in self.folder.glob(".step-*.partial"):  # left by a killed process
                 shutil.rmtree(partial)
 
-    def save(self, training: Training) -> Path:
-        """Begins to write the state as it is, once the checkpoint before is written; every rank must call it."""
+    def save(self, trainer: Trainer) -> Path:
+        """Wait for the previous checkpoint, then start writing the current state; every rank must call it."""
         self.wait()
-        directory = self.folder / f"step-{training.steps_done:08d}"
+        directory = self.folder / f"step-{trainer.steps_done:08d}"
         partial = directory.with_name(f".{directory.name}.partial")
         written = dcp.async_save(
-            training.tensors(),
-            # All is on the CPU already: copying ahead would wait for the first GPU's training, of every rank.
+            trainer.state_tensors(),
+            # The state is on the CPU already; copying ahead would synchronize every rank with the first GPU.
             storage_writer=FileSystemWriter(partial / STATE, per_thread_copy_ahead=0),
             process_group=self.ranks.save_group,
             async_stager=self.stager,
-            no_dist=self.ranks.world == 1,  # Gloo's threads would bring OpenMP teams of their own
+            no_dist=self.ranks.world_size == 1,  # avoids Gloo's threads, which would start OpenMP teams
         )
         assert isinstance(written, Future)
-        self.pending = self.pool.submit(self.finish, written, training.description(), partial, directory)
+        self.pending = self.executor.submit(self.finish, written, trainer.metadata(), partial, directory)
         return directory
 
-    def finish(self, written: Future, description: Checkpoint, partial: Path, directory: Path) -> None:
-        """Gives the directory its name when all ranks have written."""
+    def finish(self, written: Future, metadata: Checkpoint, partial: Path, directory: Path) -> None:
+        """Wait until all ranks have written, then write the metadata and rename the directory."""
         written.result()
-        own = {file.name: checksum(file) for file in (partial / STATE).glob(f"__{self.ranks.rank}_*")}
-        found = self.ranks.gather(own, self.ranks.save_group)
-        if not self.ranks.first:
+        local_files = (partial / STATE).glob(f"__{self.ranks.rank}_*")
+        local_checksums = {file.name: length_and_crc32c(file) for file in local_files}
+        gathered = self.ranks.gather(local_checksums, self.ranks.save_group)
+        if not self.ranks.is_first:
             return
-        files = {name: sums for part in found for name, sums in part.items()}
-        files[METADATA] = checksum(partial / STATE / METADATA)
-        write_record(description, partial, files)
+        files = {name: checksum for checksums in gathered for name, checksum in checksums.items()}
+        files[METADATA] = length_and_crc32c(partial / STATE / METADATA)
+        write_metadata(metadata, partial, files)
         if directory.exists():
             shutil.rmtree(directory)
         partial.replace(directory)
         self.prune()
 
     def prune(self) -> None:
-        """Leaves the newest, and each of a step that is a multiple."""
-        for directory in checkpoints.steps(self.folder.parent)[: -self.keep_last]:
-            if not self.keep_every or checkpoints.read_record(directory)["step"] % self.keep_every:
+        """Delete old checkpoints but for the last `keep_last` and those at multiples of `keep_every` steps."""
+        for directory in checkpoints.list_checkpoints(self.folder.parent)[: -self.keep_last]:
+            if not self.keep_every or checkpoints.read_metadata(directory)["step"] % self.keep_every:
                 shutil.rmtree(directory)
 
     def wait(self) -> None:
-        """Until the last checkpoint is written. Raises what has kept it from that."""
+        """Wait until the last checkpoint is written, and raise its error if there is one."""
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()
 
     def close(self) -> None:
+        """Wait for the last checkpoint and release threads and memory."""
         self.wait()
-        self.pool.shutdown()
+        self.executor.shutdown()
         self.stager.close()
 
 
-def newest_whole(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that is as it was written, and what is wrong with those after it.
+def find_newest_valid(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint of a run, or None, and an error message for each newer one.
 
-    A damaged one is renamed, so that nobody takes it for one. Every rank must call it, and reads a part of the files.
+    Damaged checkpoints are renamed so that no later attempt uses them. Every rank must call it and reads a share of the
+    files; the messages are on rank 0 only.
     """
-    faults: list[str] = []
-    for directory in reversed(checkpoints.steps(run)):
-        fault = ""
+    errors: list[str] = []
+    for directory in reversed(checkpoints.list_checkpoints(run)):
+        local_error = ""
         try:
-            checkpoints.check_files(directory, slice(ranks.rank, None, ranks.world))
-            checkpoints.describe(directory)
+            checkpoints.check_files(directory, slice(ranks.rank, None, ranks.world_size))
+            checkpoints.load_without_tensors(directory)
         except ValueError as error:
-            fault = str(error)
-        if not ranks.agree(bool(fault)):
-            return directory, faults
-        told = [word for word in ranks.gather(fault) if word]
-        if ranks.first:
-            directory.replace(directory.with_name(directory.name + DAMAGED))
-            faults.append(f"{told[0]}: {directory.name} is left out, the checkpoint before it is taken")
-            print(faults[-1], file=sys.stderr, flush=True)
-        ranks.agree(0)  # nobody looks on before it has its new name
-    return None, faults
+            local_error = str(error)
+        if not ranks.all_reduce_max(bool(local_error)):
+            return directory, errors
+        gathered = [message for message in ranks.gather(local_error) if message]
+        if ranks.is_first:
+            directory.replace(directory.with_name(directory.name + DAMAGED_SUFFIX))
+            errors.append(f"{directory.name} is skipped, resuming from the checkpoint before it: {gathered[0]}")
+            logger.warning(errors[-1])
+        ranks.barrier()  # no rank lists checkpoints before the directory is renamed
+    return None, errors
 
 
 @torch.no_grad()
-def restore(training: Training, directory: Path) -> None:
-    """Fills the training state from a checkpoint, whatever number of ranks wrote it; every rank must call it.
+def restore(trainer: Trainer, directory: Path) -> None:
+    """Load a checkpoint, written by any number of ranks, into the training state; every rank must call it.
 
-    Raises ValueError where that lacks a tensor or has one of another shape.
+    Raises ValueError if a tensor is missing or of another shape.
     """
-    live = training.tensors()
+    targets = trainer.state_tensors()
     if (directory / STATE).exists():
-        with readable(directory / STATE):
+        with raise_value_error(directory / STATE):
             dcp.load(
-                live,
-                storage_reader=Reader(directory / STATE),
-                planner=Planner(flatten_state_dict=False),
-                process_group=training.ranks.save_group,
-                no_dist=training.ranks.world == 1,
+                targets,
+                storage_reader=RestrictedReader(directory / STATE),
+                planner=WeightsOnlyPlanner(flatten_state_dict=False),
+                process_group=trainer.ranks.save_group,
+                no_dist=trainer.ranks.world_size == 1,
             )
     else:
-        read = checkpoints.load(directory).tensors()
-        for key, target in live.items():
+        loaded = checkpoints.load(directory).tensors()
+        for key, target in targets.items():
             group, _, name = key.partition(".")
-            found = read[group].get(name)
-            if found is None or found.shape != target.shape:
-                raise ValueError(f"{directory}: {key} is missing or not of shape {tuple(target.shape)}")
-            target.copy_(own_part(found, target))
-    training.fit_gradient_scales()
+            tensor = loaded[group].get(name)
+            if tensor is None or tensor.shape != target.shape:
+                raise ValueError(f"{directory}: {key} is missing or its shape is not {tuple(target.shape)}")
+            target.copy_(shard_like(tensor, target))
+    trainer.rescale_gradients_for_batch_size()
 
 
-def own_part(tensor: Tensor, target: Tensor) -> Tensor:
-    """Of a whole tensor that every rank has, what a rank keeps of `target`."""
+def shard_like(tensor: Tensor, target: Tensor) -> Tensor:
+    """Shard a tensor that every rank has like `target`."""
     tensor = tensor.to(target.device, target.dtype)
     if not isinstance(target, DTensor):
         return tensor

@@ -1,7 +1,7 @@
-"""AdamW and the average of the weights in one compiled pass over memory, block by block.
+"""AdamW and EMA fused in one compiled pass over memory, block by block.
 
-AdamW's fused kernel and the average after it move 40 bytes of each weight; together they move 36, as the new weight
-need not be read again. Blocks are alike, so that two graphs serve a model.
+torch's fused AdamW followed by the EMA moves 40 bytes per weight; the fused pass moves 36, as the new weight is not
+read again. All blocks have the same shapes, so two compiled graphs suffice for a model.
 """
 
 from collections.abc import Mapping
@@ -10,41 +10,46 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pixart.training.optimizer import MOMENTS, advance
+from pixart.training.optimizer import MOMENTS, adamw_ema_update
 
 
-class OnePass:
-    """In place of `optimizer.step()` and `ema.update`, on their own tensors."""
+class FusedAdamWEma:
+    """Replacement of `optimizer.step()` and `EMA.update` that works on their tensors."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, averages: Mapping[str, Tensor]) -> None:
-        self.optimizer, self.averages = optimizer, averages
+    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, ema_weights: Mapping[str, Tensor]) -> None:
+        self.optimizer, self.ema_weights = optimizer, ema_weights
         groups = optimizer.param_groups
-        self.decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+        self.weight_decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
         blocks = [list(block.parameters()) for block in model.dit_blocks]
         in_blocks = {parameter for block in blocks for parameter in block}
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.parts = [*blocks, [parameter for parameter in self.names if parameter not in in_blocks]]
-        self.advance = torch.compile(advance, fullgraph=True, dynamic=False, options={"combo_kernels": True})
+        self.update = torch.compile(adamw_ema_update, fullgraph=True, dynamic=False, options={"combo_kernels": True})
 
     @torch.no_grad()
-    def step(self, rate: float, share: float, skip: Tensor) -> None:
-        """`rate` of learning; the average takes `share` of the new weights; `skip` (): the weights stay as they are."""
+    def step(self, lr: float, ema_weight: float, skip: Tensor) -> None:
+        """Update the weights and then the EMA, whose new values take `ema_weight` of the weights.
+
+        Where `skip` () is true, weights and moments do not change.
+        """
         group = self.optimizer.param_groups[0]
-        numbers = [torch.full((), value, device=skip.device) for value in (rate, share)]  # a copy would wait
+        scalars = [torch.full((), value, device=skip.device) for value in (lr, ema_weight)]  # a copy would synchronize
         for part in self.parts:
-            seen = [parameter for parameter in part if parameter.grad is not None]
-            rows = [[local(tensor) for tensor in self.tensors(parameter)] for parameter in seen]
-            decays = [self.decays[parameter] for parameter in seen]
-            self.advance(rows, decays, *numbers, skip, *group["betas"], group["eps"])
-            for parameter in (own for own in part if own.grad is None):  # no gradient reaches it
-                self.averages[self.names[parameter]].lerp_(parameter, share)
+            with_grad = [parameter for parameter in part if parameter.grad is not None]
+            tensors = [[local_tensor(tensor) for tensor in self.tensors(parameter)] for parameter in with_grad]
+            weight_decays = [self.weight_decays[parameter] for parameter in with_grad]
+            self.update(tensors, weight_decays, *scalars, skip, *group["betas"], group["eps"])
+            for parameter in part:
+                if parameter.grad is None:
+                    self.ema_weights[self.names[parameter]].lerp_(parameter, ema_weight)
 
     def tensors(self, parameter: nn.Parameter) -> list[Tensor]:
-        """As `optimizer.COLUMNS` has them."""
+        """Return the `optimizer.PARAMETER_TENSORS` of a parameter."""
         state = self.optimizer.state[parameter]
         moments = [state[name] for name in MOMENTS]
-        return [parameter, parameter.grad, *moments, state["step"], self.averages[self.names[parameter]]]
+        return [parameter, parameter.grad, *moments, state["step"], self.ema_weights[self.names[parameter]]]
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

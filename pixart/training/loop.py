@@ -1,4 +1,4 @@
-"""Training of either stage: rectified flow, FSDP2, AdamW, EMA, FP8 by plan, checkpoints, resume."""
+"""The training loop of either stage: steps, logging, validation, previews, checkpoints, resume."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,22 +8,22 @@ from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
-from pixart.data.loading.sampler import held_out_rows
+from pixart.data.loading.sampler import select_validation_rows
 from pixart.data.store.zarr_store import Store
-from pixart.training.checkpointing import Saver, newest_whole, restore
-from pixart.training.metrics import Interval, Quiet, Reporter
-from pixart.training.preview import Previews
+from pixart.training.checkpointing import CheckpointManager, find_newest_valid, restore
+from pixart.training.metrics import MetricsLogger, NullReporter, Reporter
+from pixart.training.preview import PreviewSampler
 from pixart.training.process_group import Ranks, process_group
-from pixart.training.trainer import Training
-from pixart.training.validation import Validation
-from pixart.training.watchdog import Profile, Watch
+from pixart.training.trainer import Trainer
+from pixart.training.validation import Validator
+from pixart.training.watchdog import HangWatchdog, StepProfiler
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """Training has ended early, saved at a step boundary; `level` is the largest that any rank was asked with."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """Training stopped early on request, after saving; `level` is the largest that any rank was asked with."""
 
     def __init__(self, level: int) -> None:
-        super().__init__(f"stopped by request of level {level}")
+        super().__init__(f"training stopped on request (level {level})")
         self.level = level
 
 
@@ -38,84 +38,90 @@ def train(
     reporter: Reporter | None = None,
     stop: Callable[[], int] = lambda: 0,
 ) -> Path:
-    """Trains to `config.steps` and returns the last checkpoint's directory.
+    """Train until `config.steps` and return the directory of the last checkpoint; every rank must call it.
 
-    A run folder that has checkpoints is resumed from the newest whole one; else training goes on from `start`, or
-    begins afresh. Every rank calls this; rank 0 tells `reporter`. Where `stop` is not 0 on any rank, all save after
-    the same step and raise Stopped. Raises ValueError for what the user can mend.
+    The run is resumed from its newest valid checkpoint; without one, training starts from the checkpoint `start`, or
+    from new weights. `reporter` receives metrics on rank 0. When `stop` returns a nonzero level on any rank, all ranks
+    save after the same step and raise Stopped.
+
+    Raises ValueError for errors in the configuration, the dataset or the checkpoint.
     """
-    run, reporter = Path(run), reporter or Quiet()
-    with process_group() as ranks, Watch(config.stall_minutes) as watch:
-        check(stage, config, ranks)
+    run, reporter = Path(run), reporter or NullReporter()
+    with process_group() as ranks, HangWatchdog(config.hang_timeout_minutes) as watchdog:
+        check_config(stage, config, ranks)
         store = Store(manifests.read(dataset))
-        source, faults = newest_whole(run, ranks)
-        if source is None and start:
-            source = checkpoints.find(start)
-        training = Training(checkpoints.describe(source) if source else None, stage, model, config, store, ranks)
-        if source:
-            restore(training, source)
-        for fault in faults:
-            reporter.incident(training.steps_done, fault)
-        valid = store.valid_rows()
-        held_out = held_out_rows(valid, config.validation_rows)
+        checkpoint, errors = find_newest_valid(run, ranks)
+        if checkpoint is None and start:
+            checkpoint = checkpoints.find(start)
+        metadata = checkpoints.load_without_tensors(checkpoint) if checkpoint else None
+        trainer = Trainer(metadata, stage, model, config, store, ranks)
+        if checkpoint:
+            restore(trainer, checkpoint)
+        for error in errors:
+            reporter.incident(trainer.steps_done, error)
+        valid_rows = store.valid_rows()
+        validation_rows = select_validation_rows(valid_rows, config.num_validation_samples)
         loader = Loader(
             store,
-            batch=config.batch,
+            global_batch_size=config.global_batch_size,
             seed=config.seed,
-            drop=config.drop,
-            short=config.short,
-            states=stage == 2,
+            cond_dropout_prob=config.cond_dropout_prob,
+            short_caption_prob=config.short_caption_prob,
+            text_embeddings=stage == 2,
             rank=ranks.rank,
-            world=ranks.world,
-            held_out=held_out,
+            world_size=ranks.world_size,
+            excluded_rows=validation_rows,
         )
-        interval = Interval(training, loader.order, reporter)
-        saver = Saver(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
-        validation = Validation(training, store, held_out) if len(held_out) else None
-        shown = (held_out if len(held_out) else valid)[: config.previews]
-        previews = Previews(training, store, shown, run) if config.preview_every else None
-        profile = Profile(run, config.profile if ranks.first else 0)
+        metrics = MetricsLogger(trainer, loader.sampler, reporter)
+        manager = CheckpointManager(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
+        validator = Validator(trainer, store, validation_rows) if len(validation_rows) else None
+        preview_rows = (validation_rows if len(validation_rows) else valid_rows)[: config.num_previews]
+        previews = PreviewSampler(trainer, store, preview_rows, run) if config.preview_every else None
+        profiler = StepProfiler(run, config.profile_step if ranks.is_first else 0)
 
-        def due(every: int) -> bool:
-            return every > 0 and (training.steps_done % every == 0 or training.steps_done == config.steps)
+        def is_due(every: int) -> bool:
+            return every > 0 and (trainer.steps_done % every == 0 or trainer.steps_done == config.steps)
 
-        for batch in interval.timed(loader.iterate(training.steps_done, config.steps)):
-            if trace := profile.step_begins(training.steps_done + 1):
+        for batch in metrics.time_data_loading(loader.iterate(trainer.steps_done, config.steps)):
+            if trace := profiler.step_begins(trainer.steps_done + 1):
                 reporter.artifact(trace)
-            interval.add(*training.step(batch))
-            watch.step_ended()
-            level = ranks.agree(stop())
-            saving = due(config.save_every) or level > 0
-            if due(config.log_every) or saving:
-                interval.tell()
-            if training.plan and due(config.fp8_every):
-                interval.tell_scales()
-            with interval.aside():
-                if validation and due(config.validate_every):
-                    losses = validation.losses()
-                    if ranks.first:
-                        reporter.metrics(training.steps_done, losses)
-                if previews and due(config.preview_every):
-                    previews.make(reporter.artifact)
-                if saving:
-                    source = saver.save(training)
-            if level and training.steps_done < config.steps:
+            metrics.add(*trainer.train_step(batch))
+            watchdog.step_ended()
+            stop_level = ranks.all_reduce_max(stop())
+            save_due = is_due(config.save_every) or stop_level > 0
+            if is_due(config.log_every) or save_due:
+                metrics.log()
+            if trainer.plan and is_due(config.fp8_log_every):
+                metrics.log_fp8_metrics()
+            with metrics.exclude_from_timing():
+                if validator and is_due(config.validate_every):
+                    losses = validator.evaluate()
+                    if ranks.is_first:
+                        reporter.metrics(trainer.steps_done, losses)
+                if previews and is_due(config.preview_every):
+                    previews.sample(reporter.artifact)
+                if save_due:
+                    checkpoint = manager.save(trainer)
+            if stop_level and trainer.steps_done < config.steps:
                 break
-        saver.close()
+        manager.close()
         if previews:
             previews.close()
-        ranks.agree(0)  # no rank ends before the checkpoint of all has its name
-        if training.steps_done < config.steps:
-            raise Stopped(level)
-        assert source is not None  # a configuration has one step at least, and the last is saved
-        return source
+        ranks.barrier()  # no rank ends before the checkpoint is complete
+        if trainer.steps_done < config.steps:
+            raise Stopped(stop_level)
+        assert checkpoint is not None  # a configuration has at least one step, and the last one is saved
+        return checkpoint
 
 
-def check(stage: int, config: TrainConfig, ranks: Ranks) -> None:
-    """Raises ValueError for a configuration that cannot work with this stage or these ranks."""
-    if stage == 1 and config.short > 0:
-        raise ValueError(f"short={config.short}: stage 1 reads no captions")
-    if config.batch % (ranks.world * config.accumulate):
+def check_config(stage: int, config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError for a configuration that does not fit the stage or the number of ranks."""
+    if stage == 1 and config.short_caption_prob > 0:
         raise ValueError(
-            f"batch={config.batch}: does not divide over {ranks.world} ranks and {config.accumulate} micro-batches"
+            f"stage1.short_caption_prob={config.short_caption_prob}: stage 1 reads no captions; set it to 0"
+        )
+    if config.global_batch_size % (ranks.world_size * config.gradient_accumulation_steps):
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size}: must be divisible by {ranks.world_size} ranks times "
+            f"{config.gradient_accumulation_steps} micro-batches"
         )

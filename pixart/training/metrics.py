@@ -1,8 +1,8 @@
-"""What a run says of itself: curves, speed, spikes, scales."""
+"""Metrics of a run: loss curves, throughput, loss spikes, FP8 scales."""
 
+import logging
 import os
 import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,19 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pixart.data.loading.loader import Batch
-from pixart.data.loading.sampler import Order, rows_of_step
+from pixart.data.loading.sampler import WindowShuffleSampler, rows_of_step
 from pixart.model.flops import peak_tflops, training_flops
 from pixart.model.fp8 import scaling
 from pixart.training.optimizer import learning_rate
-from pixart.training.trainer import Training
+from pixart.training.trainer import Trainer
 
-SPIKE = 6.0  # standard deviations over the mean of the losses before
-REMEMBERED = 200  # losses that a spike is judged by
-FEWEST = 20
+SPIKE_THRESHOLD = 6.0  # standard deviations above the mean of the previous losses
+SPIKE_WINDOW = 200  # previous losses, at most
+MIN_SPIKE_WINDOW = 20
+GIB = 1 << 30
+logger = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
-    """Who is told; on rank 0 alone."""
+    """Receives metrics; rank 0 only."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -36,7 +38,9 @@ class Reporter(Protocol):
     def artifact(self, file: Path) -> None: ...
 
 
-class Quiet:
+class NullReporter:
+    """Reporter that discards everything."""
+
     def metrics(self, step: int, values: dict[str, float]) -> None:
         pass
 
@@ -48,151 +52,171 @@ class Quiet:
 
 
 class DivergedError(Exception):
-    """Too many steps in a row had a gradient that is not finite."""
+    """Too many consecutive steps had gradients that are not finite."""
 
 
-class Interval:
-    """What happened since it was last told, collected without a wait for the device."""
+class MetricsLogger:
+    """Collects the metrics of an interval of steps without synchronizing with the device, and logs them."""
 
-    def __init__(self, training: Training, order: Order, reporter: Reporter) -> None:
-        self.training, self.order, self.reporter = training, order, reporter
-        self.config, self.ranks = training.config, training.ranks
-        self.before: deque[float] = deque(maxlen=REMEMBERED)
-        self.tokens = training.tokens
-        side = training.dataset.latent_shape[-1]
-        self.flops = training_flops(training.description().config, side, training.dataset.data.text_tokens)
-        precision = "fp8" if training.plan else self.config.precision
+    def __init__(self, trainer: Trainer, order: WindowShuffleSampler, reporter: Reporter) -> None:
+        self.trainer, self.order, self.reporter = trainer, order, reporter
+        self.config, self.ranks = trainer.config, trainer.ranks
+        self.previous_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        latent_size = trainer.dataset.latent_shape[-1]
+        self.flops_per_image = training_flops(
+            trainer.metadata().config, latent_size, trainer.dataset.data.max_text_tokens
+        )
+        precision = "fp8" if trainer.plan else self.config.precision
         cuda = self.ranks.device.type == "cuda"
-        self.peak = peak_tflops(torch.cuda.get_device_name(), precision) if cuda else None
-        self.clear()
+        self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), precision) if cuda else None
+        self.start_interval()
 
-    def clear(self) -> None:
+    def start_interval(self) -> None:
+        """Discard what was collected and restart the clock."""
         self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.waited = 0.0
-        self.since = time.perf_counter()
+        self.grad_norms: list[Tensor] = []
+        self.data_loading_seconds = 0.0
+        self.start_time = time.perf_counter()
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; how long each was waited for is added up."""
+    def time_data_loading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Iterate over batches and add up the time spent waiting for each."""
         iterator = iter(batches)
         while True:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             batch = next(iterator, None)
-            self.waited += time.perf_counter() - begun
+            self.data_loading_seconds += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """For what is no step and whose time counts for none."""
-        begun = time.perf_counter()
+    def exclude_from_timing(self) -> Iterator[None]:
+        """Exclude this block from step timing."""
+        start = time.perf_counter()
         yield
-        self.since += time.perf_counter() - begun
+        self.start_time += time.perf_counter() - start
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Collect a step's loss () on this rank and gradient norm ()."""
         self.losses.append(loss)
-        self.norms.append(norm)
+        self.grad_norms.append(grad_norm)
 
-    def tell(self) -> None:
-        """Every step's loss over all ranks, and the interval's speed; every rank must call it.
+    def log(self) -> None:
+        """Log each step's loss, averaged over ranks, and the interval's throughput; every rank must call it.
 
-        Raises DivergedError after too many steps that were left out.
+        Raises DivergedError if too many consecutive steps were skipped.
         """
         if not self.losses:
             return
-        last, count = self.training.steps_done, len(self.losses)
-        values = torch.stack(self.losses)
-        dist.all_reduce(values)
-        losses, norms = (values / self.ranks.world).tolist(), torch.stack(self.norms).tolist()
-        seconds = (time.perf_counter() - self.since) / count
-        machines = self.ranks.gather(machine(self.ranks.device))
-        if self.ranks.first:
-            for step, loss, norm in zip(range(last - count + 1, last + 1), losses, norms, strict=True):
-                self.judge(step, loss, norm)
-                curves = {"train/loss": loss, "train/grad_norm": norm, "train/lr": learning_rate(step - 1, self.config)}
-                self.reporter.metrics(step, curves)
-            speed = self.speed(seconds)
-            self.reporter.metrics(last, {**speed, **self.systems(machines)})
-            print(self.line(last, losses[-1], norms[-1], seconds, speed), flush=True)
-        self.clear()
-        if self.training.skipped_in_row >= self.config.skip_limit:
+        last, count = self.trainer.steps_done, len(self.losses)
+        total = torch.stack(self.losses)
+        dist.all_reduce(total)
+        losses, grad_norms = (total / self.ranks.world_size).tolist(), torch.stack(self.grad_norms).tolist()
+        seconds = (time.perf_counter() - self.start_time) / count
+        node_metrics = self.ranks.gather((load_average(), peak_memory_gib(self.ranks.device)))
+        if self.ranks.is_first:
+            for step, loss, grad_norm in zip(range(last - count + 1, last + 1), losses, grad_norms, strict=True):
+                self.detect_spike(step, loss, grad_norm)
+                lr = learning_rate(step - 1, self.config)
+                self.reporter.metrics(step, {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr})
+            throughput = self.throughput(seconds)
+            self.reporter.metrics(last, {**throughput, **self.system_metrics(node_metrics)})
+            logger.info(self.progress_line(last, losses[-1], grad_norms[-1], seconds, throughput))
+        self.start_interval()
+        if self.trainer.consecutive_skips >= self.config.max_skipped_steps:
             raise DivergedError(
-                f"the gradients of the last {int(self.training.skipped_in_row)} steps to step {last} were not finite: "
-                "go on from an earlier checkpoint with a smaller learning rate, or look at the rows of these steps"
+                f"step {last}: the gradients of the last {int(self.trainer.consecutive_skips)} steps were not finite; "
+                "resume from an earlier checkpoint with a smaller learning rate, or inspect the rows of these steps"
             )
 
-    def judge(self, step: int, loss: float, norm: float) -> None:
-        """Tells of a step that was left out or stands out, with the rows of its batch."""
-        odd = ""
-        if not abs(norm) < float("inf"):
-            odd = f"left out: the gradient's norm is {norm}, the loss {loss:.4g}"
-        elif len(self.before) >= FEWEST:
-            mean, deviation = moments(self.before)
-            if loss > mean + SPIKE * deviation:
-                odd = f"the loss {loss:.4f} is {(loss - mean) / deviation:.0f} deviations over its mean {mean:.4f}"
-        if odd:
-            rows = ", ".join(map(str, rows_of_step(self.order, step - 1, self.config.batch)))
-            self.reporter.incident(step, f"{odd}; rows {rows}")
-            print(f"step {step}: {odd}", file=sys.stderr, flush=True)
+    def detect_spike(self, step: int, loss: float, grad_norm: float) -> None:
+        """Report a step that was skipped or whose loss is a spike, with the rows of its batch."""
+        message = ""
+        if not abs(grad_norm) < float("inf"):
+            message = f"update skipped: gradient norm {grad_norm}, loss {loss:.4g}"
+        elif len(self.previous_losses) >= MIN_SPIKE_WINDOW:
+            mean, deviation = mean_and_std(self.previous_losses)
+            if loss > mean + SPIKE_THRESHOLD * deviation:
+                deviations = (loss - mean) / deviation
+                message = f"loss spike: {loss:.4f} is {deviations:.0f} standard deviations above the mean {mean:.4f}"
+        if message:
+            rows = ", ".join(map(str, rows_of_step(self.order, step - 1, self.config.global_batch_size)))
+            self.reporter.incident(step, f"{message}; rows {rows}")
+            logger.warning("step %d: %s", step, message)
         else:
-            self.before.append(loss)
+            self.previous_losses.append(loss)
 
-    def speed(self, seconds: float) -> dict[str, float]:
-        images = self.config.batch / seconds
-        tflops = images * self.flops / self.ranks.world / 1e12
-        values = {
+    def throughput(self, seconds: float) -> dict[str, float]:
+        """Return the throughput metrics of an interval whose steps took `seconds` each, on average."""
+        images = self.config.global_batch_size / seconds
+        tflops = images * self.flops_per_image / self.ranks.world_size / 1e12
+        metrics = {
             "train/seconds_per_step": seconds,
             "train/images_per_second": images,
-            "train/tokens_per_second": images * self.tokens,
+            "train/tokens_per_second": images * self.trainer.tokens_per_image,
             "train/tflops_per_rank": tflops,
-            "train/data_wait": self.waited / len(self.losses) / seconds,
+            "train/data_loading_fraction": self.data_loading_seconds / len(self.losses) / seconds,
         }
-        return {**values, "train/mfu": tflops / self.peak} if self.peak else values
+        return {**metrics, "train/mfu": tflops / self.peak_tflops} if self.peak_tflops else metrics
 
-    def systems(self, machines: list[tuple[float, float]]) -> dict[str, float]:
-        """Load and memory of each node, by its first rank."""
-        values: dict[str, float] = {}
-        for node, (load, memory) in enumerate(machines[:: self.ranks.local_world]):
-            values |= {f"system/load_node{node}": load, f"system/memory_gb_node{node}": memory}
-        return values
+    def system_metrics(self, by_rank: list[tuple[float, float]]) -> dict[str, float]:
+        """Return the load average and peak memory of each node, from its first rank."""
+        metrics: dict[str, float] = {}
+        for node, (load, memory) in enumerate(by_rank[:: self.ranks.local_world_size]):
+            metrics[f"system/node_{node}/load_average_1m"] = load
+            metrics[f"system/node_{node}/max_memory_allocated_gib"] = memory
+        return metrics
 
-    def line(self, step: int, loss: float, norm: float, seconds: float, speed: dict[str, float]) -> str:
-        left = (self.config.steps - step) * seconds
-        mfu = f" (MFU {speed['train/mfu']:.0%})" if "train/mfu" in speed else ""
+    def progress_line(
+        self, step: int, loss: float, grad_norm: float, seconds: float, throughput: dict[str, float]
+    ) -> str:
+        """Return the log line of an interval's last step."""
+        mfu = f" (MFU {throughput['train/mfu']:.0%})" if "train/mfu" in throughput else ""
+        memory = "allocated" if self.ranks.device.type == "cuda" else "resident"
         return (
-            f"step {step}/{self.config.steps}  loss {loss:.4f}  gradient {norm:.3f}  "
-            f"lr {learning_rate(step - 1, self.config):.2e}  {speed['train/images_per_second']:.0f} images/s  "
-            f"{speed['train/tokens_per_second']:.0f} tokens/s  {speed['train/tflops_per_rank']:.3g} TFLOP/s{mfu}  "
-            f"{machine(self.ranks.device)[1]:.1f} GB  data wait {speed['train/data_wait']:.0%}  {clock(left)} left"
+            f"step {step}/{self.config.steps}  loss {loss:.4f}  gradient norm {grad_norm:.3f}  "
+            f"learning rate {learning_rate(step - 1, self.config):.2e}  "
+            f"{throughput['train/images_per_second']:.0f} images/s  "
+            f"{throughput['train/tokens_per_second']:.0f} tokens/s  "
+            f"{throughput['train/tflops_per_rank']:.3g} TFLOP/s per rank{mfu}  "
+            f"{peak_memory_gib(self.ranks.device):.1f} GiB {memory} per rank  "
+            f"data loading {throughput['train/data_loading_fraction']:.0%}  "
+            f"{format_duration((self.config.steps - step) * seconds)} left"
         )
 
-    def tell_scales(self) -> None:
-        """FP8: each linear's scale, headroom and overflow; one that keeps overflowing goes on in BF16."""
-        step = self.training.steps_done
-        told = scaling.health(self.training.model)
-        fallen = self.training.fall_back()
-        if self.ranks.first:
-            values = {f"fp8/{what}/{name}": value for what, found in told.items() for name, value in found.items()}
+    def log_fp8_metrics(self) -> None:
+        """Log the FP8 metrics of each linear; linears that saturate in too many steps fall back to BF16."""
+        step = self.trainer.steps_done
+        metrics = scaling.fp8_metrics(self.trainer.model)
+        fallbacks = self.trainer.fall_back_to_bf16()
+        if self.ranks.is_first:
+            values = {f"fp8/{metric}/{key}": value for metric, keys in metrics.items() for key, value in keys.items()}
             self.reporter.metrics(step, values)
-            for text in fallen:
-                self.reporter.incident(step, text)
-                print(f"step {step}: {text}", file=sys.stderr, flush=True)
+            for message in fallbacks:
+                self.reporter.incident(step, message)
+                logger.warning("step %d: %s", step, message)
 
 
-def moments(values: Iterable[float]) -> tuple[float, float]:
-    found = torch.tensor(list(values), dtype=torch.float64)
-    return float(found.mean()), float(found.std())
+def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
+    """Return the mean and the sample standard deviation, computed in float64."""
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    return float(tensor.mean()), float(tensor.std())
 
 
-def machine(device: torch.device) -> tuple[float, float]:
-    """Load of the last minute, and the largest memory so far in GB: of the device, or of this process."""
+def load_average() -> float:
+    """Return the node's load average over the last minute."""
+    return os.getloadavg()[0]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak memory in GiB: allocated by torch on a GPU, else the resident set size of this process."""
     if device.type == "cuda":
-        return os.getloadavg()[0], torch.cuda.max_memory_allocated() / 1e9
-    return os.getloadavg()[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Format a duration as H:MM:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

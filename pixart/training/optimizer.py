@@ -1,4 +1,4 @@
-"""AdamW with two parameter groups, its learning rate, and its state by parameter name."""
+"""AdamW with two parameter groups, its learning rate schedule, and its state by parameter name."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,23 @@ from pixart.config.training import TrainConfig
 from pixart.model.dit import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-COLUMNS = ("weight", "gradient", *MOMENTS, "step", "average")  # of a parameter
+PARAMETER_TENSORS = ("weight", "grad", *MOMENTS, "step", "ema")  # of one parameter, in `adamw_ema_update`
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then cosine from `lr` to `final_lr * lr` at the last step; `step` counts from 0."""
-    warm = min(1.0, (step + 1) / max(config.warmup, 1))
-    progress = min(max(step - config.warmup, 0) / max(config.steps - config.warmup, 1), 1.0)
-    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    """Return the learning rate of a step, which counts from 0.
+
+    Linear warm-up, then a cosine from `lr` to `min_lr_ratio * lr` at the last step.
+    """
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    progress = min(max(step - config.warmup_steps, 0) / max(config.steps - config.warmup_steps, 1), 1.0)
+    return (
+        config.lr * warmup * (config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
+    )
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Weight decay on weights only: not on biases, normalizations and embeddings. Moments are there, and zero."""
+    """Return fused AdamW with its state allocated; biases, normalizations and embeddings have no weight decay."""
     parameters = dict(model.named_parameters())
     decayed, undecayed = parameter_groups(model)
     groups = [
@@ -36,7 +41,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
-    """NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter, sharded as it is."""
+    """Return NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter, sharded like the parameter."""
     return {
         f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in model.named_parameters()
@@ -44,25 +49,29 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[st
     }
 
 
-def advance(
-    rows: Sequence[Sequence[Tensor]],
-    decays: Sequence[float],
-    rate: Tensor,
-    share: Tensor,
+def adamw_ema_update(
+    parameters: Sequence[Sequence[Tensor]],
+    weight_decays: Sequence[float],
+    lr: Tensor,
+    ema_weight: Tensor,
     skip: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
-    """AdamW (arXiv 1711.05101, algorithm 2), as torch has it, and the average; tensors of COLUMNS, in place."""
-    for (weight, gradient, first, second, step, average), decay in zip(rows, decays, strict=True):
+    """Update weights with AdamW (arXiv 1711.05101, algorithm 2, as torch implements it), then the EMA, in place.
+
+    `parameters` has the PARAMETER_TENSORS of each parameter; `ema_weight` () is one minus the EMA's decay; where `skip`
+    () is true, weights, moments and steps do not change.
+    """
+    for (weight, grad, exp_avg, exp_avg_sq, step, ema), weight_decay in zip(parameters, weight_decays, strict=True):
         step.add_(~skip)
-        new_first = torch.where(skip, first, first.lerp(gradient, 1 - beta1))
-        new_second = torch.where(skip, second, beta2 * second + (1 - beta2) * gradient.square())
-        size = new_second.sqrt() / (1 - beta2**step).sqrt() + eps
-        moved = weight * (1 - rate * decay) - rate / (1 - beta1**step) * new_first / size
-        new_weight = torch.where(skip, weight, moved)
-        first.copy_(new_first)
-        second.copy_(new_second)
+        new_exp_avg = torch.where(skip, exp_avg, exp_avg.lerp(grad, 1 - beta1))
+        new_exp_avg_sq = torch.where(skip, exp_avg_sq, beta2 * exp_avg_sq + (1 - beta2) * grad.square())
+        denominator = new_exp_avg_sq.sqrt() / (1 - beta2**step).sqrt() + eps
+        updated = weight * (1 - lr * weight_decay) - lr / (1 - beta1**step) * new_exp_avg / denominator
+        new_weight = torch.where(skip, weight, updated)
+        exp_avg.copy_(new_exp_avg)
+        exp_avg_sq.copy_(new_exp_avg_sq)
         weight.copy_(new_weight)
-        average.lerp_(new_weight, share)
+        ema.lerp_(new_weight, ema_weight)

@@ -1,4 +1,4 @@
-"""Pictures of a run while it trains: the same rows' conditions and the same noise, from the average of the weights."""
+"""Preview images of a run: the same conditioning and noise at each time, sampled with the EMA weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,77 +11,79 @@ from PIL import Image
 from torch import Tensor
 
 from pixart.data.encoders.vae import decode, load_vae
-from pixart.data.loading.loader import rows_batch
+from pixart.data.loading.loader import load_rows
 from pixart.data.store.zarr_store import Store
 from pixart.sampling.contact_sheet import contact_sheet
 from pixart.sampling.denoise import sample
-from pixart.training.conditioning import TextCondition
-from pixart.training.trainer import Training
+from pixart.training.conditioning import TextConditioning
+from pixart.training.trainer import Trainer
 
 STEPS, GUIDANCE, SEED = 20, 3.0, 0
 
 
-class Previews:
-    """Each rank samples its part, as all must run the sharded model; one of them decodes, while training goes on."""
+class PreviewSampler:
+    """Samples previews on all ranks, as the model is sharded; rank 0 decodes them while training continues."""
 
-    def __init__(self, training: Training, store: Store, rows: np.ndarray, run: Path) -> None:
-        world, rank = training.ranks.world, training.ranks.rank
-        self.training, self.folder, self.count = training, run / "previews", len(rows)
-        share = -(-len(rows) // world)  # the same number of pictures for every rank
-        self.places = np.arange(rank * share, (rank + 1) * share) % len(rows)
-        self.batch = rows_batch(store, rows[self.places], states=training.stage == 2)
-        # A second OpenMP team, be it idle, makes more threads than processors, and every parallel region of the steps
-        # waits for the system then instead of spinning: half the speed on a CPU.
-        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self.written: Future[None] | None = None
+    def __init__(self, trainer: Trainer, store: Store, rows: np.ndarray, run: Path) -> None:
+        world_size, rank = trainer.ranks.world_size, trainer.ranks.rank
+        self.trainer, self.folder, self.num_images = trainer, run / "previews", len(rows)
+        per_rank = -(-len(rows) // world_size)  # the same number of images on every rank
+        self.indices = np.arange(rank * per_rank, (rank + 1) * per_rank) % len(rows)
+        self.batch = load_rows(store, rows[self.indices], text_embeddings=trainer.stage == 2)
+        # A second OpenMP team, even an idle one, makes more threads than processors, and every parallel region of the
+        # training steps then yields to the system instead of spinning: half the speed on a CPU.
+        self.executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self.pending: Future[None] | None = None
 
-    def make(self, tell: Callable[[Path], None]) -> None:
-        """Samples now and writes `previews/step-N.png` in the background; every rank must call it."""
-        training = self.training
-        condition = training.condition(self.batch)
-        null = training.condition(dataclasses.replace(self.batch, dropped=torch.ones_like(self.batch.dropped)))
-        training.model.eval()
-        with training.ema.in_place_of(training.model):
+    def sample(self, report: Callable[[Path], None]) -> None:
+        """Sample and write `previews/step-N.png` in the background, then call `report`; every rank must call it."""
+        trainer = self.trainer
+        conditioning = trainer.conditioning(self.batch)
+        null_batch = dataclasses.replace(self.batch, dropped=torch.ones_like(self.batch.dropped))
+        null_conditioning = trainer.conditioning(null_batch)
+        trainer.model.eval()
+        with trainer.ema.applied_to(trainer.model):
             latents = sample(
-                training.model,
-                condition,
-                null,
-                side=training.dataset.latent_shape[1],
+                trainer.model,
+                conditioning,
+                null_conditioning,
+                latent_size=trainer.dataset.latent_shape[1],
                 steps=STEPS,
                 guidance=GUIDANCE,
                 seed=SEED,
             )
-        training.model.train()
-        parts = training.ranks.gather((self.places, training.normalization.undo(latents).cpu(), self.names()))
-        if training.ranks.first:
+        trainer.model.train()
+        parts = trainer.ranks.gather((self.indices, trainer.normalization.undo(latents).cpu(), self.prompts()))
+        if trainer.ranks.is_first:
             self.close()
-            file = self.folder / f"step-{training.steps_done:08d}.png"
-            self.written = self.pool.submit(self.write, file, parts, tell)
+            file = self.folder / f"step-{trainer.steps_done:08d}.png"
+            self.pending = self.executor.submit(self.write, file, parts, report)
 
-    def names(self) -> list[str]:
-        """What each picture is to show: its caption, out of its tokens, or its class."""
-        if isinstance(self.training.condition, TextCondition):
-            return self.training.condition.texts(self.batch)
-        names = self.training.dataset.class_names
+    def prompts(self) -> list[str]:
+        """Return the prompt of each image: its caption, decoded from tokens, or its class name."""
+        if isinstance(self.trainer.conditioning, TextConditioning):
+            return self.trainer.conditioning.decode_captions(self.batch)
+        names = self.trainer.dataset.class_names
         return [names[label] if label >= 0 else "" for label in self.batch.label.tolist()]
 
     def write(
-        self, file: Path, parts: list[tuple[np.ndarray, Tensor, list[str]]], tell: Callable[[Path], None]
+        self, file: Path, parts: list[tuple[np.ndarray, Tensor, list[str]]], report: Callable[[Path], None]
     ) -> None:
-        found = {
-            place: (latent, name)
-            for places, latents, names in parts
-            for place, latent, name in zip(places.tolist(), latents, names, strict=True)
+        """Decode the latents of all ranks and write the contact sheet."""
+        samples = {
+            index: (latent, prompt)
+            for indices, latents, prompts in parts
+            for index, latent, prompt in zip(indices.tolist(), latents, prompts, strict=True)
         }
-        latents = torch.stack([found[place][0] for place in range(self.count)])
-        images = [Image.fromarray(image) for image in decode(load_vae(self.training.dataset.data.vae), latents)]
+        latents = torch.stack([samples[index][0] for index in range(self.num_images)])
+        images = [Image.fromarray(image) for image in decode(load_vae(self.trainer.dataset.data.vae), latents)]
         file.parent.mkdir(exist_ok=True)
         partial = file.with_suffix(".part")
-        contact_sheet(images, [found[place][1] for place in range(self.count)]).save(partial, format="png")
+        contact_sheet(images, [samples[index][1] for index in range(self.num_images)]).save(partial, format="png")
         partial.replace(file)
-        tell(file)
+        report(file)
 
     def close(self) -> None:
-        """Waits for the picture that is being written."""
-        if self.written:
-            self.written.result()
+        """Wait for the image that is being written, and raise its error if there is one."""
+        if self.pending:
+            self.pending.result()

@@ -1,6 +1,8 @@
-"""Ranks: the process group, what they agree on, and whole tensors of what they share."""
+"""The ranks of a run: process group, collectives on Python objects, and logging with the rank."""
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,56 +13,64 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-LOOPBACK = "lo"  # a process alone needs no name resolution, which fails where the host's name has no address
+LOOPBACK = "lo"  # a single process needs no name resolution, which fails where the host name has no address
+LOGGED_PACKAGES = ("jobs", "pixart")  # log at level INFO; others at WARNING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
+    """This process's place among the ranks, and collectives, which every rank must call."""
+
     rank: int
-    world: int
-    local_world: int  # ranks of this node
+    world_size: int
+    local_world_size: int  # ranks of this node
     device: torch.device
-    cpu_group: dist.ProcessGroup | None = None  # for words between the ranks that no GPU should wait for
+    cpu_group: dist.ProcessGroup | None = None  # for collectives that must not wait for the GPU
     save_group: dist.ProcessGroup | None = None  # for the thread that writes checkpoints
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
-    def agree(self, value: int) -> int:
-        """The largest value of any rank; every rank must call it."""
-        if self.world == 1:
+    def all_reduce_max(self, value: int) -> int:
+        """Return the largest value of all ranks."""
+        if self.world_size == 1:
             return value
-        word = torch.tensor(value)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.cpu_group)
-        return int(word)
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return int(tensor)
 
-    def of_first(self, value: Any) -> Any:
-        """Rank 0's value; every rank must call it."""
-        word = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(word, group=self.cpu_group)
-        return word[0]
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
+        self.all_reduce_max(0)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the value of rank 0."""
+        objects = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(objects, group=self.cpu_group)
+        return objects[0]
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Every rank's value, on rank 0; an empty list elsewhere. Every rank must call it."""
-        if self.world == 1:
+        """Return the values of all ranks on rank 0, and an empty list on the others."""
+        if self.world_size == 1:
             return [value]
-        found: list[Any] | None = [None] * self.world if self.first else None
-        dist.gather_object(value, found, group=group or self.cpu_group)
-        return found or []
+        objects: list[Any] | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, objects, group=group or self.cpu_group)
+        return objects or []
 
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Joins the group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR describe; one of its own without them."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Join the group of RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; without them, create one of a single rank."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
-    if world > 1:
+    if world_size > 1:
         dist.init_process_group(backend)
     else:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
@@ -68,20 +78,33 @@ def process_group() -> Iterator[Ranks]:
     try:
         yield Ranks(
             rank=rank,
-            world=world,
-            local_world=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+            world_size=world_size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
             device=device,
             cpu_group=dist.new_group(backend="gloo"),
             save_group=dist.new_group(backend="gloo"),
         )
     except BaseException:
-        if not cuda:  # NCCL would wait for the others, who wait for this rank, and nobody would hear why
+        if not cuda:  # NCCL would wait for the other ranks, which wait for this one, and the error would not appear
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The unsharded tensor on the CPU; every rank must call it."""
+def configure_logging(rank: int) -> None:
+    """Log with time, level and rank: warnings and errors to stderr, the rest to stdout."""
+    formatter = logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(message)s")
+    output, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    output.addFilter(lambda entry: entry.levelno < logging.WARNING)
+    errors.setLevel(logging.WARNING)
+    for handler in (output, errors):
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.WARNING, handlers=[output, errors], force=True)
+    for package in LOGGED_PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+def full_cpu_tensor(tensor: Tensor) -> Tensor:
+    """Return the unsharded tensor on the CPU; every rank must call it."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -1,7 +1,8 @@
-"""One optimizer step of either stage, and all the state that it changes."""
+"""The training state of either stage, and one optimizer step on it."""
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 
@@ -11,28 +12,30 @@ from torch import Tensor
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
 from pixart.config.model import ModelConfig
-from pixart.config.training import TrainConfig, fp8_backend
+from pixart.config.training import TrainConfig, resolve_fp8_backend
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
 from pixart.data.store.zarr_store import Store
 from pixart.model import sdpa_autotune
-from pixart.model.dit import DiT, own_config
+from pixart.model.dit import DiT, public_config
 from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
-from pixart.model.fp8.plan import Plan, check_rows
+from pixart.model.fp8.plan import Plan, check_gemm_alignment
 from pixart.model.rectified_flow import flow_loss, interpolate, sample_time
-from pixart.model.sdpa import Kernel
-from pixart.training.conditioning import ALIGNMENT, ClassCondition, TextCondition
-from pixart.training.ema import Ema, decay_at
-from pixart.training.fused_adamw_ema import OnePass
+from pixart.model.sdpa import AttentionKernel
+from pixart.training.conditioning import TEXT_ALIGNMENT, ClassConditioning, TextConditioning
+from pixart.training.ema import EMA, ema_decay
+from pixart.training.fused_adamw_ema import FusedAdamWEma
 from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
-from pixart.training.parallelize import dtype_of, parallelize
+from pixart.training.parallelize import compute_dtype, parallelize
 from pixart.training.process_group import Ranks
 
+logger = logging.getLogger(__name__)
 
-class Training:
-    """Model, optimizer, average and scales of a run, sharded over the ranks.
 
-    `tensors` are those that a checkpoint keeps. What `start` has in them is not read here: see `saving.restore`.
+class Trainer:
+    """Model, optimizer, EMA weights and FP8 scales of a run, sharded over the ranks.
+
+    `start` has the metadata of the checkpoint to continue from; `checkpointing.restore` reads its tensors.
     """
 
     def __init__(
@@ -41,208 +44,215 @@ class Training:
         self.stage, self.config, self.ranks, self.dataset = stage, config, ranks, store.manifest
         self.steps_done = start.step if start else 0
         self.provenance = start.provenance if start else {}
-        self.normalization = start.normalization if start else Normalization(**statistics(store))
+        self.normalization = start.normalization if start else dataset_normalization(store)
         self.plan = start.plan if start and config.fp8 else None
         if config.fp8 and self.plan is None:
             raise ValueError(
-                "FP8 training goes on from a checkpoint that `python -m conversion.to_fp8` wrote: name it by --from"
+                "fp8=true: needs a checkpoint with an FP8 plan; run `python -m conversion.to_fp8` and pass its result "
+                "with --from"
             )
         torch.manual_seed(config.seed)
         if start:
             with torch.device("meta"):
                 self.model = DiT(**start.config)
         else:
-            self.model = fresh_model(stage, model, self.dataset).to(ranks.device)
-        check_fits(self.model, self.dataset, stage)
+            self.model = new_model(stage, model, self.dataset).to(ranks.device)
+        check_model_fits_dataset(self.model, self.dataset, stage)
         self.model.train()
         self.model.fuse_projections()
-        if config.attention == "measured" and ranks.device.type == "cuda":
-            sdpa_autotune.use(self.model, *ranks.of_first(self.fastest_attention() if ranks.first else None))
+        if config.attention_backend == "autotune" and ranks.device.type == "cuda":
+            kernels = self.autotune_attention() if ranks.is_first else None
+            sdpa_autotune.set_kernels(self.model, *ranks.broadcast_object(kernels))
         if self.plan:
             self.swap_linears(self.plan)
         parallelize(self.model, ranks, config)
         if start:
             self.model.to_empty(device=ranks.device)
-        fsdp_allgather.gather_in_fp8(self.model, dtype_of(config.precision))
+        fsdp_allgather.enable_fp8_all_gather(self.model, compute_dtype(config.precision))
         self.optimizer = make_optimizer(self.model, config)
-        self.ema = Ema(self.model, config.ema)
-        self.one_pass = OnePass(self.model, self.optimizer, self.ema.averages) if config.one_pass else None
-        self.skipped_in_row = torch.zeros((), device=ranks.device)
-        self.condition = (
-            ClassCondition(self.model, ranks.device) if stage == 1 else TextCondition(self.dataset, ranks, config)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.fused_update = (
+            FusedAdamWEma(self.model, self.optimizer, self.ema.weights) if config.fused_adamw_ema else None
+        )
+        self.consecutive_skips = torch.zeros((), device=ranks.device)
+        self.conditioning = (
+            ClassConditioning(self.model, ranks.device) if stage == 1 else TextConditioning(self.dataset, ranks, config)
         )
 
-    def fastest_attention(self) -> tuple[Kernel, Kernel]:
-        """To the image and to the text, at the sizes of this run."""
+    def autotune_attention(self) -> tuple[AttentionKernel, AttentionKernel]:
+        """Return the fastest kernels of self-attention and cross-attention at the sizes of this run."""
         model = self.model.config
-        image, text = sdpa_autotune.measured(
-            batch=self.micro_batch,
+        self_attention, cross_attention = sdpa_autotune.autotune(
+            batch=self.micro_batch_size,
             heads=model.num_heads,
-            width=model.dim // model.num_heads,
-            tokens=self.tokens,
-            text=self.dataset.data.text_tokens if self.stage == 2 else None,
+            head_dim=model.dim // model.num_heads,
+            tokens=self.tokens_per_image,
+            text_tokens=self.dataset.data.max_text_tokens if self.stage == 2 else None,
             device=self.ranks.device,
         )
-        print(f"attention: {image}" + (f"; to the text, {text}" if self.stage == 2 else ""), flush=True)
-        return image, text
+        cross = f"; cross-attention: {cross_attention}" if self.stage == 2 else ""
+        logger.info("fastest self-attention: %s%s", self_attention, cross)
+        return self_attention, cross_attention
 
     def swap_linears(self, plan: Plan) -> None:
-        """By the backend that follows the plan."""
-        backend = fp8_backend(self.config.fp8_backend, plan.recipe)
+        """Replace the planned linears using the backend for the plan's recipe."""
+        backend = resolve_fp8_backend(self.config.fp8_backend, plan.recipe)
         if backend == "native":
-            if self.ranks.device.type == "cuda" and self.config.fp8_weight_gradient:
-                text = {"states of text": math.gcd(ALIGNMENT, self.dataset.data.text_tokens)}
-                check_rows(self.micro_batch, {"image tokens": self.tokens} | (text if self.stage == 2 else {}))
-            linear.swap_linears(self.model, plan, fine_weight_gradient=not self.config.fp8_weight_gradient)
+            if self.ranks.device.type == "cuda" and self.config.fp8_grad_weight:
+                rows_per_image = {"image tokens": self.tokens_per_image}
+                if self.stage == 2:
+                    rows_per_image["text tokens"] = math.gcd(TEXT_ALIGNMENT, self.dataset.data.max_text_tokens)
+                check_gemm_alignment(self.micro_batch_size, rows_per_image)
+            high_precision = not self.config.fp8_grad_weight
+            linear.swap_linears(self.model, plan, high_precision_grad_weight=high_precision)
         elif backend == "torchao":
             torchao.swap_linears(self.model, plan)
         else:
             transformer_engine.swap_linears(self.model, plan)
 
-    def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimizer step on this rank's part of the global batch -> its loss () and the gradient's norm ().
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step on this rank's part of the global batch -> its loss () and the gradient norm ().
 
-        A gradient that is not finite leaves weights and moments as they are. Nothing here waits for the device.
+        Gradients that are not finite leave weights and moments unchanged. Nothing here synchronizes with the device.
         """
         data = self.normalization.apply(batch.latents.to(self.ranks.device, non_blocking=True))
-        noise, t = self.draw(data.shape[1:])
+        noise, t = self.sample_noise_and_time(data.shape[1:])
         loss = torch.zeros((), device=self.ranks.device)
         for rows in self.micro_batches(len(data)):
             self.model.set_requires_gradient_sync(rows.stop == len(data))
             noised = interpolate(data[rows], noise[rows], t[rows])
-            velocity = self.model(noised, t[rows], **self.condition(batch.part(rows)))
-            part = flow_loss(velocity, data[rows], noise[rows]) / self.config.accumulate
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).full_tensor()
-        not_finite = ~norm.isfinite()
-        self.update(not_finite)
+            velocity = self.model(noised, t[rows], **self.conditioning(batch.slice_rows(rows)))
+            micro_loss = flow_loss(velocity, data[rows], noise[rows]) / self.config.gradient_accumulation_steps
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).full_tensor()
+        skip = ~grad_norm.isfinite()
+        self.update_weights(skip)
         self.optimizer.zero_grad()
-        self.skipped_in_row = (self.skipped_in_row + 1) * not_finite
+        self.consecutive_skips = (self.consecutive_skips + 1) * skip
         if self.plan:
             scaling.update_scales(self.model, self.plan)
         self.steps_done += 1
-        return loss, norm
+        return loss, grad_norm
 
-    def update(self, skip: Tensor) -> None:
-        """Weights and moments, unless `skip` () says that they stay, and the average after them."""
-        rate = learning_rate(self.steps_done, self.config)
-        if self.one_pass:
-            self.one_pass.step(rate, 1 - decay_at(self.steps_done, self.config.ema), skip)
+    def update_weights(self, skip: Tensor) -> None:
+        """Update weights and moments, unless `skip` () is true, and then the EMA weights."""
+        lr = learning_rate(self.steps_done, self.config)
+        if self.fused_update:
+            self.fused_update.step(lr, 1 - ema_decay(self.steps_done, self.config.ema_decay), skip)
             return
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.found_inf = skip.float()  # its fused kernel looks at it
+            group["lr"] = lr
+        self.optimizer.found_inf = skip.float()  # fused AdamW skips the update where `found_inf` is nonzero
         self.optimizer.step()
         self.ema.update(self.model, self.steps_done)
 
-    def draw(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """This rank's part of the noise (B, C, h, w) and t (B,) of a global batch, whatever the number of ranks."""
+    def sample_noise_and_time(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Return this rank's noise (B, C, h, w) and t (B,); those of the global batch do not depend on the ranks."""
         generator = step_generator(self.config.seed, self.steps_done, self.ranks.device)
-        noise = torch.randn((self.config.batch, *shape), generator=generator, device=self.ranks.device)
-        t = sample_time(self.config.batch, generator)
-        part = self.config.batch // self.ranks.world
-        own = slice(self.ranks.rank * part, (self.ranks.rank + 1) * part)
-        return noise[own], t[own]
+        noise = torch.randn((self.config.global_batch_size, *shape), generator=generator, device=self.ranks.device)
+        t = sample_time(self.config.global_batch_size, generator)
+        local_batch_size = self.config.global_batch_size // self.ranks.world_size
+        rows = slice(self.ranks.rank * local_batch_size, (self.ranks.rank + 1) * local_batch_size)
+        return noise[rows], t[rows]
 
     @property
-    def tokens(self) -> int:
-        """Of an image."""
+    def tokens_per_image(self) -> int:
+        """Number of latent patches of an image."""
         _, height, width = self.dataset.latent_shape
         patch = self.model.config.patch_size
         return (height // patch) * (width // patch)
 
     @property
-    def micro_batch(self) -> int:
-        """Images that go through the model of a rank at once."""
-        return self.config.batch // self.ranks.world // self.config.accumulate
+    def micro_batch_size(self) -> int:
+        """Images per forward pass of a rank."""
+        return self.config.global_batch_size // self.ranks.world_size // self.config.gradient_accumulation_steps
 
     def micro_batches(self, rows: int) -> Iterator[slice]:
-        return (slice(begin, begin + self.micro_batch) for begin in range(0, rows, self.micro_batch))
+        """Return the rows of each micro-batch of this rank's part of the batch."""
+        return (slice(begin, begin + self.micro_batch_size) for begin in range(0, rows, self.micro_batch_size))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by name, as it is: sharded, on its device, and changed by the next step."""
-        named = {
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint by key: sharded, on the device, not copies."""
+        groups = {
             "model": {**dict(self.model.named_parameters()), **persistent_buffers(self.model)},
-            "ema": {**self.ema.averages, **persistent_buffers(self.model)},
+            "ema": {**self.ema.weights, **persistent_buffers(self.model)},
             "optimizer": optimizer_tensors(self.optimizer, self.model),
             "scales": scaling.scale_tensors(self.model),
         }
-        return {f"{group}.{name}": tensor.detach() for group, found in named.items() for name, tensor in found.items()}
+        return {f"{group}.{name}": tensor.detach() for group, items in groups.items() for name, tensor in items.items()}
 
-    def description(self) -> Checkpoint:
-        """Of the state, without the tensors."""
+    def metadata(self) -> Checkpoint:
+        """Return the checkpoint of the current state without its tensors."""
+        # Fingerprints of the encoders whose output the model has learned to read.
+        encoders = ("vae", "text_encoder")[: self.stage]
+        fingerprints = {encoder: self.dataset.models[encoder] for encoder in encoders}
         return Checkpoint(
             stage=self.stage,
             step=self.steps_done,
-            config=own_config(self.model.config),
+            config=public_config(self.model.config),
             normalization=self.normalization,
             plan=self.plan,
             dataset=self.dataset.data.path,
-            provenance={**self.provenance, "dataset_hash": self.dataset.hash, "models": self.models_read},
+            provenance={**self.provenance, "dataset_hash": self.dataset.hash, "models": fingerprints},
         )
 
-    @property
-    def models_read(self) -> dict[str, str]:
-        """Fingerprints of the models whose output this one has learnt to read."""
-        return {kind: self.dataset.models[kind] for kind in ("vae", "text_encoder")[: self.stage]}
-
-    def fit_gradient_scales(self) -> None:
-        """Follows a change of the batch of a rank since the scales were measured."""
+    def rescale_gradients_for_batch_size(self) -> None:
+        """Rescale the FP8 scales of gradients if the batch size per rank has changed since they were measured."""
         if self.plan:
-            local_batch = self.config.batch // self.ranks.world
-            scaling.rescale_gradients(self.model, self.plan.batch / local_batch)
-            self.plan = dataclasses.replace(self.plan, batch=local_batch)
+            local_batch_size = self.config.global_batch_size // self.ranks.world_size
+            scaling.rescale_gradients(self.model, self.plan.batch / local_batch_size)
+            self.plan = dataclasses.replace(self.plan, batch=local_batch_size)
 
-    def fall_back(self) -> list[str]:
-        """Takes linears that keep overflowing out of FP8, and says which."""
+    def fall_back_to_bf16(self) -> list[str]:
+        """Disable FP8 in linears that saturate in too many steps, and return a message for each."""
         if not self.plan:
             return []
-        before, self.plan = self.plan, scaling.fall_back(self.model, self.plan, self.steps_done)
-        fallen = sorted(set(before.linears) - set(self.plan.linears))
-        for name in fallen:
-            fsdp_allgather.gather_as_given(self.model, name)
-        return [f"{name} goes on in BF16: it {self.plan.kept[name]}" for name in fallen]
+        before, self.plan = self.plan, scaling.fall_back_to_bf16(self.model, self.plan, self.steps_done)
+        names = sorted(set(before.linears) - set(self.plan.linears))
+        for name in names:
+            fsdp_allgather.disable_fp8_all_gather(self.model, name)
+        return [f"{name} falls back to BF16: it {self.plan.kept[name]}" for name in names]
 
 
 def persistent_buffers(model: DiT) -> dict[str, Tensor]:
-    """Those of the state dictionary; scales are kept by themselves."""
-    kept = model.state_dict()
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    """Return the buffers that are part of the state dictionary, which FP8 scales are not."""
+    state = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Random numbers of one step: nothing to save, and a resumed run draws the same."""
+    """Return the random generator of one step, which a resumed run reproduces without saved state."""
     digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
 
 
-def statistics(store: Store) -> dict[str, tuple[float, ...]]:
+def dataset_normalization(store: Store) -> Normalization:
+    """Return the normalization with the dataset's per-channel statistics."""
     mean, std = store.statistics()
-    return {"mean": mean, "std": std}
+    return Normalization(mean=mean, std=std)
 
 
-def fresh_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:
-    sizes = dataclasses.asdict(model)
+def new_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:
+    """Return an initialized model for a stage, with the text dimension of the dataset in stage 2."""
+    sizes = model.dit_arguments()
     classes = sizes.pop("num_classes")
     return DiT(**sizes, **({"num_classes": classes} if stage == 1 else {"text_dim": dataset.text_dim}))
 
 
-def check_fits(model: DiT, dataset: Manifest, stage: int) -> None:
-    """Raises ValueError unless the model can read what the dataset holds."""
+def check_model_fits_dataset(model: DiT, dataset: Manifest, stage: int) -> None:
+    """Raise ValueError unless the model has the right stage and reads the dataset's latents, classes and text."""
     config = model.config
     if model.stage != stage:
         raise ValueError(
-            f"the checkpoint is of stage {model.stage}, not {stage}: convert it first, or train stage {model.stage}"
+            f"stage={stage}: the checkpoint is of stage {model.stage}; convert it, or train stage {model.stage}"
         )
     if config.in_dim != dataset.latent_shape[0]:
-        raise ValueError(f"the model reads {config.in_dim} latent channels, the dataset has {dataset.latent_shape[0]}")
+        raise ValueError(f"model.in_dim={config.in_dim}: the dataset's latents have {dataset.latent_shape[0]} channels")
     if stage == 1 and len(dataset.class_names) >= config.num_classes:
         raise ValueError(
-            f"the dataset has {len(dataset.class_names)} classes: model.num_classes={config.num_classes} "
-            "must be larger by one at least, the last index means no class"
+            f"model.num_classes={config.num_classes}: must be greater than the dataset's {len(dataset.class_names)} "
+            "classes, as the last index is the null class"
         )
     if stage == 2 and config.text_dim != dataset.text_dim:
-        raise ValueError(
-            f"the model reads text states of width {config.text_dim}, the dataset's are {dataset.text_dim} wide"
-        )
+        raise ValueError(f"model.text_dim={config.text_dim}: the dataset's text embeddings have {dataset.text_dim}")

@@ -1,53 +1,56 @@
-"""The loss on rows that training never sees, at fixed t and noise: a curve without the noise of the training loss."""
+"""Validation: the loss of validation rows at fixed times and noise, without the variance of the training loss."""
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pixart.data.loading.loader import Batch, rows_batch
+from pixart.data.loading.loader import Batch, load_rows
 from pixart.data.store.zarr_store import Store
 from pixart.model.rectified_flow import fixed_time, interpolate
-from pixart.training.trainer import Training
+from pixart.training.trainer import Trainer
 
 
-class Validation:
-    """Rows and their t are dealt out to the ranks; the result does not depend on the number of these."""
+class Validator:
+    """Computes validation losses, which do not depend on the number of ranks; each rank has a share of the rows."""
 
-    def __init__(self, training: Training, store: Store, rows: np.ndarray) -> None:
-        ranks = training.ranks
-        self.training, self.store, self.count = training, store, len(rows)
-        dealt = np.arange(ranks.rank, -(-len(rows) // ranks.world) * ranks.world, ranks.world)
-        self.counts = torch.from_numpy(dealt < len(rows)).float()  # some ranks have one that does not, to go along
-        self.rows, self.t = rows[dealt % len(rows)], fixed_time(len(rows))[dealt % len(rows)]
+    def __init__(self, trainer: Trainer, store: Store, rows: np.ndarray) -> None:
+        ranks = trainer.ranks
+        self.trainer, self.store, self.num_rows = trainer, store, len(rows)
+        rows_per_rank = -(-len(rows) // ranks.world_size)
+        indices = np.arange(ranks.rank, rows_per_rank * ranks.world_size, ranks.world_size)
+        # All ranks run the same number of forward passes; a surplus row has weight 0.
+        self.weights = torch.from_numpy(indices < len(rows)).float()
+        self.rows, self.t = rows[indices % len(rows)], fixed_time(len(rows))[indices % len(rows)]
 
     @torch.no_grad()
-    def losses(self) -> dict[str, float]:
-        """Of the weights and of their average; every rank must call it."""
-        own = self.loss()
-        with self.training.ema.in_place_of(self.training.model):
-            averaged = self.loss()
-        return {"val/loss": own, "val/loss_ema": averaged}
+    def evaluate(self) -> dict[str, float]:
+        """Return the losses of the weights and of the EMA weights; every rank must call it."""
+        loss = self.loss()
+        with self.trainer.ema.applied_to(self.trainer.model):
+            ema_loss = self.loss()
+        return {"val/loss": loss, "val/loss_ema": ema_loss}
 
     def loss(self) -> float:
-        training, device = self.training, self.training.ranks.device
+        """Return the mean loss of the model's current weights over all ranks."""
+        trainer, device = self.trainer, self.trainer.ranks.device
         total = torch.zeros((), device=device)
-        training.model.eval()
-        for part in np.split(
-            np.arange(len(self.rows)), range(training.micro_batch, len(self.rows), training.micro_batch)
+        trainer.model.eval()
+        for indices in np.split(
+            np.arange(len(self.rows)), range(trainer.micro_batch_size, len(self.rows), trainer.micro_batch_size)
         ):
-            batch = rows_batch(self.store, self.rows[part], states=training.stage == 2)
-            data = training.normalization.apply(batch.latents.to(device))
-            noise, t = noise_of(batch, data.shape[1:]).to(device), self.t[part].to(device)
-            velocity = training.model(interpolate(data, noise, t), t, **training.condition(batch))
+            batch = load_rows(self.store, self.rows[indices], text_embeddings=trainer.stage == 2)
+            data = trainer.normalization.apply(batch.latents.to(device))
+            noise, t = row_noise(batch, data.shape[1:]).to(device), self.t[indices].to(device)
+            velocity = trainer.model(interpolate(data, noise, t), t, **trainer.conditioning(batch))
             errors = (velocity.float() - (data - noise)).square().mean(dim=(1, 2, 3))
-            total += errors @ self.counts[part].to(device)
-        training.model.train()
+            total += errors @ self.weights[indices].to(device)
+        trainer.model.train()
         dist.all_reduce(total)
-        return float(total) / self.count
+        return float(total) / self.num_rows
 
 
-def noise_of(batch: Batch, shape: torch.Size) -> Tensor:
-    """(B, C, h, w), each row's by its own number."""
-    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(int(row))) for row in batch.rows]
-    return torch.stack(draws)
+def row_noise(batch: Batch, shape: torch.Size) -> Tensor:
+    """Return noise (B, C, h, w), each row's seeded by its row number."""
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(row))) for row in batch.rows]
+    return torch.stack(noise)

@@ -1,5 +1,6 @@
 """The benchmarks of a GPU run on a CPU at small sizes, so that they are there when a GPU is."""
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -30,20 +31,42 @@ def page(monkeypatch, tmp_path):
 
 
 def rows(page: Path) -> dict[str, list[str]]:
-    lines = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("|")]
+    table = page.read_text().partition("\n##")[0]  # what follows are profiles
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines[2:]}
 
 
 def test_train_step(page):
     ways = ["BF16 eager", "FP8 native, an average in one pass with AdamW", "TransformerEngine delayed"]
-    ways.append("diffusers PixArtTransformer2DModel, BF16")
-    sizes = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "64"]
-    found = page(train_step, *sizes, "--only", *ways)
-    assert list(found) == ways
-    assert found.pop("TransformerEngine delayed")[0] == "FP8 by TransformerEngine: this machine has no GPU"
-    for images_a_second, *_, milliseconds, floor in found.values():
-        assert float(images_a_second) > 0
-        assert float(milliseconds) >= float(floor)
+    sizes = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256"]
+    table = page(train_step, *sizes, "--only", *ways)
+    assert list(table) == ways
+    assert table.pop("TransformerEngine delayed")[0].startswith("fp8_backend=te: this machine has no GPU")
+    eager, compiled = (dict(zip(train_step.COLUMNS[1:], cells, strict=True)) for cells in table.values())
+    assert float(eager["images/s"]) > 0
+    assert eager["floor, ms"] == eager["launches a block"] == ""  # nothing was compiled
+    assert float(compiled["floor, ms"]) > 0
+    assert int(compiled["launches a block"]) > 20  # its products alone
+
+
+def test_a_way_that_memory_is_too_small_for_is_measured_at_a_smaller_batch(monkeypatch):
+    tried: list[int] = []
+
+    def in_a_process(name, options, batch, kernels):
+        tried.append(batch)
+        if batch > 64:
+            raise MemoryError
+        return {}
+
+    monkeypatch.setattr(train_step, "in_a_process", in_a_process)
+    options = argparse.Namespace(batch=128)
+    assert train_step.with_smaller_batches("BF16", options, [])["batch"] == 64
+    assert tried == [128, 96, 64]
+    tried.clear()
+    options.batch = 16
+    monkeypatch.setattr(train_step, "in_a_process", lambda *_: exec("raise MemoryError"))
+    with pytest.raises(MemoryError):
+        train_step.with_smaller_batches("BF16", options, [])
 
 
 def test_gemm(page):

@@ -68,8 +68,8 @@ class Captioning:
         settings = {
             "data.path": self.dataset,
             "data.source": source,
-            "data.images": "none",
-            "data.shards": SHARDS,
+            "data.max_images": "none",
+            "data.num_shards": SHARDS,
             "data.captioner": "vllm",
             "data.caption_model": model,
         }

@@ -22,8 +22,8 @@ from jobs.state.run import Run
 from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
+from pixart.config import overrides
 from pixart.config.dataset import DataConfig
-from pixart.config.overrides import override
 from pixart.config.recipe import from_json, to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest
@@ -86,7 +86,15 @@ def tree(folder: Path) -> list[str]:
     ("command", "message"),
     [
         ("python -m jobs.launch paint", "paint"),
-        ("python -m jobs.launch", "JOB"),
+        ("python -m jobs.launch trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("python -m jobs.launch --verison", "unknown option '--verison'; did you mean '--version'?"),
+        ("python -m jobs.launch --home x train", "the command goes before its options"),
+        ("python -m jobs.launch train --ndoes 4", "unknown option '--ndoes'; did you mean '--nodes'?"),
+        ("python -m jobs.launch train --node 4", "unknown option '--node'; did you mean '--nodes'?"),
+        ("python -m jobs.launch train --zzz", "unknown option '--zzz'; run `python -m jobs.launch train --help`"),
+        ("python -m jobs.launch train now", "unexpected argument 'now'"),
+        ("python -m jobs.launch sample", "required: CHECKPOINT"),
+        ("python -m jobs.launch sample text --export folder", "did you mean '--export-pipeline'?"),
         ("python -m jobs.launch caption --cluster nowhere", "unknown cluster profile 'nowhere'"),
         ("python -m jobs.launch init --set data.screening.min_side=0", "data.screening.min_side=0"),
         ("python -m jobs.launch init --set data.screening=1", "data.screening.min_side"),
@@ -96,14 +104,14 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch caption --array a", "'a'"),
         ("python -m jobs.launch caption --array -1", "--array"),
         ("python -m jobs.launch caption --array=-1", "'-1'"),
-        ("python -m jobs.launch caption --array ", "''"),
+        ("python -m jobs.launch caption --array ", "--array: is empty"),
         ("python -m jobs.launch caption --array 0-999999999999", "at most 1000000 shards"),
         ("python -m jobs.launch caption --array 0-300", "shard 300"),
         ("python -m jobs.launch caption --home ", "--home: is empty"),
         ("python -m jobs.launch caption --home broken.pt", "Not a directory"),
         ("python -m jobs.launch caption --home s3://bucket/home", "a folder of a file system"),
         ("python -m jobs.launch status --home what?", "without ? % #"),
-        ("python -m jobs.launch caption --dataset images", "files of others, such as dog.png"),
+        ("python -m jobs.launch caption --dataset images", "holds other files, such as dog.png"),
         ("python -m jobs.launch status --home newer", "run.json is of another version"),
         ("python -m jobs.launch caption --home /proc/home", "/proc/home"),
         ("python -m jobs.launch caption --set data.path=", "data.path: is empty"),
@@ -112,18 +120,18 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch caption --dataset broken.pt", "Not a directory"),
         ("python -m jobs.launch caption --dataset damaged", "manifest.json is damaged"),
         ("python -m jobs.launch caption --cluster damaged/binary.toml", "damaged/binary.toml"),
-        ("python -m jobs.launch latents", "there is none"),
-        ("python -m jobs.launch audit", "there is none"),
-        ("python -m jobs.launch verify", "there is none"),
+        ("python -m jobs.launch latents", "demo does not exist; run 'caption'"),
+        ("python -m jobs.launch audit", "demo does not exist; run 'caption'"),
+        ("python -m jobs.launch verify", "demo does not exist; run 'caption'"),
         ("python -m jobs.launch demo --nodes 3", "does not divide over 3 ranks"),
         ("python -m jobs.launch demo --set model.num_heads=3", "model.dim=128"),
         ("python -m jobs.launch demo --set stage1.fp8=true", "stage1.fp8=true"),
         ("python -m jobs.launch pipeline --set stage2.fp8_backend=torchao", "fp8_backend=torchao"),
         ("python -m jobs.launch caption --recipe nothing", "unknown recipe 'nothing'"),
-        ("python -m jobs.launch caption --set data.sauce=demo", "'data.sauce'"),
+        ("python -m jobs.launch caption --set data.sauce=demo", "data.sauce: unknown key; did you mean data.source?"),
         ("python -m jobs.launch caption --set data.source=/no/such/folder", "/no/such/folder"),
         ("python -m jobs.launch caption --set data.vae=/no/such/vae", "/no/such/vae"),
-        ("python -m jobs.launch caption --set data.shards=0", "data.shards=0"),
+        ("python -m jobs.launch caption --set data.num_shards=0", "data.num_shards=0"),
         ("python -m jobs.launch train --nodes 0", "'0'"),
         ("python -m jobs.launch train --stage 3", "3"),
         ("python -m jobs.launch train --stage 2", "conversion.to_fp8"),
@@ -140,66 +148,76 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --resume run --recipe xl", "is a run of the recipe demo"),
         ("python -m jobs.launch train --resume foreign", "config.json is damaged, or of another version"),
         ("python -m jobs.launch train --from ", "--from: is empty"),
-        ("python -m jobs.launch train --set stage1.clip=0", "clip=0"),
+        ("python -m jobs.launch train --set stage1.max_grad_norm=0", "max_grad_norm=0"),
         ("python -m jobs.launch train --set stage1.beta1=1", "beta1=1"),
         ("python -m jobs.launch train --set stage1.seed=99999999999999999999", "seed=99999999999999999999"),
-        ("python -m jobs.launch train --set data.source=data", "there is none; caption makes it"),
+        ("python -m jobs.launch train --set data.source=data", "demo does not exist; run 'caption' to create it"),
         ("python -m jobs.launch convert done --output ", "--output: is empty"),
-        ("python -m conversion.to_fp8 truncated --data ", "--data: is empty"),
-        ("python -m jobs.launch init --set data.source=.", "would lie within its source"),
+        ("python -m conversion.to_fp8 truncated --dataset ", "--dataset: is empty"),
+        ("python -m jobs.launch init --set data.source=.", "would be inside its own source"),
         ("python -m jobs.launch recaption dog --server ", "--server: is empty"),
         ("python -m conversion.to_fp8 unknown --text-dim 9", "not that of a PixArt"),
         ("python -m conversion.to_bf16 fp8-training --output fp8-training --overwrite", "is or holds the source"),
         ("python -m conversion.to_bf16 fp8-training --output broken.pt/x", "broken.pt"),
         ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
+        ("python -m jobs.launch train --from failed-earlier", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
-        ("python -m jobs.launch train --set stage1.accumulate=3", "stage1.accumulate=3"),
-        ("python -m jobs.launch train --set stage1.validate_every=5 --set stage1.validation_rows=0", "validation_rows"),
-        ("python -m jobs.launch train --set stage1.sharding=half", "full, hybrid"),
+        (
+            "python -m jobs.launch train --set stage1.gradient_accumulation_steps=3",
+            "stage1.gradient_accumulation_steps=3",
+        ),
+        (
+            "python -m jobs.launch train --set stage1.validate_every=5 --set stage1.num_validation_samples=0",
+            "num_validation_samples",
+        ),
+        ("python -m jobs.launch train --set stage1.sharding=half", "fsdp or hsdp"),
         ("python -m jobs.launch train --set stage1.fp8=true", "conversion.to_fp8"),
-        ("python -m jobs.launch train --set stage1.short=0.5", "stage 1 reads no captions"),
+        ("python -m jobs.launch train --set stage1.short_caption_prob=0.5", "stage 1 reads no captions"),
         ("python -m jobs.launch train --from done --set model.dim=64", "model.dim=64"),
         ("python -m jobs.launch convert nowhere", "nowhere"),
         ("python -m jobs.launch convert done", "--overwrite"),
         ("python -m jobs.launch convert broken.pt", "no PyTorch checkpoint"),
         ("python -m jobs.launch convert pipe.pt", "pipe.pt"),
-        ("python -m jobs.launch convert text --stage 1 --output out", "is of stage 2 already"),
-        ("python -m jobs.launch convert failed --output out --data nodata", "--data nodata"),
-        ("python -m jobs.launch convert failed --batches 0", "--batches must be at least 1"),
+        ("python -m jobs.launch convert text --stage 1 --output out", "is already a stage-2 checkpoint"),
+        ("python -m jobs.launch convert failed --output out --dataset nodata", "--dataset nodata"),
+        ("python -m jobs.launch convert failed --num-batches 0", "--num-batches 0: must be at least 1"),
         ("python -m jobs.launch sample nowhere", "nowhere"),
         ("python -m jobs.launch sample done", "done names no dataset"),
-        ("python -m jobs.launch sample lost", "nodata: there is none"),
-        ("python -m jobs.launch sample text --dataset nodata", "nodata: there is none"),
-        ("python -m jobs.launch sample text --set data.text_tokens=7", "data.text_tokens=7"),
+        ("python -m jobs.launch sample lost", "nodata does not exist; give its present place by --dataset"),
+        ("python -m jobs.launch sample text --dataset nodata", "nodata does not exist"),
+        ("python -m jobs.launch sample text --set data.max_text_tokens=7", "data.max_text_tokens=7"),
         ("python -m jobs.launch sample text --set sample.guidance=nan", "sample.guidance=nan"),
         ("python -m jobs.launch sample text --set sample.seed=-1", "sample.seed=-1"),
-        ("python -m jobs.launch sample text --class circle", "is of stage 2"),
+        ("python -m jobs.launch sample text --class circle", "is a checkpoint of stage 2"),
         ("python -m jobs.launch sample text --file nowhere.txt", "--file nowhere.txt"),
         ("python -m jobs.launch sample text --file empty.txt", "--file empty.txt"),
         ("python -m jobs.launch sample text --file bad.jsonl", "bad.jsonl: line 2"),
         ("python -m jobs.launch sample text --recaption", "--recaption rewrites prompts"),
-        ("python -m jobs.launch sample text --prompt dog --server http://127.0.0.1:9/v1", "--server is of --recaption"),
+        (
+            "python -m jobs.launch sample text --prompt dog --server http://127.0.0.1:9/v1",
+            "--server: needs --recaption",
+        ),
         ("python -m jobs.launch sample text --prompt dog --recaption --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
-        ("python -m jobs.launch sample text --prompt dog --model qwen", "--model is of --recaption"),
+        ("python -m jobs.launch sample text --prompt dog --model qwen", "--model: needs --recaption"),
         ("python -m jobs.launch sample text --per-prompt 0", "'0'"),
         ("python -m jobs.launch sample text --weights best", "best"),
-        ("python -m jobs.launch sample text --export done", "--export done"),
-        ("python -m jobs.launch sample text --export broken.pt/folder", "lies below a file"),
-        ("python -m jobs.launch sample text --export ", "--export: is empty"),
-        ("python -m jobs.launch sample wide", "text states of width 11"),
+        ("python -m jobs.launch sample text --export-pipeline done", "--export-pipeline done: exists"),
+        ("python -m jobs.launch sample text --export-pipeline broken.pt/folder", "lies below a file"),
+        ("python -m jobs.launch sample text --export-pipeline ", "--export-pipeline: is empty"),
+        ("python -m jobs.launch sample wide", "text embeddings of width 11"),
         ("python -m jobs.launch sample fp8 --weights master", "--weights master"),
-        ("python -m jobs.launch sample fp8 --export folder", "is in FP8"),
-        ("python -m jobs.launch sample classes --prompt dog", "is of stage 1"),
-        ("python -m jobs.launch sample classes --file bad.jsonl", "is of stage 1"),
-        ("python -m jobs.launch sample classes --recaption", "is of stage 1"),
+        ("python -m jobs.launch sample fp8 --export-pipeline folder", "is in FP8"),
+        ("python -m jobs.launch sample classes --prompt dog", "is a checkpoint of stage 1"),
+        ("python -m jobs.launch sample classes --file bad.jsonl", "is a checkpoint of stage 1"),
+        ("python -m jobs.launch sample classes --recaption", "is a checkpoint of stage 1"),
         ("python -m jobs.launch sample classes --class owl", "--class owl"),
         ("python -m jobs.launch sample classes --class 2", "--class 2"),
         ("python -m jobs.launch sample classes --class=-1", "--class -1"),
-        ("python -m jobs.launch recaption", "needs a request"),
+        ("python -m jobs.launch recaption", "there are no prompts"),
         ("python -m jobs.launch recaption --file nowhere.txt", "--file nowhere.txt"),
         ("python -m jobs.launch recaption dog --output dog.png", "--output dog.png"),
-        ("python -m jobs.launch recaption dog --output nowhere/dogs.txt", "no folder nowhere"),
-        ("python -m jobs.launch recaption --file dogs.txt --output ./dogs.txt", "is the file that --file names"),
+        ("python -m jobs.launch recaption dog --output nowhere/dogs.txt", "the folder nowhere does not exist"),
+        ("python -m jobs.launch recaption --file dogs.txt --output ./dogs.txt", "is the file of --file"),
         ("python -m jobs.launch recaption dog --compare nowhere", "--compare nowhere"),
         ("python -m jobs.launch recaption dog --compare broken.pt", "Not a directory"),
         ("python -m jobs.launch recaption dog --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
@@ -216,7 +234,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch lineage other.png", "names no checkpoint"),
         ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),
         ("python -m jobs.launch lineage done --html damaged", "--html damaged"),
-        ("python -m jobs.launch lineage done --html done/training.json", "is no page"),
+        ("python -m jobs.launch lineage done --html done/training.json", "is not an HTML page"),
         ("python -m jobs.launch release nowhere", "nowhere"),
         ("python -m jobs.launch release done", "no run folder"),
         ("python -m jobs.launch release done --name a/b", "'a/b'"),
@@ -240,7 +258,8 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     shutil.rmtree(checkpoints.save(stage1, tmp_path / "half") / "ema")
     for name in ("done", "done.fp8"):
         checkpoints.save(stage1, tmp_path / name)
-    checkpoints.save(dataclasses.replace(stage1, provenance={"gate": "FAIL"}), tmp_path / "failed")
+    for name, key in (("failed", "acceptance"), ("failed-earlier", "gate")):  # as an earlier version wrote it
+        checkpoints.save(dataclasses.replace(stage1, provenance={key: "FAIL"}), tmp_path / name)
     save_what_can_be_sampled(stage1, tmp_path)
     save_what_is_damaged(tmp_path)
     save_runs(tmp_path)
@@ -262,7 +281,9 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, caps
     """And from an older checkpoint where the newest is cut off."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIXART_CLUSTER", "local")
-    own = override(demo(str(tmp_path)), ["stage1.batch=8", "stage1.lr=0.5", "stage1.steps=20", "model.dim=64"])
+    own = overrides.apply(
+        demo(str(tmp_path)), ["stage1.global_batch_size=8", "stage1.lr=0.5", "stage1.steps=20", "model.dim=64"]
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(to_json(own))
     for step in (3, 9):
@@ -272,7 +293,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, caps
         assert launch.main(arguments) == 0
         printed = capsys.readouterr().out
         recipe = from_json(printed[printed.index("{") :])
-        assert (recipe.stage1.batch, recipe.stage1.lr, recipe.stage1.steps) == (8, 0.25, 20)
+        assert (recipe.stage1.global_batch_size, recipe.stage1.lr, recipe.stage1.steps) == (8, 0.25, 20)
         assert launch.main([*arguments, "--set", "stage1.steps=2"]) == 2
         assert f"has done {newest} steps" in capsys.readouterr().err
         weights = saved / "transformer" / checkpoints.WEIGHTS
@@ -298,7 +319,7 @@ def test_a_run_that_is_under_way_is_not_resumed(tmp_path, monkeypatch, stage1, c
         jobs = ((str(process.pid), ()),)
         Run(folder=folder, kind="train", executor="local", dataset="", total=9, nodes=1, jobs=jobs).save()
         assert launch.main(["train", "--home", str(tmp_path), "--resume", str(folder)]) == 2
-        assert f"it is under way as job {process.pid}" in capsys.readouterr().err
+        assert f"the run is active as job {process.pid}" in capsys.readouterr().err
         process.kill()
 
 
@@ -377,7 +398,7 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
     """`make demo` is the long one."""
     from mlflow.tracking import MlflowClient
 
-    assert "main colour right in" in small_demo.output
+    assert "main color right in" in small_demo.output
     assert small_demo.sheet.stat().st_size > 1000
     client = MlflowClient(f"sqlite:///{small_demo.home}/mlflow.db")
     stored = client.search_runs([client.get_experiment_by_name("pixart").experiment_id])
@@ -404,7 +425,16 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
 @pytest.mark.slow
 def test_interrupting_ends_the_jobs_too(tmp_path):
     """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
-    words = [sys.executable, "-m", "jobs.launch", "caption", "--set", "data.images=8000", "--set", "data.shards=200"]
+    words = [
+        sys.executable,
+        "-m",
+        "jobs.launch",
+        "caption",
+        "--set",
+        "data.max_images=8000",
+        "--set",
+        "data.num_shards=200",
+    ]
     launcher = subprocess.Popen(
         words, cwd=tmp_path, env=bare_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -14,7 +14,7 @@ from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 from tests.support.environment import bare_environment
 
-SMALL = {"data.images": 64, "data.shards": 4, "data.text_states": "false"}
+SMALL = {"data.max_images": 64, "data.num_shards": 4, "data.store_text_embeddings": "false"}
 
 
 def launch(home: Path, *arguments: str, settings: dict | None = None, **variables: str):
@@ -40,7 +40,7 @@ def small_disk(tmp_path):
 def test_full_disk(small_disk, tmp_path):
     """The shards that fit are done, the others are not taken for data; with room, the same command does the rest."""
     dataset = small_disk / "data"
-    settings = {**SMALL, "data.images": 1024, "data.path": dataset}
+    settings = {**SMALL, "data.max_images": 1024, "data.path": dataset}
     assert launch(tmp_path, "caption", settings=settings).returncode == 0
     done = launch(tmp_path, "latents", settings=settings)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -86,7 +86,7 @@ def test_changed_manifest(tmp_path):
     done = launch(tmp_path, "caption")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "was changed since the dataset was made" in line
+    assert "was edited after the dataset was created" in line
     assert not (tmp_path / "datasets/demo/captions").exists()
 
 
@@ -115,4 +115,4 @@ def test_half_written_part_and_altered_chunk(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "1 of 4 shards" in done.stdout
     assert part.read_bytes()[-4:] == b"PAR1"
-    assert "is what its ledger says" in launch(tmp_path, "verify").stdout
+    assert "matches its ledger" in launch(tmp_path, "verify").stdout

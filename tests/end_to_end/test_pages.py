@@ -164,7 +164,7 @@ def test_mlflow_has_previews_by_step_and_the_released_weights(demo):
     assert all(torch.equal(released[name], average[name]) for name in average)
     assert version.run_id == run
     assert version.tags["stage"] == "2"
-    assert version.tags["gate"] in ("PASS", "FAIL")
+    assert version.tags["acceptance"] in ("PASS", "FAIL")
     assert client.get_model_version_by_alias("pixart", "newest").version == version.version
     again = demo.command("release", str(demo.runs("train")[-1]))
     assert again.returncode == 0

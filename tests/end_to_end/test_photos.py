@@ -24,21 +24,21 @@ from tests.support.environment import bare_environment
 pytestmark = pytest.mark.slow
 SIZE = 128
 SETTINGS = {
-    "data.shards": 4,
-    "data.images": "none",
+    "data.num_shards": 4,
+    "data.max_images": "none",
     "data.image_size": SIZE,
     "model.dim": 64,
     "model.cond_dim": 64,
     "model.num_heads": 4,
     "model.num_blocks": 4,
-    "model.base_image_size": SIZE // 8,
+    "model.base_latent_size": SIZE // 8,
     "model.num_classes": 97,
     "stage1.steps": 100,
-    "stage1.batch": 16,
-    "stage1.warmup": 10,
+    "stage1.global_batch_size": 16,
+    "stage1.warmup_steps": 10,
     "stage2.steps": 100,
-    "stage2.batch": 16,
-    "stage2.warmup": 10,
+    "stage2.global_batch_size": 16,
+    "stage2.warmup_steps": 10,
     "stage2.lr": 1e-3,
     "sample.count": 8,
 }
@@ -139,8 +139,8 @@ def test_conversion_goes_on_where_stage1_stopped(home):
     before, *_, after = report["losses"].values()
     print(f"loss {before:.5f} before, {after:.5f} after: {after / before - 1:+.2%}")
     assert abs(after / before - 1) < 0.01
-    assert report["gate"]["passed"]
-    assert report["data"] == str(home / "photos")
+    assert report["acceptance"]["passed"]
+    assert report["calibration_data"] == str(home / "photos")
     error = report["reparameterization"]["mean_error"]
     print(f"mean error over t: {error['fitted']:.4f}, the paper's way {error['paper']:.4f}")
     assert error["fitted"] <= 0.25 * error["paper"]

@@ -59,7 +59,7 @@ def check(found: list[dict[str, str]], told: str) -> None:
     assert found[1]["problem"] == "not answered"
     for each in found:
         assert (each["text"] == each["request"]) == bool(each["problem"])
-        assert (f"left as it is ({each['problem']}): {each['request']}" in told) == bool(each["problem"])
+        assert (f"unchanged ({each['problem']}): {each['request']}" in told) == bool(each["problem"])
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_sampling_rewrites_first(tmp_path, tiny_qwen, small_recipe):
     words += ["--cluster", str(vllm_profile(tmp_path)), "--set", "sample.steps=1"]
     done = launch(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"left as it is (not answered): {LONG}" in done.stderr
+    assert f"unchanged (not answered): {LONG}" in done.stderr
     (rewritten,) = tmp_path.glob("outputs/runs/*-recaption-*/rewritten.jsonl")
     first, second = (json.loads(line) for line in rewritten.read_text().splitlines())
     (folder,) = tmp_path.glob("outputs/runs/*-sample-*/samples")

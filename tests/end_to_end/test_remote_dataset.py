@@ -20,7 +20,13 @@ from tests.support.environment import bare_environment
 from tests.support.mutations import COUNT, mutated_images
 
 pytestmark = pytest.mark.slow
-SMALL = ["data.images=64", "data.shards=4", "stage1.batch=8", "stage1.steps=4", "stage1.warmup=2"]
+SMALL = [
+    "data.max_images=64",
+    "data.num_shards=4",
+    "stage1.global_batch_size=8",
+    "stage1.steps=4",
+    "stage1.warmup_steps=2",
+]
 ACCESS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "PIXART_CACHE")
 
 
@@ -54,7 +60,7 @@ def test_hostile_images_through_a_task(tmp_path):
     for index, (_, data) in enumerate(mutated_images()):
         (folder / f"{index:03d}.jpg").write_bytes(data)
     recipe: Recipe = demo(str(tmp_path))
-    data = DataConfig(path=str(tmp_path / "data"), source=str(folder), shards=4, image_size=64)
+    data = DataConfig(path=str(tmp_path / "data"), source=str(folder), num_shards=4, image_size=64)
     init_dataset.run(
         to_json(Recipe(**{name: getattr(recipe, name) for name in recipe.__slots__ if name != "data"}, data=data))
     )

@@ -50,14 +50,14 @@ latents = 30
 train = 30
 """
 SMALL = {
-    "data.shards": SHARDS,
+    "data.num_shards": SHARDS,
     "model.dim": 32,
     "model.cond_dim": 32,
     "model.num_heads": 2,
     "model.num_blocks": 2,
     "stage1.steps": 60,
-    "stage1.batch": 8,
-    "stage1.warmup": 4,
+    "stage1.global_batch_size": 8,
+    "stage1.warmup_steps": 4,
     "stage1.save_every": 20,
     "stage1.log_every": 1,
 }
@@ -139,7 +139,7 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
     monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
     submit(
         *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1", "--wait"),
-        settings={"data.shards": 8, "data.images": 64},
+        settings={"data.num_shards": 8, "data.max_images": 64},
     )
     run = newest(tmp_path, "caption")
     assert len(run.job_ids) == 3
@@ -157,7 +157,7 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
 def test_a_dry_run_says_just_what_is_submitted_then_of_a_copy_of_the_code(profile, tmp_path, capsys):
     words, settings = (
         ("caption", "--cluster", str(profile), "--array", "0,2"),
-        {"data.shards": 4, "data.images": 16_000},
+        {"data.num_shards": 4, "data.max_images": 16_000},
     )
     submit(tmp_path, *words, "--dry-run", settings=settings)
     told = capsys.readouterr().out
@@ -175,11 +175,11 @@ def test_a_dry_run_says_just_what_is_submitted_then_of_a_copy_of_the_code(profil
 
 
 PIPELINE = SMALL | {
-    "data.images": 64,
+    "data.max_images": 64,
     "stage1.steps": 6,
     "stage2.steps": 6,
-    "stage2.batch": 8,
-    "stage2.warmup": 2,
+    "stage2.global_batch_size": 8,
+    "stage2.warmup_steps": 2,
     "sample.count": 2,
     "sample.steps": 2,
 }
@@ -204,7 +204,7 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
 
 def test_a_pipeline_stops_where_an_element_fails(profile, tmp_path):
     """Nothing is made of half a dataset: what was to come after is called off, and has not begun."""
-    settings = {"data.shards": SHARDS, "data.images": 64}
+    settings = {"data.num_shards": SHARDS, "data.max_images": 64}
     submit(tmp_path, "init", "--cluster", str(profile), settings=settings)
     (tmp_path / "datasets/demo/captions/00003.parquet").mkdir(parents=True)  # in the way of the element's own file
     submit(tmp_path, "pipeline", "--cluster", str(profile), settings=settings)
@@ -232,7 +232,7 @@ class Bench:
 
     def begin(self) -> Run:
         words = [self.kind, "--cluster", str(self.profile), "--dataset", str(self.dataset)]
-        settings = {"train": SMALL, "caption": {"data.shards": SHARDS, "data.images": IMAGES["caption"]}}
+        settings = {"train": SMALL, "caption": {"data.num_shards": SHARDS, "data.max_images": IMAGES["caption"]}}
         nodes = ["--nodes", "4"] if self.kind == "train" else []
         submit(self.home, *words, *nodes, settings=settings.get(self.kind))
         return newest(self.home, self.kind)
@@ -318,7 +318,7 @@ def small_data(tmp_path_factory) -> Callable[[str], Path]:
     @functools.cache
     def make(kind: str) -> Path:
         for job in {"caption": [], "latents": ["caption"], "train": ["caption", "latents", "audit"]}[kind]:
-            settings = {"data.shards": SHARDS, "data.images": IMAGES[kind]} if job == "caption" else {}
+            settings = {"data.num_shards": SHARDS, "data.max_images": IMAGES[kind]} if job == "caption" else {}
             submit(home, job, "--cluster", "local", "--dataset", str(home / kind), settings=settings)
         return home / kind
 
@@ -405,7 +405,7 @@ def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, record_pr
 def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
     """Five of 64 elements are killed, two as they run; status names them, and retry submits those five."""
     words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
-    submit(tmp_path, *words, "--array", "0-63%4", settings={"data.shards": 64, "data.images": 16_000})
+    submit(tmp_path, *words, "--array", "0-63%4", settings={"data.num_shards": 64, "data.max_images": 16_000})
     run = newest(tmp_path, "caption")
     slurm("scancel", *(run.job_of()[shard] for shard in (40, 55, 63)))
     wait_until(lambda: len(attempts(run.folder)) >= 2, what="two tasks")
@@ -438,7 +438,7 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, 
     try:
         submit(
             *(tmp_path, "caption", "--cluster", str(profile), "--array", "0-5%2"),
-            settings={"data.shards": 6, "data.images": 6000},
+            settings={"data.num_shards": 6, "data.max_images": 6000},
         )
         run = newest(tmp_path, "caption")
         slurm("scancel", run.job_of()[5])

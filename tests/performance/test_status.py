@@ -3,9 +3,10 @@
 import json
 import time
 
-from jobs.commands import runs as status
+from jobs.commands.options import RunOptions
+from jobs.commands.runs import status
 from jobs.state import ledger
-from tests.jobs.state.test_run import make_run, options
+from tests.jobs.state.test_run import make_run
 
 
 def test_ten_thousand_shards_in_two_seconds(tmp_path, capsys):
@@ -16,6 +17,6 @@ def test_ten_thousand_shards_in_two_seconds(tmp_path, capsys):
     for shard in range(0, shards, 2):
         (folder / f"{shard:05d}.json").write_text(json.dumps({}))
     begun = time.perf_counter()
-    status.status_command(tmp_path, options())
+    status.run(RunOptions(home=str(tmp_path), run=None))
     assert time.perf_counter() - begun < 2
     assert "5000" in capsys.readouterr().out

@@ -10,11 +10,13 @@ import pytest
 from tests.support.environment import bare_environment
 
 STEPS = 12
-SETTINGS = ["data.images=64", "data.shards=4", "sample.count=4", "sample.steps=2"]
+SETTINGS = ["data.max_images=64", "data.num_shards=4", "sample.count=4", "sample.steps=2"]
 SETTINGS += [
-    f"stage{stage}.{value}" for stage in (1, 2) for value in ("batch=8", "warmup=2", "log_every=1", "preview_every=4")
+    f"stage{stage}.{value}"
+    for stage in (1, 2)
+    for value in ("global_batch_size=8", "warmup_steps=2", "log_every=1", "preview_every=4")
 ]
-SETTINGS += [f"stage{stage}.{value}" for stage in (1, 2) for value in ("validation_rows=6", "validate_every=4")]
+SETTINGS += [f"stage{stage}.{value}" for stage in (1, 2) for value in ("num_validation_samples=6", "validate_every=4")]
 SETTINGS += [f"stage{stage}.steps={STEPS}" for stage in (1, 2)]
 
 

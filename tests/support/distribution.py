@@ -21,12 +21,12 @@ ENDED = "ended"  # a worker's input: the folder in which each worker that has en
 
 # Groups by a pattern of their tests' names, the longest first; the other groups are files.
 GROUPS = {
-    "slurm-train": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-train\]",
     "vllm-kills": r"end_to_end/test_captioning\.py",
+    "slurm-train": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-train\]",
     "slurm": r"test_slurm\.py::(?!test_a_fault_changes_nothing)",
     "slurm-latents": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-latents\]",
     "slurm-caption": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-caption\]",
-    "vllm": r"end_to_end/test_recaption\.py|test_captioner\.py::test_(vllm|an_engine)|test_gpu_kernels\.py",
+    "vllm": r"end_to_end/test_recaption\.py|captions/test_captioner\.py|model/test_gpu_kernels\.py",
     "demo": r"end_to_end/test_pages\.py|test_commands\.py::test_demo_",
     ALONE: r"^tests/performance/",
 }

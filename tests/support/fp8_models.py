@@ -1,4 +1,4 @@
-"""A small stage-2 model in FP8, and something for it to read; both the same each time."""
+"""A small stage-2 model in FP8 and its inputs, both deterministic."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ SIZES = {"dim": 48, "cond_dim": 32, "num_heads": 4, "base_image_size": 8, "text_
 
 
 def linears_of(model: DiT) -> tuple[str, ...]:
-    """Those of the blocks."""
+    """Return the names of the linears of the blocks."""
     return tuple(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "dit_blocks" in name
     )
@@ -22,7 +22,7 @@ def plan_of(model: DiT) -> Plan:
 
 
 def fp8_model(blocks: int, linears: tuple[str, ...] | None = None) -> DiT:
-    """With no parameter at zero, so that every gradient is there."""
+    """Return a model with `linears` (default: all) in FP8 and random parameters, so that every gradient is nonzero."""
     torch.manual_seed(0)
     model = DiT(**SIZES, num_blocks=blocks)
     for parameter in model.parameters():
@@ -32,12 +32,12 @@ def fp8_model(blocks: int, linears: tuple[str, ...] | None = None) -> DiT:
 
 
 def inputs(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, t, text of so many tokens and its mask, of four images."""
+    """Return latents, t, text with `tokens` tokens and its mask, of four images."""
     generator = torch.Generator().manual_seed(5)
     x, text = torch.randn(4, 16, 8, 8, generator=generator), torch.randn(4, tokens, 32, generator=generator)
     return x, torch.rand(4, generator=generator), text, torch.arange(tokens) < torch.tensor([[tokens], [3], [1], [4]])
 
 
-def sqnr(wanted: Tensor, got: Tensor) -> float:
-    """Signal to quantization noise, in dB."""
-    return (10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum())).item()
+def sqnr(expected: Tensor, actual: Tensor) -> float:
+    """Return the signal-to-quantization-noise ratio in dB."""
+    return (10 * torch.log10(expected.square().sum() / (expected - actual).square().sum())).item()

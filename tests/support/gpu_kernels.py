@@ -1,9 +1,9 @@
-"""Prints the GPU kernels that torch.compile generates, as JSON; needs torch's CUDA build, no GPU.
+"""Print what generated GPU kernels look like, as JSON; needs torch's CUDA build, no GPU.
 
-    python -m tests.support.gpu_kernels linear    # norm, modulation, an FP8 linear there and back, after an activation
-    python -m tests.support.gpu_kernels optimizer # AdamW and the average in one pass
-
-The graph is traced on tensors without memory and lowered for a card that is described here; nothing is run.
+python -m tests.support.gpu_kernels linear      # norm, modulation, an FP8 linear and an activation, both passes
+python -m tests.support.gpu_kernels optimizer   # AdamW and the EMA weights in one pass
+python -m tests.support.gpu_kernels block       # the FP8 stores and the work of a whole block, both passes
+python -m tests.support.gpu_kernels transpose   # the FP8 stores of a cast that is transposed on purpose
 """
 
 import json
@@ -11,119 +11,120 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import config, scheduler
-from torch._inductor.debug import DebugContext
+from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.graph import GraphLowering
-from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
+from benchmarks import block_code
+from benchmarks.generated_code import total
+from benchmarks.lowering import lower, lower_module, pretend
 from pixart.model.fp8 import ops
-from pixart.model.fp8.ops import INPUT, Float8Product
-from pixart.training.optimizer import COLUMNS, advance
+from pixart.model.fp8.ops import E4M3, INPUT, Float8LinearFunction
+from pixart.training.optimizer import PARAMETER_TENSORS, adamw_ema_update
 
-ROWS, WIDTH = 8192, 1152
-HOPPER = {
-    "major": 9,
-    "multi_processor_count": 132,
-    "regs_per_multiprocessor": 65536,
-    "max_threads_per_multi_processor": 2048,
-    "max_threads_per_block": 1024,
-    "warp_size": 32,
-}
+ROWS, WIDTH, BATCH = 8192, 1152, 64
+KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)'''", re.DOTALL)
 
 
-class Driver:
-    """Of a card that is not there."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_current_device(self) -> int:
-        return 0
-
-
-def pretend() -> None:
-    card = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
-    torch.cuda.get_device_properties = lambda *_: card
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    torch.cuda.current_device = lambda: 0
-    properties = DeviceProperties(type="cuda", index=0, cc=90, **HOPPER)
-    DeviceProperties.create = classmethod(lambda *_: properties)
-    scheduler.has_triton = _triton.has_triton = _triton.has_triton_package = lambda *_: True
-    driver.set_active(Driver())
-    config.compile_threads = 1
-
-
-def there_and_back(
+def forward_backward(
     x: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor, scales: Tensor, staged: Tensor, after: Tensor
 ) -> tuple[Tensor, ...]:
     modulated = F.layer_norm(x, (WIDTH,)) * (1 + gamma)
-    ops.record(staged, INPUT, ops.largest(modulated))
-    kept: list[Tensor] = []
-    context = types.SimpleNamespace(save_for_backward=lambda *tensors: kept.extend(tensors))
-    output = Float8Product.forward(context, modulated, weight, None, bias, scales, (WIDTH,), False, staged)
-    context.saved_tensors, context.needs_input_grad = tuple(kept), (True, True, False, True)
-    grads = Float8Product.backward(context, F.silu(after))
+    ops.update_amax(staged, INPUT, ops.amax(modulated))
+    saved: list[Tensor] = []
+    context = types.SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
+    output = Float8LinearFunction.forward(context, modulated, weight, None, bias, scales, (WIDTH,), False, staged)
+    context.saved_tensors, context.needs_input_grad = tuple(saved), (True, True, False, True)
+    grads = Float8LinearFunction.backward(context, F.silu(after))
     return output, grads[0], grads[1], grads[3], staged
 
 
 def linear() -> str:
-    """The code of its graph."""
+    """Return the generated code of an FP8 linear, forward and backward."""
     mode = FakeTensorMode()
     with mode, torch.no_grad():
         bf16 = {"device": "cuda", "dtype": torch.bfloat16}
-        given = [torch.empty(ROWS, WIDTH, **bf16), torch.empty(WIDTH, **bf16), torch.empty(WIDTH, WIDTH, **bf16)]
-        given += [torch.empty(WIDTH, **bf16), torch.empty(1, 3, device="cuda"), torch.empty(3, device="cuda")]
-        given.append(torch.empty(ROWS, WIDTH, **bf16))
-    return generated(mode, there_and_back, given)
+        inputs = [torch.empty(ROWS, WIDTH, **bf16), torch.empty(WIDTH, **bf16), torch.empty(WIDTH, WIDTH, **bf16)]
+        inputs += [torch.empty(WIDTH, **bf16), torch.empty(1, 3, device="cuda"), torch.empty(3, device="cuda")]
+        inputs.append(torch.empty(ROWS, WIDTH, **bf16))
+    return generated(mode, forward_backward, inputs)
 
 
 def optimizer() -> str:
-    """The code of its graph, of a few parameters."""
+    """Return the generated code of the optimizer step of four parameters."""
     mode = FakeTensorMode()
     with mode:
         shapes = [(WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH,), (4 * WIDTH,)]
-        rows = [[torch.empty(() if name == "step" else shape, device="cuda") for name in COLUMNS] for shape in shapes]
+        rows = [
+            [torch.empty(() if name == "step" else shape, device="cuda") for name in PARAMETER_TENSORS]
+            for shape in shapes
+        ]
         numbers = [torch.empty((), device="cuda", dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bool)]
 
-    def step(*given: Tensor) -> list[Tensor]:
-        parts = [given[start : start + len(COLUMNS)] for start in range(0, len(given) - len(numbers), len(COLUMNS))]
-        advance(parts, [0.01] * len(parts), *given[-len(numbers) :], 0.9, 0.95, 1e-15)
+    def step(*inputs: Tensor) -> list[Tensor]:
+        width = len(PARAMETER_TENSORS)
+        parts = [inputs[start : start + width] for start in range(0, len(inputs) - len(numbers), width)]
+        adamw_ema_update(parts, [0.01] * len(parts), *inputs[-len(numbers) :], 0.9, 0.95, 1e-15)
         return []
 
     with config.patch(combo_kernels=True):
         return generated(mode, functionalize(step), [tensor for row in rows for tensor in row] + numbers)
 
 
-def generated(mode: FakeTensorMode, function: Callable[..., Any], given: list[Tensor]) -> str:
+def generated(mode: FakeTensorMode, function: Callable[..., Any], inputs: list[Tensor]) -> str:
+    """Trace a function on fake CUDA tensors and return the code that inductor generates."""
     with mode, torch.no_grad():
-        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
-    with V.set_fake_mode(mode), DebugContext(), torch.no_grad():
-        graph = GraphLowering(traced, example_inputs=given)
-        with V.set_graph_handler(graph):
-            graph.run(*given)
-            return graph.codegen()[0].value
+        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+    return lower(traced, inputs, mode).code
 
 
-def described(code: str) -> dict:
-    """Of each kernel, how often it loads whole tensors, what it makes in FP8, and whether it makes a norm."""
+def block() -> dict:
+    """Return where each kernel of an FP8 block stores FP8 values, and the work of the block."""
+    lowered = lower_module(block_code.block(BATCH, fp8=True), *block_code.inputs(BATCH))
+    stores = [store for part in lowered for store in float8_stores(part.code)]
+    work = total([part.work for part in lowered])
+    return {"stores": stores, **{field.name: getattr(work, field.name) for field in fields(work)}}
+
+
+def transpose() -> dict:
+    """Return the FP8 stores of a cast whose result is transposed, which the check must recognize."""
+    mode = FakeTensorMode()
+    with mode:
+        inputs = [torch.empty(ROWS, WIDTH, device="cuda", dtype=torch.bfloat16), torch.empty((), device="cuda")]
+    code = generated(mode, lambda x, scale: ops.quantize(x, scale, E4M3).t().contiguous(), inputs)
+    return {"stores": float8_stores(code)}
+
+
+def float8_stores(code: str) -> list[dict]:
+    """Return the kernel of each FP8 store, and whether neighboring threads write neighboring bytes.
+
+    The innermost variable of a reduction is `r0_N`, of a pointwise kernel `xN`; a kernel tiled in two dimensions has
+    a YBLOCK.
+    """
+    all_stores = []
+    for name, source in KERNEL.findall(code):
+        pointers = re.findall(r"'(\w+)': '\*fp8", source)
+        innermost = r"r0_\d+" if "r0_index" in source else r"x\d+|xindex"
+        for pointer, index in re.findall(r"tl\.store\((\w+) \+ (\(.*?\)), tmp", source):
+            if pointer in pointers:
+                terms = [term.strip("() ") for term in index.split(" + ")]
+                contiguous = any(re.fullmatch(innermost, term) for term in terms) and "YBLOCK" not in source
+                all_stores.append({"kernel": name, "clamps": "minimum" in source, "contiguous": contiguous})
+    return all_stores
+
+
+def describe(code: str) -> dict:
+    """Return how often each kernel stores full tensors, and which operations are fused in it."""
     kernels = {}
-    for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL):
+    for name, source in KERNEL.findall(code):
         body = source[source.index("def triton") :]
         stores = [line for line in body.splitlines() if "tl.store(" in line and f"{WIDTH}*" in line]
         kernels[name] = {
@@ -135,15 +136,21 @@ def described(code: str) -> dict:
             "amax": "triton_helpers.maximum" in body or "max2" in body,
             "column_sum": "ws_ptr" in body,
         }
-    return {"kernels": kernels, "products": len(re.findall(r"= torch\.ops\.pixart\.tensor_core_product", code))}
+    return {"kernels": kernels, "gemms": len(re.findall(r"= torch\.ops\.pixart\.tensor_core_gemm", code))}
 
 
 def loads_and_stores(code: str) -> list[tuple[int, int]]:
-    """Of each kernel."""
-    sources = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL)
-    return [(source.count("tl.load("), source.count("tl.store(")) for source in sources]
+    """Return the numbers of loads and stores of each kernel."""
+    return [(source.count("tl.load("), source.count("tl.store(")) for _, source in KERNEL.findall(code)]
 
+
+SUBJECTS: dict[str, Callable[[], Any]] = {
+    "linear": lambda: describe(linear()),
+    "optimizer": lambda: loads_and_stores(optimizer()),
+    "block": block,
+    "transpose": transpose,
+}
 
 if __name__ == "__main__":
     pretend()
-    print(json.dumps(described(linear()) if sys.argv[1] == "linear" else loads_and_stores(optimizer())))
+    print(json.dumps(SUBJECTS[sys.argv[1]]()))

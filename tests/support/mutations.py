@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pixart.config.dataset import ScreeningConfig
-from pixart.data.images.screening import Rejected, check, decode, measure
+from pixart.data.images.screening import Rejected, check_uniformity, decode, measure
 from pixart.data.sources.open import open_source
 from tests.support.pictures import add, encoded
 
@@ -80,7 +80,7 @@ def base_files() -> dict[str, bytes]:
 
 
 def _scene(index: int) -> Image.Image:
-    item = next(open_source("demo", images=index + 1, image_size=96).read(index, index + 1))
+    item = next(open_source("demo", max_images=index + 1, image_size=96).read(index, index + 1))
     return decode(item.data, LIMITS)
 
 
@@ -152,7 +152,7 @@ def lying_lengths(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
             yield f"tiff: tag {tag} is {length}", tiff_tags(files["tiff-lzw"], {tag: length})
 
 
-def bombs(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+def decompression_bombs(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
     """Small files that ask for much memory or time."""
     yield "png of 900 million pixels", png(30_000, 30_000, bits=1, colour=0)
     yield "png of 48 million pixels", png(6900, 6900, bits=8, colour=6)
@@ -219,7 +219,7 @@ def damaged(files: dict[str, bytes], random: np.random.Generator) -> Iterator[tu
 def mutated_images() -> Iterator[tuple[str, bytes]]:
     """500 files by name, the same ones each time."""
     files = base_files()
-    chosen = [*lying_sizes(files), *lying_lengths(files), *bombs(files)]
+    chosen = [*lying_sizes(files), *lying_lengths(files), *decompression_bombs(files)]
     yield from chosen
     yield from (
         case for case, _ in zip(damaged(files, np.random.default_rng(0)), range(COUNT - len(chosen)), strict=False)
@@ -237,7 +237,7 @@ def main() -> None:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         begun = time.perf_counter()
         try:
-            check(measure(decode(data, LIMITS)), LIMITS)
+            check_uniformity(measure(decode(data, LIMITS)), LIMITS)
             reason, detail = "kept", ""
         except Rejected as rejected:
             reason, detail = rejected.reason, rejected.detail

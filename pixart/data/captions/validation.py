@@ -1,6 +1,6 @@
-"""Checks of a caption's text: what a model says where it fails, as far as it can be told from the words alone.
+"""Validation of generated captions: detects refusals, meta-commentary, repetition and markup in the text.
 
-What stands in quotation marks is what a picture says, and is looked at by no check of words.
+Quoted text is excluded from the checks of words, as it is usually text within the image.
 """
 
 import re
@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from enum import StrEnum
 
-from pixart.data.captions.text import normalize, sentences_of, straight, whole_sentences, words_of
+from pixart.data.captions.text import ascii_punctuation, complete_sentences, normalize, split_sentences, split_words
 
 QUOTED = re.compile(r"\"[^\"]*\"|(?<!\w)'[^']*(?:'\w[^']*)*'(?!\w)")
 
@@ -20,7 +20,7 @@ MARKUP = re.compile(
     r"|^\s*[\[{].*[\]}]\s*$|^\s*\{\s*['\"]",
     re.MULTILINE | re.DOTALL,
 )
-LEAST_LETTERS = 0.5  # of all characters but spaces
+MIN_LETTER_SHARE = 0.5  # of all characters except whitespace
 
 AI = r"(?:ai|artificial intelligence|(?:large |visual |vision-)?language model|text-based|virtual assistant)"
 REFUSAL = re.compile(
@@ -40,128 +40,135 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
-PICTURE = (
+IMAGE_NOUN = (
     r"(?:image|picture|photo|photograph|snapshot|screenshot|illustration|painting|drawing|sketch|artwork|scene|render"
     r"|rendering|shot|close-up|caption|description)"
 )
-NO_ADJECTIVE = "of|in|on|at|with|by|from|to|for|near|behind|holding|is|are|a|an|the|this|displays?|shows?"
-BETWEEN = rf"(?:(?!(?:{NO_ADJECTIVE})\b)[\w'-]+ ){{0,4}}?"
-TELLS = (
+NON_ADJECTIVE = "of|in|on|at|with|by|from|to|for|near|behind|holding|is|are|a|an|the|this|displays?|shows?"
+ADJECTIVES = rf"(?:(?!(?:{NON_ADJECTIVE})\b)[\w'-]+ ){{0,4}}?"
+DEPICTS = (
     r"(?:shows?|showing|depicts?|depicting|features?|captures?|displays?|presents?|portrays?|illustrates?|contains?"
     r"|represents?|showcases?|highlights?|includes?|conveys?|describes?|reveals?|consists? of|focuses on"
     r"|appears to (?:be|show)|seems to (?:be|show))"
 )
 ADVERB = r"(?:also |clearly |simply |vividly |prominently |mainly )?"
-FOLLOWS = r"(?:we|you|one|i|there|a|an|the|two|three|four|several|some|many|it|he|she|they|people)"
-OPENING = re.compile(
-    rf"(?:the|this|these|a|an) {BETWEEN}{PICTURE}s? {ADVERB}{TELLS}\b"
+CLAUSE_SUBJECT = r"(?:we|you|one|i|there|a|an|the|two|three|four|several|some|many|it|he|she|they|people)"
+META_FIRST = re.compile(
+    rf"(?:the|this|these|a|an) {ADJECTIVES}{IMAGE_NOUN}s? {ADVERB}{DEPICTS}\b"
     rf"|(?:the|this) (?:given |provided )?(?:image|picture|photo|photograph) (?:is|has|was)\b"
-    rf"|(?:this|it) is an? (?:[\w'-]+ ){{0,3}}{PICTURE}\b"
+    rf"|(?:this|it) is an? (?:[\w'-]+ ){{0,3}}{IMAGE_NOUN}\b"
     r"|(?:pictured|depicted|shown) (?:here |in (?:the|this) \w+ )?(?:is|are)\b"
-    rf"|(?:in|within) (?:the|this) {BETWEEN}{PICTURE}(?:,| {FOLLOWS}\b)"
+    rf"|(?:in|within) (?:the|this) {ADJECTIVES}{IMAGE_NOUN}(?:,| {CLAUSE_SUBJECT}\b)"
     r"|(?:here,? |what )?(?:we|you|one|i|the viewer) (?:can |could |may )?(?:clearly |also )?(?:sees?|observe|notice)\b"
     r"|(?:sure|certainly|of course|okay|absolutely)\s*[,.!]|here(?:'s| is| are) (?:\w+ ){0,3}?"
     r"(?:caption|description|text|rewrit\w+|prompt|version)\b"
     r"|(?:image )?(?:caption|description|prompt|rewritten(?: \w+)?|answer|output|image|response)\s*:",
     re.IGNORECASE,
 )
-# Of a later sentence, less is sure: a pictured photo may itself show something.
-LATER = re.compile(
-    rf"this (?:picture|photo|photograph|caption|description) {ADVERB}{TELLS}\b"
+# For later sentences, fewer patterns are reliable: the image may contain a photo that itself shows something.
+META_LATER = re.compile(
+    rf"this (?:picture|photo|photograph|caption|description) {ADVERB}{DEPICTS}\b"
     r"|(?:here,? )?(?:we|you|i) (?:can |could )?(?:also |clearly )?see\b",
     re.IGNORECASE,
 )
-# Whoever says so stands outside the picture, wherever in a sentence.
-OUTSIDE = re.compile(
+# These words refer to the image as an object, anywhere in a sentence.
+META_ANYWHERE = re.compile(
     r"\b(?:the|this) (?:provided |given |overall )?image\b(?! (?:of|on|onto|in|sensor)\b)", re.IGNORECASE
 )
 
 REPEATED_CHARACTER = re.compile(r"(\S)(?:\s*\1){11,}")
-REPEATED_PIECE = re.compile(r"(\S{2,12}?)(?:\s*\1){5,}")
-RUNS = {1: 4, 2: 4, 3: 3}  # words of a block: how often it comes in a row; of longer blocks, three times
-LONGEST_BLOCK = 12
-NGRAM, NGRAM_COUNT = 4, 4  # words, and how often they may come less one wherever they stand
-LEAST_SENTENCE = 4  # words of a sentence that comes twice
+REPEATED_SUBSTRING = re.compile(r"(\S{2,12}?)(?:\s*\1){5,}")
+MIN_BLOCK_REPEATS = {1: 4, 2: 4, 3: 3}  # words in a block: consecutive repeats that are rejected
+DEFAULT_BLOCK_REPEATS = 3  # for longer blocks
+MAX_BLOCK_WORDS = 12
+NGRAM_WORDS, MIN_NGRAM_COUNT = 4, 4  # an n-gram that occurs this often anywhere is rejected
+MIN_SENTENCE_WORDS = 4  # a repeated sentence of at least so many words is rejected
 
 
 class Problem(StrEnum):
-    """Why a caption is not used."""
+    """Reasons why a caption is rejected. The values are stored in caption parts and must not change."""
 
     EMPTY = "empty"
-    CUT = "cut"
+    TRUNCATED = "cut"
     REFUSAL = "refusal"
-    NARRATION = "narration"
+    META_COMMENTARY = "narration"
     REPETITION = "repetition"
-    NO_TEXT = "no text"
+    NOT_PROSE = "no text"
 
 
-def judge(answer: str, cut: bool) -> tuple[str, Problem | None]:
-    """The caption that a model's answer is, and what is wrong with it; `cut` says that its tokens were used up.
+def validate_answer(answer: str, *, truncated: bool) -> tuple[str, Problem | None]:
+    """Return the caption in a model's answer, and its problem or None.
 
-    A cut answer ends with its last whole sentence; one that has none is kept as it is.
+    `truncated` states that the answer reached the token limit: its unfinished last sentence is removed. Without any
+    complete sentence, the caption is the entire answer and its problem is TRUNCATED, unless it has another one.
     """
     text = normalize(answer)
-    whole = whole_sentences(text) if cut else text
-    found = problem(whole if cut and whole else answer)
-    return whole or text, found or (Problem.CUT if cut and not whole else None)
+    complete = complete_sentences(text) if truncated else text
+    problem = find_problem(complete if truncated and complete else answer)
+    return complete or text, problem or (Problem.TRUNCATED if truncated and not complete else None)
 
 
-def problem(text: str) -> Problem | None:
-    """The first that is found. White space counts: a list is one by its lines."""
+def find_problem(text: str) -> Problem | None:
+    """Return the first problem of a raw text. Its line breaks matter, as Markdown lists are recognized by them."""
     if not any(character.isalnum() for character in text):
         return Problem.EMPTY
-    if no_text(text):
-        return Problem.NO_TEXT
-    said = unquoted(normalize(text))
-    if is_refusal(said):
+    if not is_prose(text):
+        return Problem.NOT_PROSE
+    unquoted = remove_quotations(normalize(text))
+    if is_refusal(unquoted):
         return Problem.REFUSAL
-    if repeats(said):
+    if is_repetitive(unquoted):
         return Problem.REPETITION
-    return Problem.NARRATION if is_narration(said) else None
+    return Problem.META_COMMENTARY if is_meta_commentary(unquoted) else None
 
 
-def unquoted(text: str) -> str:
-    """With straight quotation marks and nothing between them."""
-    return QUOTED.sub("''", straight(text))
+def remove_quotations(text: str) -> str:
+    """Replace every quotation by a pair of empty ASCII quotation marks."""
+    return QUOTED.sub("''", ascii_punctuation(text))
 
 
-def no_text(raw: str) -> bool:
-    """Control and unassigned characters, markup, JSON, Markdown, tokens of a chat template, or hardly any letters."""
-    kinds = [unicodedata.category(character) for character in raw if not character.isspace()]
-    odd = "\N{REPLACEMENT CHARACTER}" in raw or any(kind in ("Cc", "Cn", "Co", "Cs") for kind in kinds)
-    few = sum(kind[0] in "LM" for kind in kinds) < LEAST_LETTERS * len(kinds)
-    return odd or few or bool(MARKUP.search(unquoted(raw)))
+def is_prose(text: str) -> bool:
+    """Return whether a text is mostly letters, without control characters, markup, JSON or chat-template tokens."""
+    categories = [unicodedata.category(character) for character in text if not character.isspace()]
+    if "\N{REPLACEMENT CHARACTER}" in text or any(category in ("Cc", "Cn", "Co", "Cs") for category in categories):
+        return False
+    if sum(category[0] in "LM" for category in categories) < MIN_LETTER_SHARE * len(categories):
+        return False
+    return not MARKUP.search(remove_quotations(text))
 
 
 def is_refusal(text: str) -> bool:
-    """A sentence that speaks of the model itself, of its limits or of an image that it has not got."""
-    return any(REFUSAL.match(sentence) for sentence in sentences_of(text))
+    """Return whether a sentence is about the model, its limits or a missing image."""
+    return any(REFUSAL.match(sentence) for sentence in split_sentences(text))
 
 
-def is_narration(text: str) -> bool:
-    """A sentence that begins with the image as its subject, or with the one who looks at it, or speaks of the image."""
-    first, *later = sentences_of(text) or [""]
-    return bool(OPENING.match(first) or OUTSIDE.search(text)) or any(LATER.match(sentence) for sentence in later)
+def is_meta_commentary(text: str) -> bool:
+    """Return whether a text describes the image as an object ("The image shows") or addresses its viewer."""
+    first, *later = split_sentences(text) or [""]
+    return bool(META_FIRST.match(first) or META_ANYWHERE.search(text)) or any(
+        META_LATER.match(sentence) for sentence in later
+    )
 
 
-def repeats(text: str) -> bool:
-    """The same piece, words or sentence over and over."""
-    if REPEATED_CHARACTER.search(text) or REPEATED_PIECE.search(text):
+def is_repetitive(text: str) -> bool:
+    """Return whether a text repeats characters, words, n-grams or sentences."""
+    if REPEATED_CHARACTER.search(text) or REPEATED_SUBSTRING.search(text):
         return True
-    found = words_of(text)
-    ngrams = Counter(tuple(found[begin : begin + NGRAM]) for begin in range(len(found) - NGRAM + 1))
-    told = Counter(tuple(words_of(sentence)) for sentence in sentences_of(text))
-    again = any(count > 1 and len(sentence) >= LEAST_SENTENCE for sentence, count in told.items())
-    return again or max(ngrams.values(), default=0) >= NGRAM_COUNT or has_run(found)
+    words = split_words(text)
+    ngrams = Counter(tuple(words[start : start + NGRAM_WORDS]) for start in range(len(words) - NGRAM_WORDS + 1))
+    sentences = Counter(tuple(split_words(sentence)) for sentence in split_sentences(text))
+    if any(count > 1 and len(sentence) >= MIN_SENTENCE_WORDS for sentence, count in sentences.items()):
+        return True
+    return max(ngrams.values(), default=0) >= MIN_NGRAM_COUNT or has_repeated_block(words)
 
 
-def has_run(found: list[str]) -> bool:
-    """The same block of words several times in a row."""
-    for length in range(1, LONGEST_BLOCK + 1):
-        times = RUNS.get(length, 3)
-        same = 0  # places in a row whose word is that of `length` places before
-        for place in range(length, len(found)):
-            same = same + 1 if found[place] == found[place - length] else 0
-            if same >= length * (times - 1):
+def has_repeated_block(words: list[str]) -> bool:
+    """Return whether the same block of words occurs several times in succession."""
+    for length in range(1, MAX_BLOCK_WORDS + 1):
+        repeats = MIN_BLOCK_REPEATS.get(length, DEFAULT_BLOCK_REPEATS)
+        matches = 0  # consecutive words that equal the word `length` positions before
+        for position in range(length, len(words)):
+            matches = matches + 1 if words[position] == words[position - length] else 0
+            if matches >= length * (repeats - 1):
                 return True
     return False

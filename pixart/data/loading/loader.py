@@ -1,4 +1,4 @@
-"""The batches of training: which rows a step takes, what is dropped of them, and reading them ahead of time."""
+"""The training data loader: deterministic batches, conditioning dropout and prefetching."""
 
 import math
 import weakref
@@ -13,95 +13,106 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixart.data.loading.sampler import DROP, SHORT, Order, random_numbers
+from pixart.data.loading.sampler import COND_DROPOUT, SHORT_CAPTION, WindowShuffleSampler, random_numbers
 from pixart.data.store.zarr_store import Store
 
-PIN = torch.cuda.is_available()
-LARGE = 1 << 16  # bytes of a row that is not read by windows
+PIN_MEMORY = torch.cuda.is_available()
+MAX_WINDOW_ROW_BYTES = 1 << 16  # columns with larger rows are read per batch instead of per window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """One rank's part of a step, in pinned memory where there is CUDA."""
+    """The samples of one rank for one step, in pinned memory if CUDA is available."""
 
-    rows: np.ndarray  # (B,) of the store
-    latents: Tensor  # (B, C, h, w) float16, raw scale
-    label: Tensor  # (B,) int32, -1 where there is none
-    dropped: Tensor  # (B,) bool, whether the condition is left out, for guidance
-    token_ids: Tensor  # (B, L), of the caption that was chosen
+    rows: np.ndarray  # (B,) row indices of the store
+    latents: Tensor  # (B, C, h, w) float16, not normalized
+    label: Tensor  # (B,) int32, -1 if the source has no labels
+    dropped: Tensor  # (B,) bool, whether the conditioning is dropped for classifier-free guidance
+    token_ids: Tensor  # (B, L) int32, of the selected caption
     token_mask: Tensor  # (B, L) bool
-    text_states: Tensor | None  # (B, L, text_dim) float16 where the store keeps them
+    text_states: Tensor | None  # (B, L, text_dim) float16, None if not stored or not requested
 
-    def part(self, rows: slice) -> "Batch":
-        """Some of the rows, without a copy."""
+    def slice_rows(self, rows: slice) -> "Batch":
+        """Return a slice of the rows without copying."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        parts: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
-        return Batch(**parts)
+        sliced: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values.items()}
+        return Batch(**sliced)
 
 
 class Loader:
-    """Batches of one rank, read ahead of time.
+    """A prefetching loader of the batches of one rank.
 
-    Rows, drops (a share of `drop`) and the choice of short captions (a share of `short`) are pure functions of seed
-    and step over the whole global batch, of which every rank has its contiguous part: they do not depend on the
-    number of ranks. `states`: whether text states are read. `held_out`: rows that are never taken.
+    The sampled rows, conditioning dropout and the choice of short captions are pure functions of seed and step over
+    the global batch, of which every rank loads a contiguous slice: they do not depend on the number of ranks.
 
-    What a rank needs of a window is read at once, block by block and each row straight into its place, while the
-    window before it is in use; rows that are too large for that are read by batches, `ahead` steps early.
+    The rows of a rank in a shuffle window are read block by block while the previous window is in use. Columns whose
+    rows are too large for that are read per batch, `prefetch_steps` steps ahead.
+
+    Raises ValueError if the dataset has no valid row or no short captions that are requested, or if the global batch
+    size is not a multiple of the number of ranks.
     """
 
     def __init__(
         self,
         store: Store,
         *,
-        batch: int,
+        global_batch_size: int,
         seed: int,
-        drop: float = 0.0,
-        short: float = 0.0,
-        states: bool = True,
+        cond_dropout_prob: float = 0.0,
+        short_caption_prob: float = 0.0,
+        text_embeddings: bool = True,
         rank: int = 0,
-        world: int = 1,
-        ahead: int = 2,
-        held_out: np.ndarray | None = None,
+        world_size: int = 1,
+        prefetch_steps: int = 2,
+        excluded_rows: np.ndarray | None = None,
     ) -> None:
         path, data = store.manifest.data.path, store.manifest.data
-        if batch % world:
-            raise ValueError(f"the global batch of {batch} does not divide over {world} ranks")
-        if short > 0 and not data.short_captions:
-            raise ValueError(f"short={short}: dataset {path} has no short captions, data.short_captions is false")
+        if global_batch_size % world_size:
+            raise ValueError(f"global_batch_size={global_batch_size}: must be a multiple of the {world_size} ranks")
+        if short_caption_prob > 0 and not data.short_captions:
+            raise ValueError(
+                f"short_caption_prob={short_caption_prob}: dataset {path} has no short captions; "
+                "create it with data.short_captions=true"
+            )
         valid = store.valid_rows()
-        if held_out is not None:
-            valid = np.setdiff1d(valid, held_out, assume_unique=True)
+        if excluded_rows is not None:
+            valid = np.setdiff1d(valid, excluded_rows, assume_unique=True)
         if len(valid) == 0:
-            raise ValueError(f"dataset {path} has no valid row to train on: run the latents job first")
-        self.store, self.batch, self.seed, self.drop, self.short, self.ahead = store, batch, seed, drop, short, ahead
-        self.part = slice(rank * batch // world, (rank + 1) * batch // world)
-        self.order = Order(valid, rows_per_shard=store.manifest.rows_per_shard, seed=seed)
-        self.text = ("token_ids", "token_mask", "text_states")[: 3 if states and data.text_states else 2]
-        names = ["latents", "label", *self.text, *(f"short_{name}" for name in self.text if short > 0)]
-        self.by_window = [name for name in names if store.columns[name].row_bytes <= LARGE]
-        self.names = names
+            raise ValueError(f"dataset {path} has no valid rows; run 'latents' first")
+        self.store, self.global_batch_size, self.seed = store, global_batch_size, seed
+        self.cond_dropout_prob, self.short_caption_prob = cond_dropout_prob, short_caption_prob
+        self.prefetch_steps = prefetch_steps
+        self.local = slice(rank * global_batch_size // world_size, (rank + 1) * global_batch_size // world_size)
+        self.sampler = WindowShuffleSampler(valid, rows_per_shard=store.manifest.rows_per_shard, seed=seed)
+        self.text_columns = [
+            "token_ids",
+            "token_mask",
+            *(["text_states"] if text_embeddings and data.store_text_embeddings else []),
+        ]
+        short_columns = [f"short_{name}" for name in self.text_columns if short_caption_prob > 0]
+        self.columns = ["latents", "label", *self.text_columns, *short_columns]
+        self.window_columns = [name for name in self.columns if store.columns[name].row_bytes <= MAX_WINDOW_ROW_BYTES]
         self._windows: dict[tuple[int, int], Future[Window]] = {}
         self._reader, self._prefetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._ended = Event()
-        self._memory = Memory()
+        self._cancelled = Event()
+        self._buffers = BufferPool()
 
     def read(self, step: int) -> Batch:
-        """This rank's contiguous part of the step's global batch."""
-        start = step * self.batch
-        spans = list(self.order.spans(start + self.part.start, start + self.part.stop))
+        """Return this rank's slice of the global batch of a step."""
+        start = step * self.global_batch_size
+        spans = list(self.sampler.spans(start + self.local.start, start + self.local.stop))
         last = spans[-1][:2]
-        self._read_ahead([*(span[:2] for span in spans), self.order.after(*last)])
-        parts = [(self._windows[epoch, index].result(), part) for epoch, index, part in spans]
-        rows = np.concatenate([window.rows[window.own(part)] for window, part in parts])
-        short = self._drawn(step, SHORT, self.short)
+        self._prefetch_windows([*(span[:2] for span in spans), self.sampler.next_window(*last)])
+        windows = [(self._windows[epoch, index].result(), positions) for epoch, index, positions in spans]
+        rows = np.concatenate([window.rows[window.local_slice(positions)] for window, positions in windows])
+        short = self._sample_mask(step, SHORT_CAPTION, self.short_caption_prob)
 
-        def column(name: str, chosen: np.ndarray | None = None) -> Tensor:
-            if name in self.by_window:
-                pieces = [window.columns[name][window.own(part)] for window, part in parts]
-                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, out=self._empty(name, len(rows)))
-                return whole if chosen is None else whole[chosen]
-            return self._read_rows(name, rows if chosen is None else rows[chosen])
+        def column(name: str, selected: np.ndarray | None = None) -> Tensor:
+            if name in self.window_columns:
+                parts = [window.columns[name][window.local_slice(positions)] for window, positions in windows]
+                values = parts[0] if len(parts) == 1 else torch.cat(parts, out=self._empty(name, len(rows)))
+                return values if selected is None else values[selected]
+            return self._read_rows(name, rows if selected is None else rows[selected])
 
         def caption(name: str) -> Tensor:
             if not short.any():
@@ -114,34 +125,34 @@ class Loader:
             rows=rows,
             latents=column("latents"),
             label=column("label"),
-            dropped=pin(torch.from_numpy(self._drawn(step, DROP, self.drop))),
+            dropped=pin(torch.from_numpy(self._sample_mask(step, COND_DROPOUT, self.cond_dropout_prob))),
             token_ids=caption("token_ids"),
             token_mask=caption("token_mask"),
-            text_states=caption("text_states") if "text_states" in self.text else None,
+            text_states=caption("text_states") if "text_states" in self.text_columns else None,
         )
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start to stop - 1. Nothing is fetched ahead any more once this has ended."""
+        """Yield the batches of steps start to stop - 1. Closing the iterator stops prefetching."""
         pool = ThreadPoolExecutor(max_workers=1)
-        self._ended.clear()
+        self._cancelled.clear()
         try:
-            pending = [pool.submit(self.read, step) for step in range(start, min(start + self.ahead, stop))]
+            pending = [pool.submit(self.read, step) for step in range(start, min(start + self.prefetch_steps, stop))]
             for step in range(start, stop):
-                if step + self.ahead < stop:
-                    pending.append(pool.submit(self.read, step + self.ahead))
+                if step + self.prefetch_steps < stop:
+                    pending.append(pool.submit(self.read, step + self.prefetch_steps))
                 yield pending.pop(0).result()
         finally:
-            self._ended.set()
+            self._cancelled.set()
             pool.shutdown(cancel_futures=True)
 
-    def _drawn(self, step: int, use: int, share: float) -> np.ndarray:
-        """-> bool, this rank's part of a draw over the global batch."""
-        if share == 0:
-            return np.zeros(self.part.stop - self.part.start, bool)
-        return random_numbers(self.batch, self.seed, step, use)[self.part] < share * 2.0**64
+    def _sample_mask(self, step: int, stream: int, probability: float) -> np.ndarray:
+        """Return this rank's slice of a Bernoulli sample over the global batch, bool (B,)."""
+        if probability == 0:
+            return np.zeros(self.local.stop - self.local.start, bool)
+        return random_numbers(self.global_batch_size, self.seed, step, stream)[self.local] < probability * 2.0**64
 
-    def _read_ahead(self, keys: list[tuple[int, int]]) -> None:
-        """Has these windows read, if they are not, and lets go of others."""
+    def _prefetch_windows(self, keys: list[tuple[int, int]]) -> None:
+        """Start reading these windows, unless they are already being read, and release all others."""
         for key in self._windows.keys() - keys:
             self._windows.pop(key).cancel()
         for key in keys:
@@ -150,15 +161,16 @@ class Loader:
                 self._windows[key] = self._reader.submit(self._read_window, *key)
 
     def _prefetch(self, epoch: int, index: int) -> None:
-        self.store.prefetch(self.names, self.order.blocks(epoch, index), self._ended)
+        self.store.prefetch(self.columns, self.sampler.blocks(epoch, index), self._cancelled)
 
     def _read_window(self, epoch: int, index: int) -> "Window":
-        rows = self.order.window(epoch, index)
-        first = epoch * len(self.order.valid) + self.order.begin(epoch, index)
-        places = np.arange(first, first + len(rows)) % self.batch
-        mine = (places >= self.part.start) & (places < self.part.stop)
-        rows, before = rows[mine], np.concatenate([[0], np.cumsum(mine)])
-        return Window(rows=rows, before=before, columns={name: self._read_rows(name, rows) for name in self.by_window})
+        rows = self.sampler.window(epoch, index)
+        first = epoch * len(self.sampler.valid) + self.sampler.window_start(epoch, index)
+        positions = np.arange(first, first + len(rows)) % self.global_batch_size
+        is_local = (positions >= self.local.start) & (positions < self.local.stop)
+        rows, offsets = rows[is_local], np.concatenate([[0], np.cumsum(is_local)])
+        columns = {name: self._read_rows(name, rows) for name in self.window_columns}
+        return Window(rows=rows, offsets=offsets, columns=columns)
 
     def _read_rows(self, name: str, rows: np.ndarray) -> Tensor:
         values = self._empty(name, len(rows))
@@ -167,13 +179,13 @@ class Loader:
 
     def _empty(self, name: str, rows: int) -> Tensor:
         shape, dtype = self.store.arrays[name]
-        if PIN:  # torch keeps pinned memory for the next that asks
+        if PIN_MEMORY:  # torch has a caching allocator for pinned memory
             return torch.empty((rows, *shape), dtype=getattr(torch, dtype), pin_memory=True)
-        return self._memory.empty((rows, *shape), np.dtype(dtype))
+        return self._buffers.empty((rows, *shape), np.dtype(dtype))
 
 
-def rows_batch(store: Store, rows: np.ndarray, *, states: bool) -> Batch:
-    """A batch of just these rows, nothing of them dropped."""
+def load_rows(store: Store, rows: np.ndarray, *, text_embeddings: bool) -> Batch:
+    """Load a batch of the given rows, without dropout."""
 
     def column(name: str) -> Tensor:
         return torch.from_numpy(store.read(name, rows))
@@ -185,42 +197,44 @@ def rows_batch(store: Store, rows: np.ndarray, *, states: bool) -> Batch:
         dropped=torch.zeros(len(rows), dtype=torch.bool),
         token_ids=column("token_ids"),
         token_mask=column("token_mask"),
-        text_states=column("text_states") if states and store.manifest.data.text_states else None,
+        text_states=column("text_states") if text_embeddings and store.manifest.data.store_text_embeddings else None,
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """What one rank has of a window of the order."""
+    """The rows of one rank in a shuffle window."""
 
     rows: np.ndarray
-    before: np.ndarray  # how many rows of this rank come before each place of the window
+    offsets: np.ndarray  # number of this rank's rows before each position of the window
     columns: dict[str, Tensor]
 
-    def own(self, part: slice) -> slice:
-        return slice(int(self.before[part.start]), int(self.before[part.stop]))
+    def local_slice(self, positions: slice) -> slice:
+        """Convert a slice of the window's positions to a slice of this rank's rows."""
+        return slice(int(self.offsets[positions.start]), int(self.offsets[positions.stop]))
 
 
-class Memory:
-    """Large arrays, the memory of which is used again when the last tensor that has it is gone.
+class BufferPool:
+    """Allocates large tensors and reuses their memory once the last tensor that shares it is freed.
 
-    Fresh memory costs more than reading into it: the system has to clear it first, and to look for huge pages where
-    they are asked for, as numpy does.
+    Fresh memory costs more than reading data into it, as the kernel has to zero it and to look for huge pages, which
+    numpy requests.
     """
 
     def __init__(self) -> None:
-        self.free: dict[int, list[np.ndarray]] = {}
+        self.free: dict[int, list[np.ndarray]] = {}  # by size in bytes
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+        """Return an uninitialized tensor."""
         needed = math.prod(shape) * dtype.itemsize
         size = 1 << max(12, (needed - 1).bit_length() - 3)
-        size *= -(-needed // size)  # few sizes, at most an eighth more than needed
+        size *= -(-needed // size)  # limits the number of distinct sizes, at a cost of at most an eighth
         free = self.free.setdefault(size, [])
-        memory = free.pop() if free else np.frombuffer(mmap(-1, size), np.uint8)
-        values = memory[:needed].view(dtype).reshape(shape)
-        weakref.finalize(values, free.append, memory).atexit = False
+        buffer = free.pop() if free else np.frombuffer(mmap(-1, size), np.uint8)
+        values = buffer[:needed].view(dtype).reshape(shape)
+        weakref.finalize(values, free.append, buffer).atexit = False
         return torch.from_numpy(values)
 
 
 def pin(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if PIN else tensor
+    return tensor.pin_memory() if PIN_MEMORY else tensor

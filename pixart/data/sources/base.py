@@ -1,6 +1,6 @@
-"""Image sources by URL: rows in a fixed order, any range of which is read without the rest.
+"""The interface of image sources: ordered collections of items with random access to ranges.
 
-The order is that of the sorted names, so that row r is the same item in every process, as long as no file is added.
+Items are ordered by name, so row r is the same item in every process, as long as no file is added.
 """
 
 import os
@@ -11,30 +11,32 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One row of a source."""
+    """One item of a source: an encoded image with its label and text."""
 
-    id: str  # relative path, "file:row" or "tar:key": names the source's row for ever
+    id: str  # relative path, "file:row" or "tar:key"; a permanent name of the item
     data: bytes  # the encoded image as stored
-    label: int  # class index, -1 where the source has none
-    text: str  # the source's own words, "" where it has none
+    label: int  # class index, -1 if the source has no labels
+    text: str  # the caption or class name in the source, "" if it has neither
     text_is_class: bool = False  # `text` is the name of the class, not a caption
 
 
 class Source(Protocol):
-    class_names: list[str]  # by label; empty where the source names no classes
+    """An ordered collection of items."""
+
+    class_names: list[str]  # by label; empty if the source does not name its classes
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
-        """Rows start to stop - 1, as far as there are any."""
+        """Yield the items of rows start to stop - 1, or up to the last row."""
         ...
 
 
-def unicode(name: str) -> str:
-    """A file's name as text; bytes of it that are none are written out."""
+def printable_name(name: str) -> str:
+    """Return a file name as valid Unicode; bytes that are not UTF-8 are written as escape sequences."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def class_text(name: str) -> str:
-    """The name of a class as words."""
+def class_phrase(name: str) -> str:
+    """Return the name of a class as words separated by spaces."""
     return name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The demo's rendered scenes as a source."""
+"""An image source of rendered demo scenes."""
 
 import io
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from pixart.data.sources.base import Item
 
 
 class DemoSource:
-    """Rendered scenes, each a function of (seed, row)."""
+    """Rendered scenes with their captions; each is a pure function of (seed, row)."""
 
-    def __init__(self, images: int, seed: int, image_size: int):
+    def __init__(self, num_images: int, seed: int, image_size: int):
         from pixart.demo.scenes import SHAPES
 
         self.class_names = list(SHAPES)
-        self._images, self._seed, self._image_size = images, seed, image_size
+        self._num_images, self._seed, self._image_size = num_images, seed, image_size
 
     def __len__(self) -> int:
-        return self._images
+        return self._num_images
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         from PIL import Image

@@ -1,6 +1,7 @@
-"""Images in parquet files, in the layout of Hugging Face datasets.
+"""An image source of parquet files in the layout of Hugging Face datasets.
 
-Columns: `image`, a struct with `bytes` or plain binary; optional are `label`, class indices, and `text` or `caption`.
+The column `image` is a struct with binary `bytes`, or binary itself. The columns `label`, class indices, and `text` or
+`caption` are optional.
 """
 
 import json
@@ -12,22 +13,25 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixart.data.sources.base import Item, class_text
-from pixart.data.sources.file_index import Files, RowsOfFiles
+from pixart.data.sources.base import Item, class_phrase
+from pixart.data.sources.file_index import FileList, RowIndex
 
-BATCH = 32  # rows decoded at a time
+BATCH_ROWS = 32  # rows read at a time
 
 
 class ParquetSource:
-    """Reads of each file only the row groups that hold the range. The text of a row without a caption is its class."""
+    """Rows of parquet files, of which only the required row groups are read.
 
-    def __init__(self, files: Files, images: int | None, counts: Path | None):
+    The text of a row without a caption is the name of its class.
+    """
+
+    def __init__(self, files: FileList, max_images: int | None, counts_file: Path | None):
         self._files = files
-        self._rows = RowsOfFiles(files, images, counts, self._count)
+        self._rows = RowIndex(files, max_images, counts_file, self._count_rows)
         with self._open(next(iter(files.sizes))) as file:
             schema = file.schema_arrow
         self._columns = [name for name in ("image", "label", "text", "caption") if name in schema.names]
-        self._check(schema)
+        self._check_schema(schema)
         self.class_names = _class_names(schema)
 
     def __len__(self) -> int:
@@ -36,12 +40,12 @@ class ParquetSource:
     def read(self, start: int, stop: int) -> Iterator[Item]:
         for name, first, end in self._rows.spans(start, stop):
             with self._open(name) as file:
-                self._check(file.schema_arrow)
+                self._check_schema(file.schema_arrow)
                 groups, row = _row_groups(file.metadata, first, end)
-                for batch in file.iter_batches(BATCH, row_groups=groups, columns=self._columns):
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._columns):
                     skip = min(max(first - row, 0), len(batch))
-                    wanted = batch.slice(skip, max(end - row - skip, 0)).to_pylist()
-                    for number, values in enumerate(wanted, row + skip):
+                    selected = batch.slice(skip, max(end - row - skip, 0)).to_pylist()
+                    for number, values in enumerate(selected, row + skip):
                         yield self._item(f"{name}:{number}", values)
                     row += len(batch)
                     if row >= end:
@@ -53,11 +57,11 @@ class ParquetSource:
         label = -1 if values.get("label") is None else values["label"]
         text = values.get("text", values.get("caption"))
         if text is None and 0 <= label < len(self.class_names):
-            text = class_text(self.class_names[label])
+            text = class_phrase(self.class_names[label])
             return Item(id=id, data=data, label=label, text=text, text_is_class=True)
         return Item(id=id, data=data, label=label, text=text or "")
 
-    def _count(self, name: str) -> int:
+    def _count_rows(self, name: str) -> int:
         with self._open(name) as file:
             return file.metadata.num_rows
 
@@ -71,7 +75,7 @@ class ParquetSource:
             with file:
                 yield file
 
-    def _check(self, schema: pa.Schema) -> None:
+    def _check_schema(self, schema: pa.Schema) -> None:
         url, kinds = self._files.url, {field.name: field.type for field in schema}
         image, label = kinds.get("image", pa.null()), kinds.get("label", pa.int64())
         if pa.types.is_struct(image):
@@ -82,11 +86,11 @@ class ParquetSource:
                 "it must have a column `image`, binary or a struct with binary `bytes`"
             )
         if not pa.types.is_integer(label):
-            raise ValueError(f"source {url!r}: its column `label` is of type {label}; it must be of an integer type")
+            raise ValueError(f"source {url!r}: its column `label` has type {label}; it must have an integer type")
 
 
 def _row_groups(metadata: pq.FileMetaData, first: int, end: int) -> tuple[list[int], int]:
-    """The row groups that hold rows first to end - 1, and the row that the first of them begins with."""
+    """Return the row groups that contain rows first to end - 1, and the first row of these row groups."""
     sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     begins = list(accumulate(sizes, initial=0))
     groups = [group for group, (begin, stop) in enumerate(pairwise(begins)) if max(first, begin) < min(end, stop)]

@@ -1,7 +1,7 @@
-"""Images in tar files, in the layout of WebDataset: members of one name up to its first dot make one item.
+"""An image source of tar files in the layout of WebDataset: members that share a name up to its first dot are one item.
 
-`KEY.jpg`, `.jpeg`, `.png` or `.webp` is the image, `KEY.cls` the class index, and `KEY.txt` or the "caption" of
-`KEY.json` the text; the last three are optional, and other members are left alone.
+`KEY.jpg`, `.jpeg`, `.png` or `.webp` is the image. Optional are `KEY.cls`, the class index, and `KEY.txt` or the
+"caption" of `KEY.json`, the text. Other members are ignored.
 """
 
 import json
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from pixart.data.sources.base import Item
-from pixart.data.sources.file_index import IMAGE_SUFFIXES, Files, RowsOfFiles
+from pixart.data.sources.file_index import IMAGE_SUFFIXES, FileList, RowIndex
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".cls", ".txt", ".json")
-Member = tuple[int, int]  # where its bytes begin, and how many there are
+Member = tuple[int, int]  # offset and size in bytes
 
 
 class WebDatasetSource:
-    """Looks through a tar's headers once, then seeks to the members of the range."""
+    """Items of tar files. The headers of a tar are read once; then only the required members are read."""
 
-    def __init__(self, files: Files, images: int | None, counts: Path | None):
+    def __init__(self, files: FileList, max_images: int | None, counts_file: Path | None):
         self.class_names: list[str] = []
         self._files = files
-        self._index = lru_cache(maxsize=4)(self._scan)  # a range lies in few tars
-        self._rows = RowsOfFiles(files, images, counts, lambda name: len(self._index(name)))
+        self._index = lru_cache(maxsize=4)(self._scan)  # a shard spans few tars
+        self._rows = RowIndex(files, max_images, counts_file, lambda name: len(self._index(name)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -43,12 +43,12 @@ class WebDatasetSource:
             text = parts[".txt"].decode() if ".txt" in parts else json.loads(parts.get(".json", b"{}")).get("caption")
             text = (text or "").strip()
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"source {self._files.url!r}: {id} has no readable class or caption: {error}") from None
+            raise ValueError(f"source {self._files.url!r}: {id} has an unreadable class or caption: {error}") from None
         data = next(data for suffix, data in parts.items() if suffix in IMAGE_SUFFIXES)
         return Item(id=id, data=data, label=label, text=text)
 
     def _scan(self, name: str) -> list[tuple[str, dict[str, Member]]]:
-        """The items of a tar in its own order: (key, members by suffix)."""
+        """Return the items of a tar in file order: (key, members by suffix)."""
         items: dict[str, dict[str, Member]] = {}
         try:
             with (
@@ -63,9 +63,9 @@ class WebDatasetSource:
                         items.setdefault(directory + slash + stem, {})[suffix] = (member.offset_data, member.size)
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("it has no end")  # which tarfile alone lets pass: cut between two members
+                    raise tarfile.ReadError("no end-of-archive block")  # tarfile accepts a cut between members
         except tarfile.ReadError as error:
-            raise ValueError(f"source {self._files.url!r}: {name} is not a whole tar file: {error}") from None
+            raise ValueError(f"source {self._files.url!r}: {name} is not a complete tar file: {error}") from None
         return [(key, members) for key, members in items.items() if any(suffix in members for suffix in IMAGE_SUFFIXES)]
 
 

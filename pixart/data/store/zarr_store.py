@@ -1,7 +1,7 @@
-"""The training set: written a whole shard at a time by one writer, read at random rows.
+"""The store of training data: written one shard at a time, read at random rows.
 
-`valid` is written last and fills with 0, so that rows of an unfinished shard are never read. Rows are read by plain
-system calls straight into their place in a batch, several times faster than by a library for Zarr.
+The array `valid` is written last and its fill value is 0, so rows of an unfinished shard are never read. Rows are read
+by vectored system calls directly into a batch, several times faster than with a Zarr library.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,114 +14,122 @@ import google_crc32c
 import numpy as np
 
 from pixart.data.manifest import Manifest
-from pixart.data.storage import Span, open_objects
+from pixart.data.storage import Span, open_storage
 from pixart.data.store.layout import (
-    BUFFERS,
-    CHECKSUM,
-    FILE,
+    CRC_BYTES,
+    MAX_BUFFERS,
     SUMS,
     VALID,
+    ZARR_FOLDER,
     Column,
-    checksum,
     columns_of,
+    crc32c,
     create,
     layout,
-    write_file,
+    write_shard_file,
 )
 
 __all__ = ["Store", "create", "layout", "write_shard"]
 
-READERS = 2  # threads
-SAMPLE = 16  # blocks of a window
-SMALL = 4096  # bytes of a chunk that is read with its neighbours and then copied to its place
+NUM_READERS = 2  # threads
+NUM_PROBES = 16  # blocks of a window that are tested for being cached
+MAX_COPIED_CHUNK = 4096  # bytes; smaller chunks are read contiguously and copied, larger ones scattered by the read
 
 
 def write_shard(manifest: Manifest, shard: int, columns: dict[str, np.ndarray]) -> None:
-    """Writes every row of one shard, in place of what an earlier attempt left; `columns` by the names of `layout`.
+    """Write all rows of one shard, replacing those of an earlier attempt.
 
-    The shard is marked invalid first and valid last. Raises ValueError for missing columns or other shapes.
+    `columns` has the names and row shapes of `layout`. The file of `valid` is deleted first and written last.
+    Raises ValueError if a column is missing or has another shape.
     """
-    root, made, valid = Path(manifest.data.path), columns_of(manifest), columns[VALID]
+    root, layouts, valid = Path(manifest.data.path), columns_of(manifest), columns[VALID]
     if columns.keys() != layout(manifest).keys():
-        raise ValueError(f"shard {shard} has columns {sorted(columns)}, not {sorted(layout(manifest))}")
-    (root / made[VALID].file(shard)).unlink(missing_ok=True)
+        raise ValueError(f"shard {shard} has columns {sorted(columns)}; it must have {sorted(layout(manifest))}")
+    (root / layouts[VALID].file(shard)).unlink(missing_ok=True)
     for name, values in columns.items():
-        if values.shape != (len(valid), *made[name].shape):
-            raise ValueError(f"shard {shard}: {name} has shape {values.shape}, not {(len(valid), *made[name].shape)}")
+        expected = (len(valid), *layouts[name].shape)
+        if values.shape != expected:
+            raise ValueError(f"shard {shard}: {name} has shape {values.shape}; it must have shape {expected}")
     with ThreadPoolExecutor(len(columns)) as threads:
         sums = threads.submit(channel_sums, columns["latents"], valid)
         names = [name for name in columns if name != VALID]
-        list(threads.map(lambda name: write_file(root, made[name], shard, columns[name]), names))
-        write_file(root, made[SUMS], shard, sums.result())
-    write_file(root, made[VALID], shard, valid)
+        list(threads.map(lambda name: write_shard_file(root, layouts[name], shard, columns[name]), names))
+        write_shard_file(root, layouts[SUMS], shard, sums.result())
+    write_shard_file(root, layouts[VALID], shard, valid)
 
 
 def channel_sums(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """-> float64 (1 + 2 C,): values of a channel, their sum and sum of squares, of the valid latents (B, C, h, w)."""
+    """Return the moments of the valid latents (B, C, h, w) as float64 (1 + 2 C,).
+
+    These are the number of values per channel, the C sums and the C sums of squares.
+    """
     rows, channels = latents.shape[:2]
     sums = np.zeros((2, channels))
     for start in range(0, rows, 16):
-        some = latents[start : start + 16][valid[start : start + 16]].reshape(-1, channels, latents[0, 0].size)
-        some = some.astype(np.float32)
-        sums += some.sum((0, 2)), np.einsum("bcx,bcx->c", some, some)
+        chunk = latents[start : start + 16][valid[start : start + 16]].reshape(-1, channels, latents[0, 0].size)
+        chunk = chunk.astype(np.float32)
+        sums += chunk.sum((0, 2)), np.einsum("bcx,bcx->c", chunk, chunk)
     return np.concatenate([[valid.sum() * latents[0, 0].size], *sums])
 
 
 class Store:
-    """Random access to the rows of a finished dataset; `arrays` are its columns, as `layout` has them.
+    """Random access to the rows of a dataset. `arrays` are the row shapes and dtypes of its columns.
 
-    Raises ValueError where nothing was written.
+    Raises ValueError if the dataset has no arrays.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest, self.arrays, self.columns = manifest, layout(manifest), columns_of(manifest)
-        self.files = open_objects(manifest.data.path, lambda name: self.columns[name.split("/")[1]].piece)
-        if self.files.read_all([f"{FILE}/zarr.json"]) == [None]:
-            raise ValueError(f"dataset {manifest.data.path} has no latents yet: run the latents job first")
-        self._readers = ThreadPoolExecutor(READERS)
-        self._checked: set[tuple[str, int]] = set()  # the files whose index is as it should be
+        self.storage = open_storage(manifest.data.path, lambda name: self.columns[name.split("/")[1]].segment_size)
+        if self.storage.read_files([f"{ZARR_FOLDER}/zarr.json"]) == [None]:
+            raise ValueError(f"dataset {manifest.data.path} has no latents; run 'latents' first")
+        self._readers = ThreadPoolExecutor(NUM_READERS)
+        self._checked: set[tuple[str, int]] = set()  # column and shard of files with a verified index
 
     def valid_rows(self) -> np.ndarray:
-        """Indices of the rows that may be trained on, ascending -> int64 (valid,)."""
-        return np.flatnonzero(self._whole(VALID))
+        """Return the indices of the valid rows, ascending, int64 (num_valid,)."""
+        return np.flatnonzero(self._read_all(VALID))
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the valid latents by channel; all the same if the dataset says `scalar`."""
-        totals = self._whole(SUMS).sum(0)
+        """Return the mean and standard deviation of the valid latents of each channel.
+
+        With the normalization `scalar`, all channels have the same values. Raises ValueError without a valid row.
+        """
+        totals = self._read_all(SUMS).sum(0)
         if totals[0] == 0:
-            raise ValueError(f"dataset {self.manifest.data.path} has no valid row")
+            raise ValueError(f"dataset {self.manifest.data.path} has no valid rows; run 'latents' first")
         mean, square = totals[1:].reshape(2, -1) / totals[0]
         if self.manifest.data.normalization == "scalar":
             mean, square = np.full_like(mean, mean.mean()), np.full_like(square, square.mean())
         return tuple(mean.tolist()), tuple(np.sqrt(square - mean**2).tolist())
 
     def read(self, name: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """-> (len(rows), ...) in the order of `rows`, in `out` where it is given.
+        """Read rows of a column in the given order, (len(rows), ...), into `out` if it is given.
 
-        Raises ValueError for what is missing or is not what was written.
+        Raises ValueError if a file is missing, truncated or altered.
         """
         column = self.columns[name]
         if out is None:
             out = np.empty((len(rows), *column.shape), column.dtype)
         if column.chunk > 1:
-            shards, own = np.unique(rows // column.rows, return_inverse=True)
-            wholes = np.empty((len(shards), column.rows), column.dtype)
-            self._read_rows(column, shards, wholes.view(np.uint8), np.arange(len(shards)))
-            out[...] = wholes[own, rows % column.rows]
+            shards, inverse = np.unique(rows // column.rows, return_inverse=True)
+            values = np.empty((len(shards), column.rows), column.dtype)
+            self._read_chunks(column, shards, values.view(np.uint8), np.arange(len(shards)))
+            out[...] = values[inverse, rows % column.rows]
             return out
         target = out.reshape(-1).view(np.uint8).reshape(len(rows), column.row_bytes)
-        parts = np.array_split(np.argsort(rows, kind="stable"), READERS if column.stride > SMALL else 1)
-        list(self._readers.map(lambda part: self._read_rows(column, rows[part], target, part), parts))
+        parts = np.array_split(np.argsort(rows, kind="stable"), NUM_READERS if column.stride > MAX_COPIED_CHUNK else 1)
+        list(self._readers.map(lambda part: self._read_chunks(column, rows[part], target, part), parts))
         return out
 
-    def prefetch(self, names: Iterable[str], rows: np.ndarray, ended: Event) -> None:
-        """Makes the blocks quick to read that have one of these rows, until `ended` is set.
+    def prefetch(self, names: Iterable[str], rows: np.ndarray, cancelled: Event) -> None:
+        """Bring the blocks that contain these rows into a cache, until `cancelled` is set.
 
-        Nothing is done where a sample of them is in memory. What fails here is an error of `read`.
+        Does nothing if a sample of the blocks is cached already.
         """
         columns = [self.columns[name] for name in names]
-        if not self.files.in_memory(self._blocks(columns, rows[:: -(-len(rows) // SAMPLE)])):
-            self.files.prefetch(self._blocks(columns, rows), ended)
+        if not self.storage.is_cached(self._blocks(columns, rows[:: -(-len(rows) // NUM_PROBES)])):
+            self.storage.prefetch(self._blocks(columns, rows), cancelled)
 
     def _blocks(self, columns: Iterable[Column], rows: np.ndarray) -> list[Span]:
         per_shard = self.manifest.rows_per_shard
@@ -132,81 +140,85 @@ class Store:
         ]
         return list(dict.fromkeys(spans))
 
-    def _read_rows(self, column: Column, chunks: np.ndarray, target: np.ndarray, places: np.ndarray) -> None:
-        """Ascending chunks of an array, each into its place in the target (B, bytes); neighbours at once."""
-        large = column.stride > SMALL
-        block = np.empty((len(chunks), CHECKSUM if large else column.stride), np.uint8)
-        for start, stop in runs(chunks, column.rows // column.chunk):
+    def _read_chunks(self, column: Column, chunks: np.ndarray, target: np.ndarray, target_rows: np.ndarray) -> None:
+        """Read ascending chunks of a column to the rows `target_rows` of the target (B, bytes).
+
+        Consecutive chunks are read by one system call.
+        """
+        scattered = column.stride > MAX_COPIED_CHUNK
+        block = np.empty((len(chunks), CRC_BYTES if scattered else column.stride), np.uint8)
+        for start, stop in contiguous_runs(chunks, column.rows // column.chunk):
             shard, first = divmod(int(chunks[start]), column.rows // column.chunk)
             if (column.name, shard) not in self._checked:
                 self._check_index(column, shard)
-            if large:
-                pairs = zip(places[start:stop].tolist(), block[start:stop], strict=True)
-                buffers = [buffer for place, sums in pairs for buffer in (target[place], sums)]
+            if scattered:
+                pairs = zip(target_rows[start:stop].tolist(), block[start:stop], strict=True)
+                buffers = [buffer for row, crc in pairs for buffer in (target[row], crc)]
             else:
                 buffers = [block[start:stop].reshape(-1)]
             self._read(column, shard, first * column.stride, buffers, stop - start)
-        if not large:
-            target[places] = block[:, :-CHECKSUM]
+        if not scattered:
+            target[target_rows] = block[:, :-CRC_BYTES]
 
     def _check_index(self, column: Column, shard: int) -> None:
-        """The index says where chunks lie; other places than ours are another writer's."""
+        """Check that the chunks of a file are where this module writes them, and not where another library did."""
         expected = np.frombuffer(column.index, np.uint8)
         if len(expected):
-            found = np.empty_like(expected)
-            self._read(column, shard, column.rows * column.stride, [found], 1)
-            if not np.array_equal(found, expected):
-                raise self._damaged(column, shard, "was written by something else")
+            actual = np.empty_like(expected)
+            self._read(column, shard, column.rows * column.stride, [actual], 1)
+            if not np.array_equal(actual, expected):
+                raise self._damaged(column, shard, "was written by another library")
         self._checked.add((column.name, shard))
 
     def _read(self, column: Column, shard: int, start: int, buffers: list[np.ndarray], chunks: int) -> None:
-        """Fills the buffers with chunks of one size and their checksums; what a cache has altered is fetched anew."""
+        """Fill the buffers with chunks of equal size and verify their checksums; refetch a corrupted cache once."""
         name = column.file(shard)
         stop = start + sum(map(len, buffers))
-        for last in (False, True):
+        for is_retry in (False, True):
             try:
-                whole = self.files.readv(name, start, buffers) == stop - start
-                if whole and reduce(google_crc32c.extend, buffers, 0) == residue(chunks, (stop - start) // chunks):
+                complete = self.storage.readv(name, start, buffers) == stop - start
+                crc = reduce(google_crc32c.extend, buffers, 0)
+                if complete and crc == expected_crc(chunks, (stop - start) // chunks):
                     return
-                fault = "has been altered: a checksum is wrong" if whole else "is cut off"
+                fault = "is corrupted: a CRC-32C does not match" if complete else "is truncated"
             except OSError as error:
                 fault = f"cannot be read: {error.strerror or error}"
-            if last or not self.files.forget(name, start, stop):
+            if is_retry or not self.storage.invalidate(name, start, stop):
                 raise self._damaged(column, shard, fault)
 
     def _damaged(self, column: Column, shard: int, fault: str) -> ValueError:
         path = self.manifest.data.path
         return ValueError(f"dataset {path}: array {column.name}, shard {shard}: {column.file(shard)} {fault}")
 
-    def _whole(self, name: str) -> np.ndarray:
-        """All rows of a small array, zeros where a shard was not written."""
-        column, shards = self.columns[name], range(self.manifest.data.shards)
+    def _read_all(self, name: str) -> np.ndarray:
+        """Read all rows of a small array; rows of unwritten shards are zeros."""
+        column, shards = self.columns[name], range(self.manifest.data.num_shards)
         values = np.zeros((len(shards), column.rows * column.row_bytes), np.uint8)
-        for shard, data in zip(shards, self.files.read_all([column.file(shard) for shard in shards]), strict=True):
+        for shard, data in zip(shards, self.storage.read_files([column.file(shard) for shard in shards]), strict=True):
             if data is not None:
-                if len(data) != values.shape[1] + CHECKSUM or data[-CHECKSUM:] != checksum(data[:-CHECKSUM]):
-                    raise self._damaged(column, shard, "has been altered")
-                values[shard] = np.frombuffer(data[:-CHECKSUM], np.uint8)
+                if len(data) != values.shape[1] + CRC_BYTES or data[-CRC_BYTES:] != crc32c(data[:-CRC_BYTES]):
+                    raise self._damaged(column, shard, "is corrupted: its CRC-32C or size does not match")
+                values[shard] = np.frombuffer(data[:-CRC_BYTES], np.uint8)
         return values.view(column.dtype).reshape(-1, *column.shape)
 
 
 @cache
-def residue(chunks: int, stride: int) -> int:
-    """The CRC-32C of so many chunks that each end in their own, `stride` bytes with it.
+def expected_crc(chunks: int, stride: int) -> int:
+    """Return the CRC-32C over `chunks` valid chunks of `stride` bytes that each end with their own CRC-32C.
 
-    A CRC is linear: it is the same whatever they hold, as long as they are whole. So one call checks neighbours.
+    As a CRC is linear, this value does not depend on the data, so one computation verifies consecutive chunks.
     """
-    zeros = np.zeros(stride - CHECKSUM, np.uint8).tobytes()
-    return google_crc32c.value((zeros + checksum(zeros)) * chunks)
+    zeros = np.zeros(stride - CRC_BYTES, np.uint8).tobytes()
+    return google_crc32c.value((zeros + crc32c(zeros)) * chunks)
 
 
-def runs(rows: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int]]:
-    """Start and end of stretches of neighbouring rows of one shard, no longer than one call can read."""
+def contiguous_runs(rows: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int]]:
+    """Yield the start and end of runs of consecutive rows of one shard, each short enough for one system call."""
     breaks = (np.diff(rows) != 1) | (rows[1:] % rows_per_shard == 0)
     ends = [*(np.flatnonzero(breaks) + 1).tolist(), len(rows)]
     start = 0
     for end in ends:
         while start < end:
-            stop = min(end, start + BUFFERS // 2)
+            stop = min(end, start + MAX_BUFFERS // 2)
             yield start, stop
             start = stop

@@ -1,8 +1,8 @@
-"""Weights that FSDP2 gathers in FP8: a rank casts its shard, once per optimizer step, and a quarter of the bytes move.
+"""FP8 all-gather for FSDP2: each rank casts its shard once per optimizer step, and a quarter of the bytes is sent.
 
-FSDP2 looks for `fsdp_pre_all_gather` and `fsdp_post_all_gather` on the local tensor of a parameter. The gathered
-parameter has an FP8 type then, and its gradient is to be in the type of computation. Autograd can be told so; but a
-compiled graph would cast the gradient to FP8 first, so it is led around the graph, through an empty tensor.
+FSDP2 calls `fsdp_pre_all_gather` and `fsdp_post_all_gather` if the local tensor of a parameter has them. The gathered
+parameter then has an FP8 dtype while its gradient should have the compute dtype. `grad_dtype` tells autograd so, but a
+compiled graph would still cast the gradient to FP8; a proxy without memory therefore carries it around the graph.
 """
 
 from typing import Any
@@ -13,83 +13,89 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from pixart.model.fp8.linear import Float8Linear, Gathered, float8_linears
-from pixart.model.fp8.ops import E4M3, WEIGHT, largest, quantize
+from pixart.model.fp8.linear import Float8Linear, GatheredWeight, float8_linears
+from pixart.model.fp8.ops import E4M3, WEIGHT, amax, quantize
 
 
-def gather_in_fp8(model: nn.Module, dtype: torch.dtype) -> None:
-    """For a model that `fully_shard` has sharded and whose weights are there; `dtype` is that of computation."""
+def enable_fp8_all_gather(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gather the weights of all FP8 linears in FP8.
+
+    The model is sharded by `fully_shard` and its weights are materialized; `dtype` is the compute dtype.
+    """
     for name, linear in float8_linears(model):
-        gathering = Gathering(linear, dtype)
-        unit_of(model, name).register_forward_pre_hook(gathering.begins)  # behind FSDP2's own, which gathers
+        all_gather = Float8AllGather(linear, dtype)
+        # Registered after FSDP2's own hook, which gathers the weights.
+        fsdp_module_of(model, name).register_forward_pre_hook(all_gather.prepare_forward)
 
 
-def gather_as_given(model: nn.Module, name: str) -> None:
-    """For a linear that goes on without FP8."""
-    linear, unit = model.get_submodule(name), unit_of(model, name)
+def disable_fp8_all_gather(model: nn.Module, name: str) -> None:
+    """Gather the weight of one linear in its own dtype again, after its fallback to BF16."""
+    linear, module = model.get_submodule(name), fsdp_module_of(model, name)
     shard = linear.weight._local_tensor
     del shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather
-    state = unit._get_fsdp_state()
+    state = module._get_fsdp_state()
     groups = (
         state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     )  # torch 2.11
     for group in groups:
         for parameter in group.fsdp_params:
-            if parameter.sharded_param is linear.weight:  # FSDP2 keeps the gathered one, whose type is another now
+            if parameter.sharded_param is linear.weight:  # FSDP2 keeps the gathered tensor, whose dtype has changed
                 del parameter._unsharded_param
                 parameter.all_gather_outputs = []
                 parameter._init_extensions()
 
 
-def unit_of(model: nn.Module, name: str) -> Any:
-    """The module that FSDP2 gathers together with this one."""
+def fsdp_module_of(model: nn.Module, name: str) -> Any:
+    """Return the closest parent of a module that FSDP2 shards as one unit."""
     while not isinstance(module := model.get_submodule(name), FSDPModule):
         name = name.rpartition(".")[0]
     return module
 
 
-class Gathering:
-    """A weight of which this rank has a shard, cast again when shard or scale has changed."""
+class Float8AllGather:
+    """FSDP2 all-gather extension of one weight; the shard is cast again when it or its scale has changed."""
 
     def __init__(self, linear: Float8Linear, dtype: torch.dtype) -> None:
         self.linear, self.dtype, self.weight = linear, dtype, linear.weight
-        self.shard: Any = linear.weight._local_tensor  # itself: `to_local` gives another with the same memory
-        self.shard.fsdp_pre_all_gather, self.shard.fsdp_post_all_gather = self.before, self.after
-        self.made_of: tuple[int, int] | None = None
+        # FSDP2 reads the attributes of this very tensor: `to_local` returns another one with the same memory.
+        self.shard: Any = linear.weight._local_tensor
+        self.shard.fsdp_pre_all_gather = self.pre_all_gather
+        self.shard.fsdp_post_all_gather = self.post_all_gather
+        self.cast_versions: tuple[int, int] | None = None
 
-    def before(
+    def pre_all_gather(
         self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: tuple[int, ...], module: nn.Module, policy: Any
     ) -> tuple[tuple[Tensor], None]:
-        """What this rank gives: as many rows as every rank, whether it has them or not."""
+        """Return this rank's shard in FP8, padded to the number of rows that every rank sends."""
         scale = self.linear.scale
-        # The fused kernels of an optimizer do not count as a change of the weight, but scales follow each of its steps.
-        now = (self.weight._version, scale._version)
-        if self.made_of != now:
+        # An optimizer's fused kernels do not count as a change of the weight, but scales are updated after each step.
+        versions = (self.weight._version, scale._version)
+        if self.cast_versions != versions:
             rows = -(-outer_size[0] // mesh.size())
-            cast = quantize(self.shard, scale[WEIGHT], E4M3).to(E4M3.dtype)
-            if rows > len(cast):
-                cast = F.pad(cast.view(torch.uint8), (0, 0, 0, rows - len(cast))).view(E4M3.dtype)
-            self.cast = cast
-            self.amax = largest(self.shard) if len(self.shard) else torch.zeros((), device=scale.device)
-            self.made_of = now
-        return (self.cast,), None
+            shard8 = quantize(self.shard, scale[WEIGHT], E4M3).to(E4M3.dtype)
+            if rows > len(shard8):
+                shard8 = F.pad(shard8.view(torch.uint8), (0, 0, 0, rows - len(shard8))).view(E4M3.dtype)
+            self.shard8 = shard8
+            self.amax = amax(self.shard) if len(self.shard) else torch.zeros((), device=scale.device)
+            self.cast_versions = versions
+        return (self.shard8,), None
 
-    def after(
-        self, gathered: tuple[Tensor, ...], made: None, dtype: torch.dtype, *, out: Tensor | None = None
+    def post_all_gather(
+        self, gathered: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The whole weight. Where it was gathered before (`out`), it has come into the same memory."""
+        """Return the full weight; with `out`, the memory of an earlier all-gather, the weight is already in it."""
         return None if out is not None else (gathered[0], gathered)
 
-    def begins(self, unit: nn.Module, arguments: Any) -> None:
-        """Before a forward pass: the weight is there."""
-        if self.linear.in_fp8:
+    def prepare_forward(self, module: nn.Module, arguments: Any) -> None:
+        """Attach the gathered weight's state to the linear before a forward pass."""
+        if self.linear.fp8_enabled:
             self.linear.weight.grad_dtype = self.dtype
-            gradient = GradientOf.apply(self.linear.weight, self.dtype)
-            self.linear.gathered = Gathered(gradient=gradient, amax=self.amax)
+            proxy = GradientProxy.apply(self.linear.weight, self.dtype)
+            self.linear.gathered_weight = GatheredWeight(grad_proxy=proxy, amax=self.amax)
 
 
-class GradientOf(torch.autograd.Function):
-    """A tensor without memory in place of a weight: what is its gradient is the weight's."""
+class GradientProxy(torch.autograd.Function):
+    """Tensor without memory in place of a weight, whose gradient becomes the weight's gradient."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,7 @@
 
 A tensor is cast as `round(x * scale)` with `scale = format.max / amax / 2**margin`, where amax is the largest
 magnitude of the last steps ("FP8 formats for deep learning", arXiv 2209.05433). Input and weight are E4M3, the
-gradient of the output is E5M2. On a GPU the products run on FP8 tensor cores; on a CPU the values are rounded to
-the same grid and multiplied in float32, which gives the same result up to the order of summation.
+gradient of the output is E5M2. On a GPU the GEMMs run on FP8 tensor cores; on a CPU they are emulated (see `ops`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,34 +11,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixart.model.fp8.ops import (
-    INPUT,
-    SLOTS,
-    WEIGHT,
-    Float8Product,
-    largest,
-    record,
-)
-from pixart.model.fp8.plan import Plan, planned
+from pixart.model.fp8.ops import INPUT, SLOTS, WEIGHT, Float8LinearFunction, amax, update_amax
+from pixart.model.fp8.plan import Plan, iterate_planned_linears
 
 
 class Float8Linear(nn.Linear):
-    """A linear whose products run in FP8; parameters and state-dict keys are those of the nn.Linear it replaces.
+    """Linear whose GEMMs run in FP8; parameters and state-dict keys are those of the nn.Linear that it replaces.
 
-    `scale` (3,) and `amax_history` (history, 3) are float32, by slot of SLOTS. Row 0 of the history is staged by the
-    current step, rows 1 to the last run from oldest to newest (TransformerEngine's layout). `overflow_share` (3,) is
-    a running mean: in which share of the steps the tensor had values that its scale does not let through.
+    `scale` (3,) and `amax_history` (history, 3) are float32, by slot of SLOTS. Row 0 of the history is the staging row
+    of the current step, rows 1 to the last are ordered from oldest to newest (TransformerEngine's layout).
+    `saturation_rate` (3,) is a running mean of the share of steps in which the tensor had values beyond the range that
+    its scale can represent.
     """
 
     scale: Tensor
     amax_history: Tensor
-    overflow_share: Tensor
-    in_fp8 = True  # a linear that keeps overflowing goes on without
-    fine_weight_gradient = False  # whether the weight's gradient is a product in the input's own precision
-    gathered: "Gathered | None" = None  # where the weight comes in FP8
+    saturation_rate: Tensor
+    fp8_enabled = True  # False: the linear saturated in too many steps and runs as an nn.Linear
+    high_precision_grad_weight = False  # compute the weight gradient in the input's precision
+    gathered_weight: "GatheredWeight | None" = None  # set where FSDP2 gathers the weight in FP8
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, plan: Plan) -> "Float8Linear":
+        """Return an FP8 linear that shares the parameters of `linear`; scales are 1 and histories empty."""
         with torch.device("meta"):
             module = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         module.weight, module.bias = linear.weight, linear.bias
@@ -47,70 +41,76 @@ class Float8Linear(nn.Linear):
         module.register_buffer("scale", torch.ones(len(SLOTS), device=device), persistent=False)
         history = torch.zeros(plan.history, len(SLOTS), device=device)
         module.register_buffer("amax_history", history, persistent=False)
-        module.register_buffer("overflow_share", torch.zeros(len(SLOTS), device=device), persistent=False)
+        module.register_buffer("saturation_rate", torch.zeros(len(SLOTS), device=device), persistent=False)
         return module
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if not self.in_fp8:
+        if not self.fp8_enabled:
             return super().forward(x)
-        return product([self], x)
+        return gemm([self], x)
 
     @staticmethod
-    def side_by_side(linears: "Sequence[Float8Linear]", x: Tensor) -> Sequence[Tensor]:
-        """What each of several linears makes of the same x, as one product; all are in FP8 or all come one by one."""
-        if not all(isinstance(linear, Float8Linear) and linear.in_fp8 for linear in linears):
+    def fused_forward(linears: "Sequence[Float8Linear]", x: Tensor) -> Sequence[Tensor]:
+        """Return the outputs of several linears for the same x, computed by one GEMM if all of them run in FP8."""
+        if not all(isinstance(linear, Float8Linear) and linear.fp8_enabled for linear in linears):
             return [linear(x) for linear in linears]
-        return product(linears, x).split([linear.out_features for linear in linears], dim=-1)
+        return gemm(linears, x).split([linear.out_features for linear in linears], dim=-1)
 
 
 @dataclass(kw_only=True, slots=True)
-class Gathered:
-    """A weight that comes in FP8: what its gradient goes to instead, and its amax."""
+class GatheredWeight:
+    """State of a weight that FSDP2 gathers in FP8."""
 
-    gradient: Tensor
-    amax: Tensor
+    grad_proxy: Tensor  # tensor without memory in place of the weight, which receives its gradient
+    amax: Tensor  # (), of this rank's shard
 
 
-def product(linears: Sequence[Float8Linear], x: Tensor) -> Tensor:
-    """x (..., in) times the weights, one after the other -> (..., sum of outs); amax is staged where gradients are."""
+def gemm(linears: Sequence[Float8Linear], x: Tensor) -> Tensor:
+    """Return x (..., in) times the concatenated weights of `linears` plus their biases -> (..., sum of out features).
+
+    The amax of the input and of the weights is staged if gradients are enabled.
+    """
     if torch.is_grad_enabled():
-        seen = largest(x)
+        input_amax = amax(x)
         for linear in linears:
-            record(linear.amax_history[0], INPUT, seen)
-            own = linear.gathered.amax if linear.gathered else largest(linear.weight)
-            record(linear.amax_history[0], WEIGHT, own)
-    weights = [linear.gathered.gradient if linear.gathered else linear.weight for linear in linears]
-    rows = Float8Product.apply(
+            update_amax(linear.amax_history[0], INPUT, input_amax)
+            weight_amax = linear.gathered_weight.amax if linear.gathered_weight else amax(linear.weight)
+            update_amax(linear.amax_history[0], WEIGHT, weight_amax)
+    weights = [linear.gathered_weight.grad_proxy if linear.gathered_weight else linear.weight for linear in linears]
+    rows = Float8LinearFunction.apply(
         x.flatten(0, -2),
-        joined(weights),
-        joined([linear.weight.detach() for linear in linears]) if linears[0].gathered else None,
-        None if linears[0].bias is None else joined([linear.bias for linear in linears]),
-        torch.stack([linear.scale for linear in linears]),  # a copy: the way back may see those of the next step
+        concatenate(weights),
+        concatenate([linear.weight.detach() for linear in linears]) if linears[0].gathered_weight else None,
+        None if linears[0].bias is None else concatenate([linear.bias for linear in linears]),
+        torch.stack([linear.scale for linear in linears]),  # a copy: scales may be updated before the backward pass
         tuple(linear.out_features for linear in linears),
-        linears[0].fine_weight_gradient,
+        linears[0].high_precision_grad_weight,
         *[linear.amax_history[0] for linear in linears],
     )
     return rows.unflatten(0, x.shape[:-1])
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dimension; a single tensor is returned without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def swap_linears(model: nn.Module, plan: Plan, *, fine_weight_gradient: bool = False) -> None:
-    """Replaces each linear that the plan names, in place; parameters are shared, state-dict keys do not change.
+def swap_linears(model: nn.Module, plan: Plan, *, high_precision_grad_weight: bool = False) -> None:
+    """Replace each planned linear with a Float8Linear in place; parameters are shared, state-dict keys do not change.
 
-    `fine_weight_gradient`: the weight's gradient is a product in the input's own precision.
-
-    Raises ValueError for a name that is no linear of the model.
+    `high_precision_grad_weight` computes weight gradients in the input's precision.
+    Raises ValueError for a name that is not a linear of the model.
     """
-    for parent, child, linear in planned(model, plan):
+    for parent, child, linear in iterate_planned_linears(model, plan):
         swapped = Float8Linear.from_linear(linear, plan)
-        swapped.fine_weight_gradient = fine_weight_gradient
+        swapped.high_precision_grad_weight = high_precision_grad_weight
         setattr(parent, child, swapped)
 
 
 def float8_linears(model: nn.Module) -> Iterator[tuple[str, Float8Linear]]:
+    """Iterate over the linears that run in FP8 by module name; those that have fallen back to BF16 are left out."""
     return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, Float8Linear) and module.in_fp8
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Float8Linear) and module.fp8_enabled
     )

@@ -1,42 +1,44 @@
-"""Which linears run in FP8."""
+"""The FP8 plan: which linears run in FP8, and with which recipe."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-ROWS = 16  # that a product of tensor cores takes at once
+GEMM_ALIGNMENT = 16  # dimensions of an FP8 GEMM must be multiples of this (cuBLAS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Which linears run in FP8, and how their scales follow the data."""
+    """Which linears run in FP8, and how their scales follow the data. Stored in a checkpoint's metadata."""
 
     linears: tuple[str, ...]  # module names
-    kept: Mapping[str, str] = field(default_factory=dict)  # module name -> why it stays in BF16
+    kept: Mapping[str, str] = field(default_factory=dict)  # module name -> reason why it stays in BF16
     recipe: str = "delayed"
-    history: int = 16  # rows of amax history, the staging row included
+    history: int = 16  # rows of the amax history, including the staging row
     margin: int = 0  # powers of two of headroom
-    batch: int = 1  # images of a rank's step: gradients of a mean are in inverse proportion to it
+    batch: int = 1  # images per step and rank; the gradients of a mean loss are inversely proportional to it
 
 
-def check_rows(images: int, counts: Mapping[str, int]) -> None:
-    """Raises ValueError for rows that a product on a GPU cannot sum over, as the weight gradient does; by what they
-    are, `counts` of an image.
+def check_gemm_alignment(images: int, rows_per_image: Mapping[str, int]) -> None:
+    """Check that FP8 GEMMs on a GPU can compute weight gradients, which sum over the rows of a linear's input.
+
+    `rows_per_image` is the number of rows of an image by kind of row, "image tokens" for example.
+    Raises ValueError if `images` of them are not a multiple of GEMM_ALIGNMENT.
     """
-    for what, count in counts.items():
-        if images * count % ROWS:
+    for name, rows in rows_per_image.items():
+        if images * rows % GEMM_ALIGNMENT:
             raise ValueError(
-                f"FP8 on a GPU: {images} images at once have {images * count} {what}, or a multiple of it, and the "
-                f"weight gradient sums over multiples of {ROWS}: take another batch or, in training, "
-                "fp8_weight_gradient=false"
+                f"FP8 on a GPU: {images} images have {images * rows} {name}, and the weight gradient sums over these; "
+                f"their number must be a multiple of {GEMM_ALIGNMENT}: change the batch size or, in training, set "
+                "fp8_grad_weight=false"
             )
 
 
-def planned(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Each linear that the plan names, with the module that has it and its name there.
+def iterate_planned_linears(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Iterate over the linears that the plan names: parent module, name in the parent, linear.
 
-    Raises ValueError for a name that is no linear of the model.
+    Raises ValueError for a name that is not a linear of the model.
     """
     for name in plan.linears:
         parent_name, _, child = name.rpartition(".")
@@ -46,5 +48,5 @@ def planned(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, nn.L
         except AttributeError:
             linear = None
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"FP8 plan names {name!r}, which is no linear of this model")
+            raise ValueError(f"FP8 plan: {name!r} is not a linear of this model; convert the checkpoint again")
         yield parent, child, linear

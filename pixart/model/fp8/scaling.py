@@ -1,4 +1,4 @@
-"""Scales that follow the largest magnitudes of the last steps, and what a checkpoint keeps of them."""
+"""Delayed scaling: scales that follow the largest magnitudes of the last steps, and their state in a checkpoint."""
 
 import functools
 from collections.abc import Mapping
@@ -9,34 +9,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixart.model.fp8.linear import float8_linears
-from pixart.model.fp8.ops import (
-    FORMATS,
-    GRAD_OUTPUT,
-    SLOTS,
-)
+from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, SLOTS
 from pixart.model.fp8.plan import Plan
 
-OVERFLOW_WEIGHT = 1 / 32  # of a step in the running share of steps that overflow
-OVERFLOW_LIMIT = 0.5  # a share above which delayed scaling does not follow a tensor
+SATURATION_WEIGHT = 1 / 32  # of a step in the running saturation rate
+MAX_SATURATION_RATE = 0.5  # above this rate delayed scaling does not follow a tensor
+# Buffers of a Float8Linear, and their names in a checkpoint, which stay those of the first checkpoints.
+STORED_NAMES = {"scale": "scale", "amax_history": "amax_history", "saturation_rate": "overflow_share"}
 
 
 def scale_from_amax(amax: Tensor, previous: Tensor, format_max: Tensor | float, margin: int = 0) -> Tensor:
-    """format_max / amax / 2**margin in float32; where amax is 0, infinite or not a number, the previous scale."""
+    """Return format_max / amax / 2**margin in float32, or `previous` where amax is 0, infinite or NaN."""
     scale = format_max / amax.float() / 2.0**margin
     usable = torch.isfinite(amax) & (amax > 0) & torch.isfinite(scale)
     return torch.where(usable, scale, previous)
 
 
 @functools.cache
-def format_maxima(device: torch.device) -> Tensor:  # by slot; copied to the device once: a copy waits for it
+def format_maxima(device: torch.device) -> Tensor:
+    """Return the largest value of each slot's format (3,); cached, as a copy to a GPU synchronizes."""
     return torch.tensor([fmt.max for fmt in FORMATS], device=device)
 
 
 @torch.no_grad()
 def update_scales(model: nn.Module, plan: Plan) -> None:
-    """Ends a step: staged amax, reduced over ranks, joins the history, and the scales follow its maximum.
+    """Append the staged amax, reduced over ranks, to the histories and set the scales from their maximum.
 
-    Of a step with values that are not finite, which the optimizer leaves out, the last amax joins again.
+    Call once per optimizer step. An amax that is not finite, from a step that the optimizer skips, is replaced by the
+    last one.
     """
     linears = [module for _, module in float8_linears(model)]
     if not linears:
@@ -48,76 +48,81 @@ def update_scales(model: nn.Module, plan: Plan) -> None:
     histories[:, 0] = torch.where(staged.isfinite(), staged, histories[:, -1])
     format_max = format_maxima(histories.device)
     previous = torch.stack([module.scale for module in linears])
-    over = (histories[:, 0] * previous > format_max).float()
-    shares = torch.stack([module.overflow_share for module in linears]).lerp_(over, OVERFLOW_WEIGHT)
+    saturated = (histories[:, 0] * previous > format_max).float()
+    rates = torch.stack([module.saturation_rate for module in linears]).lerp_(saturated, SATURATION_WEIGHT)
     scales = scale_from_amax(histories.amax(dim=1), previous, format_max, plan.margin)
     histories = histories.roll(-1, dims=1)
     histories[:, 0] = 0
     torch._foreach_copy_([module.scale for module in linears], list(scales))
     torch._foreach_copy_([module.amax_history for module in linears], list(histories))
-    torch._foreach_copy_([module.overflow_share for module in linears], list(shares))
+    torch._foreach_copy_([module.saturation_rate for module in linears], list(rates))
 
 
 @torch.no_grad()
-def health(model: nn.Module) -> dict[str, dict[str, float]]:
-    """`scale`, `headroom` and `overflow_share` by linear and slot, `NAME.input` and so on.
+def fp8_metrics(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Return `scale`, `headroom` and `saturation_rate`, each by linear and slot ("NAME.input" and so on).
 
-    Headroom is in powers of two: how many times the last amax may double before it overflows; 0 of a tensor that was
-    not seen yet.
+    Headroom is in powers of two: how many times the last amax may double before it saturates; 0 for a tensor that no
+    step has measured.
     """
     linears = dict(float8_linears(model))
     if not linears:
         return {}
     scales = torch.stack([module.scale for module in linears.values()])
     newest = torch.stack([module.amax_history[-1] for module in linears.values()])
-    shares = torch.stack([module.overflow_share for module in linears.values()])
+    rates = torch.stack([module.saturation_rate for module in linears.values()])
     format_max = format_maxima(scales.device)
     headroom = torch.where(newest > 0, (format_max / (newest * scales)).log2(), 0.0)
     keys = [f"{name}.{slot}" for name in linears for slot in SLOTS]
-    measures = {"scale": scales, "headroom": headroom, "overflow_share": shares}
-    return {what: dict(zip(keys, values.flatten().tolist(), strict=True)) for what, values in measures.items()}
+    metrics = {"scale": scales, "headroom": headroom, "saturation_rate": rates}
+    return {metric: dict(zip(keys, values.flatten().tolist(), strict=True)) for metric, values in metrics.items()}
 
 
-def fall_back(model: nn.Module, plan: Plan, step: int) -> Plan:
-    """Takes linears that keep overflowing out of FP8, in place -> the plan without them, or the same one.
+def fall_back_to_bf16(model: nn.Module, plan: Plan, step: int) -> Plan:
+    """Disable FP8 in linears that saturate in too many steps, in place, and return the plan without them.
 
-    Delayed scaling trusts that a tensor is like it was: where that does not hold in most steps, it clips most steps.
+    Delayed scaling assumes that a tensor's range changes slowly; where this fails in most steps, most steps are
+    clipped. The same plan is returned if no linear falls back.
     """
-    shares = {name: module.overflow_share.max() for name, module in float8_linears(model)}
-    if not shares:
+    rates = {name: module.saturation_rate.max() for name, module in float8_linears(model)}
+    if not rates:
         return plan
-    found = torch.stack(list(shares.values())).tolist()
+    values = torch.stack(list(rates.values())).tolist()
     reasons = {
-        name: f"overflowed in {share:.0%} of the steps before step {step}"
-        for name, share in zip(shares, found, strict=True)
-        if share > OVERFLOW_LIMIT
+        name: f"saturated in {rate:.0%} of the steps before step {step}"
+        for name, rate in zip(rates, values, strict=True)
+        if rate > MAX_SATURATION_RATE
     }
     for name in reasons:
         linear = model.get_submodule(name)
-        linear.in_fp8, linear.gathered = False, None
-    left = tuple(name for name in plan.linears if name not in reasons)
-    return replace(plan, linears=left, kept={**plan.kept, **reasons}) if reasons else plan
+        linear.fp8_enabled, linear.gathered_weight = False, None
+    remaining = tuple(name for name in plan.linears if name not in reasons)
+    return replace(plan, linears=remaining, kept={**plan.kept, **reasons}) if reasons else plan
 
 
 def calibrated_state(amax: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """The `scale_state` of a model whose linears have measured `amax[name]` (3,), in every row but the staging one.
+    """Return the `scale_state` of a model whose linears have the calibrated `amax[name]` (3,), by slot.
 
-    A zero leaves a slot's scale at 1 until a step has seen its tensor.
+    All rows of a history but the staging row hold the calibrated amax. Where it is zero, the scale is 1 until a step
+    has measured the tensor.
     """
     format_max = format_maxima(torch.device("cpu"))
-    state = {}
+    state: dict[str, Tensor] = {}
     for name in plan.linears:
         history = torch.zeros(plan.history, len(SLOTS))
         history[1:] = amax[name]
-        state[f"{name}.scale"] = scale_from_amax(amax[name], torch.ones(len(SLOTS)), format_max, plan.margin)
-        state[f"{name}.amax_history"] = history
-        state[f"{name}.overflow_share"] = torch.zeros(len(SLOTS))
+        buffers = {
+            "scale": scale_from_amax(amax[name], torch.ones(len(SLOTS)), format_max, plan.margin),
+            "amax_history": history,
+            "saturation_rate": torch.zeros(len(SLOTS)),
+        }
+        state |= {f"{name}.{STORED_NAMES[buffer]}": tensor for buffer, tensor in buffers.items()}
     return state
 
 
 @torch.no_grad()
 def rescale_gradients(model: nn.Module, factor: float) -> None:
-    """Follows a change of the batch: gradients, and so their amax, become `factor` times as large."""
+    """Adapt the scales to gradients that are `factor` times as large, as after a change of the batch size."""
     for _, module in float8_linears(model):
         measured = module.amax_history[:, GRAD_OUTPUT].any()
         module.amax_history[:, GRAD_OUTPUT] *= factor
@@ -125,27 +130,28 @@ def rescale_gradients(model: nn.Module, factor: float) -> None:
 
 
 def scale_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors themselves, by module name: NAME.scale, NAME.amax_history and NAME.overflow_share."""
+    """Return the buffers of all FP8 linears, not copies, by their names in a checkpoint, such as NAME.amax_history."""
     return {
-        f"{name}.{buffer}": getattr(module, buffer)
+        f"{name}.{stored}": getattr(module, buffer)
         for name, module in float8_linears(model)
-        for buffer in ("scale", "amax_history", "overflow_share")
+        for buffer, stored in STORED_NAMES.items()
     }
 
 
 def scale_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of them on the CPU: what a checkpoint keeps."""
+    """Return copies of `scale_tensors` on the CPU."""
     return {name: tensor.cpu().clone() for name, tensor in scale_tensors(model).items()}
 
 
 @torch.no_grad()
 def load_scale_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts back what `scale_state` gave. Raises ValueError unless the names and shapes are just those of the model."""
-    own = scale_tensors(model)
-    wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
-    if odd := sorted(own.keys() ^ state.keys() | wrong):
+    """Copy a `scale_state` into the model. Raises ValueError unless names and shapes match the model's exactly."""
+    expected = scale_tensors(model)
+    wrong_shape = {key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape}
+    if mismatches := sorted(expected.keys() ^ state.keys() | wrong_shape):
         raise ValueError(
-            f"FP8 scales do not fit the plan: {len(odd)} missing, unknown or of another shape, as {odd[0]}"
+            f"FP8 scales: {len(mismatches)} tensors are missing, unknown or of another shape than the plan requires, "
+            f"for example {mismatches[0]}; convert the checkpoint again"
         )
-    for name, tensor in own.items():
+    for name, tensor in expected.items():
         tensor.copy_(state[name])

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 
 from conversion.batches import synthetic_batches
-from conversion.calibration.amax import STATISTICS, batch_losses, in_bf16, largest, measure_amax, mse_best
+from conversion.calibration.amax import (
+    STATISTICS,
+    batch_losses,
+    bf16_autocast,
+    max_magnitude,
+    measure_amax,
+    mse_optimal,
+)
 from conversion.calibration.plan import make_plan
 from conversion.stage2.reparameterize import to_stage2
 from conversion.stage2.strategies import find_modulations
@@ -13,12 +20,12 @@ from pixart.model.fp8.ops import E4M3
 
 def stage2_model(stage1):
     latents = torch.randn(8, 4, 8, 8)
-    modulations, average = find_modulations(stage1, load_model(stage1.config, stage1.model), "paper", latents)
-    result = to_stage2(stage1, modulations["paper"], average, 48)
+    modulations, ema_modulation = find_modulations(stage1, load_model(stage1.config, stage1.model), "paper", latents)
+    result = to_stage2(stage1, modulations["paper"], ema_modulation, 48)
     return load_model(result.config, result.model)
 
 
-def test_plan_gives_every_linear_and_a_reason(stage1):
+def test_plan_covers_every_linear(stage1):
     model = stage2_model(stage1)
     plan = make_plan(model, batch=8)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -29,67 +36,67 @@ def test_plan_gives_every_linear_and_a_reason(stage1):
     assert per_block == attention | {"cross_attention.q_proj", "cross_attention.out_proj", "mlp.linear1", "mlp.linear2"}
 
 
-def test_unaligned_linears_stay():
+def test_unaligned_linears_stay_in_bf16():
     model = nn.Sequential(nn.Linear(32, 40), nn.Linear(48, 64))
     plan = make_plan(model, batch=1)
     assert plan.linears == ("1",)
     assert "40" in plan.kept["0"]
 
 
-def test_amax_against_hooks(stage1):
-    """Measured again by hooks on plain linears: the largest of all batches, gradients through the true loss."""
-    batches = synthetic_batches(stage1.config, 48, batches=3, batch=4)
+def test_amax_matches_hooks_on_plain_linears(stage1):
+    """The amax is the maximum over all batches; gradients are those of the training loss."""
+    batches = synthetic_batches(stage1.config, 48, num_batches=3, batch_size=4)
     model = stage2_model(stage1)
     plan = make_plan(model, batch=4)
-    seen = {name: torch.zeros(3) for name in plan.linears}
+    expected = {name: torch.zeros(3) for name in plan.linears}
 
-    def watch(name: str, linear: nn.Linear) -> None:
+    def register_hooks(name: str, linear: nn.Linear) -> None:
         def forward(module, inputs, output):
-            seen[name][0] = max(seen[name][0], inputs[0].detach().abs().max())
+            expected[name][0] = max(expected[name][0], inputs[0].detach().abs().max())
             output.register_hook(backward)
 
         def backward(grad):
-            seen[name][2] = max(seen[name][2], grad.abs().max())
+            expected[name][2] = max(expected[name][2], grad.abs().max())
 
-        seen[name][1] = linear.weight.detach().abs().max()
+        expected[name][1] = linear.weight.detach().abs().max()
         linear.register_forward_hook(forward)
 
     for name in plan.linears:
-        watch(name, model.get_submodule(name))
+        register_hooks(name, model.get_submodule(name))
     for seed, batch in enumerate(batches):
-        with in_bf16(model):
+        with bf16_autocast(model):
             loss = batch_losses(model, {seed: batch}).sum()
         loss.backward()
-    measured = measure_amax(stage2_model(stage1), plan.linears, batches)
-    for name, expected in seen.items():
-        assert torch.allclose(measured[name], expected, rtol=1e-4), name
-        zero = name.endswith("cross_attention.q_proj")  # behind a projection that is still zero
-        assert bool(measured[name][2] == 0) is zero, name
+    actual = measure_amax(stage2_model(stage1), plan.linears, batches)
+    for name in plan.linears:
+        assert torch.allclose(actual[name], expected[name], rtol=1e-4), name
+        has_no_grad = name.endswith("cross_attention.q_proj")  # it feeds an output projection that is zero
+        assert bool(actual[name][2] == 0) is has_no_grad, name
 
 
-def test_no_plan_no_scales(stage1):
+def test_empty_plan_has_no_amax(stage1):
     model = stage2_model(stage1)
     assert measure_amax(model, (), synthetic_batches(stage1.config, 48, 1, 2)) == {}
 
 
-def test_statistics_on_a_heavy_tail():
-    """One value in a hundred thousand is huge: the percentile does not see it, the smallest error keeps it."""
+def test_statistics_of_a_heavy_tail():
+    """With one outlier in 100,000 values the percentile ignores the outlier, and the mean squared error keeps it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200_000, generator=generator)
     x[[5, 70_000]] = torch.tensor([900.0, -1000.0])
-    found = {name: float(statistic(x, E4M3)) for name, statistic in STATISTICS.items()}
-    assert found["max"] == 1000
-    assert 3.5 < found["percentile"] < 5
-    assert found["mse"] == pytest.approx(1000, rel=0.05)
+    amax = {name: float(statistic(x, E4M3)) for name, statistic in STATISTICS.items()}
+    assert amax["max"] == 1000
+    assert 3.5 < amax["percentile"] < 5
+    assert amax["mse"] == pytest.approx(1000, rel=0.05)
     uniform = torch.rand(10_000, generator=generator)
-    assert float(mse_best(uniform, E4M3)) > 0.8
-    assert float(largest(torch.tensor([1.0, float("nan")]), E4M3)) != 1
+    assert float(mse_optimal(uniform, E4M3)) > 0.8
+    assert float(max_magnitude(torch.tensor([1.0, float("nan")]), E4M3)) != 1
 
 
-def test_patterns_keep_linears(stage1):
+def test_patterns_keep_linears_in_bf16(stage1):
     model = stage2_model(stage1)
     plan = make_plan(model, keep=["dit_blocks.0.*", "*linear2"], batch=1)
     assert not [name for name in plan.linears if name.startswith("dit_blocks.0.") or name.endswith("linear2")]
-    assert plan.kept["dit_blocks.1.mlp.linear2"] == "asked for by *linear2"
-    with pytest.raises(ValueError, match="no such linear"):
+    assert plan.kept["dit_blocks.1.mlp.linear2"] == "matches --keep-bf16 *linear2"
+    with pytest.raises(ValueError, match="matches no linear"):
         make_plan(model, keep=["encoder.*"], batch=1)

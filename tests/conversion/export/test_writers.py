@@ -1,4 +1,4 @@
-"""What a conversion writes for others, read back by them."""
+"""Exports of a conversion, loaded by the libraries they are for."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def converted(legacy_file) -> Path:
     exports = [word for name in EXPORTS for word in ("--export", name)]
-    sizes = ["--batches", "2", "--text-dim", "48", "--base-image-size", "8"]
+    sizes = ["--num-batches", "2", "--text-dim", "48", "--base-latent-size", "8"]
     assert main([str(legacy_file), *sizes, *exports]) == 0
     return legacy_file.with_name("ckpt.fp8")
 
 
-def test_fp8_weights_are_the_average(converted):
+def test_inference_weights_are_the_ema_in_fp8(converted):
     saved = checkpoints.load(converted)
     stored = load_file(converted / "inference" / WEIGHTS)
     assert saved.plan is not None
@@ -34,21 +34,21 @@ def test_fp8_weights_are_the_average(converted):
         assert stored[f"{name}.weight"].dtype == torch.float8_e4m3fn
         assert stored[f"{name}.input_scale"] == saved.scales[f"{name}.scale"][linear.INPUT]
         exact = saved.ema[f"{name}.weight"]
-        back = stored[f"{name}.weight"].float() / stored[f"{name}.weight_scale"]
-        assert (back - exact).abs().max() <= exact.abs().max() / 16  # half a step of three bits
+        dequantized = stored[f"{name}.weight"].float() / stored[f"{name}.weight_scale"]
+        assert (dequantized - exact).abs().max() <= exact.abs().max() / 16  # half a step of a 3-bit mantissa
     model, record = loading.load(converted / "inference")
     assert record["linears"] == list(saved.plan.linears)
-    average = DiT(**saved.config)
-    average.load_state_dict(saved.ema)
+    ema_model = DiT(**saved.config)
+    ema_model.load_state_dict(saved.ema)
     inputs = {"text": torch.randn(2, 5, 48), "text_mask": torch.ones(2, 5, dtype=torch.bool)}
     latents, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7])
     with torch.no_grad():
-        wanted, got = average(latents, t, **inputs), model(latents, t, **inputs)
-    assert 0 < (wanted - got).norm() / wanted.norm() < 0.1
+        expected, actual = ema_model(latents, t, **inputs), model(latents, t, **inputs)
+    assert 0 < (expected - actual).norm() / expected.norm() < 0.1
 
 
 @pytest.mark.usefixtures("torchao")
-def test_torchao_trains_from_the_same_weights(converted):
+def test_torchao_trains_the_exported_linears(converted):
     import torchao.float8 as torchao
 
     saved = checkpoints.load(converted)

@@ -1,4 +1,4 @@
-"""A hundred damaged inputs: each is refused in one clear line, with nothing run, nothing written, nothing changed."""
+"""More than a hundred damaged inputs: each is refused in one line, with no code executed and no file changed."""
 
 import hashlib
 import io
@@ -18,16 +18,16 @@ from conversion.to_fp8 import main
 from pixart.checkpoint import directory as checkpoints
 from tests.support.checkpoints import legacy_content
 
-QUICK = ["--batches", "1", "--batch", "2", "--text-dim", "16", "--stage", "1"]
-OF_A_FILE = ["--base-image-size", "8"]  # a directory knows its own
+QUICK = ["--num-batches", "1", "--batch-size", "2", "--text-dim", "16", "--stage", "1"]
+FILE_OPTIONS = ["--base-latent-size", "8"]  # a directory records its latent size
 WEIGHT = "_orig_mod.dit_blocks.1.mlp.linear1.weight"
 TRUNCATIONS = 24
 pytestmark = pytest.mark.slow
 NAN, INF = float("nan"), float("inf")
 
 
-class Evil:
-    """Unpickled as a pickle, it makes a directory."""
+class MaliciousObject:
+    """Object that creates a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ Damage = Callable[[dict[str, Any]], object]
 
 
 def damages() -> Iterator[tuple[str, Damage]]:
-    """Of the content of a file of the original training."""
+    """Yield the name of each damage and a function that applies it to the content of a legacy file."""
     for shape in ((), (0,), (128,), (127, 32), (32, 128), (128, 32, 1)):
         yield f"shape {shape}", with_weight(lambda old, shape=shape: torch.zeros(shape))
     for dtype in (torch.int8, torch.int64, torch.bool, torch.complex64):
@@ -94,67 +94,67 @@ def last(state: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def swap_moments(content: dict[str, Any]) -> None:
-    for own in states(content).values():
-        own["exp_avg"], own["exp_avg_sq"] = own["exp_avg_sq"], own["exp_avg"]
+    for state in states(content).values():
+        state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"]
 
 
 CONTENTS = dict(damages())
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_damaged_content(legacy_file, capsys, name):
+def test_damaged_content_is_refused(legacy_file, capsys, name):
     content = torch.load(legacy_file, weights_only=True)
     CONTENTS[name](content)
     torch.save(content, legacy_file)
-    refused(legacy_file, capsys)
+    check_refused(legacy_file, capsys)
 
 
 @pytest.mark.parametrize("number", range(TRUNCATIONS))
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_truncated(stage1, legacy_file, capsys, kind, number):
+def test_truncated_file_is_refused(stage1, legacy_file, capsys, kind, number):
     path = legacy_file
     if kind == "safetensors":
         path = legacy_file.with_name("weights.safetensors")
         save_file(stage1.model, path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: random.Random(number).randrange(len(whole))])
-    refused(path, capsys)
+    content = path.read_bytes()
+    path.write_bytes(content[: random.Random(number).randrange(len(content))])
+    check_refused(path, capsys)
 
 
 @pytest.mark.parametrize("file", ["training.json", "transformer/config.json", "optimizer.safetensors", "ema"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "gone"])
-def test_damaged_directory(stage1, tmp_path, capsys, file, damage):
-    path = checkpoints.save(stage1, tmp_path / "own") / file
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_damaged_directory_is_refused(stage1, tmp_path, capsys, file, damage):
+    path = checkpoints.save(stage1, tmp_path / "checkpoint") / file
     if path.is_dir():
         path = path / checkpoints.WEIGHTS
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
-    if damage == "gone":
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    if damage == "missing":
         path.unlink()
-    refused(tmp_path / "own", capsys)
+    check_refused(tmp_path / "checkpoint", capsys)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "archive", "old archive", "distributed"])
-def test_code_is_not_run(stage1, tmp_path, capsys, kind):
-    path, made = tmp_path / "c.pt", tmp_path / "made"
+def test_pickled_code_is_not_executed(stage1, tmp_path, capsys, kind):
+    path, created = tmp_path / "c.pt", tmp_path / "created"
     match kind:
         case "pickle":
-            path.write_bytes(pickle.dumps(Evil(made)))
+            path.write_bytes(pickle.dumps(MaliciousObject(created)))
         case "archive":
-            torch.save({**legacy_content(stage1), "evil": Evil(made)}, path)
+            torch.save({**legacy_content(stage1), "malicious": MaliciousObject(created)}, path)
         case "old archive":
-            torch.save({"model": Evil(made)}, path, _use_new_zipfile_serialization=False)
+            torch.save({"model": MaliciousObject(created)}, path, _use_new_zipfile_serialization=False)
         case "distributed":
             path = tmp_path / "c"
             path.mkdir()
-            (path / ".metadata").write_bytes(pickle.dumps(Evil(made)))
-    refused(path, capsys)
-    assert not made.exists()
+            (path / ".metadata").write_bytes(pickle.dumps(MaliciousObject(created)))
+    check_refused(path, capsys)
+    assert not created.exists()
 
 
 @pytest.mark.parametrize("kind", ["compressed", "overlapping"])
-def test_zip_bomb(legacy_file, capsys, kind):
-    """A few kilobytes that claim gigabytes."""
+def test_decompression_bomb_is_refused(legacy_file, capsys, kind):
+    """The archive has a few kilobytes and claims gigabytes."""
     with zipfile.ZipFile(legacy_file) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     data = next(name for name in contents if "/data/" in name)
@@ -166,24 +166,24 @@ def test_zip_bomb(legacy_file, capsys, kind):
             for entry in list(archive.filelist):
                 entry.file_size = entry.compress_size = 1 << 30
     legacy_file.write_bytes(bomb.getvalue())
-    refused(legacy_file, capsys)
+    check_refused(legacy_file, capsys)
 
 
-def test_directory_of_rubbish(tmp_path, capsys):
-    rubbish = tmp_path / "rubbish"
+def test_directory_of_random_bytes_is_refused(tmp_path, capsys):
+    directory = tmp_path / "random"
     for name in (".metadata", "config.json", checkpoints.WEIGHTS):
-        shutil.rmtree(rubbish, ignore_errors=True)
-        rubbish.mkdir()
-        (rubbish / name).write_bytes(random.Random(0).randbytes(5000))
-        (rubbish / "notes.txt").write_text("nothing here")
-        refused(rubbish, capsys)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        (directory / name).write_bytes(random.Random(0).randbytes(5000))
+        (directory / "notes.txt").write_text("nothing here")
+        check_refused(directory, capsys)
 
 
-def refused(path: Path, capsys: pytest.CaptureFixture) -> None:
+def check_refused(path: Path, capsys: pytest.CaptureFixture) -> None:
     before = fingerprint(path.parent)
-    assert main([str(path), *QUICK, *([] if path.is_dir() else OF_A_FILE)]) == 2
+    assert main([str(path), *QUICK, *([] if path.is_dir() else FILE_OPTIONS)]) == 2
     captured = capsys.readouterr()
-    assert "--base-image-size" not in captured.err
+    assert "--base-latent-size" not in captured.err
     last = captured.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert path.name in last
@@ -194,12 +194,12 @@ def refused(path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Of every file and directory in it."""
+    """Return the SHA-256 of every file in a folder, and an empty string for every directory."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
     }
 
 
-def test_there_are_a_hundred():
+def test_number_of_damages():
     assert len(CONTENTS) + 2 * TRUNCATIONS + 12 + 4 + 2 + 3 >= 100

@@ -1,4 +1,4 @@
-"""The gate and what it is told: cosines, losses, carried bits."""
+"""Acceptance checks and their inputs: cosine similarity, losses, carried tensors."""
 
 import dataclasses
 import math
@@ -18,86 +18,87 @@ LINEARS = ("dit_blocks.0.mlp.linear1", "dit_blocks.1.attention.attention.q_proj"
 LOSSES = {"stage 1, BF16": 0.8, "stage 2, BF16": 0.804, "stage 2, FP8": 0.805}
 
 
-def test_cosine_of_gradients():
+def test_gradient_cosine():
     exact = {"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[0.0, 4.0], [0.0, 0.0]])}
     assert acceptance.gradient_cosine(exact, exact) == pytest.approx(1, abs=1e-12)
     assert acceptance.gradient_cosine(exact, {"b": exact["b"]}) == pytest.approx(1, abs=1e-12)
-    turned = {"a": torch.tensor([[0.0, 3.0]]), "b": exact["b"]}
-    assert acceptance.gradient_cosine(exact, turned) == pytest.approx(16 / 25, abs=1e-12)
-    nothing = {name: torch.zeros_like(gradient) for name, gradient in exact.items()}
-    assert acceptance.gradient_cosine(exact, nothing) == 0
-    assert acceptance.gradient_cosine(nothing, exact) is None
+    rotated = {"a": torch.tensor([[0.0, 3.0]]), "b": exact["b"]}
+    assert acceptance.gradient_cosine(exact, rotated) == pytest.approx(16 / 25, abs=1e-12)
+    zero = {name: torch.zeros_like(gradient) for name, gradient in exact.items()}
+    assert acceptance.gradient_cosine(exact, zero) == 0
+    assert acceptance.gradient_cosine(zero, exact) is None
     assert acceptance.gradient_cosine(exact, {}) is None
 
 
-@pytest.mark.parametrize(("rows", "together"), [(1, 1), (32, 2), (4096, 3)])
-def test_batches_that_share_a_pass_keep_their_own_losses_and_rows(monkeypatch, stage1, rows, together):
-    batches = synthetic_batches(stage1.config, 48, 3, 1)  # of 16 tokens
+@pytest.mark.parametrize(("tokens_per_pass", "batches_in_pass"), [(1, 1), (32, 2), (4096, 3)])
+def test_results_do_not_depend_on_how_batches_share_passes(monkeypatch, stage1, tokens_per_pass, batches_in_pass):
+    batches = synthetic_batches(stage1.config, 48, 3, 1)  # 16 tokens each
     model, copy = (load_model(stage1.config, stage1.model) for _ in range(2))
     plan = Plan(linears=LINEARS, history=4)
     scales = calibrated_state({name: torch.tensor([8.0, 0.5, 0.01]) for name in LINEARS}, plan)
     checkpoint = dataclasses.replace(stage1, plan=plan, scales=scales)
-    monkeypatch.setattr("conversion.batches.ROWS", 1)
-    alone = quantization_error.observe(model, checkpoint, batches)
-    monkeypatch.setattr("conversion.batches.ROWS", rows)
-    observed = quantization_error.observe(model, checkpoint, batches)
-    found, gradients = acceptance.in_fp8(copy, batches, LINEARS)
+    monkeypatch.setattr("conversion.batches.TOKENS_PER_PASS", 1)
+    expected = quantization_error.observe(model, checkpoint, batches)
+    monkeypatch.setattr("conversion.batches.TOKENS_PER_PASS", tokens_per_pass)
+    actual = quantization_error.observe(model, checkpoint, batches)
+    fp8_loss, grads = acceptance.fp8_loss_and_grads(copy, batches, LINEARS)
 
-    assert observed.loss == pytest.approx(alone.loss, rel=1e-5)
-    assert found == pytest.approx(alone.loss, rel=1e-2)  # in BF16
-    for layer, other in zip(observed.layers, alone.layers, strict=True):
-        assert layer["name"] == other["name"]
-        assert layer["amax"] == pytest.approx(other["amax"], rel=1e-4)
-        assert layer["sqnr"] == pytest.approx(other["sqnr"], abs=0.05)
-        assert layer["dynamic"] == pytest.approx(other["dynamic"], abs=0.05)
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert fp8_loss == pytest.approx(expected.loss, rel=1e-2)
+    for layer, expected_layer in zip(actual.layers, expected.layers, strict=True):
+        assert layer["name"] == expected_layer["name"]
+        assert layer["amax"] == pytest.approx(expected_layer["amax"], rel=1e-4)
+        for key in ("sqnr_db", "dynamic_sqnr_db"):
+            assert layer[key] == pytest.approx(expected_layer[key], abs=0.05)
     weights = [model.get_submodule(name).weight.requires_grad_() for name in LINEARS]
-    loss = sum(amax.batch_losses(model, {seed: batches[seed]}).sum() for seed in range(together))
+    loss = sum(amax.batch_losses(model, {seed: batches[seed]}).sum() for seed in range(batches_in_pass))
     exact = dict(zip(LINEARS, torch.autograd.grad(loss, weights), strict=True))
-    assert acceptance.gradient_cosine(exact, observed.gradients) > 0.9999
-    for name, gradient in exact.items():
-        assert float(observed.gradients[name].norm()) == pytest.approx(float(gradient.norm()), rel=1e-2)
-    assert acceptance.gradient_cosine(observed.gradients, gradients) > 0.999
+    assert acceptance.gradient_cosine(exact, actual.grads) > 0.9999
+    for name, grad in exact.items():
+        assert float(actual.grads[name].norm()) == pytest.approx(float(grad.norm()), rel=1e-2)
+    assert acceptance.gradient_cosine(actual.grads, grads) > 0.999
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
-def test_quantized_model_is_where_its_weights_are(stage1, recipe):
+def test_quantized_copy_is_on_the_device_of_its_weights(stage1, recipe):
     plan = Plan(linears=LINEARS, recipe=recipe, history=4)
     model = load_model(stage1.config, stage1.model, "meta")
     scales = calibrated_state({name: torch.ones(3) for name in LINEARS}, plan)
-    assert acceptance.quantized(model, plan, scales).adaLN1.weight.device.type == "meta"
+    assert acceptance.quantized_copy(model, plan, scales).adaLN1.weight.device.type == "meta"
 
 
-def layer(gap: float) -> dict[str, dict[str, float]]:
-    return {"aligned": {"weight_gradient": 30.0}, "sqnr": {"weight_gradient": 30.0 - gap}}
+def layer(sqnr_loss_db: float) -> dict[str, dict[str, float]]:
+    return {"aligned_dynamic_sqnr_db": {"grad_weight": 30.0}, "sqnr_db": {"grad_weight": 30.0 - sqnr_loss_db}}
 
 
 @pytest.mark.parametrize(
-    ("layers", "changed", "failing"),
+    ("layers", "changed_losses", "failing"),
     [
         ([layer(0.05)] * 8, {}, []),
         ([layer(0.15)] * 8, {}, ["mean"]),
         ([layer(0.0)] * 8 + [layer(0.6)], {}, ["worst layer"]),
-        ([], {"stage 2, FP8": 0.8061}, ["BF16 to FP8"]),
-        ([], {"stage 2, FP8": math.nan}, ["BF16 to FP8"]),
-        ([], {"stage 1, BF16": 0.82}, ["to stage 2"]),
+        ([], {"stage 2, FP8": 0.8061}, ["FP8 loss"]),
+        ([], {"stage 2, FP8": math.nan}, ["FP8 loss"]),
+        ([], {"stage 1, BF16": 0.82}, ["stage-2 loss"]),
     ],
 )
-def test_gate(layers, changed, failing):
-    found = [check.name for check in acceptance.gate(layers, {**LOSSES, **changed}) if not check.passed]
-    assert len(found) == len(failing)
-    assert all(name.endswith(end) for name, end in zip(found, failing, strict=True))
+def test_acceptance_checks(layers, changed_losses, failing):
+    checks = acceptance.check_losses_and_grads(layers, {**LOSSES, **changed_losses})
+    actual = [check.name for check in checks if not check.passed]
+    assert len(actual) == len(failing)
+    assert all(name.endswith(end) for name, end in zip(actual, failing, strict=True))
 
 
-def test_one_other_bit_is_found(stage1, tmp_path):
-    fates = dict.fromkeys(stage1.model, "carried")
+def test_a_flipped_bit_is_detected(stage1, tmp_path):
+    provenance = dict.fromkeys(stage1.model, "carried")
     checkpoints.write_state(stage1, tmp_path)
-    assert acceptance.carried_check(stage1, tmp_path, fates).passed
+    assert acceptance.check_carried_tensors(stage1, tmp_path, provenance).passed
     name = "dit_blocks.1.mlp.linear2.bias"
     for field, key in (("model", name), ("ema", name), ("optimizer", f"{name}.exp_avg_sq")):
         tensor = getattr(stage1, field)[key].clone()
         tensor.view(torch.int32)[3] ^= 1
         altered = dataclasses.replace(stage1, **{field: {**getattr(stage1, field), key: tensor}})
-        check = acceptance.carried_check(altered, tmp_path, fates)
+        check = acceptance.check_carried_tensors(altered, tmp_path, provenance)
         assert not check.passed
         assert key in check.value
-        assert acceptance.carried_check(altered, tmp_path, {**fates, name: "derived"}).passed
+        assert acceptance.check_carried_tensors(altered, tmp_path, {**provenance, name: "derived"}).passed

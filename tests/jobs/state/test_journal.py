@@ -57,16 +57,35 @@ def test_lines_are_read_between_two_ends(tmp_path):
     assert [line["step"] for line in read_tail(tmp_path)] == [1, 2, 4, 3]
 
 
-def test_of_linears_the_extremes_are_told():
-    """Headroom is worth a look where it is low, overflow where it is high."""
+def test_fp8_metrics_are_summarized_by_their_extremes():
+    """Headroom is critical where it is low, saturation where it is high."""
     names = [f"dit_blocks.{block}.mlp.linear1.input" for block in range(3)]
     metrics = {f"fp8/{what}/{name}": float(value) for what in ("headroom", "scale") for value, name in enumerate(names)}
-    assert summarized({"train/loss": 0.5, **metrics, "fp8/overflow_share/a.grad_output": 0.25}) == {
+    assert summarized({"train/loss": 0.5, **metrics, "fp8/saturation_rate/a.grad_output": 0.25}) == {
         "train/loss": 0.5,
-        "fp8/headroom/input_lowest": 0.0,
-        "fp8/scale/input_lowest": 0.0,
-        "fp8/scale/input_highest": 2.0,
-        "fp8/overflow_share/grad_output_highest": 0.25,
+        "fp8/headroom/input_min": 0.0,
+        "fp8/scale/input_min": 0.0,
+        "fp8/scale/input_max": 2.0,
+        "fp8/saturation_rate/grad_output_max": 0.25,
+    }
+
+
+def test_metrics_of_earlier_runs_have_their_current_names_and_units():
+    earlier = {
+        "fp8/overflow_share/a.input": 0.5,
+        "train/data_wait": 0.1,
+        "data/valid": 7.0,
+        "system/memory_gb_node12": 2**30 / 1e9,
+        "system/ram_gb_node0": 2.0,
+        "system/load_node0": 3.0,
+    }
+    assert summarized(earlier) == {
+        "fp8/saturation_rate/input_max": 0.5,
+        "train/data_loading_fraction": 0.1,
+        "data/num_valid": 7.0,
+        "system/node_12/max_memory_allocated_gib": pytest.approx(1.0),
+        "system/node_0/system_memory_usage_megabytes": 2000.0,
+        "system/node_0/load_average_1m": 3.0,
     }
 
 

@@ -80,11 +80,16 @@ def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
 
     folder = tmp_path / "images"
     folder.mkdir()
-    for index, item in enumerate(open_source("demo", images=6, seed=0, image_size=64).read(0, 6)):
+    for index, item in enumerate(open_source("demo", max_images=6, seed=0, image_size=64).read(0, 6)):
         (folder / f"{index}.png").write_bytes(item.data if index != 4 else item.data[:100])
         (folder / f"{index}.txt").write_text(f"scene {index}")
     data = dataclasses.replace(
-        small_recipe.data, path=str(tmp_path / "d"), source=str(folder), images=None, shards=2, text_states=False
+        small_recipe.data,
+        path=str(tmp_path / "d"),
+        source=str(folder),
+        max_images=None,
+        num_shards=2,
+        store_text_embeddings=False,
     )
     init_dataset.run(to_json(dataclasses.replace(small_recipe, data=data)))
     caption.run(data.path, [0, 1])

@@ -1,6 +1,5 @@
 """Run folders, and what is said of them afterwards."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.commands import runs as status
+from jobs.commands.options import RunOptions
+from jobs.commands.runs import cancel, logs, status
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.journal import Journal
@@ -49,10 +49,6 @@ def make_run(home: Path, name: str = "1-caption-a", jobs=(), shards: int = 4) ->
     return run
 
 
-def options(run: str | None = None, **values) -> argparse.Namespace:
-    return argparse.Namespace(run=run, **{"shard": None, "follow": False, **values})
-
-
 def test_a_run_is_read_as_it_was_saved(tmp_path):
     run = make_run(tmp_path, jobs=[("12_0", (0, 2)), ("12_1", (1, 3)), ("13", (2,))])
     assert runs.load(run.folder) == run
@@ -83,7 +79,7 @@ def test_each_state_of_an_element(tmp_path, process, capsys):
     assert found[3].note == "ValueError: no such image"
     assert runs.under_way(found)
 
-    assert status.status_command(tmp_path, options()) == 1
+    assert status.run(RunOptions(home=str(tmp_path), run=None)) == 1
     told = capsys.readouterr().out
     assert "failed: shard 3, job 999999991: ValueError: no such image" in told
     assert "retry 1-caption-a" in told
@@ -95,12 +91,12 @@ def test_logs_of_one_shard(tmp_path, capsys):
     run = make_run(tmp_path, jobs=[("999999991", (0, 1)), ("999999992", (2, 3))])
     for job in ("999999991", "999999992"):
         run.log(job, stream="out").write_text(f"said by {job}\n")
-    assert status.logs_command(tmp_path, options(shard=2)) == 0
+    assert logs.run(logs.Options(home=str(tmp_path), run=None, shard=2)) == 0
     assert capsys.readouterr().out == "said by 999999992\n"
-    status.logs_command(tmp_path, options())
+    logs.run(logs.Options(home=str(tmp_path), run=None))
     assert "said by 999999991" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no such shard"):
-        status.logs_command(tmp_path, options(shard=9))
+        logs.run(logs.Options(home=str(tmp_path), run=None, shard=9))
 
 
 def test_logs_are_followed_to_the_end_of_the_jobs(tmp_path, process, capsys):
@@ -109,21 +105,21 @@ def test_logs_are_followed_to_the_end_of_the_jobs(tmp_path, process, capsys):
     log.write_text("at first\n")
 
     def work() -> None:
-        time.sleep(3 * status.FOLLOW_SECONDS)
+        time.sleep(3 * logs.FOLLOW_SECONDS)
         with log.open("a") as file:
             file.write("later\n")
         ledger.record(run.dataset, "caption", 0, ENTRY)
 
     task = threading.Thread(target=work)
     task.start()
-    assert status.logs_command(tmp_path, options(follow=True)) == 0
+    assert logs.run(logs.Options(home=str(tmp_path), run=None, follow=True)) == 0
     task.join()
     assert capsys.readouterr().out == "at first\nlater\n"
 
 
 def test_cancel_ends_what_runs(tmp_path, process, capsys):
     make_run(tmp_path, jobs=[(process, (0, 1)), ("999999991", (2, 3))])
-    status.cancel_command(tmp_path, options())
+    cancel.run(RunOptions(home=str(tmp_path), run=None))
     assert "cancelled 1 jobs" in capsys.readouterr().out
     os.waitpid(int(process), 0)
 
@@ -138,10 +134,10 @@ def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys
     journal = Journal(folder)
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 0.5, "train/seconds_per_step": 30.0 * step})
-    status.status_command(tmp_path, options())
+    status.run(RunOptions(home=str(tmp_path), run=None))
     assert "step 2 of 100, loss 0.5000, 1.0/min, 98.0 minutes left" in capsys.readouterr().out
     (folder / RESULT).write_text('"there"')
-    status.status_command(tmp_path, options())
+    status.run(RunOptions(home=str(tmp_path), run=None))
     assert "step 2 of 100, loss 0.5000\n" in capsys.readouterr().out
 
 

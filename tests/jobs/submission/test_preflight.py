@@ -1,4 +1,4 @@
-"""What a training job is refused for, before anything runs."""
+"""Checks before a training job is submitted."""
 
 import dataclasses
 
@@ -25,22 +25,25 @@ def record(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"provenance": {"models": {"vae": "zz"}}}, "another vae: fingerprint zz"),
-        ({"provenance": {"models": {"vae": "aa", "text_encoder": "zz"}}}, "another text encoder: fingerprint zz"),
+        ({"provenance": {"models": {"vae": "zz"}}}, "data of another vae: fingerprint zz"),
+        (
+            {"provenance": {"models": {"vae": "aa", "text_encoder": "zz"}}},
+            "data of another text encoder: fingerprint zz",
+        ),
         ({"config": {**CONFIG, "in_dim": 4}}, "reads 4 latent channels, the dataset has 16"),
-        ({"config": {**CONFIG, "text_dim": 2048}}, "width 2048, the dataset's are 384"),
+        ({"config": {**CONFIG, "text_dim": 2048}}, "width 2048, the dataset's have width 384"),
     ],
 )
-def test_a_dataset_that_the_checkpoint_cannot_read(changes, message):
+def test_a_dataset_that_does_not_fit_the_checkpoint(changes, message):
     check_dataset(demo(""), 2, MANIFEST, record())
-    check_dataset(demo(""), 2, MANIFEST, record(provenance={}))  # one from before there were fingerprints
+    check_dataset(demo(""), 2, MANIFEST, record(provenance={}))  # a checkpoint without fingerprints
     with pytest.raises(ValueError, match=message) as error:
         check_dataset(demo(""), 2, MANIFEST, record(**changes))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("recipe", "backend"), [("mxfp8", "native"), ("delayed", "torchao"), ("rowwise", "te")])
-def test_a_plan_that_the_backend_does_not_follow(recipe, backend):
+def test_a_backend_that_does_not_implement_the_fp8_recipe(recipe, backend):
     def with_backend(name):
         stage2 = dataclasses.replace(demo("").stage2, fp8_backend=name)
         return dataclasses.replace(demo(""), stage2=stage2)
@@ -61,4 +64,4 @@ def test_too_many_classes():
     many = {**MANIFEST, "class_names": list("abcde")}
     with pytest.raises(ValueError, match=r"--set model\.num_classes=6"):
         check_dataset(demo(""), 1, many, None)
-    check_dataset(demo(""), 1, many, record())  # the checkpoint's own number counts, and is checked where it runs
+    check_dataset(demo(""), 1, many, record())  # the checkpoint's number of classes counts

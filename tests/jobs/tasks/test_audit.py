@@ -36,7 +36,7 @@ def recipe(tmp_path_factory) -> Recipe:
     for path in images.glob("[01]*.png"):
         path.with_suffix(".txt").write_text(f"a coarse pattern of many colours, number {path.stem}. It is soft.")
     made = demo(str(home))
-    data = DataConfig(path=f"{home}/data", source=str(images), shards=SHARDS, image_size=64, text_tokens=8)
+    data = DataConfig(path=f"{home}/data", source=str(images), num_shards=SHARDS, image_size=64, max_text_tokens=8)
     made = dataclasses.replace(made, data=data)
     init_dataset.run(to_json(made))
     caption.run(data.path, list(range(SHARDS)))
@@ -52,7 +52,9 @@ def run(recipe: Recipe, folder, **limits: float) -> None:
 
 
 def test_page_and_verdict(recipe, tmp_path):
-    with pytest.raises(ValueError, match=r"^the dataset does not pass its audit: plain or near-plain 0\.1724, limit"):
+    with pytest.raises(
+        ValueError, match=r"^the dataset does not pass its audit: solid-color or uniform 0\.1724, limit"
+    ):
         run(recipe, tmp_path, max_rejected=0.3)
     folder = tmp_path.parent / recipe.data.path / audit_files.FOLDER
     summary = json.loads((folder / audit_files.SUMMARY).read_text())
@@ -61,7 +63,7 @@ def test_page_and_verdict(recipe, tmp_path):
     assert summary["duplicates"] == {"exact": {"groups": 1, "rows": 2}, "near": {"groups": 1, "rows": 2}}
     for name, histogram in summary["histograms"].items():
         assert sum(histogram["counts"]) == 22, name
-    assert summary["openings"] == {"a coarse pattern": 20, "": 2}
+    assert summary["first_words"] == {"a coarse pattern": 20, "": 2}
     rows = pq.read_table(folder / audit_files.DUPLICATES).to_pylist()
     assert [(row["kind"], row["row"]) for row in rows] == [("exact", 3), ("exact", 25), ("near", 4), ("near", 26)]
 
@@ -71,7 +73,7 @@ def test_page_and_verdict(recipe, tmp_path):
     assert "http" not in page.replace("http-equiv", "")
     lines, _ = read_journal(tmp_path)
     metrics = {key: value for line in lines for key, value in line.get("metrics", {}).items()}
-    assert metrics["data/valid"] == 22
+    assert metrics["data/num_valid"] == 22
     assert metrics["data/rejected_plain"] == pytest.approx(5 / 29)
     assert {line["artifact"].rpartition("/")[2] for line in lines if "artifact" in line} >= {audit_files.PAGE}
 
@@ -80,7 +82,9 @@ def test_training_asks_for_it(recipe, tmp_path):
     folder = tmp_path.parent / recipe.data.path / audit_files.FOLDER
     with pytest.raises(ValueError, match="does not pass"):
         run(recipe, tmp_path, max_same_opening=0.5)
-    with pytest.raises(ValueError, match=r"failed its audit \(rejected, plain or near-plain, same opening"):
+    with pytest.raises(
+        ValueError, match=r"failed its audit \(rejected, solid-color or uniform, captions with the same"
+    ):
         audit.require(recipe.data.path)
     run(recipe, tmp_path, max_rejected=1, max_plain=1, max_duplicates=1, max_same_opening=1)
     audit.require(recipe.data.path)

@@ -13,7 +13,7 @@ from tests.pixart.data.sources.test_sources import ROWS, make_tars
 def test_what_is_found_out_of_large_files_is_kept_for_the_tasks(tmp_path):
     make_tars(f"{tmp_path}/images")
     recipe = demo(str(tmp_path))
-    data = dataclasses.replace(recipe.data, source=f"{tmp_path}/images", images=None)
+    data = dataclasses.replace(recipe.data, source=f"{tmp_path}/images", max_images=None)
     init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
     kept = json.loads((Path(data.path) / "source-files.json").read_text())
     assert [rows for _, rows in kept.values()] == [10, 10, ROWS - 20]
@@ -23,7 +23,7 @@ def test_what_is_found_out_of_large_files_is_kept_for_the_tasks(tmp_path):
 def test_nothing_is_written_where_something_is_not_there(tmp_path, wrong):
     make_tars(f"{tmp_path}/images")
     recipe = demo(str(tmp_path))
-    changes = {"source": f"{tmp_path}/images", "images": None, wrong: f"{tmp_path}/nowhere"}
+    changes = {"source": f"{tmp_path}/images", "max_images": None, wrong: f"{tmp_path}/nowhere"}
     if wrong == "caption_model":
         changes["captioner"] = "vllm"
     with pytest.raises(ValueError, match="nowhere"):

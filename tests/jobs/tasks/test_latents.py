@@ -23,12 +23,12 @@ from pixart.recipes import demo
 
 def test_short_captions_are_stored_beside_long_ones(tmp_path):
     recipe = demo(str(tmp_path))
-    data = dataclasses.replace(recipe.data, images=6, shards=2, short_captions=True)
+    data = dataclasses.replace(recipe.data, max_images=6, num_shards=2, short_captions=True)
     init_dataset.run(to_json(dataclasses.replace(recipe, data=data)))
     caption.run(data.path, [0, 1])
     latents.run(data.path, [0, 1])
     store = Store(manifests.read(data.path))
-    encoder = TextEncoder(data.text_encoder, tokens=data.text_tokens, scale=data.text_scale)
+    encoder = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
     parts = [pq.read_table(caption.part_path(data.path, shard)) for shard in range(2)]
     captions = [text for part in parts for text in part["short_caption"].to_pylist()]
     ids, mask = encoder.tokenize(captions)
@@ -43,23 +43,23 @@ def test_short_captions_are_stored_beside_long_ones(tmp_path):
 def photographs(tmp_path) -> DataConfig:
     """A dataset of two captioned shards; its images are files, 0.png to 5.png."""
     (tmp_path / "images").mkdir()
-    for index, item in enumerate(open_source("demo", images=6, image_size=64).read(0, 6)):
+    for index, item in enumerate(open_source("demo", max_images=6, image_size=64).read(0, 6)):
         (tmp_path / f"images/{index}.png").write_bytes(item.data)
-    data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", images=None, shards=2)
+    data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", max_images=None, num_shards=2)
     init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0, 1])
     return data
 
 
 def test_text_encoder_is_loaded_only_where_its_states_are_stored(photographs, tmp_path, monkeypatch):
-    data = dataclasses.replace(photographs, path=str(tmp_path / "other"), text_states=False)
+    data = dataclasses.replace(photographs, path=str(tmp_path / "other"), store_text_embeddings=False)
     init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0, 1])
     monkeypatch.setattr("pixart.data.encoders.text_encoder.load_text_model", None)
     latents.run(data.path, [0, 1])
     ids = Store(manifests.read(data.path)).read("token_ids", np.arange(6))
     texts = [text for shard in range(2) for text in caption.read_part(data.path, shard)["caption"].to_pylist()]
-    tokenizer = Tokenizer(load_tokenizer(data.text_encoder), tokens=data.text_tokens)
+    tokenizer = Tokenizer(load_tokenizer(data.text_encoder), max_tokens=data.max_text_tokens)
     assert (ids == tokenizer.tokenize(texts)[0]).all()
 
 
@@ -87,7 +87,7 @@ def test_images_that_are_not_those_captioned_are_refused(photographs, change):
 
 def test_items_that_the_source_no_longer_gives_are_refused(photographs):
     manifest = manifests.read(photographs.path)
-    items = list(manifests.open_images(manifest).read(*manifest.shard(0)))[:-1]
+    items = list(manifests.open_images(manifest).read(*manifest.shard_range(0)))[:-1]
     table = caption.read_part(photographs.path, 0).to_pydict()
     with pytest.raises(ValueError, match=r"row 2 was 2\.png, now None"):
         list(latents.encoded(manifest, items, table, load_vae(photographs.vae)))
@@ -96,8 +96,8 @@ def test_items_that_the_source_no_longer_gives_are_refused(photographs):
 def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
     """To what another filter would change: they are decoded at no less than twice the size that is wanted."""
     (tmp_path / "images").mkdir()
-    data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", images=None, shards=1)
-    for item in open_source("demo", images=1, image_size=16 * data.image_size).read(0, 1):
+    data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", max_images=None, num_shards=1)
+    for item in open_source("demo", max_images=1, image_size=16 * data.image_size).read(0, 1):
         Image.open(io.BytesIO(item.data)).convert("RGB").save(tmp_path / "images/0.jpg", quality=95)
     init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0])

@@ -13,12 +13,13 @@ from PIL import Image
 
 from conversion.export.writers import export_inference
 from jobs import launch
-from jobs.commands.sample import class_index
+from jobs.commands.results.sample import Options
+from jobs.commands.results.sampling_checks import class_index
 from jobs.tasks import sample
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
-from pixart.config.overrides import override
+from pixart.config import overrides
 from pixart.config.recipe import Recipe, to_json
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import text_dim
@@ -68,7 +69,7 @@ def paint(small_recipe, tmp_path):
     def run(checkpoint: Path, *settings: str, name: str = "run", **request) -> tuple[Path, dict]:
         folder = tmp_path / name
         folder.mkdir()
-        recipe = override(small_recipe, ["sample.steps=2", "sample.seed=40", *settings])
+        recipe = overrides.apply(small_recipe, ["sample.steps=2", "sample.seed=40", *settings])
         (folder / "config.json").write_text(to_json(recipe))
         (folder / "git.txt").write_text(f"commit {COMMIT}\n\n")
         return folder, sample.run(
@@ -108,13 +109,14 @@ def test_a_picture_says_all_of_its_settings_and_is_made_again_from_them(paint, s
     assert json.loads(sheet["pictures"])[3] == own
     assert json.loads((folder / "samples.json").read_text())["pictures"][3] == own
 
-    options = launch.make_parser().parse_args(shlex.split(command)[3:])
+    _, options = launch.parse_command(shlex.split(command)[3:])
+    assert isinstance(options, Options)
     again, _ = paint(
         Path(options.checkpoint),
         *options.overrides,
         name="again",
         weights=options.weights,
-        prompts=[{"prompt": text} for text in options.prompt],
+        prompts=[{"prompt": text} for text in options.prompts],
     )
     (alone,) = pictures(again)
     difference = np.abs(np.asarray(alone).astype(int) - np.asarray(found[3]))
@@ -198,7 +200,7 @@ def test_another_vae_of_the_same_name_is_refused(paint, saved, small_recipe, tmp
     made = manifests.read(small_recipe.data.path)
     data = dataclasses.replace(made.data, path=str(tmp_path / "data"))
     manifests.write(dataclasses.replace(made, data=data, models={**made.models, "vae": "another"}))
-    with pytest.raises(ValueError, match="its vae is no longer the one that it was made with"):
+    with pytest.raises(ValueError, match="its vae has changed since the dataset was created"):
         paint(saved[2], f"data.path={tmp_path}/data", prompts=[{"prompt": "a star"}])
 
 
@@ -238,7 +240,7 @@ def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F81
     words = ["--prompt", "long", "--file", str(tmp_path / "prompts.jsonl"), "--recaption", "--server", url]
     assert launch.main(["sample", str(saved[2]), *where, *words]) == 0
     said = capsys.readouterr()
-    assert "left as it is (not answered): long" in said.err
+    assert "unchanged (not answered): long" in said.err
     sheet = Path(next(line for line in said.out.splitlines() if line.startswith("sampled: ")).split()[1])
     texts = [(image.text["request"], image.text["prompt"]) for image in pictures(sheet.parent)]
     assert texts == [
@@ -247,7 +249,7 @@ def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F81
         ("blue ball", "A blue ball, some-model, seed 0."),
     ]
     target = tmp_path / "exported"
-    assert launch.main(["sample", str(saved[1]), *where, "--export", str(target)]) == 0
+    assert launch.main(["sample", str(saved[1]), *where, "--export-pipeline", str(target)]) == 0
     assert f"exported: {target}" in capsys.readouterr().out.splitlines()
     assert (target / "model_index.json").exists()
     assert not list((tmp_path / "runs").glob("*/samples.png"))[1:]  # the export alone makes no pictures

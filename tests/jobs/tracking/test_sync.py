@@ -27,6 +27,7 @@ from slurm.task import ATTEMPTS
 from tests.conversion.report.test_html import marks, plots, read
 
 ROOT = Path(__file__).parents[3]
+SYSTEM_METRICS = ("cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_available_megabytes")
 
 
 def make_run(home: Path, kind: str, **values) -> Run:
@@ -57,7 +58,7 @@ def test_shards_are_metrics_once(tmp_path):
     found = sorted((key, step, value) for key, value, _, step in points(read_journal(run.folder)[0], set()))
     rates = [("data/images_per_second", 0, 10.0), ("data/images_per_second", 2, 5.0)]
     assert [point for point in found if point[0] == rates[0][0]] == rates
-    assert [point[1:] for point in found if point[0] == "data/valid"] == [(0, 19.0), (2, 9.0)]
+    assert [point[1:] for point in found if point[0] == "data/num_valid"] == [(0, 19.0), (2, 9.0)]
     assert len(found) == 8
 
 
@@ -93,7 +94,7 @@ def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
     assert found[0].state == ("failed" if fail else "done"), found
     assert read_description(run.folder)["status"] == ("FAILED" if fail else "FINISHED")
     keys = {key for key, *_ in points(read_journal(run.folder)[0], set())}
-    assert {"train/loss", "system/cpu_percent_node0", "system/ram_gb_node0", "system/disk_free_gb_node0"} <= keys
+    assert {"train/loss", *(f"system/node_0/{name}" for name in SYSTEM_METRICS)} <= keys
 
 
 def test_a_companion_ends_with_a_rank_that_is_killed(tmp_path):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
+from pixart.checkpoint.safetensors_stream import save_tensors
 from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
 
@@ -36,19 +37,19 @@ def make_checkpoint(step: int = 7) -> Checkpoint:
         plan=Plan(linears=("dit_blocks.0.mlp.linear1",), kept={"patchify": "entry"}, history=8),
         scales={"dit_blocks.0.mlp.linear1.scale": torch.tensor([1.0, 2.0, 3.0])},
         dataset="/data",
-        provenance={"source": "there"},
+        provenance={"source": "elsewhere"},
     )
 
 
 def test_round_trip_is_exact(tmp_path):
     saved = make_checkpoint()
-    again = checkpoints.load(checkpoints.save(saved, tmp_path / "step-00000007"))
+    loaded = checkpoints.load(checkpoints.save(saved, tmp_path / "step-00000007"))
     for field in ("stage", "step", "normalization", "plan", "dataset", "provenance", "config"):
-        assert getattr(again, field) == getattr(saved, field), field
+        assert getattr(loaded, field) == getattr(saved, field), field
     for field in ("model", "ema", "optimizer", "scales"):
-        one, other = getattr(again, field), getattr(saved, field)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        actual, expected = getattr(loaded, field), getattr(saved, field)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key]) for key in actual)
 
 
 def test_weights_are_a_diffusers_folder(tmp_path):
@@ -58,7 +59,7 @@ def test_weights_are_a_diffusers_folder(tmp_path):
     assert torch.equal(model.patchify.weight, saved.model["patchify.weight"])
 
 
-def test_failed_save_leaves_the_old_one_and_nothing_else(tmp_path):
+def test_a_failed_save_keeps_the_previous_checkpoint_only(tmp_path):
     checkpoints.save(make_checkpoint(1), tmp_path / "c")
     broken = make_checkpoint(2)
     broken.provenance = {"not json": object()}
@@ -71,22 +72,22 @@ def test_failed_save_leaves_the_old_one_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_find_takes_the_newest_whole_one(tmp_path):
+def test_find_returns_the_newest_complete_checkpoint(tmp_path):
     for step in (3, 12, 7):
         checkpoints.save(make_checkpoint(step), tmp_path / "checkpoints" / f"step-{step:08d}")
-    (tmp_path / "checkpoints" / "step-00000020").mkdir()  # has no marker
-    checkpoints.save(make_checkpoint(12), tmp_path / "checkpoints" / "step-00000012.fp8")  # is no step of the run
+    (tmp_path / "checkpoints" / "step-00000020").mkdir()  # incomplete: no marker
+    checkpoints.save(make_checkpoint(12), tmp_path / "checkpoints" / "step-00000012.fp8")  # converted, not of the run
     assert checkpoints.find(tmp_path).name == "step-00000012"
     assert checkpoints.find(tmp_path / "checkpoints/step-00000003").name == "step-00000003"
     with pytest.raises(ValueError, match="neither"):
         checkpoints.find(tmp_path / "nothing")
 
 
-def test_damage_is_named(tmp_path):
+def test_errors_of_damaged_checkpoints(tmp_path):
     directory = checkpoints.save(make_checkpoint(), tmp_path / "c")
     weights = directory / "transformer" / checkpoints.WEIGHTS
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="truncated"):
         checkpoints.load(directory)
     state = load_file(directory / "ema" / checkpoints.WEIGHTS)
@@ -95,18 +96,18 @@ def test_damage_is_named(tmp_path):
         ({**state, "extra": torch.zeros(3)}, "extra"),
         ({key: value for key, value in state.items() if key != "patchify.bias"}, "lacks 1 tensors"),
     ):
-        checkpoints.save_tensors(changed, weights)
+        save_tensors(changed, weights)
         with pytest.raises(ValueError, match=message):
             checkpoints.load(directory)
-    record = checkpoints.read_record(directory)
+    metadata = checkpoints.read_metadata(directory)
     for changed in (
-        {"normalization": {"centre": [0.0]}},
+        {"normalization": {"unknown": [0.0]}},
         {"plan": {"linears": [], "blocks": 3}},
         {"plan": {"recipe": "delayed"}},
     ):
-        (directory / "training.json").write_text(json.dumps({**record, **changed}))
+        (directory / "training.json").write_text(json.dumps({**metadata, **changed}))
         with pytest.raises(ValueError, match="of another version"):
-            checkpoints.describe(directory)
+            checkpoints.load_without_tensors(directory)
     (directory / "training.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="99"):
         checkpoints.load(directory)
@@ -115,7 +116,7 @@ def test_damage_is_named(tmp_path):
         checkpoints.load(directory)
 
 
-def test_normalization_is_undone():
+def test_normalization_round_trip():
     normalization = make_checkpoint().normalization
     latents = torch.randn(2, 4, 3, 3)
     normalized = normalization.apply(latents)

@@ -1,4 +1,4 @@
-"""Files of tensors: read back by safetensors' own reader, whatever their size, on any file system."""
+"""Safetensors files of any size, with and without direct I/O, against safetensors' own reader."""
 
 import errno
 import os
@@ -8,31 +8,31 @@ import torch
 from safetensors.torch import load_file
 
 from pixart.checkpoint import safetensors_stream
-from pixart.checkpoint.safetensors_stream import BLOCK, differing, map_tensors, save_tensors
+from pixart.checkpoint.safetensors_stream import BLOCK, differing_tensors, map_tensors, save_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "cached"])
 def _file_system(request, monkeypatch):
-    """As it is, and as one that refuses direct writing."""
+    """The file system of the tests, with and without direct I/O."""
     if request.param:
         return
-    real = os.open
+    original = os.open
 
-    def refusing(path, flags, *mode):
+    def open_without_direct(path, flags, *mode):
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real(path, flags, *mode)
+        return original(path, flags, *mode)
 
-    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(os, "open", open_without_direct)
 
 
 @pytest.mark.usefixtures("_file_system")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK, 5 * BLOCK + 3], ids=str)
-def test_read_back(tmp_path, monkeypatch, dtype, size):
-    """With a buffer of two blocks, tensors end on either side of its end, and of a block's."""
+def test_round_trip(tmp_path, monkeypatch, dtype, size):
+    """Tensors end before, at and after the ends of blocks and of a buffer of two blocks."""
     monkeypatch.setattr(safetensors_stream, "BUFFER", 2 * BLOCK)
     state = {
         "first": torch.arange(size).to(dtype),
@@ -42,43 +42,43 @@ def test_read_back(tmp_path, monkeypatch, dtype, size):
     }
     path = tmp_path / "x.safetensors"
     save_tensors(state, path)
-    for found in (load_file(path), map_tensors(path)):
-        assert found.keys() == state.keys()
-        assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in state.items())
-    assert differing(path, state) == []
+    for loaded in (load_file(path), map_tensors(path)):
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == dtype for name, tensor in state.items())
+    assert differing_tensors(path, state) == []
     for name, tensor in state.items():
         if tensor.numel():
             altered = tensor.contiguous().clone()
             altered.view(-1).view(torch.uint8)[-1] ^= 1
-            assert differing(path, {**state, name: altered}) == [name]
+            assert differing_tensors(path, {**state, name: altered}) == [name]
     others = {"absent": state["scalar"], "scalar": torch.ones(1, dtype=dtype), "first": state["first"].double()}
-    assert differing(path, {**state, **others}) == ["first", "scalar", "absent"]
+    assert differing_tensors(path, {**state, **others}) == ["first", "scalar", "absent"]
 
 
-def test_no_tensors_and_a_full_name(tmp_path):
+def test_empty_state_and_missing_folder(tmp_path):
     save_tensors({}, tmp_path / "x")
     assert load_file(tmp_path / "x") == {}
     with pytest.raises(OSError, match="No such file"):
         save_tensors({}, tmp_path / "absent" / "x")
 
 
-def test_written_over(tmp_path):
+def test_a_longer_file_is_overwritten(tmp_path):
     save_tensors({"a": torch.zeros(100_000)}, tmp_path / "x")
     save_tensors({"a": torch.ones(3)}, tmp_path / "x")
     assert load_file(tmp_path / "x")["a"].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("writes", [0, 1, 4], ids=["the first", "the second", "the header"])
-def test_a_full_disk_is_told(tmp_path, monkeypatch, writes):
+@pytest.mark.parametrize("writes", [0, 1, 4], ids=["first write", "second write", "header"])
+def test_a_full_disk_raises(tmp_path, monkeypatch, writes):
     monkeypatch.setattr(safetensors_stream, "BUFFER", 2 * BLOCK)
-    real, done = os.pwrite, []
+    original, offsets = os.pwrite, []
 
-    def full(descriptor, data, place):
-        if len(done) == writes:
+    def write_until_full(descriptor, data, offset):
+        if len(offsets) == writes:
             raise OSError(errno.ENOSPC, "No space left on device")
-        done.append(place)
-        return real(descriptor, data, place)
+        offsets.append(offset)
+        return original(descriptor, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", write_until_full)
     with pytest.raises(OSError, match="No space left"):
         save_tensors({"a": torch.zeros(2 * BLOCK)}, tmp_path / "x")

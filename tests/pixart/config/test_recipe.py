@@ -1,59 +1,54 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from pixart.config.overrides import override
+from pixart.config import overrides
 from pixart.config.recipe import from_json, to_json
+from pixart.config.training import FP8_BACKENDS, resolve_fp8_backend
 from pixart.recipes import RECIPES
 
-DEMO = RECIPES["demo"]("home")
-
-
-def test_overrides_by_dotted_key():
-    changed = override(
-        DEMO, ["stage1.steps=7", "data.images=none", "data.text_states=False", "stage2.lr=3e-4", "data.captioner=vllm"]
-    )
-    assert (changed.stage1.steps, changed.data.images, changed.data.text_states) == (7, None, False)
-    assert (changed.stage2.lr, changed.data.captioner) == (3e-4, "vllm")
-    assert override(DEMO, ["data.screening.min_side=32"]).data.screening.min_side == 32
-    assert override(DEMO, ["data.images=12"]).data.images == 12
-    assert override(DEMO, ["data.source=s3://bucket/a=b"]).data.source == "s3://bucket/a=b"
-
-
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("stage1.stepz=7", r"'stage1.stepz'.*steps, batch"),
-        ("nothing=1", "'nothing'.*data, audit, model"),
-        ("stage1=7", "is a group; set one of stage1.steps"),
-        ("name.x=7", "has no parts"),
-        ("stage1.steps", "write it as key=value"),
-        ("stage1.steps=many", "stage1.steps='many': must be of type int"),
-        ("stage1.steps=1.5", "must be of type int"),
-        ("stage2.fp8=yes", "must be true or false"),
-        ("stage1.precision=fp16", "must be one of bf16, fp32"),
-        ("stage1.steps=0", "^stage1.steps=0: must be at least 1"),
-        ("stage2.batch=-4", "^stage2.batch=-4: must be at least 1"),
-        ("stage1.lr=nan", "^stage1.lr=nan: must be at least 0"),
-        ("stage1.drop=1.5", r"^stage1.drop=1.5: must lie between 0 and 1"),
-        ("data.images=0", "^data.images=0: must be at least 1"),
-        ("data.screening=7", r"is a group; set one of data\.screening\.max_pixels"),
-        ("data.screening.blur=7", "'data.screening.blur'.*max_pixels, min_side"),
-        ("data.screening.max_pixels=1e6", "data.screening.max_pixels='1e6': must be of type int"),
-        ("data.screening.min_side=0", "^data.screening.min_side=0: must be at least 1"),
-        ("data.screening.max_aspect=nan", "^data.screening.max_aspect=nan: must be at least 1"),
-        ("data.screening.plain=0", "^data.screening.plain=0.0: must be more than 0 and at most 1"),
-        ("data.screening.near_plain=1.1", "^data.screening.near_plain=1.1: must be more than 0 and at most 1"),
-        ("sample.count=0", "^sample.count=0: must be at least 1"),
-    ],
-)
-def test_mistakes_name_the_key(assignment, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        override(DEMO, [assignment])
-    assert "\n" not in str(caught.value)
+ROOT = Path(__file__).parents[3]
+HEAVY = {"torch", "numpy", "pydantic", "tomlkit", "diffusers", "transformers", "zarr", "pyarrow"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_survive_json(name):
     recipe = RECIPES[name]("home")
+    assert recipe.name == name
     assert from_json(to_json(recipe)) == recipe
-    changed = override(recipe, ["data.screening.min_side=32"])
+    changed = overrides.apply(recipe, ["data.screening.min_side=32"])
     assert from_json(to_json(changed)) == changed
+
+
+@pytest.mark.parametrize("section", ["data", "audit", "model", "stage1", "stage2", "sample"])
+def test_a_record_with_another_key_is_refused(section):
+    text = to_json(RECIPES["demo"]("home")).replace(f'"{section}": {{', f'"{section}": {{"blur": 1,')
+    with pytest.raises(TypeError, match="blur"):
+        from_json(text)
+
+
+def test_the_stages_of_a_recipe_differ_in_length_and_precision_only():
+    for make in RECIPES.values():
+        recipe = make("home")
+        assert dataclasses.replace(recipe.stage1, steps=recipe.stage2.steps, fp8=True) == recipe.stage2
+
+
+@pytest.mark.parametrize("fp8_recipe", FP8_BACKENDS)
+def test_the_default_backend_of_an_fp8_recipe(fp8_recipe):
+    supported = FP8_BACKENDS[fp8_recipe]
+    assert resolve_fp8_backend("auto", fp8_recipe) == supported[0]
+    for backend in ("native", "torchao", "te"):
+        if backend in supported:
+            assert resolve_fp8_backend(backend, fp8_recipe) == backend
+        else:
+            with pytest.raises(ValueError, match=f"^fp8_backend={backend}: .*{fp8_recipe}"):
+                resolve_fp8_backend(backend, fp8_recipe)
+
+
+def test_the_configuration_imports_nothing_heavy():
+    modules = "pixart.recipes, pixart.config.overrides, pixart.config.reference, pixart.config.toml_file"
+    code = f"import sys, {modules}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"

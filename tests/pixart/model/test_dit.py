@@ -1,4 +1,4 @@
-"""The model: the contract with existing checkpoints, and each part against a naive second implementation."""
+"""The transformer: compatibility with existing checkpoints, and each layer against a naive implementation."""
 
 import math
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixart.model.dit import DiT, no_class, parameter_groups
+from pixart.model.dit import DiT, null_labels, parameter_groups
 from pixart.model.layers import Attention, PositionEmbedding, TimeEmbedding
 
 SIZES = {"in_dim": 4, "dim": 32, "cond_dim": 16, "num_heads": 2, "num_blocks": 2, "base_image_size": 8}
 
 
-def random_model(**kind: int) -> DiT:
-    """All parameters random, so that nothing is hidden by a zero initialization."""
+def random_model(**options: int) -> DiT:
+    """Return a model with random parameters, so that no layer is hidden by a zero initialization."""
     torch.manual_seed(0)
-    model = DiT(**SIZES, **kind)
+    model = DiT(**SIZES, **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -29,8 +29,8 @@ def test_original_stage1_outputs(shared_data, name):
         model = DiT(**expected["config"])
         state = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in saved[key].items()}
         model.load_state_dict(state, strict=True)
-        got = model(expected["x"], expected["t"], expected["label"])
-        assert (got - expected[out]).abs().max() <= 1e-5
+        actual = model(expected["x"], expected["t"], expected["label"])
+        assert (actual - expected[out]).abs().max() <= 1e-5
         if key == "model":
             wide = model(expected["x_wide"], expected["t_wide"], expected["label_wide"])
             assert (wide - expected["out_wide"]).abs().max() <= 1e-5
@@ -40,22 +40,22 @@ def test_original_stage2_outputs(shared_data):
     saved = torch.load(shared_data / "legacy/dev_stage2.pt", weights_only=True)
     model = DiT(**saved["config"])
     model.load_state_dict(saved["model"], strict=True)
-    got = model(saved["x"], saved["t"], text=saved["text_tokens"], text_mask=saved["text_mask"])
-    assert (got - saved["out"]).abs().max() <= 1e-5
+    actual = model(saved["x"], saved["t"], text=saved["text_tokens"], text_mask=saved["text_mask"])
+    assert (actual - saved["out"]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("kind", [{"num_classes": 5}, {"text_dim": 24}])
-def test_pretrained_round_trip_is_exact(tmp_path, kind):
-    model = random_model(**kind)
+@pytest.mark.parametrize("options", [{"num_classes": 5}, {"text_dim": 24}])
+def test_pretrained_round_trip_is_exact(tmp_path, options):
+    model = random_model(**options)
     model.save_pretrained(tmp_path)
-    again = DiT.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    assert again.config.dim == 32
-    assert again.state_dict().keys() == model.state_dict().keys()
+    loaded = DiT.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert loaded.config.dim == 32
+    assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_state_dict_keys_are_the_contract():
+def test_state_dict_keys():
     stage1 = set(DiT(**SIZES, num_classes=5).state_dict())
     block = {
         f"attention.attention.{name}_proj.{kind}" for name in ("q", "k", "v", "out") for kind in ("weight", "bias")
@@ -76,24 +76,24 @@ def test_state_dict_keys_are_the_contract():
 
 def test_time_embedding_against_the_formula():
     half = 8
-    got = TimeEmbedding(16)(torch.tensor([0.3]))[0]
+    actual = TimeEmbedding(16)(torch.tensor([0.3]))[0]
     for k in range(half):
         angle = 0.3 * math.exp(-math.log(10000) * k / (half - 1))
-        assert got[2 * k] == pytest.approx(math.sin(angle), abs=1e-6)
-        assert got[2 * k + 1] == pytest.approx(math.cos(angle), abs=1e-6)
+        assert actual[2 * k] == pytest.approx(math.sin(angle), abs=1e-6)
+        assert actual[2 * k + 1] == pytest.approx(math.cos(angle), abs=1e-6)
 
 
 def test_position_embedding_against_the_formula():
-    got = PositionEmbedding(16, base_grid=4)(2, 8).view(2, 8, 16)
+    actual = PositionEmbedding(16, base_grid=4)(2, 8).view(2, 8, 16)
     for y in range(2):
         for x in range(8):
             for k in range(4):
                 frequency = math.exp(-math.log(10000) * 2 * k / 8)
-                assert got[y, x, 2 * k] == pytest.approx(math.sin(y * 4 / 2 * frequency), abs=1e-5)
-                assert got[y, x, 8 + 2 * k + 1] == pytest.approx(math.cos(x * 4 / 8 * frequency), abs=1e-5)
+                assert actual[y, x, 2 * k] == pytest.approx(math.sin(y * 4 / 2 * frequency), abs=1e-5)
+                assert actual[y, x, 8 + 2 * k + 1] == pytest.approx(math.cos(x * 4 / 8 * frequency), abs=1e-5)
 
 
-def test_attention_against_the_softmax():
+def test_attention_against_its_formula():
     torch.manual_seed(0)
     attention = Attention(8, 2, kv_dim=6)
     torch.nn.init.normal_(attention.q_norm.weight)
@@ -101,21 +101,21 @@ def test_attention_against_the_softmax():
     mask = torch.rand(3, 7) < 0.6
     mask[:, 0] = True
 
-    def normalized(x, weight):
+    def rms_norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() * weight
 
     heads = []
     for head in range(2):
         part = slice(4 * head, 4 * head + 4)
-        q = normalized(attention.q_proj(query)[..., part], attention.q_norm.weight)
-        k = normalized(attention.k_proj(context)[..., part], attention.k_norm.weight)
+        q = rms_norm(attention.q_proj(query)[..., part], attention.q_norm.weight)
+        k = rms_norm(attention.k_proj(context)[..., part], attention.k_norm.weight)
         scores = (q @ k.transpose(1, 2) / 2).masked_fill(~mask[:, None], -torch.inf)
         heads.append(scores.softmax(-1) @ attention.v_proj(context)[..., part])
     expected = attention.out_proj(torch.cat(heads, -1))
     assert torch.allclose(attention(query, context, mask), expected, atol=1e-5)
 
 
-def test_masked_text_has_no_influence():
+def test_masked_text_has_no_effect():
     model = random_model(text_dim=24)
     x, t, text = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 6, 24)
     mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
@@ -128,7 +128,7 @@ def test_masked_text_has_no_influence():
 
 
 def test_stage1_block_against_the_paper():
-    """DiT's adaLN-zero block, written out with the chunks in the contract's order."""
+    """DiT's adaLN-zero block, written out with the modulation chunks in the checkpoints' order."""
     model = random_model(num_classes=5)
     block = model.dit_blocks[0]
     x, condition = torch.randn(2, 16, 32), torch.randn(2, 16)
@@ -141,21 +141,21 @@ def test_stage1_block_against_the_paper():
     assert torch.allclose(block(x, condition, None, None), expected, atol=1e-5)
 
 
-def test_fresh_model_predicts_zero_and_stage_is_known():
-    for kind, stage in (({"num_classes": 5}, 1), ({"text_dim": 24}, 2)):
-        model = DiT(**SIZES, **kind)
+def test_new_model_predicts_zero_and_has_a_stage():
+    for options, stage in (({"num_classes": 5}, 1), ({"text_dim": 24}, 2)):
+        model = DiT(**SIZES, **options)
         assert model.stage == stage
-        extra = {"label": no_class(model, 2)} if stage == 1 else {"text": torch.randn(2, 3, 24)}
+        extra = {"label": null_labels(model, 2)} if stage == 1 else {"text": torch.randn(2, 3, 24)}
         assert model(torch.randn(2, 4, 8, 8), torch.rand(2), **extra).abs().max() == 0
 
 
-@pytest.mark.parametrize("kind", [{}, {"num_classes": 5, "text_dim": 24}])
-def test_stage_must_be_given_just_once(kind):
+@pytest.mark.parametrize("options", [{}, {"num_classes": 5, "text_dim": 24}])
+def test_exactly_one_of_num_classes_and_text_dim_is_required(options):
     with pytest.raises(ValueError, match="num_classes"):
-        DiT(**SIZES, **kind)
+        DiT(**SIZES, **options)
 
 
-def test_parameter_groups_split_all_parameters_by_kind():
+def test_parameter_groups_partition_the_parameters():
     model = DiT(**SIZES, text_dim=24)
     decayed, undecayed = parameter_groups(model)
     assert sorted(decayed + undecayed) == sorted(name for name, _ in model.named_parameters())

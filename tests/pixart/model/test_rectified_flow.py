@@ -3,7 +3,7 @@ import torch
 from pixart.model.rectified_flow import flow_loss, interpolate, sample_time, stratified_time
 
 
-def test_ends_of_the_flow():
+def test_interpolation_between_noise_and_data():
     data, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     t = torch.tensor([0.0, 1.0, 0.25])
     x = interpolate(data, noise, t)
@@ -12,7 +12,7 @@ def test_ends_of_the_flow():
     assert torch.allclose(x[2], 0.25 * data[2] + 0.75 * noise[2])
 
 
-def test_loss_is_zero_at_the_velocity_and_grows_quadratically():
+def test_loss_is_the_squared_error_of_the_velocity():
     data, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     assert flow_loss(data - noise, data, noise) == 0
     assert torch.isclose(flow_loss(data - noise + 2, data, noise), torch.tensor(4.0))

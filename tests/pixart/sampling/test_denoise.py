@@ -6,7 +6,7 @@ from pixart.sampling.denoise import sample
 SIZES = {"in_dim": 4, "dim": 16, "cond_dim": 8, "num_heads": 2, "num_blocks": 1, "base_image_size": 8, "num_classes": 3}
 
 
-def make() -> DiT:
+def random_model() -> DiT:
     torch.manual_seed(0)
     model = DiT(**SIZES)
     for parameter in model.parameters():
@@ -19,8 +19,8 @@ def labels(*values: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def naive(model: DiT, label: int, null: int, steps: int, guidance: float, seed: int) -> torch.Tensor:
-    """Euler from t = 0 to t = 1, one sample."""
+def sample_reference(model: DiT, label: int, null: int, steps: int, guidance: float, seed: int) -> torch.Tensor:
+    """Sample one image with Euler steps from t = 0 to t = 1."""
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     for step in range(steps):
         t = torch.tensor([step / steps])
@@ -29,18 +29,18 @@ def naive(model: DiT, label: int, null: int, steps: int, guidance: float, seed: 
     return x[0]
 
 
-def test_scheduler_is_euler_with_guidance():
-    model = make()
+def test_sample_matches_euler_with_guidance():
+    model = random_model()
     for guidance in (1.0, 3.0):
-        got = sample(model, labels(0, 1), labels(2, 2), side=8, steps=7, guidance=guidance, seed=5)
+        actual = sample(model, labels(0, 1), labels(2, 2), latent_size=8, steps=7, guidance=guidance, seed=5)
         for index in range(2):
-            expected = naive(model, index, 2, 7, guidance, 5 + index)
-            assert torch.allclose(got[index], expected, atol=1e-4)
+            expected = sample_reference(model, index, 2, 7, guidance, 5 + index)
+            assert torch.allclose(actual[index], expected, atol=1e-4)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    model = make()
-    options = {"side": 8, "steps": 3, "guidance": 2.0}
+    model = random_model()
+    options = {"latent_size": 8, "steps": 3, "guidance": 2.0}
     both = sample(model, labels(0, 1), labels(2, 2), seed=0, **options)
     second = sample(model, labels(1), labels(2), seed=1, **options)
     assert torch.allclose(both[1], second[0], atol=1e-5)

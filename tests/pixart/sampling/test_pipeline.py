@@ -1,4 +1,4 @@
-"""The pipeline against our own sampler, as it is and as diffusers loads what was exported."""
+"""The pipeline and its export, compared with sampling by `denoise`."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from pixart.sampling.pipeline import PixArtPipeline
 SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 16, "num_heads": 2, "num_blocks": 2, "base_image_size": 4}
 MEAN, STD = tuple(0.1 * value for value in range(16)), tuple(1 + 0.1 * value for value in range(16))
 STEPS = 3
-TEXT = {"tokens": 12, "scale": 2.0}
+TEXT = {"max_tokens": 12, "scale": 2.0}
 
 
 def random_model(**kind: int) -> DiT:
@@ -29,7 +29,7 @@ def random_model(**kind: int) -> DiT:
     return model.eval()
 
 
-def make(model: DiT, **parts) -> PixArtPipeline:
+def make_pipeline(model: DiT, **parts) -> PixArtPipeline:
     return PixArtPipeline(
         transformer=model,
         vae=load_vae("demo"),
@@ -45,12 +45,12 @@ def make(model: DiT, **parts) -> PixArtPipeline:
 def texts() -> PixArtPipeline:
     tokenizer, encoder = load_text_model("minilm")
     parts = {"tokenizer": tokenizer, "text_encoder": encoder}
-    return make(random_model(text_dim=text_dim("minilm")), **parts, text_tokens=12, text_scale=2.0)
+    return make_pipeline(random_model(text_dim=text_dim("minilm")), **parts, text_tokens=12, text_scale=2.0)
 
 
 @pytest.fixture(scope="module")
 def classes() -> PixArtPipeline:
-    return make(random_model(num_classes=4), id2label={"0": "circle", "1": "square", "2": "star"})
+    return make_pipeline(random_model(num_classes=4), id2label={"0": "circle", "1": "square", "2": "star"})
 
 
 def latents(pipeline: PixArtPipeline, *prompt, guidance: float = 3.0, seeds=(5, 9), **options) -> torch.Tensor:
@@ -72,37 +72,37 @@ def noise(*seeds: int) -> torch.Tensor:
 PROMPTS = ["a red circle", "a longer text about a blue square"]
 
 
-def own_latents(model: DiT, guidance: float = 3.0) -> torch.Tensor:
+def expected_latents(model: DiT, guidance: float = 3.0) -> torch.Tensor:
     encoder = TextEncoder("minilm", **TEXT)
-    (text, mask), (none, none_mask) = encoder.encode(PROMPTS), encoder.encode([""] * 2)
+    (text, mask), (null, null_mask) = encoder.encode(PROMPTS), encoder.encode([""] * 2)
     return denoise(
         model,
         {"text": text, "text_mask": mask},
-        {"text": none, "text_mask": none_mask},
+        {"text": null, "text_mask": null_mask},
         noise(5, 9),
         steps=STEPS,
         guidance=guidance,
     )
 
 
-def test_it_is_our_own_sampler(texts):
+def test_pipeline_equals_denoise(texts):
     for guidance in (1.0, 3.0):
         assert torch.allclose(
-            latents(texts, PROMPTS, guidance=guidance), own_latents(texts.transformer, guidance), atol=1e-5
+            latents(texts, PROMPTS, guidance=guidance), expected_latents(texts.transformer, guidance), atol=1e-5
         )
 
 
-def test_diffusers_loads_the_export_and_samples_the_same(texts, tmp_path):
+def test_exported_pipeline_gives_the_same_samples(texts, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     texts.save_pretrained(first)
     loaded = DiffusionPipeline.from_pretrained(first, trust_remote_code=True)
     loaded.save_pretrained(second)
     again = DiffusionPipeline.from_pretrained(second, custom_pipeline=str(second), trust_remote_code=True)
-    wanted = own_latents(texts.transformer)
+    expected = expected_latents(texts.transformer)
     for pipeline in (loaded, again):
         assert type(pipeline) is PixArtPipeline
-        assert torch.allclose(latents(pipeline, PROMPTS), wanted, atol=1e-5)
-        assert not torch.allclose(latents(pipeline, PROMPTS[::-1]), wanted, atol=1e-3)
+        assert torch.allclose(latents(pipeline, PROMPTS), expected, atol=1e-5)
+        assert not torch.allclose(latents(pipeline, PROMPTS[::-1]), expected, atol=1e-3)
     image = again("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (32, 32)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
@@ -110,7 +110,7 @@ def test_diffusers_loads_the_export_and_samples_the_same(texts, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_has_imported_nothing_of_ours_loads_it(classes, tmp_path):
+def test_exported_pipeline_loads_in_a_new_process(classes, tmp_path):
     classes.save_pretrained(tmp_path / "export")
     code = f"""
 import torch
@@ -123,60 +123,60 @@ torch.save(images, {str(tmp_path / "images.pt")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stderr
-    wanted = latents(classes, class_labels=["square", 2])
-    assert torch.allclose(torch.load(tmp_path / "images.pt", weights_only=True), wanted, atol=1e-5)
+    expected = latents(classes, class_labels=["square", 2])
+    assert torch.allclose(torch.load(tmp_path / "images.pt", weights_only=True), expected, atol=1e-5)
     index = json.loads((tmp_path / "export/model_index.json").read_text())
     assert index["text_encoder"] == [None, None]
 
 
-def test_classes_are_guided_against_no_class(classes):
+def test_class_guidance_uses_the_null_class(classes):
     model = classes.transformer
-    label, none = {"label": torch.tensor([1, 3])}, {"label": torch.tensor([3, 3])}
-    wanted = denoise(model, label, none, noise(5, 9), steps=STEPS, guidance=3.0)
-    assert torch.allclose(latents(classes, class_labels=["square", "none"]), wanted, atol=1e-5)
-    plain = denoise(model, label, none, noise(5, 9), steps=STEPS, guidance=1.0)
-    assert not torch.allclose(wanted[0], plain[0], atol=1e-3)
-    assert torch.allclose(wanted[1], plain[1], atol=1e-4)  # no class against no class
+    label, null = {"label": torch.tensor([1, 3])}, {"label": torch.tensor([3, 3])}
+    expected = denoise(model, label, null, noise(5, 9), steps=STEPS, guidance=3.0)
+    assert torch.allclose(latents(classes, class_labels=["square", "none"]), expected, atol=1e-5)
+    unguided = denoise(model, label, null, noise(5, 9), steps=STEPS, guidance=1.0)
+    assert not torch.allclose(expected[0], unguided[0], atol=1e-3)
+    assert torch.allclose(expected[1], unguided[1], atol=1e-4)  # the null class is its own null conditioning
 
 
-def test_a_picture_does_not_depend_on_the_others(texts):
+def test_images_do_not_depend_on_their_batch(texts):
     both, second = latents(texts, PROMPTS), latents(texts, PROMPTS[1], seeds=(9,))
     assert torch.allclose(both[1], second[0], atol=1e-5)
     each = latents(texts, PROMPTS[1], seeds=(4, 9), num_images_per_prompt=2)
     assert torch.allclose(each[1], second[0], atol=1e-5)
 
 
-def test_what_does_not_fit_is_said(texts, classes):
+def test_invalid_arguments_are_errors(texts, classes):
     for pipeline, options, message in (
-        (texts, {"class_labels": 1}, "stage 2: give prompt"),
-        (texts, {}, "stage 2: give prompt"),
-        (classes, {"prompt": "a star"}, "stage 1: give class_labels"),
-        (classes, {"class_labels": 4}, "class 4: the model has classes 0 to 2 and 3 for no class"),
+        (texts, {"class_labels": 1}, "stage 2; pass only prompt"),
+        (texts, {}, "stage 2; pass only prompt"),
+        (classes, {"prompt": "a star"}, "stage 1; pass only class_labels"),
+        (classes, {"class_labels": 4}, "class 4 does not exist; the model has classes 0 to 2 and none"),
         (classes, {"class_labels": "dog"}, "class 'dog'"),
         (classes, {"class_labels": 1, "output_type": "np"}, "output_type='np'"),
-        (classes, {"class_labels": 1, "generator": []}, "0 generators for 1 pictures"),
+        (classes, {"class_labels": 1, "generator": []}, "0 generators for 1 images"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline(**options)
 
 
-def test_an_encoder_decoder_is_exported_as_a_whole_and_sampled_by_its_encoder(tmp_path):
+def test_encoder_decoder_text_model_is_exported_completely(tmp_path):
     from transformers import AutoModel, T5GemmaConfig, T5GemmaModuleConfig
 
     tokenizer, _ = load_text_model("minilm")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer)}
     torch.manual_seed(0)
-    half = T5GemmaModuleConfig(**sizes)
-    whole = AutoModel.from_config(T5GemmaConfig(encoder=half, decoder=half, vocab_size=len(tokenizer))).eval()
-    whole.save_pretrained(tmp_path / "text")
+    module = T5GemmaModuleConfig(**sizes)
+    text_model = AutoModel.from_config(T5GemmaConfig(encoder=module, decoder=module, vocab_size=len(tokenizer))).eval()
+    text_model.save_pretrained(tmp_path / "text")
     tokenizer.save_pretrained(tmp_path / "text")
     name = str(tmp_path / "text")
     model = random_model(text_dim=text_dim(name))
     parts = {"tokenizer": tokenizer, "text_tokens": 12}
-    make(model, text_encoder=load_text_model(name)[1], **parts).save_pretrained(tmp_path / "export")
+    make_pipeline(model, text_encoder=load_text_model(name)[1], **parts).save_pretrained(tmp_path / "export")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
-    encoder = TextEncoder(name, tokens=12, scale=1.0).model
-    wanted = latents(make(model, text_encoder=encoder, **parts), PROMPTS)
-    assert torch.allclose(latents(loaded, PROMPTS), wanted, atol=1e-5)
-    assert not torch.allclose(latents(loaded, PROMPTS[::-1]), wanted, atol=1e-3)
+    encoder = TextEncoder(name, max_tokens=12, scale=1.0).model
+    expected = latents(make_pipeline(model, text_encoder=encoder, **parts), PROMPTS)
+    assert torch.allclose(latents(loaded, PROMPTS), expected, atol=1e-5)
+    assert not torch.allclose(latents(loaded, PROMPTS[::-1]), expected, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Training that is stopped and killed again and again ends where one that was left alone does, bit for bit."""
+"""A run that is stopped and killed repeatedly ends bit-identical to an uninterrupted one."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ STEPS, STOPS = 200, 10
 
 
 def child(recipe_json: str, stage: int, run: str, start: str | None) -> None:
-    """One rank, which ends as on a cluster: SIGTERM sets a flag."""
-    asked = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    """Train on one rank, where SIGTERM sets a flag as on a cluster."""
+    signals = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     recipe = from_json(recipe_json)
     try:
         train(
@@ -36,14 +36,14 @@ def child(recipe_json: str, stage: int, run: str, start: str | None) -> None:
             run=run,
             start=start,
             reporter=Journal(run),
-            stop=lambda: len(asked),
+            stop=lambda: len(signals),
         )
     except Stopped:
         os._exit(3)
 
 
-def history(run: Path) -> dict[int, float]:
-    """The loss of each step; one that was told twice must have been the same twice."""
+def logged_losses(run: Path) -> dict[int, float]:
+    """Return the loss of each step, and assert that losses of a repeated step are equal."""
     losses: dict[int, float] = {}
     for line in read_journal(run)[0]:
         if "train/loss" in line.get("metrics", {}):
@@ -51,34 +51,34 @@ def history(run: Path) -> dict[int, float]:
     return losses
 
 
-def disturbed(world: int, recipe_json: str, stage: int, run: Path, start: str | None) -> list[str]:
-    """Trains to the end through many stops, each a few steps after the one before; returns what has ended it."""
+def train_with_interruptions(world_size: int, recipe_json: str, stage: int, run: Path, start: str | None) -> list[str]:
+    """Train to the end with STOPS interruptions, each a few steps after the previous one, and return their kinds."""
     random.seed(0)
-    ends = []
-    at = 0
+    interruptions = []
+    step = 0
     while True:
-        processes = ranks.start(world, child, recipe_json, stage, str(run), start)
-        if len(ends) < STOPS:
-            at += random.randint(8, STEPS // STOPS - 2)
-            wait_for(run, at, processes)
-            how = random.choice(["term", "kill one", "kill all"])
-            ends.append(how)
-            for process in processes[: 1 if how == "kill one" else None]:
-                os.kill(process.pid, signal.SIGTERM if how == "term" else signal.SIGKILL)
-            if how == "kill one":  # the others wait for it, as long as nobody ends them
+        processes = ranks.start(world_size, child, recipe_json, stage, str(run), start)
+        if len(interruptions) < STOPS:
+            step += random.randint(8, STEPS // STOPS - 2)
+            wait_for(run, step, processes)
+            kind = random.choice(["term", "kill one", "kill all"])
+            interruptions.append(kind)
+            for process in processes[: 1 if kind == "kill one" else None]:
+                os.kill(process.pid, signal.SIGTERM if kind == "term" else signal.SIGKILL)
+            if kind == "kill one":  # the other ranks would wait for it forever
                 for process in processes[1:]:
                     process.kill()
         for process in processes:
             process.join(120)
         if all(process.exitcode == 0 for process in processes):
-            return ends
+            return interruptions
 
 
 def wait_for(run: Path, step: int, processes) -> None:
     deadline = time.monotonic() + 120
-    while max(history(run), default=0) < step:
+    while max(logged_losses(run), default=0) < step:
         assert time.monotonic() < deadline
-        assert all(process.is_alive() for process in processes) or max(history(run)) == STEPS
+        assert all(process.is_alive() for process in processes) or max(logged_losses(run)) == STEPS
         time.sleep(0.01)
 
 
@@ -86,7 +86,7 @@ def wait_for(run: Path, step: int, processes) -> None:
 def recipe(small_recipe):
     def longer(config, **changes):
         return dataclasses.replace(
-            config, steps=STEPS, save_every=7, validate_every=50, validation_rows=8, log_every=1, **changes
+            config, steps=STEPS, save_every=7, validate_every=50, num_validation_samples=8, log_every=1, **changes
         )
 
     return dataclasses.replace(
@@ -99,39 +99,41 @@ def converted(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
     config = dataclasses.replace(recipe.stage1, steps=6)
     last = train(stage=1, model=recipe.model, config=config, dataset=recipe.data.path, run=folder)
-    convert(last, folder / "c.fp8", Options(batches=2, batch=8))
+    convert(last, folder / "c.fp8", Options(num_batches=2, batch_size=8))
     return str(folder / "c.fp8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_ten_stops_change_nothing(recipe, converted, tmp_path, world, stage):
-    """Stage 1 in BF16, stage 2 in FP8: weights, average, moments, scales and every loss."""
+def test_ten_interruptions_change_nothing(recipe, converted, tmp_path, world_size, stage):
+    """Weights, EMA weights, moments, scales and losses are equal, for stage 1 in BF16 and stage 2 in FP8."""
     start = converted if stage == 2 else None
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    for folder in (straight, stopped):
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    for folder in (uninterrupted, interrupted):
         folder.mkdir()
-    ranks.run(world, child, to_json(recipe), stage, str(straight), start)
-    ends = disturbed(world, to_json(recipe), stage, stopped, start)
-    assert len(ends) == STOPS
-    assert len(set(ends)) == 3
-    one, other = (checkpoints.load(folder / f"checkpoints/step-{STEPS:08d}") for folder in (straight, stopped))
-    for group, tensors in one.tensors().items():
-        assert tensors.keys() == other.tensors()[group].keys()
+    ranks.run(world_size, child, to_json(recipe), stage, str(uninterrupted), start)
+    interruptions = train_with_interruptions(world_size, to_json(recipe), stage, interrupted, start)
+    assert len(interruptions) == STOPS
+    assert len(set(interruptions)) == 3
+    expected, actual = (
+        checkpoints.load(folder / f"checkpoints/step-{STEPS:08d}") for folder in (uninterrupted, interrupted)
+    )
+    for group, tensors in expected.tensors().items():
+        assert tensors.keys() == actual.tensors()[group].keys()
         for name in tensors:
-            assert torch.equal(tensors[name], other.tensors()[group][name]), f"{group}.{name}"
-    assert bool(one.scales) == (stage == 2)
-    assert one.plan == other.plan
-    assert history(straight) == history(stopped)
-    assert sorted(history(straight)) == list(range(1, STEPS + 1))
-    told = [
+            assert torch.equal(tensors[name], actual.tensors()[group][name]), f"{group}.{name}"
+    assert bool(expected.scales) == (stage == 2)
+    assert expected.plan == actual.plan
+    assert logged_losses(uninterrupted) == logged_losses(interrupted)
+    assert sorted(logged_losses(uninterrupted)) == list(range(1, STEPS + 1))
+    validation_losses = [
         {
             line["step"]: line["metrics"]["val/loss_ema"]
             for line in read_journal(folder)[0]
             if "val/loss" in json.dumps(line)
         }
-        for folder in (straight, stopped)
+        for folder in (uninterrupted, interrupted)
     ]
-    assert told[0] == told[1]
-    assert set(told[0]) == {50, 100, 150, 200}
+    assert validation_losses[0] == validation_losses[1]
+    assert set(validation_losses[0]) == {50, 100, 150, 200}

@@ -1,24 +1,24 @@
 import subprocess
 import sys
 
-STALL = """
+HANG = """
 import threading, time
-from pixart.training.watchdog import Watch
-watch = Watch(0.01).__enter__()
-def waits_for_the_others(): time.sleep(2)
-threading.Thread(target=waits_for_the_others).start()
+from pixart.training.watchdog import HangWatchdog
+watchdog = HangWatchdog(0.01).__enter__()
+def wait_for_other_ranks(): time.sleep(2)
+threading.Thread(target=wait_for_other_ranks).start()
 for _ in range(20):
     time.sleep(0.05)
-    watch.step_ended()
-print("no word so far", flush=True)
+    watchdog.step_ended()
+print("no traceback so far", flush=True)
 time.sleep(0.9)
-watch.__exit__()
+watchdog.__exit__()
 """
 
 
-def test_a_stall_prints_every_thread():
-    done = subprocess.run([sys.executable, "-c", STALL], capture_output=True, text=True, check=True)
-    assert "Timeout" in done.stderr
-    assert "waits_for_the_others" in done.stderr
-    assert "line 11 in <module>" in done.stderr  # where the steps have stopped, not before
-    assert "line 9 in <module>" not in done.stderr
+def test_a_hang_prints_the_stacks_of_all_threads():
+    process = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, check=True)
+    assert "Timeout" in process.stderr
+    assert "wait_for_other_ranks" in process.stderr
+    assert "line 11 in <module>" in process.stderr  # after the last step, not before
+    assert "line 9 in <module>" not in process.stderr

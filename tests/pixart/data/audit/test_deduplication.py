@@ -13,20 +13,20 @@ from pixart.data.sources.open import open_source
 LIMITS = ScreeningConfig(min_side=32)
 
 
-def by_definition(hashes: np.ndarray, distance: int) -> list[list[int]]:
-    """All pairs compared, and what is linked gathered by walking."""
+def near_groups_reference(hashes: np.ndarray, distance: int) -> list[list[int]]:
+    """Compare all pairs, and find connected components by depth-first search."""
     close = np.bitwise_count(hashes[:, None] ^ hashes) <= distance
-    seen: set[int] = set()
+    visited: set[int] = set()
     groups = []
     for start in range(len(hashes)):
-        if start in seen:
+        if start in visited:
             continue
-        group, todo = {start}, [start]
-        while todo:
-            new = set(np.flatnonzero(close[todo.pop()]).tolist()) - group
+        group, stack = {start}, [start]
+        while stack:
+            new = set(np.flatnonzero(close[stack.pop()]).tolist()) - group
             group |= new
-            todo += new
-        seen |= group
+            stack += new
+        visited |= group
         if len(group) > 1:
             groups.append(sorted(group))
     return groups
@@ -36,53 +36,53 @@ def as_lists(groups: list[np.ndarray]) -> list[list[int]]:
     return [group.tolist() for group in groups]
 
 
-def flipped(hashes: np.ndarray, bits: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Each hash with as many of its bits flipped as `bits` says."""
-    masks = [sum(1 << int(bit) for bit in random.choice(64, count, replace=False)) for count in bits]
+def flip_bits(hashes: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Flip `counts[i]` random bits of hash i."""
+    masks = [sum(1 << int(bit) for bit in random.choice(64, count, replace=False)) for count in counts]
     return hashes ^ np.array(masks, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_near_groups_are_those_of_all_pairs(distance, seed):
-    """3,000 hashes: strangers, copies of them 0 to 7 bits apart, and chains of copies of copies."""
+def test_near_groups_match_all_pairs(distance, seed):
+    """Unrelated hashes, copies of them 0 to 7 bits apart, and copies of those copies; 3,000 in all."""
     random = np.random.default_rng(seed)
     hashes = random.integers(0, 1 << 64, 1000, dtype=np.uint64)
     for _ in range(2):
-        hashes = np.concatenate([hashes, flipped(hashes[-1000:], random.integers(0, 8, 1000), random)])
+        hashes = np.concatenate([hashes, flip_bits(hashes[-1000:], random.integers(0, 8, 1000), random)])
     hashes = random.permutation(hashes)
-    expected = by_definition(hashes, distance)
+    expected = near_groups_reference(hashes, distance)
     assert len(expected) > 100
     assert max(map(len, expected)) == 3
     assert as_lists(near_groups(hashes, distance)) == expected
 
 
-def test_crowded_hashes_are_grouped_as_all_pairs_are(monkeypatch):
-    """Hashes that differ in 14 bits alone, so that each bucket holds hundreds, merged in many small batches."""
+def test_near_groups_of_crowded_hashes_match_all_pairs(monkeypatch):
+    """Hashes that differ in 14 bits only, so that hundreds share a band, merged in many small batches."""
     monkeypatch.setattr("pixart.data.audit.deduplication.BATCH", 50)
     random = np.random.default_rng(0)
     for bits in (range(14), range(25, 39), range(0, 64, 5)):
         values = random.integers(0, 2, (600, len(bits)), dtype=np.uint64)
         hashes = (values << np.array(bits, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
         for distance in (0, 1):
-            assert as_lists(near_groups(hashes, distance)) == by_definition(hashes, distance)
+            assert as_lists(near_groups(hashes, distance)) == near_groups_reference(hashes, distance)
 
 
-def test_a_hash_that_thousands_share_is_one_group():
+def test_identical_hashes_are_one_group():
     hashes = np.full(200_000, 7, dtype=np.uint64)
     hashes[::2] = np.arange(100_000, dtype=np.uint64) << 40
     groups = near_groups(hashes[1::2])
     assert as_lists(groups) == [list(range(100_000))]
 
 
-def test_nothing_has_no_groups():
+def test_fewer_than_two_hashes_have_no_groups():
     assert near_groups(np.zeros(0, dtype=np.uint64)) == []
     assert near_groups(np.zeros(1, dtype=np.uint64)) == []
     assert exact_groups([]) == []
 
 
 @pytest.mark.parametrize("distance", [-1, 5])
-def test_distance_has_limits(distance):
+def test_invalid_distance_is_an_error(distance):
     with pytest.raises(ValueError, match=f"^distance={distance}: must be 0 to 4 bits$"):
         near_groups(np.zeros(2, dtype=np.uint64), distance)
 
@@ -94,17 +94,17 @@ def test_exact_groups():
     assert as_lists(exact_groups(zeros)) == [[0, 3]]
 
 
-COPIES = {
-    "recompressed at 40": lambda image: recompressed(image, 40),
-    "at half size": lambda image: image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS),
-    "at 1.7 times": lambda image: image.resize((int(image.width * 1.7), int(image.height * 1.7))),
+MODIFICATIONS = {
+    "JPEG quality 40": lambda image: recompress(image, 40),
+    "half size": lambda image: image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS),
+    "1.7 times the size": lambda image: image.resize((int(image.width * 1.7), int(image.height * 1.7))),
     "10 % brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
-    "half size at 60": lambda image: recompressed(image.resize((image.width // 2, image.height // 2)), 60),
-    "2 % cut off": lambda image: image.crop((image.width // 50, 0, image.width, image.height)),
+    "half size, JPEG quality 60": lambda image: recompress(image.resize((image.width // 2, image.height // 2)), 60),
+    "2 % cropped": lambda image: image.crop((image.width // 50, 0, image.width, image.height)),
 }
 
 
-def recompressed(image: Image.Image, quality: int) -> Image.Image:
+def recompress(image: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return decode(file.getvalue(), LIMITS)
@@ -114,25 +114,25 @@ def hashes_of(images) -> np.ndarray:
     return np.array([measure(image).phash for image in images], dtype=np.uint64)
 
 
-def test_copies_of_photos_are_found_and_other_photos_are_not(shared_data):
+def test_modified_photos_are_duplicates_and_different_photos_are_not(shared_data):
     photos = [decode(path.read_bytes(), LIMITS) for path in sorted(shared_data.glob("photos/*/*.jpg"))]
     original = hashes_of(photos)
     assert near_groups(original) == []
     distances = [int(np.bitwise_count(a ^ b)) for a, b in itertools.combinations(original, 2)]
     print(f"{len(photos)} photos, no two in a group; the closest two are {min(distances)} bits apart")
-    for name, change in COPIES.items():
-        copies = hashes_of([change(photo) for photo in photos])
+    for name, modify in MODIFICATIONS.items():
+        copies = hashes_of([modify(photo) for photo in photos])
         groups = near_groups(np.concatenate([original, copies]))
-        found = sum(group.tolist() == [group[0], group[0] + len(photos)] for group in groups)
-        print(f"{name}: {found / len(photos):.1%} found")
-        assert len(groups) == found  # nothing else is merged
-        assert found >= (0.5 if "cut" in name else 0.9) * len(photos)
+        detected = sum(group.tolist() == [group[0], group[0] + len(photos)] for group in groups)
+        print(f"{name}: {detected / len(photos):.1%} detected")
+        assert len(groups) == detected  # no other photos are merged
+        assert detected >= (0.5 if "cropped" in name else 0.9) * len(photos)
 
 
 @pytest.mark.slow
-def test_scenes_that_look_alike_are_grouped():
-    """The demo's scenes are few pictures with jitter: many share a hash, which looks at luma and at shape alone."""
-    items = open_source("demo", images=4096, image_size=64).read(0, 4096)
+def test_similar_scenes_are_grouped():
+    """Many demo scenes have equal hashes: they differ by jitter, and the hash depends on luma only."""
+    items = open_source("demo", max_images=4096, image_size=64).read(0, 4096)
     hashes = hashes_of(decode(item.data, LIMITS) for item in items)
     groups = near_groups(hashes)
     close = (np.sum(np.bitwise_count(hashes[:, None] ^ hashes) <= 3) - 4096) / (4096 * 4095)

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixart.data.captions.captioner import MAX_PIXELS, Given, article, class_caption, make_captioner, prepare
+from pixart.data.captions.captioner import (
+    MAX_PIXELS,
+    CaptionRequest,
+    class_caption,
+    indefinite_article,
+    make_captioner,
+    resize_for_model,
+)
 from pixart.data.images.screening import digest
 from pixart.data.sources.base import Item
 from pixart.data.sources.open import open_source
@@ -21,15 +28,15 @@ def item(text: str, text_is_class: bool = False) -> Item:
     return Item(id="0", data=b"", label=0, text=text, text_is_class=text_is_class)
 
 
-def given(items: list[Item]) -> Iterator[Given]:
+def requests(items: list[Item]) -> Iterator[CaptionRequest]:
     for row, each in enumerate(items):
-        yield Given(row=row, image=Image.new("RGB", (8, 8)), item=each, digest=digest(each.data))
+        yield CaptionRequest(row=row, image=Image.new("RGB", (8, 8)), item=each, digest=digest(each.data))
 
 
-def test_labels_are_the_items_own_texts():
+def test_labels_captioner_uses_the_texts_of_items():
     captioner = make_captioner("labels", model="")
     items = [item("a red circle on the left"), item(""), item("brown bear", True), item("airliner", True)]
-    captions = dict(captioner.stream(given(items)))
+    captions = dict(captioner.stream(requests(items)))
     assert [captions[row].text for row in range(4)] == [
         "a red circle on the left",
         "",
@@ -39,23 +46,23 @@ def test_labels_are_the_items_own_texts():
     assert captioner.name == "labels"
 
 
-def test_labels_of_the_demo_are_its_captions():
-    items = list(open_source("demo", images=5, image_size=16).read(0, 5))
-    captions = dict(make_captioner("labels", model="").stream(given(items)))
+def test_labels_captioner_uses_the_captions_of_the_demo():
+    items = list(open_source("demo", max_images=5, image_size=16).read(0, 5))
+    captions = dict(make_captioner("labels", model="").stream(requests(items)))
     assert [captions[row].text for row in range(5)] == [item.text for item in items]
     assert all(caption.text.count(" ") > 4 for caption in captions.values())
 
 
-def test_article_follows_the_sound():
+def test_indefinite_article_depends_on_the_sound():
     vowels = "acorn American_alligator Indian_cobra eft echidna umbrella upright hourglass honest_man unimportant_thing"
     consonants = (
         "brown_bear European_gallinule unicycle uniform ukulele one-armed_bandit horse yurt ewer x-ray used_car"
     )
-    assert [word for word in vowels.split() if article(word) != "an"] == []
-    assert [word for word in consonants.split() if article(word) != "a"] == []
+    assert [word for word in vowels.split() if indefinite_article(word) != "an"] == []
+    assert [word for word in consonants.split() if indefinite_article(word) != "a"] == []
 
 
-def test_first_of_several_names_is_taken():
+def test_class_caption_uses_the_first_of_several_names():
     assert class_caption("ox, Bos taurus") == "a photo of an ox"
 
 
@@ -65,13 +72,13 @@ def test_unknown_captioner_is_an_error():
 
 
 def test_missing_vllm_is_an_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)  # makes its import fail
-    with pytest.raises(ValueError, match=r"^captioner 'vllm': .*install vllm, or choose the captioner labels$"):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # its import fails
+    with pytest.raises(ValueError, match=r"^captioner 'vllm': .*install vllm, or choose the captioner 'labels'$"):
         make_captioner("vllm", model="x")
 
 
 @pytest.mark.parametrize(
-    ("size", "wanted"),
+    ("size", "expected"),
     [
         ((64, 48), (64, 48)),
         ((512, 512), (512, 512)),
@@ -82,18 +89,18 @@ def test_missing_vllm_is_an_error(monkeypatch):
         ((40000, 100), (3200, 32)),
     ],
 )
-def test_images_are_prepared_as_the_model_will_see_them(size, wanted):
-    prepared = prepare(Image.new("RGB", size, "red"))
-    assert prepared.size == wanted
-    assert prepared.width * prepared.height <= MAX_PIXELS
-    assert prepare(prepared) is prepared
+def test_images_are_resized_as_the_model_does(size, expected):
+    resized = resize_for_model(Image.new("RGB", size, "red"))
+    assert resized.size == expected
+    assert resized.width * resized.height <= MAX_PIXELS
+    assert resize_for_model(resized) is resized
 
 
 SCRIPT = """
 import dataclasses, json, os, signal, sys, threading
 from pathlib import Path
 from PIL import Image
-from pixart.data.captions.captioner import Given, Sampling, conversation, make_captioner
+from pixart.data.captions.captioner import CaptionRequest, Sampling, conversation, make_captioner
 from pixart.data.images.screening import digest
 from pixart.data.sources.base import Item
 
@@ -101,36 +108,36 @@ if __name__ == "__main__":
     model, *paths = sys.argv[1:]
     items = [Item(id=path, data=Path(path).read_bytes(), label=-1, text="") for path in paths]
     images = [Image.open(path).convert("RGB") for path in paths]
-    given = [
-        Given(row=row, image=image, item=item, digest=digest(item.data))
+    requests = [
+        CaptionRequest(row=row, image=image, item=item, digest=digest(item.data))
         for row, (image, item) in enumerate(zip(images, items))
     ]
     captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
 
-    def captions(given):
-        found = dict(captioner.stream(given))
-        return [dataclasses.asdict(found[row]) for row in sorted(found)]
+    def captions(requests):
+        by_row = dict(captioner.stream(requests))
+        return [dataclasses.asdict(by_row[row]) for row in sorted(by_row)]
 
-    left = captioner.stream(given)
-    next(left)
-    left.close()  # with captions under way, of which the next stream must hear nothing
+    stream = captioner.stream(requests)
+    next(stream)
+    stream.close()  # with requests in flight, whose outputs the next stream must not receive
     engine, sampling = captioner._engine, captioner._attempts[0][0]
     image = captioner.prepare(images[2])
     chat = engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling, use_tqdm=False)
-    asked = {"prompt_token_ids": captioner._prompt, "multi_modal_data": {"image": image}}
-    generated = engine.generate(asked, sampling, use_tqdm=False)
+    prompt = {"prompt_token_ids": captioner._prompt_token_ids, "multi_modal_data": {"image": image}}
+    generated = engine.generate(prompt, sampling, use_tqdm=False)
     large = images[6], captioner.prepare(images[6])
-    seen = [engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling) for image in large]
+    outputs = [engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling) for image in large]
 
     result = {
         "name": captioner.name,
-        "captions": captions(given),
-        "again": captions(given),
-        "reversed": captions(given[::-1]),
+        "captions": captions(requests),
+        "again": captions(requests),
+        "reversed": captions(requests[::-1]),
         "none": captions([]),
         "chat": [chat[0].prompt_token_ids, chat[0].outputs[0].text],
         "generated": [generated[0].prompt_token_ids, generated[0].outputs[0].text],
-        "tokens": [len(output.prompt_token_ids) for (output,) in seen],
+        "tokens": [len(output.prompt_token_ids) for (output,) in outputs],
         "unfinished": engine.llm_engine.get_num_unfinished_requests(),
     }
     for ending in signal.SIGTERM, signal.SIGKILL:
@@ -138,7 +145,7 @@ if __name__ == "__main__":
         (process,) = core.resources.engine_manager.processes
         threading.Timer(0.5, os.kill, (process.pid, ending)).start()
         try:
-            list(captioner.stream(given * 40))
+            list(captioner.stream(requests * 40))
             result[ending.name] = "nothing"
         except Exception as error:
             result[ending.name] = type(error).__name__
@@ -152,10 +159,12 @@ if __name__ == "__main__":
 SIZES = [(64, 64), (256, 256), (640, 480), (300, 20), (4, 1000), (1, 1), (2000, 1500)]
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """Scenes of all sizes that an image may have, and some photos where there are any."""
+def image_files(folder: Path) -> list[Path]:
+    """Write scenes of extreme sizes; return their paths and those of some photos, if available."""
     paths = [folder / f"{index}.png" for index in range(len(SIZES))]
-    for path, size, scene in zip(paths, SIZES, open_source("demo", images=len(SIZES)).read(0, len(SIZES)), strict=True):
+    for path, size, scene in zip(
+        paths, SIZES, open_source("demo", max_images=len(SIZES)).read(0, len(SIZES)), strict=True
+    ):
         path.write_bytes(scene.data)
         Image.open(path).resize(size).save(path)
     return paths + sorted(PHOTOS.glob("*/*.jpg"))[:5]
@@ -163,11 +172,11 @@ def picture_files(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, tiny_qwen):
-    """What the real captioner makes of `picture_files`, by a tiny model in vLLM's own environment."""
+    """Caption `image_files` with a tiny model in the Python environment of vLLM."""
     folder = tmp_path_factory.mktemp("vllm")
     (folder / "captions.py").write_text(SCRIPT)
     environment = os.environ | VARIABLES | {"PYTHONPATH": str(ROOT)}
-    files = picture_files(folder)
+    files = image_files(folder)
     command = [PYTHON, "captions.py", tiny_qwen, *files]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -176,7 +185,7 @@ def result(tmp_path_factory, tiny_qwen):
 
 @pytest.mark.vllm
 @needs_vllm
-def test_vllm_captions_every_image_whatever_its_size(result):
+def test_vllm_captions_images_of_every_size(result):
     assert len(result["captions"]) == result["files"] >= len(SIZES)
     texts = [caption["text"] for caption in result["captions"]]
     assert all(text == " ".join(text.split()) for text in texts)
@@ -186,45 +195,47 @@ def test_vllm_captions_every_image_whatever_its_size(result):
 
 @pytest.mark.vllm
 @needs_vllm
-def test_vllm_captions_depend_on_the_image_alone(result):
+def test_vllm_captions_depend_only_on_the_image(result):
     assert result["again"] == result["captions"]
     texts = [caption["text"] for caption in result["captions"]]
-    assert len(set(texts)) > result["files"] / 2  # random weights, but they see the image
-    assert [caption["text"][:8] for caption in result["reversed"]] == [text[:8] for text in texts]  # rounding, by batch
+    assert len(set(texts)) > result["files"] / 2  # random weights, but the captions depend on the image
+    assert [caption["text"][:8] for caption in result["reversed"]] == [
+        text[:8] for text in texts
+    ]  # rounding depends on the batch
 
 
 @pytest.mark.vllm
 @needs_vllm
-def test_vllm_writes_a_caption_with_a_problem_once_more(result):
-    """Cut after 16 tokens: the second attempt, by another seed, is kept and marked where it is no better."""
+def test_vllm_retries_a_caption_with_a_problem(result):
+    """With 16 tokens, most captions are truncated; the second attempt is returned even if it has a problem."""
     assert {caption["seed"] for caption in result["captions"] if caption["problem"]} <= {1}
     assert any(caption["seed"] == 1 for caption in result["captions"])
 
 
 @pytest.mark.vllm
 @needs_vllm
-def test_vllm_is_asked_what_its_own_chat_would_ask(result):
+def test_prompt_equals_that_of_vllm_chat(result):
     assert result["generated"] == result["chat"]
     assert len(result["chat"][0]) > 100
-    assert result["tokens"][0] == result["tokens"][1]  # of a large image, and as it is prepared
+    assert result["tokens"][0] == result["tokens"][1]  # a large image and its resized copy
 
 
 @pytest.mark.vllm
 @needs_vllm
-def test_an_engine_that_ends_ends_the_stream(result):
-    """Asked to end, it calls its captions off; killed, it says nothing more."""
+def test_stream_raises_when_the_engine_exits(result):
+    """On SIGTERM the engine aborts its requests; on SIGKILL it sends no more outputs."""
     assert result["SIGTERM"] in ("RuntimeError", "EngineDeadError")
     assert result["SIGKILL"] == "EngineDeadError"
 
 
 @pytest.mark.vllm
 @needs_vllm
-def test_vllm_has_nothing_left_of_a_stream_that_was_left(result):
+def test_closing_a_stream_aborts_its_requests(result):
     assert result["unfinished"] == 0
 
 
 @pytest.mark.vllm
 @needs_vllm
-def test_vllm_name_says_what_captions_depend_on(result):
+def test_vllm_captioner_name_includes_what_captions_depend_on(result):
     assert result["name"].split("/")[-1].startswith("qwen, vllm 0.")
     assert "temperature 0.0, max_tokens 16, seed 0, instruction " in result["name"]

@@ -6,36 +6,36 @@ from typing import ClassVar
 import pytest
 
 from pixart.data.captions import rewriting
-from pixart.data.captions.captioner import INSTRUCTION, REWRITING, STYLE
-from pixart.data.captions.rewriting import rewrite, server
-from pixart.data.captions.similarity import compare, describe, divergence, report
+from pixart.data.captions.captioner import INSTRUCTION, REWRITE_INSTRUCTION, STYLE
+from pixart.data.captions.rewriting import rewrite, server_generator
+from pixart.data.captions.similarity import compare, describe, jensen_shannon_divergence, report
 
 
-def test_both_instructions_ask_for_one_style():
+def test_both_instructions_specify_the_same_style():
     assert STYLE in INSTRUCTION
-    assert STYLE in REWRITING
+    assert STYLE in REWRITE_INSTRUCTION
 
 
-def test_what_is_bad_is_asked_again_and_left_alone_if_it_stays_so():
-    asked = []
+def test_invalid_answers_are_retried_once_and_then_replaced_by_the_request():
+    calls = []
 
     def generate(conversations, temperature, seed):
         requests = [messages[-1]["content"] for messages in conversations]
-        asked.append((requests, temperature, seed))
-        told = {
+        calls.append((requests, temperature, seed))
+        answers = {
             "dog": ("A brown dog on a red ball.", False),
             "cat": ("The image shows a cat.", False) if seed == 0 else ("A grey cat. It is on", True),
             "owl": ("I'm sorry, I cannot.", False),
         }
-        return [told[request] for request in requests]
+        return [answers[request] for request in requests]
 
-    found = rewrite(["dog", "cat", "owl"], generate)
-    assert [each.text for each in found] == ["A brown dog on a red ball.", "A grey cat.", "owl"]
-    assert [each.problem for each in found] == ["", "", "refusal"]
-    assert asked == [(["dog", "cat", "owl"], 0.0, 0), (["cat", "owl"], 0.7, 1)]
+    results = rewrite(["dog", "cat", "owl"], generate)
+    assert [each.text for each in results] == ["A brown dog on a red ball.", "A grey cat.", "owl"]
+    assert [each.problem for each in results] == ["", "", "refusal"]
+    assert calls == [(["dog", "cat", "owl"], 0.0, 0), (["cat", "owl"], 0.7, 1)]
 
 
-RUBBISH = {
+INVALID_RESPONSES = {
     "an error": {"error": "overloaded"},
     "a list": [],
     "nothing": None,
@@ -45,8 +45,8 @@ RUBBISH = {
 }
 
 
-class Answers(BaseHTTPRequestHandler):
-    """Speaks just what `recaption` asks, to look at what it sends; a real vLLM server is in the tests marked vllm."""
+class FakeServer(BaseHTTPRequestHandler):
+    """A minimal OpenAI-compatible server that logs requests; tests marked vllm use a real vLLM server."""
 
     log: ClassVar[list[str | None]] = []
 
@@ -63,8 +63,8 @@ class Answers(BaseHTTPRequestHandler):
         if request == "long":
             self.send_error(400, "longer than the model's context")
             return
-        if request in RUBBISH:
-            self.answer(RUBBISH[request])
+        if request in INVALID_RESPONSES:
+            self.answer(INVALID_RESPONSES[request])
             return
         self.log.append(self.headers["Authorization"])
         text = f"A {request}, {body['model']}, seed {body['seed']}."
@@ -83,54 +83,54 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url(monkeypatch):
-    monkeypatch.setattr(rewriting, "PAUSE", 0.01)
-    Answers.log.clear()
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listening.server_port}/v1"
-    listening.shutdown()
+    monkeypatch.setattr(rewriting, "BACKOFF_SECONDS", 0.01)
+    FakeServer.log.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
 
 
-def test_a_server_is_asked_by_openais_protocol(url):
-    found = rewrite(["red ball", "blue ball"], server(url))
-    assert [each.text for each in found] == ["A red ball, some-model, seed 0.", "A blue ball, some-model, seed 0."]
+def test_server_requests_follow_the_openai_api(url):
+    results = rewrite(["red ball", "blue ball"], server_generator(url))
+    assert [each.text for each in results] == ["A red ball, some-model, seed 0.", "A blue ball, some-model, seed 0."]
     with pytest.raises(ValueError, match=r"^--server: http://.*/chat/completions answers 500: "):
-        rewrite(["bad"], server(url, "model"))
+        rewrite(["bad"], server_generator(url, "model"))
 
 
-@pytest.mark.parametrize("request_", RUBBISH)
-def test_a_server_that_answers_rubbish_is_one_line(url, request_):
-    with pytest.raises(ValueError, match=r"^--server: http://.* answers otherwise than OpenAI's protocol has it"):
-        rewrite([request_], server(url))
+@pytest.mark.parametrize("request_", INVALID_RESPONSES)
+def test_invalid_response_is_an_error_of_one_line(url, request_):
+    with pytest.raises(ValueError, match=r"^--server: http://.* does not follow the OpenAI API; its response has no "):
+        rewrite([request_], server_generator(url))
 
 
-def test_a_busy_server_is_asked_again(url):
-    assert rewrite(["busy"], server(url))[0].text == "A busy, some-model, seed 0."
-    assert Answers.log.count("busy") == 2
+def test_overloaded_server_is_retried(url):
+    assert rewrite(["busy"], server_generator(url))[0].text == "A busy, some-model, seed 0."
+    assert FakeServer.log.count("busy") == 2
     with pytest.raises(ValueError, match="answers 500"):
-        rewrite(["bad"], server(url))
-    assert Answers.log.count("bad") == rewriting.TRIES
+        rewrite(["bad"], server_generator(url))
+    assert FakeServer.log.count("bad") == rewriting.MAX_ATTEMPTS
 
 
-def test_a_request_that_a_server_refuses_comes_back_as_it_is(url):
-    found = rewrite(["long", "red ball"], server(url))
-    assert [(each.text, each.problem) for each in found] == [
+def test_rejected_request_is_returned_unchanged(url):
+    results = rewrite(["long", "red ball"], server_generator(url))
+    assert [(each.text, each.problem) for each in results] == [
         ("long", "not answered"),
         ("A red ball, some-model, seed 0.", ""),
     ]
     with pytest.raises(ValueError, match=r"answers 400: .*longer than the model's context"):
-        rewrite(["long"], server(url))
+        rewrite(["long"], server_generator(url))
 
 
-def test_a_server_with_a_key(url, monkeypatch):
+def test_api_key_is_sent(url, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    rewrite(["red ball"], server(url))
-    assert Answers.log == ["Bearer secret"]
+    rewrite(["red ball"], server_generator(url))
+    assert FakeServer.log == ["Bearer secret"]
 
 
-def test_a_server_that_is_not_there_is_one_line():
-    with pytest.raises(ValueError, match=r"^--server: http://127.0.0.1:9/v1/models does not answer: .*refused"):
-        server("http://127.0.0.1:9/v1")
+def test_missing_server_is_an_error_of_one_line():
+    with pytest.raises(ValueError, match=r"^--server: http://127.0.0.1:9/v1/models does not respond: .*refused"):
+        server_generator("http://127.0.0.1:9/v1")
 
 
 CAPTIONS = [
@@ -139,16 +139,20 @@ CAPTIONS = [
 ]
 
 
-def test_figures_of_a_style():
-    found = describe([*CAPTIONS, "The image shows a dog.", "There is a cat. It sits."])
-    assert found["texts"] == 4
-    assert found["words"] == 8.5
-    assert found["sentences"] == 2
-    assert found["words of the first sentence"] == 5.5
-    assert found["opening with an article or a number"] == 3 / 4
-    assert found["opening with a verb, as in 'there is'"] == 1 / 4
-    assert (found["with narration"], found["with refusal"], found["with any problem"]) == (1 / 4, 0, 1 / 4)
-    assert found["commonest openings"][0] == "a red 25%"
+def test_describe_computes_style_statistics():
+    statistics = describe([*CAPTIONS, "The image shows a dog.", "There is a cat. It sits."])
+    assert statistics["texts"] == 4
+    assert statistics["words"] == 8.5
+    assert statistics["sentences"] == 2
+    assert statistics["words in the first sentence"] == 5.5
+    assert statistics["starts with an article or a number"] == 3 / 4
+    assert statistics["starts with a clause such as 'there is'"] == 1 / 4
+    assert (statistics["with meta-commentary"], statistics["with a refusal"], statistics["with any problem"]) == (
+        1 / 4,
+        0,
+        1 / 4,
+    )
+    assert statistics["most common first words"][0] == "a red 25%"
     with pytest.raises(ValueError, match="no texts"):
         describe([])
 
@@ -160,5 +164,5 @@ def test_overlap_and_divergence():
     other = compare(CAPTIONS, ["Purple clouds hang low."])
     assert other["overlap of common words"] == 0
     assert other["divergence of words, bits"] == pytest.approx(1)
-    assert divergence({"a": 1, "b": 1}, {"a": 1}) == pytest.approx(0.3113, abs=1e-4)  # by hand
+    assert jensen_shannon_divergence({"a": 1, "b": 1}, {"a": 1}) == pytest.approx(0.3113, abs=1e-4)  # by hand
     assert "| words | 12.50 | 4 |" in report(other)

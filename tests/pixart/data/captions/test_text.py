@@ -1,6 +1,6 @@
 import pytest
 
-from pixart.data.captions.text import normalize, sentences_of, short_form, whole_sentences
+from pixart.data.captions.text import complete_sentences, normalize, shorten, split_sentences
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_normalize(text, expected):
         ("", []),
     ],
 )
-def test_sentences(text, expected):
-    assert sentences_of(text) == expected
+def test_split_sentences(text, expected):
+    assert split_sentences(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_sentences(text, expected):
         ("A dog. A sign reads 'Go!' A", "A dog. A sign reads 'Go!'"),
     ],
 )
-def test_whole_sentences(text, expected):
-    assert whole_sentences(text) == expected
+def test_complete_sentences(text, expected):
+    assert complete_sentences(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,5 +74,5 @@ def test_whole_sentences(text, expected):
         ("", ""),
     ],
 )
-def test_short(text, expected):
-    assert short_form(normalize(text)) == expected
+def test_shorten(text, expected):
+    assert shorten(normalize(text)) == expected

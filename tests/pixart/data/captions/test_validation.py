@@ -1,8 +1,8 @@
 import pytest
 
-from pixart.data.captions.validation import Problem, judge, problem
+from pixart.data.captions.validation import Problem, find_problem, validate_answer
 
-GOOD = [
+VALID = [
     "A red circle on the left of a white background.",
     "An image sensor on a green circuit board, lit from above.",
     "A sign that reads 'I cannot wait', black letters on yellow wood.",
@@ -87,7 +87,7 @@ GOOD = [
     "a photo of a brown bear",
     "a red circle on the left",
 ]
-BAD = {
+INVALID = {
     "empty": [
         "",
         " \n.",
@@ -216,35 +216,38 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("text", GOOD)
-def test_captions_that_are_good(text):
-    assert problem(text) is None
+@pytest.mark.parametrize("text", VALID)
+def test_valid_captions_have_no_problem(text):
+    assert find_problem(text) is None
 
 
-@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD.items() for text in texts])
-def test_captions_that_are_not(name, text):
-    assert problem(text) == name
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in INVALID.items() for text in texts])
+def test_invalid_captions_have_their_problem(name, text):
+    assert find_problem(text) == name
 
 
-def test_every_problem_has_its_examples():
-    assert {*BAD, Problem.CUT} == set(Problem)
+def test_every_problem_has_examples():
+    assert {*INVALID, Problem.TRUNCATED} == set(Problem)
 
 
-def test_a_cut_answer_ends_with_its_last_whole_sentence():
-    assert judge("A dog on grass. It holds a red ball in its", cut=True) == ("A dog on grass.", None)
-    assert judge("A dog on grass.", cut=True) == ("A dog on grass.", None)
-    assert judge("A dog on grass. It runs", cut=False) == ("A dog on grass. It runs", None)
+def test_truncated_answer_is_cut_to_complete_sentences():
+    assert validate_answer("A dog on grass. It holds a red ball in its", truncated=True) == ("A dog on grass.", None)
+    assert validate_answer("A dog on grass.", truncated=True) == ("A dog on grass.", None)
+    assert validate_answer("A dog on grass. It runs", truncated=False) == ("A dog on grass. It runs", None)
 
 
-def test_a_cut_answer_without_a_whole_sentence_is_kept():
-    assert judge("A dog on grass that holds a red", cut=True) == ("A dog on grass that holds a red", Problem.CUT)
-    assert judge("", cut=True) == ("", Problem.EMPTY)
+def test_truncated_answer_without_a_complete_sentence_is_a_problem():
+    assert validate_answer("A dog on grass that holds a red", truncated=True) == (
+        "A dog on grass that holds a red",
+        Problem.TRUNCATED,
+    )
+    assert validate_answer("", truncated=True) == ("", Problem.EMPTY)
 
 
-def test_loops_run_until_they_are_cut():
-    assert judge("A dog on a dog on a dog on a dog on a", cut=True)[1] == Problem.REPETITION
-    assert judge("A dog on grass. It is is is is is is", cut=True) == ("A dog on grass.", None)
+def test_repetition_in_truncated_answers_is_detected():
+    assert validate_answer("A dog on a dog on a dog on a dog on a", truncated=True)[1] == Problem.REPETITION
+    assert validate_answer("A dog on grass. It is is is is is is", truncated=True) == ("A dog on grass.", None)
 
 
-def test_a_list_is_seen_by_its_lines():
-    assert judge("Dogs:\n- a brown dog\n- a black dog", cut=False)[1] == Problem.NO_TEXT
+def test_markdown_list_is_recognized_by_its_lines():
+    assert validate_answer("Dogs:\n- a brown dog\n- a black dog", truncated=False)[1] == Problem.NOT_PROSE

@@ -15,25 +15,25 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def lines() -> list[dict]:
-    """What became of each image, all in one process of their own; the last line is of the process."""
+    """Screen all images in one separate process: a result per image, and one of the process as the last line."""
     command = [sys.executable, "-m", "tests.support.mutations"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-5000:]  # neither an exception, a crash nor a hang
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_every_image_is_accounted_for(lines):
+def test_every_image_has_a_result(lines):
     reasons = Counter(line["reason"] for line in lines[:-1])
     print(dict(reasons))
     assert len(lines) == COUNT + 1
     assert set(reasons) <= {*Reason, "kept"}
-    assert reasons["kept"] >= 50  # where nothing is damaged that a decoder looks at
+    assert reasons["kept"] >= 50  # the damaged bytes do not affect decoding
     assert reasons[Reason.TRUNCATED] >= 50
     assert reasons[Reason.UNREADABLE] >= 100
     assert all(line["detail"] for line in lines[:-1] if line["reason"] != "kept")
 
 
-def test_none_takes_long_or_much_memory(lines):
+def test_time_and_memory_are_limited(lines):
     *images, process = lines
     slowest = sorted(images, key=lambda line: -line["seconds"])[:3]
     print([(line["name"], f"{line['seconds']:.2f} s") for line in slowest], process)
@@ -60,11 +60,11 @@ def test_none_takes_long_or_much_memory(lines):
         ("bmp says 96x192", Reason.TRUNCATED),
         ("jpeg says 96x30000", Reason.EXTREME_ASPECT),
         ("tiff says 1x1", Reason.TOO_SMALL),
-        ("jpeg of 30 scans", Reason.PLAIN),
+        ("jpeg of 30 scans", Reason.SOLID_COLOR),
         ("apng says 2**31 frames", "kept"),
-        ("webp of 250 frames", Reason.PLAIN),
+        ("webp of 250 frames", Reason.SOLID_COLOR),
         ("gif of 20,000 frames", "kept"),
     ],
 )
-def test_what_each_attempt_meets(lines, name, reason):
+def test_expected_result_of_crafted_images(lines, name, reason):
     assert [line["reason"] for line in lines[:-1] if line["name"] == name] == [reason]

@@ -1,4 +1,4 @@
-"""A dataset behind S3's protocol, against a real server process."""
+"""Datasets on S3, tested with an S3 server in a separate process."""
 
 import contextlib
 import dataclasses
@@ -30,11 +30,13 @@ URL = "s3://bucket/sets/dataset"
 
 
 class Server:
+    """A running S3 server."""
+
     def __init__(self, port: int, log: Path) -> None:
         self.endpoint, self.log = f"http://127.0.0.1:{port}", log
 
     def requests(self) -> int:
-        """How many it has answered so far."""
+        """Return the number of requests answered so far."""
         return self.log.read_text().count("HTTP/1.1")
 
 
@@ -47,14 +49,14 @@ def server(tmp_path_factory) -> Iterator[Server]:
     command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    found = Server(port, log)
+    server = Server(port, log)
     for _ in range(200):
         try:
-            urllib.request.urlopen(found.endpoint, timeout=1).close()
+            urllib.request.urlopen(server.endpoint, timeout=1).close()
             break
         except OSError:
             time.sleep(0.1)
-    yield found
+    yield server
     process.terminate()
     process.wait()
 
@@ -78,20 +80,20 @@ def environment(server, tmp_path, monkeypatch) -> Server:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> Store:
     path = str(tmp_path_factory.mktemp("dataset"))
-    data = DataConfig(path=path, shards=3, images=600, text_tokens=5)
-    made = Manifest(
+    data = DataConfig(path=path, num_shards=3, max_images=600, max_text_tokens=5)
+    manifest = Manifest(
         data=data, images=600, rows_per_shard=201, class_names=("a",), latent_shape=(4, 32, 32), text_dim=6, models={}
     )
-    stores.create(made)
-    manifests.write(made)
+    stores.create(manifest)
+    manifests.write(manifest)
     random = np.random.default_rng(0)
-    for shard in range(2):  # the third is not written yet
+    for shard in range(2):  # the third shard is not written
         columns = {
             name: random.integers(0, 50, size=(201, *shape)).astype(dtype)
-            for name, (shape, dtype) in stores.layout(made).items()
+            for name, (shape, dtype) in stores.layout(manifest).items()
         }
-        stores.write_shard(made, shard, {**columns, "valid": np.arange(201) % 7 != 0})
-    return Store(made)
+        stores.write_shard(manifest, shard, {**columns, "valid": np.arange(201) % 7 != 0})
+    return Store(manifest)
 
 
 @pytest.fixture
@@ -116,73 +118,80 @@ def equal(first, second) -> bool:
     )
 
 
-def test_reads_what_the_local_one_reads(remote, local):
+def test_remote_store_equals_the_local_store(remote, local):
     assert remote.manifest.hash == local.manifest.hash
     assert remote.manifest.data.path == URL
     assert (remote.valid_rows() == local.valid_rows()).all()
     assert remote.statistics() == local.statistics()
-    here, there = (Loader(store, batch=48, seed=0, drop=0.5).iterate(0, 20) for store in (local, remote))
-    assert all(equal(*pair) for pair in zip(here, there, strict=True))
+    local_batches, remote_batches = (
+        Loader(store, global_batch_size=48, seed=0, cond_dropout_prob=0.5).iterate(0, 20) for store in (local, remote)
+    )
+    assert all(equal(*pair) for pair in zip(local_batches, remote_batches, strict=True))
 
 
-def test_second_epoch_asks_no_server(remote, environment):
-    loader = Loader(remote, batch=43, seed=0)
-    steps = len(loader.order.valid) // 43
-    assert len(loader.order.valid) == 43 * steps
+def test_later_epochs_are_served_from_the_cache(remote, environment):
+    loader = Loader(remote, global_batch_size=43, seed=0)
+    steps = len(loader.sampler.valid) // 43
+    assert len(loader.sampler.valid) == 43 * steps
     list(loader.iterate(0, steps))
     before = environment.requests()
     assert before > steps
     list(loader.iterate(steps, 3 * steps))
     assert environment.requests() == before
-    other = Loader(Store(manifests.read(URL)), batch=43, seed=1)  # another process finds the same cache
+    other = Loader(Store(manifests.read(URL)), global_batch_size=43, seed=1)  # a new store uses the same cache
     started = environment.requests()
     list(other.iterate(0, steps))
     assert environment.requests() == started
 
 
 def epoch(rank: int) -> int:
-    loader = Loader(Store(manifests.read(URL)), batch=42, seed=0, rank=rank, world=2)
+    loader = Loader(Store(manifests.read(URL)), global_batch_size=42, seed=0, rank=rank, world_size=2)
     return sum(int(batch.label.sum()) for batch in loader.iterate(0, 8))
 
 
 @pytest.mark.slow
 def test_processes_share_the_cache(remote, environment, local):
-    """What two ranks ask for at the same time is fetched once."""
+    """Segments that two ranks need at the same time are fetched once."""
     expected = [
-        sum(int(batch.label.sum()) for batch in Loader(local, batch=42, seed=0, rank=rank, world=2).iterate(0, 8))
+        sum(
+            int(batch.label.sum())
+            for batch in Loader(local, global_batch_size=42, seed=0, rank=rank, world_size=2).iterate(0, 8)
+        )
         for rank in range(2)
     ]
-    begun = len(environment.log.read_text())
+    log_start = len(environment.log.read_text())
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         assert list(pool.map(epoch, range(2))) == expected
-    answers = re.findall(
-        r"GET /bucket/sets/dataset/(latents\.zarr/\w+/c/\S*) HTTP", environment.log.read_text()[begun:]
+    requests = re.findall(
+        r"GET /bucket/sets/dataset/(latents\.zarr/\w+/c/\S*) HTTP", environment.log.read_text()[log_start:]
     )
-    pieces = [name for name in answers if "/valid/" not in name]
-    assert len(pieces) == len(Store(remote.manifest).files.cache)
+    segments = [name for name in requests if "/valid/" not in name]
+    assert len(segments) == len(Store(remote.manifest).storage.cache)
 
 
-def test_the_cache_keeps_its_limit(environment, local, monkeypatch, tmp_path):
+def test_cache_size_is_limited(environment, local, monkeypatch, tmp_path):
     monkeypatch.setenv("PIXART_CACHE_GB", "0.002")
     upload(local)
     store = Store(manifests.read(URL))
-    assert sum(column.piece for column in store.columns.values()) > 2e6
-    loader = Loader(store, batch=48, seed=0)
-    for here, there in zip(Loader(local, batch=48, seed=0).iterate(0, 30), loader.iterate(0, 30), strict=True):
-        assert equal(here, there)
+    assert sum(column.segment_size for column in store.columns.values()) > 2e6
+    loader = Loader(store, global_batch_size=48, seed=0)
+    for expected, batch in zip(
+        Loader(local, global_batch_size=48, seed=0).iterate(0, 30), loader.iterate(0, 30), strict=True
+    ):
+        assert equal(expected, batch)
     before = environment.requests()
-    for _ in range(100):  # what is fetched ahead of time may still be under way
-        held = bytes_below(tmp_path / "cache")
-        if held <= 2e6:
+    for _ in range(100):  # prefetching may still be in progress
+        cached = cached_bytes(tmp_path / "cache")
+        if cached <= 2e6:
             break
         time.sleep(0.1)
-    assert 0 < held <= 2e6  # ten pieces go at a time
-    list(Loader(store, batch=48, seed=0).iterate(0, 10))
-    assert environment.requests() > before  # what had to go is fetched again
+    assert 0 < cached <= 2e6  # segments are evicted ten at a time
+    list(Loader(store, global_batch_size=48, seed=0).iterate(0, 10))
+    assert environment.requests() > before  # evicted segments are fetched again
 
 
-def bytes_below(folder: Path) -> int:
-    """Of the values of a cache from which files and folders go meanwhile."""
+def cached_bytes(folder: Path) -> int:
+    """Return the size of the values of a cache, from which files may be evicted meanwhile."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -191,7 +200,7 @@ def bytes_below(folder: Path) -> int:
     return total
 
 
-def test_a_cache_that_was_damaged_is_fetched_anew(remote, local, tmp_path):
+def test_damaged_cache_is_refetched(remote, local, tmp_path):
     rows = local.valid_rows()
     assert (remote.read("latents", rows) == local.read("latents", rows)).all()
     for file in (tmp_path / "cache").rglob("*.val"):
@@ -200,7 +209,7 @@ def test_a_cache_that_was_damaged_is_fetched_anew(remote, local, tmp_path):
     assert (again.read("latents", rows) == local.read("latents", rows)).all()
 
 
-def test_objects_that_were_damaged(environment, local, tmp_path):
+def test_damaged_remote_files_are_errors(environment, local, tmp_path):
     upload(local)
     system, url = s3fs.S3FileSystem(), "s3://bucket/damaged"
     copy = shutil.copytree(local.manifest.data.path, tmp_path / "copy")
@@ -208,46 +217,48 @@ def test_objects_that_were_damaged(environment, local, tmp_path):
     (copy / local.columns["label"].file(0)).unlink()
     system.put(str(copy), url, recursive=True)
     store = Store(manifests.read(url))
-    with pytest.raises(ValueError, match=r"array latents, shard 1: .* is cut off"):
+    with pytest.raises(ValueError, match=r"array latents, shard 1: .* is truncated"):
         store.read("latents", np.array([202]))
     with pytest.raises(ValueError, match=r"array label, shard 0: .* cannot be read"):
         store.read("label", np.array([3]))
 
 
-def test_what_is_not_there(environment, local):
+def test_missing_datasets_are_errors(environment, local):
     upload(local)
     for url in ("s3://bucket/nothing", "s3://no-such-bucket/dataset"):
-        begun = time.perf_counter()
-        with pytest.raises(ValueError, match="is no dataset") as found:
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match="is not a dataset") as caught:
             manifests.read(url)
-        assert time.perf_counter() - begun < 5
-        assert "\n" not in str(found.value)
+        assert time.perf_counter() - start < 5
+        assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_does_not_answer(environment, monkeypatch):
+def test_server_without_response_is_an_error(environment, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3fs.S3FileSystem.clear_instance_cache()
-    begun = time.perf_counter()
-    with pytest.raises(ValueError, match=r"dataset s3://bucket/sets/dataset cannot be read: .*127\.0\.0\.1:9") as found:
+    start = time.perf_counter()
+    with pytest.raises(
+        ValueError, match=r"dataset s3://bucket/sets/dataset cannot be read: .*127\.0\.0\.1:9"
+    ) as caught:
         manifests.read(URL)
-    assert time.perf_counter() - begun < 10
-    assert "\n" not in str(found.value)
+    assert time.perf_counter() - start < 10
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["much", "0", "-3", "inf"])
-def test_limits_that_are_none(remote, monkeypatch, text):
+def test_invalid_cache_size_is_an_error(remote, monkeypatch, text):
     monkeypatch.setenv("PIXART_CACHE_GB", text)
     with pytest.raises(ValueError, match="PIXART_CACHE_GB"):
         Store(remote.manifest)
 
 
-def test_protocols_that_are_none():
+def test_unknown_protocol_is_an_error():
     with pytest.raises(ValueError, match="dataset nowhere://x cannot be read: "):
         manifests.read("nowhere://x")
 
 
 @pytest.mark.slow
-def test_training_from_a_url_is_training_from_a_folder(environment, local, small_recipe, tmp_path):
+def test_training_from_a_url_equals_training_from_a_folder(environment, local, small_recipe, tmp_path):
     from pixart.checkpoint import directory
     from pixart.training.loop import train
 
@@ -257,7 +268,7 @@ def test_training_from_a_url_is_training_from_a_folder(environment, local, small
         directory.load(
             train(stage=1, model=small_recipe.model, config=small_recipe.stage1, dataset=dataset, run=tmp_path / name)
         )
-        for name, dataset in (("here", small_recipe.data.path), ("there", "s3://bucket/small"))
+        for name, dataset in (("local", small_recipe.data.path), ("remote", "s3://bucket/small"))
     ]
     assert saved[1].dataset == "s3://bucket/small"
     assert all((saved[1].model[name] == value).all() for name, value in saved[0].model.items())

@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.commands.shard_ranges import parse_array
+from jobs.commands.data.shard_ranges import parse_array
 
 
 @pytest.mark.parametrize(
@@ -14,8 +14,12 @@ from jobs.commands.shard_ranges import parse_array
         ("7,3,3-4", [3, 4, 7], None),
     ],
 )
-def test_slurms_notation(text, shards, limit):
+def test_slurm_notation(text, shards, limit):
     assert parse_array(text) == (shards, limit)
+
+
+def test_without_the_option_every_shard_is_selected():
+    assert parse_array(None) == (None, None)
 
 
 @pytest.mark.parametrize(

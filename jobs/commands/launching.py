@@ -1,0 +1,116 @@
+"""Common part of the commands that submit jobs: the recipe, the cluster, and what follows the submission.
+
+Imports no torch: the jobs themselves do, where they run.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
+from jobs.submission.launch import Launch, NothingSubmitted
+from jobs.tracking.sync import publish_in_background
+from pixart.config.dataset import is_url
+from pixart.config.overrides import apply
+from pixart.config.recipe import Recipe, from_json
+from pixart.recipes import DEFAULT_RECIPE, RECIPES
+from slurm import profile as profiles
+from slurm.profile import Profile
+
+BUILT_IN = ("", "demo", "minilm")  # sources and models that are not files
+Value = TypeVar("Value")
+
+
+@contextmanager
+def launching(
+    command: str,
+    options: SubmissionOptions,
+    home: Path,
+    recipe: Recipe,
+    *,
+    overrides: tuple[str, ...] = (),
+    profile: Profile | None = None,
+    wait: bool = False,
+) -> Iterator[Launch]:
+    """Yield the launch of a command; afterwards send its runs to MLflow, from a background process if it did not wait.
+
+    A dry run ends the block where it would submit, and prints the plan. Raises ValueError for an unknown cluster.
+    """
+    profile = profile or load_profile(options)
+    launch = Launch(
+        home=home,
+        command=command,
+        recipe=recipe,
+        overrides=overrides,
+        profile=profile,
+        wait=profile.executor == "local" or options.wait or wait,
+        dry_run=options.dry_run,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the launcher cancels its jobs on either signal
+    try:
+        yield launch
+    except NothingSubmitted as plan:
+        print(plan)
+    finally:
+        if launch.folders and not launch.wait:
+            publish_in_background(launch.home, launch.folders)
+        if launch.mlflow_stale:
+            print(f"MLflow at {launch.tracker.uri} did not answer\nnext: python -m jobs.launch sync", file=sys.stderr)
+
+
+def load_profile(options: SubmissionOptions) -> Profile:
+    """Return the cluster profile, with the number of GPUs per node that the options ask for."""
+    profile = profiles.load(options.cluster or profiles.default_name())
+    return replace(profile, gpus_per_node=options.gpus_per_node) if options.gpus_per_node else profile
+
+
+def read_recipe(home: Path, options: RecipeOptions) -> Recipe:
+    """Return the recipe of the options, with their overrides. Raises ValueError for an unknown one."""
+    name = options.recipe or DEFAULT_RECIPE
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; it must be one of {', '.join(RECIPES)}")
+    return override_recipe(RECIPES[name](str(home)), options)
+
+
+def override_recipe(recipe: Recipe, options: RecipeOptions) -> Recipe:
+    """Return the recipe with the overrides and the dataset of the options, and with absolute paths."""
+    recipe = resolve_paths(apply(recipe, options.overrides))
+    if options.dataset:
+        path = options.dataset if is_url(options.dataset) else Path(options.dataset).absolute()
+        recipe = apply(recipe, [f"{DATASET_KEY}{path}"])
+    if not recipe.data.path.strip():
+        raise ValueError("data.path: is empty; give the folder or URL of a dataset")
+    return recipe
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """Make the paths of local files absolute: jobs run in another directory."""
+    values = {name: getattr(recipe.data, name) for name in ("source", "vae", "text_encoder", "caption_model")}
+    local = {name: value for name, value in values.items() if value not in BUILT_IN and not is_url(value)}
+    paths = {name: Path(value).absolute() for name, value in local.items() if "*" in value or Path(value).exists()}
+    return apply(recipe, [f"data.{name}={path}" for name, path in paths.items()])
+
+
+def read_run_recipe(folder: Path) -> Recipe:
+    """Return the recipe of a run. Raises ValueError if the folder is not a run folder."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: no run folder; config.json is missing")
+    return read_record(folder / "config.json", from_json)
+
+
+def read_run_profile(folder: Path) -> Profile:
+    """Return the profile of the cluster that a run was submitted to."""
+    return read_record(folder / "profile.json", lambda text: Profile(**json.loads(text)))
+
+
+def read_record(path: Path, parse: Callable[[str], Value]) -> Value:
+    """Parse a JSON record. Raises ValueError if it is damaged or was written by another version."""
+    try:
+        return parse(path.read_text())
+    except (TypeError, LookupError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from None

@@ -1,0 +1,174 @@
+"""Sample images from a checkpoint, or export a diffusers pipeline.
+
+Stage 1 samples classes (--class), stage 2 prompts (--prompt, --file). Steps, guidance, seed and number of the dataset's
+captions are the sample.* keys.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.commands.data.recaption import print_problems, rewrite_by_server, submit_recaption
+from jobs.commands.launching import launching, read_recipe
+from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, argument, option, positive
+from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
+from jobs.commands.results.sampling_checks import check_model, class_index
+from jobs.state import ledger
+from jobs.state import run as runs
+from jobs.state.checkpoint_names import INFERENCE, find_weights
+from jobs.state.prompts import read_prompts
+from jobs.submission.datasets import open_dataset
+from jobs.submission.launch import Launch
+from jobs.submission.submit import describe_submission
+from jobs.submission.wait import dependencies
+from pixart.config.overrides import apply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RecipeOptions, SubmissionOptions):
+    """The options of `sample`."""
+
+    checkpoint: str = argument("CHECKPOINT", help="Checkpoint directory, run folder, or FP8 export (inference/).")
+    prompts: tuple[str, ...] = option(
+        "--prompt",
+        metavar="TEXT",
+        default=(),
+        convert=str,
+        help="Prompt, for stage 2; repeatable (default: captions of the dataset).",
+    )
+    file: str | None = option(
+        "--file",
+        metavar="FILE",
+        help='File with more prompts, one per line; of a .jsonl file the field "text" or "prompt" (default: none).',
+    )
+    classes: tuple[str, ...] = option(
+        "--class",
+        metavar="NAME|INDEX",
+        default=(),
+        convert=str,
+        help="Class, for stage 1; none is the null class; repeatable (default: the first classes, one image each).",
+    )
+    images_per_prompt: int = option(
+        "--per-prompt",
+        metavar="N",
+        default=1,
+        convert=positive,
+        help="Number of images of each prompt or class, with consecutive seeds from sample.seed on (default: 1).",
+    )
+    weights: Literal["ema", "master"] = option(
+        "--weights", metavar="WEIGHTS", default="ema", help="Weights to use: ema or master (default: ema)."
+    )
+    recaption: bool = option(
+        "--recaption",
+        default=False,
+        help="Rewrite the prompts in the style of the captions first (default: sample them unchanged).",
+    )
+    server: str | None = option(
+        "--server", metavar="URL", help="Running vLLM server for --recaption (default: submit a job)."
+    )
+    model: str | None = option(
+        "--model",
+        metavar="MODEL",
+        help="Model for --recaption, by folder or hub name (default: the recipe's captioner, or the server's).",
+    )
+    export_pipeline: str | None = option(
+        "--export-pipeline",
+        metavar="FOLDER",
+        help="Write a diffusers pipeline, and sample only the prompts or classes that are given (default: no export).",
+    )
+
+
+def run(options: Options) -> int:
+    home = runs.home(options.home)
+    with launching("sample", options, home, read_recipe(home, options), overrides=options.overrides) as launch:
+        print(sample(launch, options))
+    return 0
+
+
+def sample(launch: Launch, options: Options) -> str:
+    """Check the options against the checkpoint and the dataset, and submit the sampling."""
+    checkpoint, record = find_weights(options.checkpoint)
+    is_inference = (checkpoint / INFERENCE).exists()
+    check_options(options, checkpoint, record["stage"], is_inference)
+    manifest = open_training_dataset(launch, options, checkpoint, record)
+    model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
+    check_model(model, manifest, launch.dataset)
+    prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
+    if options.recaption and not prompts:
+        raise ValueError("--recaption rewrites prompts; give --prompt or --file")
+    request = SamplingRequest(
+        checkpoint=checkpoint,
+        prompts=prompts,
+        classes=[class_index(name, manifest["class_names"], model["num_classes"]) for name in options.classes],
+        images_per_prompt=options.images_per_prompt,
+        weights=options.weights,
+        export=Path(options.export_pipeline).absolute() if options.export_pipeline else None,
+    )
+    after: list[str] = []
+    if options.recaption and not launch.dry_run:
+        request, after = rewrite_prompts(launch, options, request)
+    submitted = submit_sampling(launch, request, after=after)
+    if not launch.wait:
+        return describe_submission(submitted)
+    return f"{describe_samples(runs.result(submitted))}\nnext: python -m jobs.launch lineage {submitted.folder.name}"
+
+
+def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) -> tuple[SamplingRequest, list[str]]:
+    """Return the request with rewritten prompts, or with the file that a job writes them to and the job's id."""
+    texts = [item["prompt"] for item in request.prompts]
+    if options.server:
+        rewritten = rewrite_by_server(texts, options.server, options.model)
+        print_problems(rewritten)
+        prompts = [{"prompt": item["text"], "request": item["request"]} for item in rewritten]
+        return replace(request, prompts=prompts), []
+    job = submit_recaption(launch, texts, options.model)
+    if launch.wait:
+        print_problems(runs.result(job))
+    return replace(request, rewritten=job.folder / "rewritten.jsonl"), dependencies(launch, job)
+
+
+def check_options(options: Options, checkpoint: Path, stage: int, is_inference: bool) -> None:
+    """Raises ValueError for options that exclude each other, or that do not fit the checkpoint."""
+    by_text = {"--prompt": options.prompts, "--file": options.file, "--recaption": options.recaption}
+    text_flag = next((flag for flag, value in by_text.items() if value), None)
+    if stage == 1 and text_flag:
+        raise ValueError(f"{text_flag}: {checkpoint} is a checkpoint of stage 1, which samples classes; give --class")
+    if stage == 2 and options.classes:
+        raise ValueError(f"--class: {checkpoint} is a checkpoint of stage 2, which samples prompts; give --prompt")
+    for flag, value in (("--server", options.server), ("--model", options.model)):
+        if value and not options.recaption:
+            raise ValueError(f"{flag}: needs --recaption; give both, or neither")
+    if is_inference and options.weights != "ema":
+        raise ValueError(f"--weights {options.weights}: {checkpoint} has only EMA weights; give --weights ema")
+    if options.export_pipeline:
+        check_export(options.export_pipeline, checkpoint, is_inference)
+
+
+def check_export(folder: str, checkpoint: Path, is_inference: bool) -> None:
+    """Raises ValueError if the checkpoint cannot be exported to this folder."""
+    if is_inference:
+        raise ValueError(
+            f"--export-pipeline: {checkpoint} is in FP8, which diffusers cannot read; give the training checkpoint"
+        )
+    if Path(folder).exists():
+        raise ValueError(f"--export-pipeline {folder}: exists; name a new folder")
+    if any(parent.is_file() for parent in Path(folder).absolute().parents):
+        raise ValueError(f"--export-pipeline {folder}: lies below a file; name a new folder")
+
+
+def open_training_dataset(launch: Launch, options: Options, checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the dataset that the options name, else of the one that the checkpoint was trained on.
+
+    Sampling needs it for the VAE and the text encoder. Raises ValueError if the dataset is unknown or does not exist.
+    """
+    if not options.names_dataset:
+        if not record["dataset"]:
+            raise ValueError(f"{checkpoint} names no dataset, which says the VAE and the text encoder; give --dataset")
+        launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
+    if ledger.manifest(launch.dataset) is None:
+        raise ValueError(f"dataset {launch.dataset} does not exist; give its present place by --dataset")
+    return open_dataset(launch)
+
+
+COMMAND = Command(Options, run)

@@ -1,0 +1,33 @@
+"""Checks of a model against the dataset that it samples with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+NULL_CLASS = "none"
+MAX_LISTED = 8  # class names in an error
+
+
+def check_model(model: dict[str, Any], manifest: dict[str, Any], dataset: str) -> None:
+    """Raises ValueError if the dataset's VAE or text encoder has other sizes than the model was made for."""
+    channels = manifest["latent_shape"][0]
+    if model["in_dim"] != channels:
+        raise ValueError(f"the model has {model['in_dim']} latent channels, and the VAE of {dataset} has {channels}")
+    if model.get("text_dim") not in (None, manifest["text_dim"]):
+        raise ValueError(
+            f"the model reads text embeddings of width {model['text_dim']}, and those of {dataset} have width "
+            f"{manifest['text_dim']}"
+        )
+
+
+def class_index(name: str, class_names: Sequence[str], num_classes: int) -> int:
+    """Return the index of a class by its name, its index or `none`. Raises ValueError for an unknown class."""
+    if name in class_names:
+        return list(class_names).index(name)
+    if name == NULL_CLASS:
+        return num_classes - 1
+    last = (len(class_names) or num_classes - 1) - 1
+    if name.isascii() and name.isdecimal() and int(name) <= last:
+        return int(name)
+    more = f" and {len(class_names) - MAX_LISTED} more" if len(class_names) > MAX_LISTED else ""
+    by_name = f", by name {', '.join(class_names[:MAX_LISTED])}{more}" if class_names else ""
+    raise ValueError(f"--class {name}: the classes are 0 to {last}{by_name}, and {NULL_CLASS}")

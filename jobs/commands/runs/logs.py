@@ -1,0 +1,74 @@
+"""Print the logs of a run.
+
+Of every job, or of the job of one shard. With several logs, each part starts with the name of its file.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.commands.options import Command, RunOptions, option
+from jobs.state import run as runs
+from jobs.state.run import Run
+
+FOLLOW_SECONDS = 0.5
+
+
+def shard_number(text: str) -> int:
+    """Return the number of a shard. Raises ValueError unless it is an integer of at least 0."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{text!r} is not the number of a shard")
+    return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """The options of `logs`."""
+
+    shard: int | None = option(
+        "--shard", metavar="N", convert=shard_number, help="Print only the logs of this shard (default: every shard)."
+    )
+    follow: bool = option(
+        "-f", "--follow", default=False, help="Follow the logs until the jobs end (default: print them once)."
+    )
+
+
+def run(options: Options) -> int:
+    shown = runs.find(runs.home(options.home), options.run)
+    job_of = shown.job_of()
+    if options.shard is not None and options.shard not in job_of:
+        raise ValueError(f"--shard {options.shard}: {shown.folder.name} has no such shard")
+    jobs = sorted(set(job_of.values())) if options.shard is None else [job_of[options.shard]]
+    ends = print_new(find_logs(shown, jobs), {})
+    try:
+        while options.follow and runs.under_way(runs.elements(shown)):
+            time.sleep(FOLLOW_SECONDS)
+            ends = print_new(find_logs(shown, jobs), ends)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def find_logs(run: Run, jobs: list[str]) -> list[Path]:
+    """Return the logs of the jobs that exist, standard output before standard error."""
+    return [log for job in jobs for stream in ("out", "err") for log in run.logs(job, stream)]
+
+
+def print_new(logs: list[Path], ends: dict[Path, int]) -> dict[Path, int]:
+    """Print what each log has after its last printed byte, and return the new ends."""
+    return {log: print_log(log, ends.get(log, 0), with_name=len(logs) > 1) for log in logs}
+
+
+def print_log(log: Path, offset: int, *, with_name: bool) -> int:
+    """Print a log from a byte offset on, and return the offset of its end."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        text = file.read()
+    if text:
+        if with_name:
+            print(f"==> {log} <==")
+        print(text.decode(errors="replace"), end="" if text.endswith(b"\n") else "\n", flush=True)
+    return offset + len(text)
+
+
+COMMAND = Command(Options, run)

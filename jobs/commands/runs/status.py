@@ -1,0 +1,93 @@
+"""Show the state of a run: done, running, pending and failed elements.
+
+The state comes from the data first, and from Slurm where there is no data yet. The exit code is 1 if an element failed.
+"""
+
+from collections import Counter
+
+from jobs.commands.options import Command, RunOptions
+from jobs.progress import spoken
+from jobs.state import ledger
+from jobs.state import run as runs
+from jobs.state.run import Element, Run
+from jobs.state.run_metadata import FILE as METADATA_FILE
+from jobs.tracking.mlflow_store import behind
+from jobs.tracking.sync import publish_in_background, settle
+from slurm.task import attempts
+
+MAX_FAILURES = 10  # listed one by one
+STYLES = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red"}
+
+
+def run(options: RunOptions) -> int:
+    home = runs.home(options.home)
+    shown = runs.find(home, options.run)
+    elements = runs.elements(shown)
+    print_status(shown, elements)
+    if shown.writable and (shown.folder / METADATA_FILE).exists():
+        settle(shown, elements)
+        if behind(shown.folder):
+            publish_in_background(home, [shown.folder])
+    return 1 if any(element.state == "failed" for element in elements.values()) else 0
+
+
+def print_status(run: Run, elements: dict[int, Element]) -> None:
+    """Print a table of the states, the progress of training, the first failures and the next command."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    restarts = max((line["restart"] for line in attempts(run.folder)), default=0)
+    console.print(f"{run.kind}  {run.folder}", markup=False)
+    console.print(f"jobs {', '.join(run.job_ids)}, restarts {restarts}", markup=False)
+    counts = Counter(element.state for element in elements.values())
+    reasons = Counter(element.note for element in elements.values() if element.state == "pending")
+    table = Table(box=None, pad_edge=False)
+    for name in ("state", "shards" if run.elements else "runs", "note"):
+        table.add_column(name, justify="right" if name in ("shards", "runs") else "left")
+    notes = {
+        "done": describe_rate(run, elements),
+        "pending": ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items()),
+    }
+    for state, style in STYLES.items():
+        if counts[state]:
+            table.add_row(Text(state, style), str(counts[state]), Text(notes.get(state, "")))
+    console.print(table)
+    active = runs.under_way(elements)
+    if run.kind == "train":
+        console.print(describe_steps(run, active=active), markup=False)
+    failed = [(number, element) for number, element in elements.items() if element.state == "failed"]
+    for number, element in failed[:MAX_FAILURES]:
+        what = f"shard {number}" if run.elements else run.kind
+        console.print(f"failed: {what}, job {element.job}: {element.note}", markup=False)
+    if len(failed) > MAX_FAILURES:
+        console.print(f"and {len(failed) - MAX_FAILURES} more")
+    following = "retry" if failed else "status" if active else "open"
+    console.print(f"next: python -m jobs.launch {following} {run.folder.name}", markup=False)
+
+
+def describe_steps(run: Run, *, active: bool) -> str:
+    """Return the step and loss of training and, while it runs, its rate and the remaining time at that rate."""
+    step, note = runs.progress(run)
+    parts = [f"step {step} of {run.total}", note]
+    if active and (seconds := runs.seconds_per_step(run)):
+        parts.append(f"{spoken(1 / seconds)}, {(run.total - step) * seconds / 60:.1f} minutes left")
+    return ", ".join(filter(None, parts))
+
+
+def describe_rate(run: Run, elements: dict[int, Element]) -> str:
+    """Return the shards per minute since the submission, and the remaining time at that rate."""
+    if not run.elements:
+        return ""
+    submitted = (run.folder / "command.txt").stat().st_mtime
+    paths = [ledger.path(run.dataset, run.kind, number) for number, item in elements.items() if item.state == "done"]
+    written = [moment for path in paths if (moment := path.stat().st_mtime) >= submitted]
+    left = sum(element.state in ("pending", "running") for element in elements.values())
+    if not written:
+        return ""
+    rate = len(written) / max(1.0, max(written) - submitted)
+    return f"{60 * rate:.1f} shards/min" + (f", {left / rate / 60:.1f} minutes left" if left else "")
+
+
+COMMAND = Command(RunOptions, run)

@@ -1,0 +1,38 @@
+"""Send the journals of runs to MLflow.
+
+For clusters whose nodes do not reach the MLflow server: run it on a machine that does. Without RUN, every run that
+MLflow lacks something of is sent.
+"""
+
+from dataclasses import dataclass
+
+from jobs.commands.options import Command, CommonOptions, argument
+from jobs.state import run as runs
+from jobs.tracking.mlflow_store import Tracker, behind
+from jobs.tracking.sync import publish, settle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    """The options of `sync`."""
+
+    run: str | None = argument("RUN", help="Folder, name or part of the name of a run (default: every run).")
+
+
+def run(options: Options) -> int:
+    home = runs.home(options.home)
+    folders = [runs.find(home, options.run).folder] if options.run else runs.folders(home)
+    if not folders:
+        raise ValueError(f"there are no runs in {home}")
+    tracker, sent = Tracker(home), 0
+    for folder in folders:
+        loaded = runs.load(folder)
+        settle(loaded, runs.elements(loaded))
+        if options.run or behind(folder):
+            publish(tracker, folder)
+            sent += 1
+    print(f"synchronized {sent} of {len(folders)} runs with {tracker.uri}; the others were up to date")
+    return 0
+
+
+COMMAND = Command(Options, run)

@@ -1,0 +1,58 @@
+"""Operations, bytes and launches, counted from compiled code, are those of the formula that was compiled."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.generated_code import Work, recorded, total
+from benchmarks.train_step import PARAMETER_BYTES, floor_of
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
+
+ROWS, INPUTS, OUTPUTS = 64, 96, 32
+
+
+@pytest.mark.slow
+def test_a_linear_and_its_activation_forward_and_backward():
+    x = torch.randn(ROWS, INPUTS, requires_grad=True)
+    weight = torch.randn(OUTPUTS, INPUTS, requires_grad=True)
+    compiled = torch.compile(lambda x, weight: F.silu(x @ weight.t()), fullgraph=True)
+    with recorded() as works:
+        compiled(x, weight).backward(torch.ones(ROWS, OUTPUTS))
+    torch._dynamo.reset()
+    forward, backward = works
+    product = 2 * ROWS * INPUTS * OUTPUTS
+    assert forward.operations == {"bf16": product}  # whatever is not FP8
+    assert backward.operations == {"bf16": 2 * product}
+    assert (forward.launches["products"], backward.launches["products"]) == (1, 2)
+    activations = ROWS * OUTPUTS * torch.float32.itemsize
+    assert forward.generated_bytes == 2 * activations  # reads the product, writes the result
+    assert backward.generated_bytes == 3 * activations  # reads the product and the gradient, writes the gradient's
+    assert total(works).attentions == 0
+
+
+@pytest.mark.slow
+def test_attention_is_counted_apart():
+    q = torch.randn(2, 4, 16, 8, requires_grad=True)
+    compiled = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), fullgraph=True)
+    with recorded() as works:
+        compiled(q).sum().backward()
+    torch._dynamo.reset()
+    assert [work.attentions for work in works] == [1, 1]
+
+
+def test_the_floor_adds_products_attention_and_bytes_at_the_rates_of_the_card():
+    found = {"work": {"fp8": 4e12, "bf16": 1e12, "bytes": 3e9}, "parameters": 1_000_000_000}
+    rates = {"FP8": 2.0, "BF16": 1.0, "GB/s": 1000.0, "attention, s an image": 0.5}
+    seconds = 2 * (4 / 2 + 1 / 1 + 8 * 0.5) + (2 * 3e9 + PARAMETER_BYTES * 1e9) / 1e12
+    assert floor_of(found, rates, blocks=2, batch=8) == pytest.approx(seconds)
+    assert floor_of({**found, "work": None}, rates, blocks=2, batch=8) is None
+
+
+def test_works_add_up():
+    one = Work(generated_bytes=1, attentions=2)
+    one.operations["fp8"] = 3
+    assert total([one, one]).operations["fp8"] == 6
+    assert total([one, one]).generated_bytes == 2
