@@ -8,8 +8,10 @@ GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.1
 GPU_VERSIONS := torch==2.11.0 transformers==5.17.0 torchao==0.17.0 numpy==2.5.2 safetensors==0.8.0
 NEWEST_VERSIONS := torch==2.15.0 transformers==5.24.0 torchao==0.18.0
 FAST := not slow and not slurm and not vllm and not gpu
+# Many tests wait, for Slurm or for a server: workers may outnumber the processors.
+WORKERS ?= 4
 
-.PHONY: install demo check test gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
+.PHONY: install demo check test test-all vllm-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
 
 install: .venv/.installed
 demo: install
@@ -35,13 +37,21 @@ check: .venv/.installed-dev
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)"
 
+# vLLM's environment is installed beside the tests, of which those that need it wait for it.
 test: .venv/.installed-dev
+	@mkdir -p .venv-vllm
+	@$(MAKE) --no-print-directory --jobs=2 vllm-env test-all
+
+vllm-env:
 	@sh tests/support/vllm_environment.sh .venv-vllm
+
+test-all:
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m tests.support.debian_packages
+	@$(BIN)/python -m pytest -n $(WORKERS)
 
 gpu-env:
 	@sh tests/support/environment_of_versions.sh .venv-gpu "$(GPU_PYTHON)" $(GPU_VERSIONS)

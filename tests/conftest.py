@@ -7,14 +7,28 @@ import pytest
 
 from pixart.config.recipe import Recipe, to_json
 from pixart.recipes import demo
+from tests.support import recovery_times
 from tests.support.browser_fixture import browser, look  # noqa: F401 - fixtures
 from tests.support.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
-from tests.support.cluster_fixture import dev_cluster  # noqa: F401 - a fixture
+from tests.support.cluster_fixture import dev_cluster, running_cluster  # noqa: F401 - fixtures
 from tests.support.demo_fixture import small_demo  # noqa: F401 - a fixture
+from tests.support.distribution import Workers, alone  # noqa: F401 - a fixture
 from tests.support.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
-from tests.support.vllm_fixture import tiny_qwen  # noqa: F401 - a fixture
+from tests.support.vllm_fixture import tiny_qwen, vllm_environment  # noqa: F401 - fixtures
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Workers())
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    lines = recovery_times.table(each for report in reports for each in report.user_properties)
+    if lines:
+        terminalreporter.section("seconds from a fault until all of the data is there")
+        terminalreporter.write("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
 """Sampling with classifier-free guidance and the flow-match Euler scheduler of diffusers."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from pixart.model.dit import DiT
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 def sample(
@@ -37,12 +41,14 @@ def denoise(
     *,
     steps: int,
     guidance: float,
-    scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+    scheduler: "FlowMatchEulerDiscreteScheduler | None" = None,
 ) -> Tensor:
     """Denoise noise (B, C, H, W) to normalized latents (B, C, H, W).
 
     `guidance` is the scale of classifier-free guidance; with 1, the unconditional model is not evaluated.
     """
+    from diffusers import FlowMatchEulerDiscreteScheduler  # imports SciPy, which takes a second; few ranks sample
+
     device = model.patchify.weight.device
     latents, count = noise.to(device), len(noise)
     both = {key: torch.cat([value, null_conditioning[key]]) for key, value in conditioning.items()}

@@ -15,6 +15,8 @@ SlurmUser=root
 SlurmctldPort={ports[controller]}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
+# Jobs of clusters side by side have different numbers: the ranks of a job draw the port at which they meet from it.
+FirstJobId={ports[controller]}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid

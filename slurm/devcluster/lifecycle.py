@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from slurm.devcluster import files
-from slurm.devcluster.cluster import PATH, DevCluster
+from slurm.devcluster import files, packages
+from slurm.devcluster.cluster import DevCluster
 
 PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge"}
 ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
@@ -26,7 +25,7 @@ def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = 
     if (folder / "cluster.json").exists():
         raise ValueError(f"there is a cluster in {folder} already: `python -m slurm.devcluster down` ends it")
     check_path(folder)
-    install(accounting)
+    packages.install({**PACKAGES, **(ACCOUNTING_PACKAGES if accounting else {})})
     for name in ("state", "spool", "logs", "devices"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
@@ -59,22 +58,6 @@ def check_path(folder: Path) -> None:
         raise ValueError(f"--folder {str(folder)!r}: Slurm's configuration has no way to write this path")
     if len(str(folder)) > 80:
         raise ValueError(f"--folder {folder}: too long, a socket's path has 107 characters at most")
-
-
-def install(accounting: bool) -> None:
-    """Installs the Debian packages that are missing."""
-    wanted = {**PACKAGES, **(ACCOUNTING_PACKAGES if accounting else {})}
-    missing = [package for program, package in wanted.items() if not shutil.which(program, path=PATH)]
-    if not missing:
-        return
-    if not shutil.which("apt-get"):
-        raise ValueError(f"the dev cluster needs {', '.join(missing)}, and there is no apt-get to install them with")
-    print(f"installing {' '.join(missing)}", flush=True)
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *missing]):
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise ValueError(f"apt-get could not install {' '.join(missing)}: {done.stderr.strip()}")
 
 
 def free_ports(count: int) -> list[int]:

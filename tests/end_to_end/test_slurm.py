@@ -28,6 +28,7 @@ from slurm.devcluster.cluster import DevCluster
 from slurm.devcluster.files import URGENT
 from slurm.task import ATTEMPTS, attempts
 from tests.support.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
+from tests.support.recovery_times import RECOVERY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -37,7 +38,7 @@ executor = "slurm"
 partition = "main"
 gpus_per_node = 1
 cpus_per_task = 1
-signal_seconds = 30
+signal_seconds = 45
 
 [environment]
 OMP_NUM_THREADS = "1"
@@ -79,9 +80,13 @@ def newest(home: Path, kind: str) -> Run:
     return runs.load(sorted(path for path in (home / "runs").iterdir() if f"-{kind}-" in path.name)[-1])
 
 
-def settle(run: Run, seconds: float = 240) -> dict[int, str]:
+def settle(run: Run, seconds: float = 600) -> dict[int, str]:
     """Waits for the run's end and returns the state of its elements."""
-    wait_until(lambda: not runs.under_way(runs.elements(run)), seconds, f"the end of {run.folder.name}")
+
+    def ended() -> bool:
+        return not runs.under_way(runs.elements(run))
+
+    wait_until(ended, seconds, f"the end of {run.folder.name}", interval=0.5)
     return {number: element.state for number, element in runs.elements(run).items()}
 
 
@@ -303,20 +308,21 @@ def restart_controller(bench: Bench, run: Run, job: str, cluster: DevCluster) ->
 
 
 FAULTS = (kill_a_task, requeue, node_down, time_limit, preempt, cancel, restart_controller)
-MATRIX: dict[str, dict[str, float]] = {}
 
 
 @pytest.fixture(scope="module")
-def small_data(tmp_path_factory) -> dict[str, Path]:
+def small_data(tmp_path_factory) -> Callable[[str], Path]:
     """For each kind of job, a dataset that lacks just its own part, made on this machine."""
     home = tmp_path_factory.mktemp("data")
-    found = {}
-    for kind, images in IMAGES.items():
-        found[kind] = home / kind
+
+    @functools.cache
+    def make(kind: str) -> Path:
         for job in {"caption": [], "latents": ["caption"], "train": ["caption", "latents", "audit"]}[kind]:
-            settings = {"data.num_shards": SHARDS, "data.max_images": images} if job == "caption" else {}
-            submit(home, job, "--cluster", "local", "--dataset", str(found[kind]), settings=settings)
-    return found
+            settings = {"data.num_shards": SHARDS, "data.max_images": IMAGES[kind]} if job == "caption" else {}
+            submit(home, job, "--cluster", "local", "--dataset", str(home / kind), settings=settings)
+        return home / kind
+
+    return make
 
 
 def contents(bench: Bench, run: Run) -> dict[str, object]:
@@ -346,10 +352,10 @@ def contents(bench: Bench, run: Run) -> dict[str, object]:
 def make_bench(profile, small_data, tmp_path_factory) -> Callable[[str], Bench]:
     def make(kind: str) -> Bench:
         home = tmp_path_factory.mktemp(kind)
-        dataset = small_data[kind]
+        dataset = small_data(kind)
         if kind == "latents":
             dataset = home / "dataset"
-            shutil.copytree(small_data[kind], dataset)
+            shutil.copytree(small_data(kind), dataset)
         if kind == "caption":
             dataset = home / "dataset"
         return Bench(kind=kind, home=home, profile=profile, dataset=dataset)
@@ -369,9 +375,12 @@ def undisturbed(make_bench) -> Callable[[str], dict[str, object]]:
     return run_it
 
 
-@pytest.mark.parametrize("kind", list(IMAGES))
+# A kind of job has its own worker and cluster: its faults mostly wait for Slurm.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(f"slurm-{kind}")) for kind in IMAGES]
+)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, kind: str, fault) -> None:
+def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, record_property, kind: str, fault) -> None:
     expected = undisturbed(kind)
     bench = make_bench(kind)
     run = bench.begin()
@@ -381,22 +390,13 @@ def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, kind: str
     run = runs.load(run.folder)
     states = settle(run)
     assert set(states.values()) == {"done"}, runs.elements(run)
-    MATRIX.setdefault(fault.__name__, {})[kind] = time.monotonic() - begun
+    record_property(RECOVERY, (fault.__name__, kind, time.monotonic() - begun))
     found = contents(bench, run)
     assert found.keys() == expected.keys()
     assert all(found[name] == expected[name] for name in expected)
     assert not list(bench.dataset.rglob(".*"))
     if fault not in (kill_a_task, cancel, restart_controller):
         assert max(line["restart"] for line in attempts(run.folder)) >= 1
-
-
-def test_print_the_matrix(capsys):
-    """Seconds from the fault until all of the data is there."""
-    assert MATRIX
-    with capsys.disabled():
-        print(f"\n{'fault':<20}" + "".join(f"{kind:>12}" for kind in IMAGES))
-        for fault, cells in MATRIX.items():
-            print(f"{fault:<20}" + "".join(f"{cells.get(kind, float('nan')):>10.0f} s" for kind in IMAGES))
 
 
 # Afterwards

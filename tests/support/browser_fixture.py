@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,21 +9,21 @@ from urllib.parse import urlparse
 
 import pytest
 
+from slurm.devcluster import packages
+
+PACKAGES = {"chromium": "chromium fonts-dejavu-core"}
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 LAPTOP = {"width": 1280, "height": 800}
 
 
 def chromium() -> str:
-    """The program, installed where it is missing and may be."""
-    if not shutil.which("chromium"):
-        if not shutil.which("apt-get") or os.geteuid():
-            pytest.skip("needs Debian's chromium, and to be root to install it")
-        for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"]):
-            done = subprocess.run(["apt-get", *words], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-    found = shutil.which("chromium")
-    assert found
-    return found
+    """Return the path of Chromium, which is installed if it is missing."""
+    if not shutil.which("chromium") and (not shutil.which("apt-get") or os.geteuid()):
+        pytest.skip("needs Debian's chromium, and to be root to install it")
+    packages.install(PACKAGES)
+    path = shutil.which("chromium")
+    assert path
+    return path
 
 
 @pytest.fixture(scope="session")

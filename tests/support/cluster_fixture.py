@@ -17,39 +17,46 @@ NODES = 4
 
 
 @pytest.fixture(scope="session")
-def dev_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
-    """Four nodes with 8 GPUs each, without accounting; this process's variables point to it."""
+def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
+    """Four nodes with 8 GPUs each, without accounting."""
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster on this machine needs root")
     cluster = lifecycle.up(tmp_path_factory.mktemp("cluster") / "dev", nodes=NODES)
-    before = dict(os.environ)
-    os.environ.update(cluster.environment)
     yield cluster
-    for name in cluster.environment:
-        os.environ.pop(name)
-    os.environ.update({name: value for name, value in before.items() if name in cluster.environment})
     lifecycle.down(cluster.folder)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120, what: str = "the condition") -> float:
-    """Seconds that it took. Raises AssertionError after `seconds`."""
+@pytest.fixture(scope="module")
+def dev_cluster(running_cluster: DevCluster) -> Iterator[DevCluster]:
+    """The running cluster; while a module's tests run, this process's variables point to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running_cluster.environment.items():
+            patch.setenv(name, value)
+        yield running_cluster
+
+
+def wait_until(
+    condition: Callable[[], bool], seconds: float = 300, what: str = "the condition", *, interval: float = 0.1
+) -> float:
+    """Return the seconds that it took. Raises AssertionError after `seconds`; looks every `interval` seconds."""
     begun = time.monotonic()
     while not condition():
         assert time.monotonic() - begun < seconds, f"{what} did not come true in {seconds} s"
-        time.sleep(0.1)
+        time.sleep(interval)
     return time.monotonic() - begun
 
 
 def task_processes(job: str) -> list[int]:
-    """Python processes of a job, `12` or `12_3`, oldest first."""
+    """Return the Python processes of a job, `12` or `12_3`, of this process's cluster, oldest first."""
     main, _, element = job.partition("_")
+    cluster = f"SLURM_CONF={os.environ['SLURM_CONF']}"
     marks = [f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={element}"] if element else [f"SLURM_JOB_ID={main}"]
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
             words = (path / "cmdline").read_bytes().split(b"\0")
-            if b"submitit.core._submit" in words and b"srun" not in words[0] and set(marks) <= set(variables):
+            if b"submitit.core._submit" in words and b"srun" not in words[0] and {cluster, *marks} <= set(variables):
                 found.append(int(path.name))
     return sorted(found)
 

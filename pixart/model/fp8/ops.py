@@ -5,7 +5,8 @@ of summation. Nothing here synchronizes with the device, and torch.compile trace
 known in advance, so that a cast is fused into the kernel that produces its tensor.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,7 +159,15 @@ def _(a, b, transposed_a, transposed_b, scale_a, scale_b, bias, dtype, fast_accu
     return a.new_empty(a.shape[transposed_a], b.shape[1 - transposed_b], dtype=dtype)
 
 
-transpose_copy = torch.compile(lambda x: x.t().contiguous(), dynamic=True)  # tiled, unlike an eager copy
+def transpose_copy(x: Tensor) -> Tensor:
+    """Return the contiguous transpose of x (m, n) -> (n, m), by a compiled kernel: tiled, unlike an eager copy."""
+    return compiled_transpose_copy()(x)
+
+
+@functools.cache
+def compiled_transpose_copy() -> Callable[[Tensor], Tensor]:
+    """Return the compiled function, made at its first use because that imports the compiler, which takes a second."""
+    return torch.compile(lambda x: x.t().contiguous(), dynamic=True)
 
 
 class Float8LinearFunction(torch.autograd.Function):

@@ -21,6 +21,7 @@ def kernels(name: str):
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("vllm_environment")
 @needs_vllm
 def test_casts_are_fused_into_the_producing_kernel():
     """Amax and bias gradient too: no activation is read a second time for FP8."""
@@ -37,6 +38,7 @@ def test_casts_are_fused_into_the_producing_kernel():
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("vllm_environment")
 @needs_vllm
 def test_adamw_and_ema_pass_over_memory_once():
     """Large weights have kernels of their own, small ones share kernels; the last kernel updates the step counts."""

@@ -1,0 +1,14 @@
+"""Install the Debian packages that the tests use, before any test runs: `python -m tests.support.debian_packages`.
+
+A test installs what it needs itself, too. That is too late for tests beside it that run at the same moment: whether
+Slurm is installed decides where their jobs run.
+"""
+
+import os
+import shutil
+
+from slurm.devcluster import lifecycle, packages
+from tests.support import browser_fixture
+
+if __name__ == "__main__" and shutil.which("apt-get") and os.geteuid() == 0:
+    packages.install({**lifecycle.PACKAGES, **lifecycle.ACCOUNTING_PACKAGES, **browser_fixture.PACKAGES})
