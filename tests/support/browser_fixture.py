@@ -1,4 +1,4 @@
-"""A headless Chromium that tests look at pages with; what it complains of, and asks other hosts for, is an error."""
+"""A headless Chromium for tests of HTML pages; errors of a page and its requests to other hosts fail the test."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ LAPTOP = {"width": 1280, "height": 800}
 
 
 def chromium() -> str:
-    """Return the path of Chromium, which is installed if it is missing."""
+    """Return the path of Chromium, which is installed if it is missing; skip the test if it cannot be."""
     if not shutil.which("chromium") and (not shutil.which("apt-get") or os.geteuid()):
         pytest.skip("needs Debian's chromium, and to be root to install it")
     packages.install(PACKAGES)
@@ -38,9 +38,10 @@ def browser():
 
 @pytest.fixture(scope="session")
 def look(browser) -> Callable:
-    """`with look(url, "light", "name") as page:` a page as on a laptop; at its end, a screenshot.
+    """Context manager that opens a page and yields it.
 
-    What the page complains of is an error, but for what contains one of `says`.
+    `with look(url, "light", "name") as page:` has the viewport of a laptop. At the end a screenshot is saved, and an
+    error of the page fails the test unless it contains one of `says`.
     """
 
     @contextmanager
@@ -62,10 +63,11 @@ def look(browser) -> Callable:
 
 
 def complaint(said) -> str:
-    """With the address that it is about: of a file that is missing, the text does not say which."""
+    """Return a console message with its URL, because the text does not name a missing file."""
     return f"{said.text} ({said.location['url']})"
 
 
 def foreign(url: str, own: str) -> bool:
+    """Return whether a URL refers to another host."""
     found = urlparse(url)
     return found.scheme not in ("data", "blob", "about") and found.netloc != own

@@ -1,4 +1,4 @@
-"""A stage-1 model all of whose parameters are random, as a checkpoint and as the original training's file."""
+"""A stage-1 model with random parameters, as a checkpoint and as a file of the original training code."""
 
 from pathlib import Path
 
@@ -24,7 +24,10 @@ CONFIG = {
 
 @pytest.fixture
 def stage1() -> Checkpoint:
-    """Modulations vary smoothly with t, as trained ones do; every channel matters for the output."""
+    """Stage-1 checkpoint with random parameters.
+
+    Its modulations vary smoothly with t, as after training, and every channel affects the output.
+    """
     torch.manual_seed(0)
     model = DiT(**CONFIG)
     for name, parameter in model.named_parameters():
@@ -50,7 +53,7 @@ def stage1() -> Checkpoint:
 
 
 def legacy_content(checkpoint: Checkpoint, prefix: str = "_orig_mod.", dtype: torch.dtype = torch.float32) -> dict:
-    """What the original training saves."""
+    """Return the content of the file that the original training code saves for a checkpoint."""
     decayed, undecayed = parameter_groups(DiT(**checkpoint.config))
     state = {
         index: {key: checkpoint.optimizer[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -67,6 +70,7 @@ def legacy_content(checkpoint: Checkpoint, prefix: str = "_orig_mod.", dtype: to
 
 @pytest.fixture
 def legacy_file(stage1: Checkpoint, tmp_path: Path) -> Path:
+    """Path of a checkpoint file of the original training code."""
     path = tmp_path / "ckpt.pt"
     torch.save(legacy_content(stage1), path)
     return path

@@ -1,4 +1,4 @@
-"""A dev cluster for the tests marked `slurm`, and what they do to it."""
+"""A Slurm development cluster for the tests marked `slurm`, and helpers for its jobs."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ NODES = 4
 
 @pytest.fixture(scope="session")
 def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
-    """Four nodes with 8 GPUs each, without accounting."""
+    """Cluster of four nodes with 8 GPUs each, without accounting."""
     if os.geteuid() != 0:
         pytest.skip("a Slurm cluster on this machine needs root")
     cluster = lifecycle.up(tmp_path_factory.mktemp("cluster") / "dev", nodes=NODES)
@@ -28,7 +28,7 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevClu
 
 @pytest.fixture(scope="module")
 def dev_cluster(running_cluster: DevCluster) -> Iterator[DevCluster]:
-    """The running cluster; while a module's tests run, this process's variables point to it."""
+    """Cluster that the environment variables refer to while the tests of a module run."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in running_cluster.environment.items():
             patch.setenv(name, value)
@@ -38,7 +38,10 @@ def dev_cluster(running_cluster: DevCluster) -> Iterator[DevCluster]:
 def wait_until(
     condition: Callable[[], bool], seconds: float = 300, what: str = "the condition", *, interval: float = 0.1
 ) -> float:
-    """Return the seconds that it took. Raises AssertionError after `seconds`; looks every `interval` seconds."""
+    """Wait for a condition, which is checked every `interval` seconds, and return the seconds waited.
+
+    Raises AssertionError if it does not hold after `seconds`.
+    """
     begun = time.monotonic()
     while not condition():
         assert time.monotonic() - begun < seconds, f"{what} did not come true in {seconds} s"
@@ -47,7 +50,7 @@ def wait_until(
 
 
 def task_processes(job: str) -> list[int]:
-    """Return the Python processes of a job, `12` or `12_3`, of this process's cluster, oldest first."""
+    """Return the IDs of a job's Python processes on the current cluster, oldest first; a job is `12` or `12_3`."""
     main, _, element = job.partition("_")
     cluster = f"SLURM_CONF={os.environ['SLURM_CONF']}"
     marks = [f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={element}"] if element else [f"SLURM_JOB_ID={main}"]
@@ -62,7 +65,7 @@ def task_processes(job: str) -> list[int]:
 
 
 def was_told(pid: int, number: signal.Signals) -> bool:
-    """Whether a stopped process has been sent a signal, which it sees when it goes on, or has ended on it."""
+    """Return whether a stopped process has a signal pending, or has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
     except FileNotFoundError:
@@ -72,9 +75,10 @@ def was_told(pid: int, number: signal.Signals) -> bool:
 
 
 def slurm(*words: str) -> str:
+    """Run a Slurm command and return its output. Raises CalledProcessError if it fails."""
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 def accepted(*words: str) -> bool:
-    """Whether a Slurm command goes through."""
+    """Return whether a Slurm command succeeds."""
     return subprocess.run(words, capture_output=True).returncode == 0

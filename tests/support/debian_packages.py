@@ -1,6 +1,6 @@
 """Install the Debian packages that the tests use, before any test runs: `python -m tests.support.debian_packages`.
 
-A test installs what it needs itself, too. That is too late for tests beside it that run at the same moment: whether
+Each test also installs the packages that it needs. That is too late for other tests running at the same time: whether
 Slurm is installed decides where their jobs run.
 """
 

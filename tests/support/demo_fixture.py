@@ -1,4 +1,4 @@
-"""The whole demo by its command, too short to learn anything: what tests of several kinds look at."""
+"""The complete demo with too few steps to learn anything, run once for several kinds of tests."""
 
 import subprocess
 import sys
@@ -22,7 +22,9 @@ SETTINGS += [f"stage{stage}.steps={STEPS}" for stage in (1, 2)]
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    folder: Path  # that the command was given in
+    """A finished demo: the working directory and the output of its command."""
+
+    folder: Path  # working directory of the command
     output: str
 
     @property
@@ -34,9 +36,11 @@ class Demo:
         return Path(next(line for line in self.output.splitlines() if line.startswith("sampled: ")).split()[1])
 
     def runs(self, kind: str) -> list[Path]:
+        """Return the run folders of one kind, oldest first."""
         return sorted(self.home.glob(f"runs/*-{kind}-*"))
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a launcher command in the working directory of the demo."""
         return launch(self.folder, *words)
 
 
@@ -47,6 +51,7 @@ def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Finished demo of 64 images and 12 steps per stage."""
     folder = tmp_path_factory.mktemp("demo")
     done = launch(folder, "demo", *(word for value in SETTINGS for word in ("--set", value)))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,8 +1,8 @@
-"""How pytest-xdist distributes the tests over its workers: `pytest -n 4`.
+"""Distribution of the tests over the workers of pytest-xdist: `pytest -n 4`.
 
-The tests of a file form a group, which one worker runs, and so do those of several files that share an expensive
-fixture. Workers take the groups in order: the longest come first, so that beside those that mostly wait (for Slurm, for
-an engine) others compute; those that measure time come last, when all other workers have ended.
+The tests of a file form a group, which runs on one worker; so do the tests of several files that share an expensive
+fixture. Workers take the groups in order: the longest ones, which mostly wait (for Slurm, for an engine) while others
+compute, come first; tests that measure time come last, when all other workers have ended.
 
 pytest-xdist's own groups, `--dist loadgroup`, have no effect in its version 3.8 with pytest 9.2.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 ALONE = "performance"  # the group of the tests that measure time
-ALONE_SECONDS = 1200  # the longest wait for the other workers
-ENDED = "ended"  # a worker's input: the folder in which each worker that has ended leaves a file of its name
+ALONE_SECONDS = 1200  # maximum wait for the other workers
+ENDED = "ended"  # key of a worker's input: the folder where each worker creates a file with its ID when it ends
 
-# Groups by a pattern of their tests' names, the longest first; the other groups are files.
+# Groups and the pattern of their tests' names, the longest first; all other groups are files.
 GROUPS = {
     "vllm-kills": r"end_to_end/test_captioning\.py",
     "slurm-train": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-train\]",
@@ -33,7 +33,7 @@ GROUPS = {
 
 
 def group(name: str) -> str:
-    """Return the group of a test: by the pattern that its name matches, or else its file."""
+    """Return the group of a test: the one whose pattern matches its name, otherwise its file."""
     return next((key for key, pattern in GROUPS.items() if re.search(pattern, name)), name.partition("::")[0])
 
 
@@ -51,7 +51,7 @@ def distribute(items: list[pytest.Item]) -> None:
 
 
 class Workers:
-    """A plugin of the process that starts the workers and of each worker."""
+    """Plugin of the main process, which starts the workers, and of each worker."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -64,7 +64,7 @@ class Workers:
             def _split_scope(self, nodeid: str) -> str:
                 return group(nodeid)
 
-        config.option.loadscopereorder = False  # by their number of tests
+        config.option.loadscopereorder = False  # it would sort groups by their number of tests
         return ByGroup(config, log)
 
     @pytest.hookimpl(optionalhook=True)

@@ -32,7 +32,7 @@ def fp8_model(blocks: int, linears: tuple[str, ...] | None = None) -> DiT:
 
 
 def inputs(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return latents, t, text with `tokens` tokens and its mask, of four images."""
+    """Return latents, t, text of `tokens` tokens and its mask, for four images."""
     generator = torch.Generator().manual_seed(5)
     x, text = torch.randn(4, 16, 8, 8, generator=generator), torch.randn(4, tokens, 32, generator=generator)
     return x, torch.rand(4, generator=generator), text, torch.arange(tokens) < torch.tensor([[tokens], [3], [1], [4]])

@@ -1,9 +1,9 @@
-"""Print what generated GPU kernels look like, as JSON; needs torch's CUDA build, no GPU.
+"""Print a description of generated GPU kernels as JSON; needs torch's CUDA build, but no GPU.
 
 python -m tests.support.gpu_kernels linear      # norm, modulation, an FP8 linear and an activation, both passes
 python -m tests.support.gpu_kernels optimizer   # AdamW and the EMA weights in one pass
-python -m tests.support.gpu_kernels block       # the FP8 stores and the work of a whole block, both passes
-python -m tests.support.gpu_kernels transpose   # the FP8 stores of a cast that is transposed on purpose
+python -m tests.support.gpu_kernels block       # the FP8 stores and the work of a block, both passes
+python -m tests.support.gpu_kernels transpose   # the FP8 stores of an intentionally transposed cast
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A real MLflow server over sqlite on a free port, which may be stopped and started again."""
+"""An MLflow server with an SQLite database on a free port, which can be stopped and restarted."""
 
 import os
 import signal
@@ -15,6 +15,8 @@ START_SECONDS = 90
 
 
 class MlflowServer:
+    """An MLflow server in a separate process; `store` is the URI of its database."""
+
     def __init__(self, folder: Path, store: str | None = None) -> None:
         self.folder, self.store = folder, store or f"sqlite:///{folder}/server.db"
         with socket.socket() as free:
@@ -24,6 +26,7 @@ class MlflowServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Start the server and wait until it responds."""
         words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         words += ["--backend-store-uri", self.store, "--workers", "1"]
         words += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -38,6 +41,7 @@ class MlflowServer:
             time.sleep(0.1)
 
     def answers(self) -> bool:
+        """Return whether the server responds."""
         try:
             with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
                 return answer.status == 200
@@ -45,6 +49,7 @@ class MlflowServer:
             return False
 
     def stop(self) -> None:
+        """Stop the server if it runs, and wait for its end."""
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
             try:
@@ -56,6 +61,7 @@ class MlflowServer:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory):
+    """MLflow server that runs during the session."""
     server = MlflowServer(tmp_path_factory.mktemp("mlflow-server"))
     server.start()
     yield server

@@ -1,7 +1,7 @@
-"""500 damaged, lying and hostile image files, and what the screening makes of them.
+"""500 damaged, inconsistent and hostile image files, and what the screening does with them.
 
-`python -m tests.support.mutations` prints a JSON line for each, and in the end how much memory it took. An image
-that takes longer than 5 seconds ends the process with a traceback, even from inside a decoder.
+`python -m tests.support.mutations` prints a JSON line for each file, and at the end one with the peak memory in MiB. An
+image that takes longer than 5 seconds ends the process with a traceback, even from inside a decoder.
 """
 
 import faulthandler
@@ -27,11 +27,12 @@ LIMITS = ScreeningConfig()
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a PNG chunk with its length and CRC-32."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png(width: int, height: int, *, bits: int = 8, colour: int = 2, extra: bytes = b"", rows: bytes = b"") -> bytes:
-    """A PNG of these claims; without `rows`, all of its bytes are zero and compress a thousandfold."""
+    """Return a PNG with this header; without `rows`, all pixels are zero and compress a thousandfold."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     if not rows:
         packer, row = zlib.compressobj(9), bytes(1 + (width * bits * {0: 1, 2: 3, 3: 1, 6: 4}[colour] + 7) // 8)
@@ -41,7 +42,7 @@ def png(width: int, height: int, *, bits: int = 8, colour: int = 2, extra: bytes
 
 
 def rle_bmp(width: int, height: int, content: bytes) -> bytes:
-    """A BMP of 256 greens whose pixels are the run-length code `content`."""
+    """Return an 8-bit BMP with a palette of 256 greens and the run-length encoded pixels `content`."""
     palette = b"".join(bytes((0, level, 40, 0)) for level in range(256))
     offset = 14 + 40 + len(palette)
     head = b"BM" + struct.pack("<IHHI", offset + len(content), 0, 0, offset)
@@ -51,7 +52,7 @@ def rle_bmp(width: int, height: int, content: bytes) -> bytes:
 
 
 def base_files() -> dict[str, bytes]:
-    """Whole files of every format that is read, of a rendered scene with some noise."""
+    """Return intact files of every supported format by name; most show a rendered scene with some noise."""
     random = np.random.default_rng(0)
     scene = Image.fromarray(np.asarray(_scene(0)))
     noisy = add(scene, random.normal(0, 8, (96, 96, 3)))
@@ -85,6 +86,7 @@ def _scene(index: int) -> Image.Image:
 
 
 def patched(data: bytes, at: int, layout: str, *values: int) -> bytes:
+    """Return a copy of `data` with `values` packed at byte `at`; `layout` is a format string of `struct`."""
     changed = bytearray(data)
     struct.pack_into(layout, changed, at, *values)
     return bytes(changed)
@@ -94,7 +96,7 @@ SIZES = [(0, 0), (1, 1), (96, 30_000), (97, 96), (96, 192), (6000, 6000), (30_00
 
 
 def lying_sizes(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Other dimensions, in each format's header; PNG's checksum is made to fit."""
+    """Yield files whose headers state other dimensions; PNG checksums are recomputed except in one variant."""
     for width, height in SIZES:
         size = f"{width}x{height}"
         for name, marker in (("jpeg", b"\xff\xc0"), ("progressive", b"\xff\xc2"), ("cmyk", b"\xff\xc0")):
@@ -119,7 +121,7 @@ def lying_sizes(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def tiff_tags(data: bytes, values: dict[int, int]) -> bytes:
-    """Little-endian TIFF with other values of tags that are numbers."""
+    """Return a little-endian TIFF in which these tags have other integer values."""
     (directory,) = struct.unpack_from("<I", data, 4)
     for entry in range(struct.unpack_from("<H", data, directory)[0]):
         at = directory + 2 + 12 * entry
@@ -130,7 +132,7 @@ def tiff_tags(data: bytes, values: dict[int, int]) -> bytes:
 
 
 def lying_lengths(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Lengths and offsets of parts, from nothing to more than there is."""
+    """Yield files whose parts have wrong lengths or offsets, from zero to beyond the end of the file."""
     for length in (0, 1, 0x7FFF, 0xFFFF):
         for name, marker in (("jpeg", b"\xff\xdb"), ("jpeg", b"\xff\xc4"), ("progressive", b"\xff\xda")):
             at = files[name].index(marker) + 2
@@ -153,7 +155,7 @@ def lying_lengths(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def decompression_bombs(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Small files that ask for much memory or time."""
+    """Yield small files that require much memory or time to decode."""
     yield "png of 900 million pixels", png(30_000, 30_000, bits=1, colour=0)
     yield "png of 48 million pixels", png(6900, 6900, bits=8, colour=6)
     yield "png of 48 million bits", png(6900, 6900, bits=1, colour=0)
@@ -201,7 +203,7 @@ def _with_frames(data: bytes, count: int) -> bytes:
 
 
 def damaged(files: dict[str, bytes], random: np.random.Generator) -> Iterator[tuple[str, bytes]]:
-    """Without end, from file to file: bits flipped, an end cut off, a block overwritten, taken out or repeated."""
+    """Yield damaged files endlessly: flipped bits, a truncation, and a block overwritten, removed or repeated."""
     while True:
         for name, data in files.items():
             flips = bytearray(data)
@@ -217,7 +219,7 @@ def damaged(files: dict[str, bytes], random: np.random.Generator) -> Iterator[tu
 
 
 def mutated_images() -> Iterator[tuple[str, bytes]]:
-    """500 files by name, the same ones each time."""
+    """Yield the names and contents of 500 files, the same ones in every run."""
     files = base_files()
     chosen = [*lying_sizes(files), *lying_lengths(files), *decompression_bombs(files)]
     yield from chosen
@@ -227,7 +229,7 @@ def mutated_images() -> Iterator[tuple[str, bytes]]:
 
 
 def peak_kib() -> int:
-    """The most memory that this process has had; what `getrusage` says includes the process that it was forked from."""
+    """Return the peak memory of this process in KiB; `getrusage` would include the process it was forked from."""
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 
 

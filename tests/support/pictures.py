@@ -1,4 +1,4 @@
-"""Pictures for the tests of screening, each a function of its random generator."""
+"""Images for the tests of the screening, each a function of its random generator."""
 
 import io
 from collections.abc import Callable
@@ -10,26 +10,31 @@ Generator = np.random.Generator
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """Return the image as the content of a file, by default a PNG."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def size_of(random: Generator) -> tuple[int, int]:
+    """Return a random width and height in pixels."""
     return int(random.integers(64, 640)), int(random.integers(160, 256) * random.choice([1, 2]))
 
 
 def plain(random: Generator) -> Image.Image:
+    """Return an image of one random color."""
     width, height = size_of(random)
     width = max(width, height // 3)
     return Image.new("RGB", (width, height), tuple(random.integers(0, 256, 3).tolist()))
 
 
 def add(image: Image.Image, levels: np.ndarray) -> Image.Image:
+    """Return the image plus `levels`, rounded and clipped to 0..255."""
     return Image.fromarray(np.clip(np.rint(np.asarray(image) + levels), 0, 255).astype(np.uint8))
 
 
 def recompressed(image: Image.Image, random: Generator) -> Image.Image:
+    """Return the image after JPEG compression with a random quality from 10 to 95."""
     return Image.open(io.BytesIO(encoded(image, "JPEG", quality=int(random.integers(10, 96))))).convert("RGB")
 
 
@@ -42,6 +47,7 @@ def plain_as_jpeg(random: Generator) -> Image.Image:
 
 
 def with_noise(random: Generator) -> Image.Image:
+    """Return a solid color with Gaussian noise of 0.5 to 4 levels."""
     image = plain(random)
     return add(image, random.normal(0, random.uniform(0.5, 4), (*image.size[::-1], 3)))
 
@@ -51,11 +57,12 @@ def with_noise_as_jpeg(random: Generator) -> Image.Image:
 
 
 def coordinates(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the pixels, -1 to 1."""
+    """Return x with shape (width,) and y with shape (height, 1) of the pixels, from -1 to 1."""
     return np.linspace(-1, 1, image.width), np.linspace(-1, 1, image.height)[:, None]
 
 
 def with_vignette(random: Generator) -> Image.Image:
+    """Return a solid color with little noise that darkens by 2 to 14 levels towards the corners."""
     image = plain(random)
     x, y = coordinates(image)
     fall = random.uniform(2, 14) * (x**2 + y**2) / 2
@@ -63,6 +70,7 @@ def with_vignette(random: Generator) -> Image.Image:
 
 
 def with_slight_gradient(random: Generator) -> Image.Image:
+    """Return a solid color with a linear gradient of 2 to 12 levels."""
     image = plain(random)
     x, y = coordinates(image)
     angle = random.uniform(0, 2 * np.pi)
@@ -71,6 +79,7 @@ def with_slight_gradient(random: Generator) -> Image.Image:
 
 
 def with_border(random: Generator) -> Image.Image:
+    """Return a solid color with noise and a thin border."""
     image = with_noise(random)
     width = int(random.integers(1, max(2, min(image.size) // 25)))
     colour = tuple(random.integers(0, 256, 3).tolist())
@@ -85,7 +94,10 @@ def font(size: float) -> ImageFont.FreeTypeFont:
 
 
 def with_logo(random: Generator) -> Image.Image:
-    """A word or a disc in a corner, at most 20 % of the width and 11 % of the height, with its distance to the edge."""
+    """Return a solid color with noise and a logo near a corner.
+
+    The logo, a word or a disc, has at most 20 % of the width and 11 % of the height.
+    """
     image = with_noise(random)
     width, height = image.width * random.uniform(0.05, 0.2), image.height * random.uniform(0.03, 0.11)
     right, low = random.integers(0, 2, 2)
@@ -116,12 +128,13 @@ NEAR_PLAIN: dict[str, Callable[[Generator], Image.Image]] = {
 
 
 def noise(random: Generator) -> Image.Image:
+    """Return strong Gaussian noise on gray."""
     width, height = 256, int(random.integers(128, 400))
     return add(Image.new("RGB", (width, height), "gray"), random.normal(0, random.uniform(30, 90), (height, width, 3)))
 
 
 def gradient(random: Generator) -> Image.Image:
-    """From one colour to another, at least 60 levels away in some channel."""
+    """Return a linear gradient between two colors that differ by at least 60 levels in one channel."""
     image = Image.new("RGB", (256, int(random.integers(128, 400))))
     one, other = random.uniform(0, 255, (2, 3))
     channel = random.integers(3)
@@ -133,7 +146,7 @@ def gradient(random: Generator) -> Image.Image:
 
 
 def text_page(random: Generator) -> Image.Image:
-    """A few to many lines of words, dark on light or light on dark."""
+    """Return a page with a few to many lines of words, dark on light or light on dark."""
     width = int(random.integers(300, 900))
     image = Image.new(
         "RGB", (width, int(width * random.uniform(0.8, 1.4))), tuple(random.integers(200, 256, 3).tolist())
@@ -150,7 +163,7 @@ def text_page(random: Generator) -> Image.Image:
 
 
 def line_art(random: Generator) -> Image.Image:
-    """A few thin strokes on an empty ground, the middle of the picture among them."""
+    """Return a few thin strokes on an empty background; each starts near the center of the image."""
     side = int(random.integers(200, 1000))
     image = Image.new("RGB", (side, side), tuple(random.integers(225, 256, 3).tolist()))
     ink = tuple(random.integers(0, 120, 3).tolist())
@@ -161,7 +174,7 @@ def line_art(random: Generator) -> Image.Image:
 
 
 def silhouette(random: Generator) -> Image.Image:
-    """A dark thing of 2 to 30 % of the side before an even sky, or a pale one before a white studio wall."""
+    """Return a dark object on an even sky, or a pale one on a white wall, of 2 to 30 % of the image side."""
     image = add(Image.new("RGB", (384, 288)), random.uniform(160, 250, 3))
     pale = random.random() < 0.5
     radius = random.uniform(0.03, 0.3) * 288 / 2 + 6
@@ -186,7 +199,7 @@ CONTENT: dict[str, Callable[[Generator], Image.Image]] = {
 
 
 def of_photo(photo: Image.Image, random: Generator) -> Image.Image:
-    """A crop of at least half of each side, at another scale, brightness and contrast."""
+    """Return a crop of at least half of each side of a photo, with another scale, brightness and contrast."""
     width, height = (np.array(photo.size) * random.uniform(0.5, 1, 2)).astype(int)
     x, y = int(random.integers(photo.width - width + 1)), int(random.integers(photo.height - height + 1))
     scale = max(random.uniform(0.5, 2), 64 / min(width, height))

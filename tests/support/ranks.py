@@ -1,4 +1,4 @@
-"""Several ranks of training as processes of this machine, quick to start: forked from one that has all imported."""
+"""Ranks of training as processes on this machine, forked from a process that has already imported everything."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ CONTEXT.set_forkserver_preload(
 
 
 def start(world: int, function: Callable[..., None], *arguments: Any, nodes: int = 1) -> list[BaseProcess]:
-    """Calls a function of a module's top level in `world` processes, as on `nodes` nodes."""
+    """Start a function of a module's top level in `world` processes, with the ranks of `nodes` nodes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,6 +29,7 @@ def start(world: int, function: Callable[..., None], *arguments: Any, nodes: int
 
 
 def call(environment: dict[str, Any], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Set the environment variables of a rank and call its function."""
     import torch
 
     os.environ.update({name: str(value) for name, value in environment.items()})
@@ -37,7 +38,7 @@ def call(environment: dict[str, Any], function: Callable[..., None], arguments: 
 
 
 def run(world: int, function: Callable[..., None], *arguments: Any, nodes: int = 1) -> None:
-    """The same, to its end."""
+    """Start the ranks as `start` does, and assert that all of them succeed within 300 seconds each."""
     processes = start(world, function, *arguments, nodes=nodes)
     for process in processes:
         process.join(300)

@@ -1,13 +1,13 @@
-"""The seconds from a fault until all of the data is there, as a table at the end of the tests."""
+"""Seconds from a fault until all data is complete, as a table at the end of the test session."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-RECOVERY = "recovery"  # a test's property: the fault, the kind of job and the seconds
+RECOVERY = "recovery"  # a property of a test: the fault, the kind of job and the seconds
 
 
 def table(properties: Iterable[tuple[str, Any]]) -> list[str]:
-    """Return the lines of the table, a row per fault and a column per kind of job; none without recovery times."""
+    """Return the lines of the table, a row per fault and a column per kind of job; empty without recovery times."""
     times: dict[str, dict[str, float]] = {}
     for name, value in properties:
         if name == RECOVERY:

@@ -1,9 +1,9 @@
-"""Many tasks that do nothing but report, as processes of their own.
+"""Many tasks that only report metrics, as separate processes.
 
     python -m tests.support.reporting_tasks RUN TASKS STEPS KILLS
 
-All begin at the same moment. Of those under way, one after the other is killed at a random moment and begun again from
-its last checkpoint, as after a requeue, until there were KILLS of them. A task's metrics depend on its number and step.
+All start at the same time. Randomly chosen active tasks are killed, one after the other, and restarted from their last
+checkpoint, as after a requeue, until KILLS tasks were killed. A task's metrics depend on its number and step.
 """
 
 import os
@@ -16,20 +16,21 @@ from pathlib import Path
 from jobs.state.journal import Journal, read_journal
 
 SAVED = 5  # steps between two checkpoints
-PAUSE = 0.1  # seconds of a step
+PAUSE = 0.1  # seconds per step
 
 
 def metrics(task: int, step: int) -> dict[str, float]:
+    """Return the metrics of a task at a step."""
     return {f"task/{task:03d}": 1 / (1 + step), f"data/valid_{task % 4}": task + step / 1000}
 
 
 def point_step(task: int, step: int) -> int:
-    """Each point of the run is one of a kind: tasks share metrics and not steps."""
+    """Return the step of a task's point, unique in the run: tasks share metrics but not steps."""
     return task * 1000 + step
 
 
 def expected(tasks: int, steps: int) -> dict[tuple[str, int], float]:
-    """All points of an undisturbed run, by key and step."""
+    """Return all points of an undisturbed run, by key and step."""
     return {
         (key, point_step(task, step)): value
         for task in range(tasks)
@@ -46,17 +47,19 @@ def work(run: Path, task: int, steps: int, begin: int) -> None:
 
 
 def last_step(run: Path, task: int) -> int:
+    """Return the last step that a task has reported, or 0."""
     lines, _ = read_journal(run)
     own = [line["step"] % 1000 for line in lines if line["step"] // 1000 == task]
     return max(own, default=0)
 
 
 def start(run: Path, task: int, steps: int, gate: tuple[int, int] | None = None) -> int:
+    """Fork a task and return its process ID; with the pipe `gate`, it waits until the parent closes the pipe."""
     child = os.fork()
     if not child:
         if gate:
             os.close(gate[1])
-            os.read(gate[0], 1)  # until the parent closes the other end
+            os.read(gate[0], 1)  # blocks until the parent closes the other end
         work(run, task, steps, 0 if gate else last_step(run, task) // SAVED * SAVED)
         os._exit(0)
     return child

@@ -1,4 +1,4 @@
-"""Makes FOLDER a Qwen3-VL that vLLM loads as it does the real one: tiny, and with random weights.
+"""Write a Qwen3-VL to FOLDER that vLLM loads like a released one: tiny, and with random weights.
 
 python tiny_qwen.py FOLDER
 """
@@ -22,7 +22,7 @@ WORDS = (
     "the painting shows two people at a table in front of a window and behind them stands a tall red house "
     "small blue boats lie in the harbour while a dog runs along the white beach under dark clouds"
 )
-# The real model's template, without tools and videos.
+# The chat template of the released model, without tools and videos.
 TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
     "{%- if message.content is string %}{{- message.content }}"
@@ -31,7 +31,7 @@ TEMPLATE = (
     "{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-PIXELS = {"shortest_edge": 65536, "longest_edge": 16777216}  # as the real model's preprocessor_config.json
+PIXELS = {"shortest_edge": 65536, "longest_edge": 16777216}  # as in the released model's preprocessor_config.json
 PATCHES = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
 
 
@@ -66,7 +66,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGener
             "num_key_value_heads": 1,
             "head_dim": 32,
             "max_position_embeddings": 4096,
-            "initializer_range": 0.2,  # so wide that what is said depends on what is seen
+            "initializer_range": 0.2,  # so large that the output depends on the image
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 5000000,

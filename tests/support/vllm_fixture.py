@@ -1,4 +1,4 @@
-"""A real vLLM in an environment of its own, and a tiny model for it."""
+"""A vLLM in a separate environment, and a tiny model for it."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ needs_vllm = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def vllm_environment() -> Path:
-    """The environment's Python; waits while `make test` still installs it."""
+    """Path of the Python of vLLM's environment; waits if `make test` is still installing it."""
     command = ["sh", ROOT / "tests/support/vllm_environment.sh", PYTHON.parents[1]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,6 +32,7 @@ def vllm_environment() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory, vllm_environment: Path) -> Path:
+    """Folder of a tiny Qwen3-VL with random weights."""
     folder = tmp_path_factory.mktemp("model") / "qwen"
     command = [PYTHON, ROOT / "tests/support/tiny_qwen.py", folder]
     done = subprocess.run(command, env=os.environ | VARIABLES, capture_output=True, text=True, timeout=600)
