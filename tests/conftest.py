@@ -1,4 +1,4 @@
-"""Fixtures: the shared test data where it is there, and a small finished dataset of rendered scenes."""
+"""Fixtures of all tests: the shared test data if available, and a small finished dataset of rendered scenes."""
 
 import dataclasses
 from pathlib import Path
@@ -33,6 +33,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
+    """Folder of the shared test data; tests that use it are skipped without it."""
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared test data beside the repository, at {SHARED}")
     return SHARED
@@ -40,14 +41,17 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchao for one test, out of a folder of its own: where it is installed, diffusers talks of it at every start."""
+    """Import path of torchao for one test.
+
+    It is installed in a separate folder because diffusers logs messages about an installed torchao at every start.
+    """
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / ".venv-torchao")
     pytest.importorskip("torchao.float8", reason="needs the extra torchao, which `make check` puts into .venv-torchao")
 
 
 @pytest.fixture(scope="session")
 def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """64 scenes in 4 shards, through the caption and latents jobs, with a model that steps in milliseconds."""
+    """Recipe of a dataset of 64 scenes in 4 shards, with captions and latents, and of a very small model."""
     from jobs.tasks import caption, init_dataset, latents
 
     recipe = demo(str(tmp_path_factory.mktemp("home")))

@@ -1,4 +1,4 @@
-"""What import-linter does not check: what the launcher must not load, crowded folders, dead configuration."""
+"""Rules that import-linter does not check: imports of the launcher, crowded folders, unused configuration."""
 
 import ast
 import dataclasses
@@ -19,13 +19,14 @@ from pixart.model.dit import DiT
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("jobs", "pixart", "conversion", "slurm")
-MOST_MODULES = 13  # of one folder
+MOST_MODULES = 13  # per folder
 HEAVY = {"torch", "vllm", "diffusers", "transformers", "conversion.to_fp8", "conversion.calibration.amax"}
 HEAVY |= {f"pixart.{name}" for name in ("checkpoint", "data", "demo", "model", "sampling", "training")}
 LOAD_COMMANDS = "from jobs.commands import registry\nfor name in registry.ENTRIES: registry.load(name)"
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Return the names that a module imports."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if top_level_only else ast.walk(tree)
     found: set[str] = set()

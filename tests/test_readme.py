@@ -1,4 +1,4 @@
-"""The README's commands, options and configuration keys are those that there are."""
+"""The commands, options and configuration keys in the README exist."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from slurm.devcluster import __main__ as devcluster
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    python -m ([a-z0-9_.]+) ?(.*)$", README, re.MULTILINE)
-FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # of torchrun and of MLflow
+FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # options of torchrun and of MLflow
 
 
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
@@ -38,7 +38,7 @@ def test_other_commands_are_modules():
 
 
 def test_options(capsys):
-    """Each that is named anywhere is one of some command's."""
+    """Every option in the README is an option of one of the commands."""
     helps = [(launch.main, [name, "--help"]) for name in ENTRIES]
     for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
         with pytest.raises(SystemExit):
@@ -48,11 +48,11 @@ def test_options(capsys):
 
 
 def test_keys():
-    """With the value that is written there, or without one."""
+    """Every key in the README exists and accepts the value that the README gives, if any."""
     named = re.findall(r"`(?:--set )?((?:data|stage1|stage2|sample|audit|model)\.[a-z_.]+)(=[^`]*)?`", README)
     assert len(named) > 10
     for key, value in named:
-        if key == "audit.html":  # a page
+        if key == "audit.html":  # a file, not a key
             continue
         found = RECIPES["demo"]("home")
         for part in key.split("."):

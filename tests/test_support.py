@@ -1,4 +1,4 @@
-"""What the tests themselves are run with: their distribution over workers, and the table at their end."""
+"""Tools of the tests: the distribution over workers, and the table of recovery times."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.support.recovery_times import RECOVERY, table
 
 
 def test_table_of_recovery_times():
-    """A row per fault in their order; a job whose test has not passed has no time."""
+    """Rows are in the order of the faults; a job whose test has not passed has no time."""
     times = [(RECOVERY, ("requeue", "train", 12.6)), ("other", 1), (RECOVERY, ("requeue", "caption", 9.2))]
     assert table([*times, (RECOVERY, ("cancel", "train", 101.0))]) == [
         "fault                    caption       train",
@@ -21,7 +21,7 @@ FAULTS = "tests/end_to_end/test_slurm.py::test_a_fault_changes_nothing"
 
 
 class Item:
-    """A test as far as its distribution looks at it."""
+    """The part of a test item that the distribution uses."""
 
     def __init__(self, nodeid: str, *, slow: bool = False) -> None:
         self.nodeid, self.slow = nodeid, slow
@@ -40,7 +40,7 @@ def test_groups_of_tests_that_share_a_worker():
 
 
 def test_the_longest_groups_come_first():
-    """Then files with a slow test, then the others, and alone those that measure time; in a group, the order stays."""
+    """Files with a slow test, other files, and tests that measure time follow; the order within a group is kept."""
     names = ["tests/performance/test_a.py::b", "a.py::c", "b.py::d", "c.py::e", "b.py::f", "c.py::g"]
     items = [*(Item(name, slow=name == "b.py::f") for name in names), Item(f"{FAULTS}[cancel-train]", slow=True)]
     ordered = list(items)
@@ -52,6 +52,6 @@ def test_the_longest_groups_come_first():
     ("name", "fixture"), [("slurm", "dev_cluster"), ("vllm", "vllm_environment"), ("demo", "small_demo")]
 )
 def test_tests_of_an_expensive_fixture_are_in_its_groups(request, name: str, fixture: str):
-    """Of all the tests of this session."""
+    """All tests of this session that use the fixture belong to one of its groups."""
     users = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
     assert {group(item.nodeid).partition("-")[0] for item in users} <= {name}
