@@ -48,7 +48,7 @@ def test_an_unknown_word_in_place_of_a_command(words, message, capsys):
     [
         (["caption", "--arary", "0-255"], "unknown option '--arary'; did you mean '--array'?"),
         (["caption", "--arary=0-255"], "unknown option '--arary'; did you mean '--array'?"),
-        (["train", "--node", "4"], "unknown option '--node'; did you mean '--nodes'?"),  # no abbreviations
+        (["train", "--node", "4"], "unknown option '--node'; did you mean '--nodes'?"),  # options cannot be abbreviated
         (["sample", "done", "--export", "folder"], "unknown option '--export'; did you mean '--export-pipeline'?"),
         (["convert", "done", "--overwite"], "unknown option '--overwite'; did you mean '--overwrite'?"),
         (["status", "--zzz"], "unknown option '--zzz'; run `python -m jobs.launch status --help` to list them"),

@@ -1,4 +1,4 @@
-"""Progress in a log: plain lines that say how far, how fast and how long."""
+"""Progress in a log: lines with the amount done, the rate and the remaining time."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from jobs.progress import ProgressLine, spoken
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that the test sets."""
+    """Clock of the test: a list with the current time in seconds, which the test sets."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -16,7 +16,7 @@ def clock(monkeypatch):
 
 def test_a_line_now_and_then(clock, capsys):
     with ProgressLine("caption", 40) as line:
-        line.update(8)  # what was done before does not count for the rate
+        line.update(8)  # work done earlier does not count towards the rate
         for seconds, done in ((105, 10), (110, 18), (115, 20), (120, 28)):
             clock[0] = seconds
             line.update(done, "note")

@@ -1,4 +1,4 @@
-"""`--config FILE`: which value holds, and which commands use it."""
+"""`--config FILE`: the precedence of its values, and the commands that accept it."""
 
 import json
 import os
@@ -31,6 +31,7 @@ steps = 3
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
+    """Folder with `run.toml`, used as the current directory, in an environment without the suite's variables."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ.keys() - bare_environment().keys():
         monkeypatch.delenv(name)
@@ -41,6 +42,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def dry_run(capsys, *words):
+    """Return the recipe that `init` prints with `--dry-run`."""
     assert launch.main(["init", "--config", "run.toml", "--dry-run", *words]) == 0
     return from_json(capsys.readouterr().out)
 
@@ -49,7 +51,7 @@ def test_a_file_sets_what_the_command_line_leaves_out(folder, capsys):
     recipe = dry_run(capsys)
     assert (recipe.name, recipe.data.path) == ("xl", str(folder / "from-file"))
     assert (recipe.stage1.steps, recipe.stage1.lr, recipe.sample.steps) == (70, 0.5, 3)
-    assert recipe.stage2.steps == 300_000  # the recipe's own value
+    assert recipe.stage2.steps == 300_000  # the value of the recipe
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_config_lists_every_key(capsys):
     (steps,) = [line for line in lines if line.startswith("stage1.steps ")]
     assert " 9 " in steps
     for line in lines:
-        assert len(line.split("  ")) >= 4, line  # with a meaning
+        assert len(line.split("  ")) >= 4, line  # including a description
 
 
 def count_leaves(values) -> int:

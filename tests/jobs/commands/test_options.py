@@ -24,7 +24,7 @@ NAMES = list(registry.ENTRIES)
 
 
 def fields_of(name: str) -> dict[str, tuple[dataclasses.Field, Any, Option]]:
-    """Return the fields of a command's options with their types, apart from those that another package declares."""
+    """Return the fields of a command's options with their types, except those that another package declares."""
     kind = registry.load(name)[0].options
     hints = get_type_hints(kind)
     return {

@@ -11,7 +11,7 @@ from tests.jobs.tracking.test_sync import make_training
 
 @pytest.fixture
 def archive(tmp_path):
-    """A folder that is a file system of its own, which can be remounted read-only."""
+    """Folder that is a separate file system, which can be remounted read-only."""
     folder = tmp_path / "archive"
     folder.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:

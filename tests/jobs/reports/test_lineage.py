@@ -1,4 +1,4 @@
-"""What a dataset says of its captions; all else of lineage is looked at with the pages of a real demo."""
+"""The captioner in the lineage of a dataset; the rest of the lineage is tested on the pages of a demo."""
 
 import pytest
 

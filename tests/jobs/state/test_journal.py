@@ -1,4 +1,4 @@
-"""The journal of a run: whole lines, whatever kills the writer, at a price that a training step does not feel."""
+"""The journal of a run: only complete lines are read, wherever its writers are killed."""
 
 import subprocess
 import sys
@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[3]
 
 
 def steps(run: Path) -> list[int]:
+    """Return the steps of all lines in the journal of a run."""
     return [line["step"] for line in read_journal(run)[0]]
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
-    """Be it still being written, or the last word of an attempt that another has followed."""
+    """A partial line is skipped while it is being written and after the next attempt has opened its journal."""
     for name in (None, "shared"):
         run = tmp_path / str(name)
         journal = Journal(run, name)
@@ -32,7 +33,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
 
 
 def test_cut_lines_at_every_byte(tmp_path):
-    """What is left of a line never counts, whatever part of it a crash of the node has kept."""
+    """A partial line is never read, whichever part of it remains after a crash of the node."""
     line = b'{"time": 17.5, "step": 3, "metrics": {"a": 1.5}}\n'
     whole = b'{"time": 18.5, "step": 4, "metrics": {"a": 2.5}}\n'
     for cut in range(len(line)):
@@ -91,7 +92,7 @@ def test_metrics_of_earlier_runs_have_their_current_names_and_units():
 
 @pytest.mark.slow
 def test_256_tasks_at_once_of_which_50_are_killed(tmp_path):
-    """Every point is there just once, as if nothing had happened."""
+    """Every point is read exactly once, as in a run without kills."""
     words = [sys.executable, "-m", "tests.support.reporting_tasks", str(tmp_path), "256", "20", "50"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "256 tasks done, 50 kills\n"), done.stderr

@@ -13,7 +13,7 @@ from pixart.data.store.zarr_store import Store
 
 @pytest.fixture
 def dataset(small_recipe, tmp_path) -> str:
-    """A copy of the finished dataset, to break."""
+    """Copy of the finished dataset, which a test may damage."""
     shutil.copytree(small_recipe.data.path, tmp_path / "dataset")
     return str(tmp_path / "dataset")
 
@@ -73,7 +73,7 @@ def test_one_bad_shard_does_not_keep_the_others(dataset):
 
 
 def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
-    """Of a folder with a damaged file: its row is there, invalid with a reason, and nothing shifts."""
+    """The row of a damaged file is invalid with a reason, and the other rows keep their indices."""
     from jobs.tasks import init_dataset
     from pixart.config.recipe import to_json
     from pixart.data.sources.open import open_source
@@ -107,7 +107,7 @@ def test_only_what_was_made_of_what_is_there_now_counts(tmp_path):
     for shard in range(5):
         ledger.record(tmp_path, "caption", shard, entry)
         ledger.record(tmp_path, "latents", shard, dataclasses.replace(entry, inputs="a"))
-    ledger.record(tmp_path, "caption", 1, dataclasses.replace(entry, checksum="b"))  # made anew
+    ledger.record(tmp_path, "caption", 1, dataclasses.replace(entry, checksum="b"))  # written again
     ledger.path(tmp_path, "caption", 2).unlink()
     ledger.record(tmp_path, "latents", 3, dataclasses.replace(entry, inputs="a", manifest="other"))
     ledger.path(tmp_path, "latents", 4).write_text('{"manifest": ')

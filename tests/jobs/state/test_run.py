@@ -1,4 +1,4 @@
-"""Run folders, and what is said of them afterwards."""
+"""Run folders, and what the commands report about them."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ ENTRY = ledger.Entry(manifest="m", inputs="", rows=1, valid=1, checksum="c", sec
 
 @pytest.fixture
 def process():
-    """A process that passes for a local job."""
+    """ID of a process that is regarded as a local job."""
     job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "submitit"])
     yield str(job.pid)
     job.kill()
@@ -125,7 +125,7 @@ def test_cancel_ends_what_runs(tmp_path, process, capsys):
 
 
 def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys):
-    """The steps since the last report count, and none of a run that has ended."""
+    """The rate is that of the last report; a run that has ended has none."""
     make_run(tmp_path, jobs=[(process, (0, 1))])
     folder = tmp_path / "runs/2-train-b"
     run = Run(folder=folder, kind="train", executor="local", dataset="", total=100, nodes=1, jobs=((process, ()),))
@@ -142,7 +142,7 @@ def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys
 
 
 def test_what_the_user_can_mend_comes_out_of_a_rank_as_one_line(tmp_path):
-    """torch begins each line of several ranks' tracebacks with the rank."""
+    """The rank that torch prepends to traceback lines of several ranks is removed."""
     run = make_run(tmp_path)
     for last in ("[rank3]: ValueError: batch=5: odd", "ValueError: batch=5: odd"):
         with pytest.raises(ValueError, match=r"^batch=5: odd$"):

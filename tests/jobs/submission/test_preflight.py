@@ -18,6 +18,7 @@ CONFIG = {"in_dim": 16, "dim": 32, "text_dim": 384}
 
 
 def record(**changes):
+    """Return the metadata of a checkpoint that fits the dataset, with changes."""
     provenance = {"models": {"vae": "aa", "text_encoder": "bb"}}
     return {"config": CONFIG, "provenance": provenance, "plan": None, **changes}
 
@@ -64,4 +65,4 @@ def test_too_many_classes():
     many = {**MANIFEST, "class_names": list("abcde")}
     with pytest.raises(ValueError, match=r"--set model\.num_classes=6"):
         check_dataset(demo(""), 1, many, None)
-    check_dataset(demo(""), 1, many, record())  # the checkpoint's number of classes counts
+    check_dataset(demo(""), 1, many, record())  # the checkpoint's number of classes applies

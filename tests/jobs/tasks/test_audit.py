@@ -1,4 +1,4 @@
-"""A dataset with every kind of fault: what the audit says of it, and what training and `verify` make of that."""
+"""The audit of a dataset with every kind of fault, and its effect on training and `verify`."""
 
 import dataclasses
 import json
@@ -20,6 +20,7 @@ SHARDS = 3
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
+    """Recipe of a dataset with solid-color, duplicate, truncated and unreadable images."""
     home = tmp_path_factory.mktemp("audit")
     images = home / "images"
     images.mkdir()
@@ -45,6 +46,7 @@ def recipe(tmp_path_factory) -> Recipe:
 
 
 def run(recipe: Recipe, folder, **limits: float) -> None:
+    """Audit the dataset with these limits, and `folder` as the run folder."""
     settings = dataclasses.replace(recipe, audit=dataclasses.replace(recipe.audit, **limits))
     (folder / "config.json").write_text(to_json(settings))
     assert from_json(to_json(settings)) == settings
@@ -68,7 +70,7 @@ def test_page_and_verdict(recipe, tmp_path):
     assert [(row["kind"], row["row"]) for row in rows] == [("exact", 3), ("exact", 25), ("near", 4), ("near", 26)]
 
     page = (folder / audit_files.PAGE).read_text()
-    assert page.count("data:image/jpeg") >= 5 + 22 + 4  # plain, accepted, duplicates
+    assert page.count("data:image/jpeg") >= 5 + 22 + 4  # solid-color, accepted and duplicate images
     assert "FAIL" in page
     assert "http" not in page.replace("http-equiv", "")
     lines, _ = read_journal(tmp_path)

@@ -41,7 +41,7 @@ def test_short_captions_are_stored_beside_long_ones(tmp_path):
 
 @pytest.fixture
 def photographs(tmp_path) -> DataConfig:
-    """A dataset of two captioned shards; its images are files, 0.png to 5.png."""
+    """Dataset configuration with two captioned shards, whose images are the files 0.png to 5.png."""
     (tmp_path / "images").mkdir()
     for index, item in enumerate(open_source("demo", max_images=6, image_size=64).read(0, 6)):
         (tmp_path / f"images/{index}.png").write_bytes(item.data)
@@ -94,7 +94,7 @@ def test_items_that_the_source_no_longer_gives_are_refused(photographs):
 
 
 def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
-    """To what another filter would change: they are decoded at no less than twice the size that is wanted."""
+    """JPEGs are decoded at twice the target size or more, so latents differ only by the resampling filter."""
     (tmp_path / "images").mkdir()
     data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", max_images=None, num_shards=1)
     for item in open_source("demo", max_images=1, image_size=16 * data.image_size).read(0, 1):

@@ -1,4 +1,4 @@
-"""The sample job with tiny models: what its pictures show, and what they say of themselves."""
+"""The sample job with tiny models: its images and their metadata."""
 
 import dataclasses
 import json
@@ -43,6 +43,7 @@ def random_state(seed: int, **kind: int) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_of(recipe: Recipe, stage: int) -> Checkpoint:
+    """Return a checkpoint of a stage with random weights for the recipe's dataset."""
     kind = {"num_classes": len(SHAPES) + 1} if stage == 1 else {"text_dim": text_dim("minilm")}
     return Checkpoint(
         stage=stage,
@@ -64,7 +65,7 @@ def saved(small_recipe, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture
 def paint(small_recipe, tmp_path):
-    """Runs the job in a folder of its own; returns the folder and the result."""
+    """Callable that runs the job in a separate folder and returns the folder and the result."""
 
     def run(checkpoint: Path, *settings: str, name: str = "run", **request) -> tuple[Path, dict]:
         folder = tmp_path / name
@@ -120,7 +121,7 @@ def test_a_picture_says_all_of_its_settings_and_is_made_again_from_them(paint, s
     )
     (alone,) = pictures(again)
     difference = np.abs(np.asarray(alone).astype(int) - np.asarray(found[3]))
-    assert difference.max() <= 1  # another batch, other last bits
+    assert difference.max() <= 1  # another batch size rounds differently
     assert np.abs(np.asarray(alone).astype(int) - np.asarray(found[2])).max() > 10
     assert options.dataset == small_recipe.data.path
 
@@ -128,7 +129,7 @@ def test_a_picture_says_all_of_its_settings_and_is_made_again_from_them(paint, s
 def test_classes(paint, saved):
     folder, _ = paint(saved[1], "sample.count=3")
     found = pictures(folder)
-    assert [image.text["class"] for image in found] == list(SHAPES[:3])  # one of each of the first
+    assert [image.text["class"] for image in found] == list(SHAPES[:3])  # one image of each of the first classes
     folder, _ = paint(saved[1], name="named", classes=[2, 4], per_prompt=2)
     named = pictures(folder)
     assert [(image.text["class"], image.text["class_index"]) for image in named] == [
@@ -140,8 +141,8 @@ def test_classes(paint, saved):
         int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
         for one, other in zip(named, pictures(folder), strict=True)
     ]
-    assert min(changed[:2]) > 5  # guided against no class
-    assert max(changed[2:]) <= 1  # which has nothing to be guided against
+    assert min(changed[:2]) > 5  # guided against the null class
+    assert max(changed[2:]) <= 1  # guidance does not affect the null class
 
 
 def test_a_class_by_name_or_index():
@@ -212,7 +213,7 @@ def test_rewritten_prompts_are_read_from_the_job_before(paint, saved, tmp_path):
     assert (image.text["prompt"], image.text["request"]) == ("A brown dog on grass.", "Hund")
     plain, _ = paint(saved[2], name="plain", prompts=[{"prompt": "A brown dog on grass."}])
     heights = [Image.open(each / "samples.png").height for each in (plain, folder)]
-    assert heights[1] == heights[0] + LINE  # the request has a line of its own
+    assert heights[1] == heights[0] + LINE  # the request takes one more line
 
 
 def test_demo_scenes_are_counted(paint, saved):
@@ -252,4 +253,4 @@ def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F81
     assert launch.main(["sample", str(saved[1]), *where, "--export-pipeline", str(target)]) == 0
     assert f"exported: {target}" in capsys.readouterr().out.splitlines()
     assert (target / "model_index.json").exists()
-    assert not list((tmp_path / "runs").glob("*/samples.png"))[1:]  # the export alone makes no pictures
+    assert not list((tmp_path / "runs").glob("*/samples.png"))[1:]  # exporting alone creates no images

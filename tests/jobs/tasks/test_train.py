@@ -1,4 +1,4 @@
-"""The ranks of a training job find one another."""
+"""The rendezvous of the ranks of a training job."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,10 @@ from jobs.tasks.train import PORTS, quiet_port
 
 
 def test_the_first_rank_listens_where_no_connection_of_others_can_be():
-    """Of any number that submitit draws, 20,000 to 60,000; many jobs have many ports."""
+    """The port is below the ephemeral range for every number that submitit draws, 20,000 to 60,000.
+
+    Different jobs rarely have the same port.
+    """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports = [quiet_port(random.Random(job).randint(20_000, 60_000)) for job in range(1000)]
     assert all(20_000 <= port < first for port in ports)

@@ -1,4 +1,4 @@
-"""Tracking against real MLflow stores, an embedded one and a server, and against kills at the worst moments."""
+"""Tracking with real MLflow stores, embedded and on a server, with processes killed at every write."""
 
 import subprocess
 import sys
@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
+    """Home whose runs are tracked in the embedded store."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
 
 
 def begin(home, name: str, parent: Path | None = None):
+    """Create a run folder and return the tracker of the home and the folder."""
     run = home / "runs" / name
     run.mkdir(parents=True)
     describe(run, {"lr": 0.1}, {"pixart.job": "train"}, parent)
@@ -31,7 +33,7 @@ def begin(home, name: str, parent: Path | None = None):
 
 
 def stored_points(tracker: Tracker, run: Path) -> list[tuple[str, int, float]]:
-    """All that the store has, sorted: a point that is there twice is here twice."""
+    """Return all points of a run in the store, sorted, with any duplicates."""
     identifier = run_id(run)
     assert identifier
     keys = tracker.client.get_run(identifier).data.metrics
@@ -67,7 +69,7 @@ def test_journal_is_replayed_once(home):
 
 
 def test_a_step_done_twice_counts_once(home):
-    """After a requeue the steps since the last checkpoint are done again, whether or not they were sent before."""
+    """After a requeue, the steps since the last checkpoint are repeated, whether or not they were sent before."""
     tracker, run = begin(home, "a")
     journal = Journal(run)
     for step in (1, 2, 3):
@@ -82,7 +84,7 @@ def test_a_step_done_twice_counts_once(home):
 
 
 def test_a_submission_stands_as_its_runs_do(home):
-    """Also where a run is brought into MLflow before it."""
+    """A parent run has the status of its children, even if a child is synced first."""
     tracker, parent = begin(home, "demo")
     children = [begin(home, name, parent=parent)[1] for name in ("caption", "train")]
     client = MlflowClient(tracker.uri)
@@ -99,7 +101,7 @@ def test_a_submission_stands_as_its_runs_do(home):
     stored = client.get_run(run_id(children[1]))
     assert stored.data.tags["mlflow.parentRunId"] == run_id(parent)
     assert stored.info.status == "FAILED"
-    describe(children[1], {"lr": 0.2})  # it goes on, with the parameters that it has
+    describe(children[1], {"lr": 0.2})  # the run is resumed and keeps its parameters
     tracker.sync(children[1])
     stored = client.get_run(run_id(children[1]))
     assert (stored.info.status, status()) == ("RUNNING", "RUNNING")
@@ -121,7 +123,7 @@ def test_tags_that_come_later_and_incidents(home):
 
 
 def test_previews_are_pictures_of_their_steps(home):
-    """Sent again, as after a kill, they keep their names."""
+    """A repeated sync, as after a kill, keeps their names."""
     tracker, run = begin(home, "a")
     (run / "previews").mkdir()
     for step in (100, 200):
@@ -188,7 +190,10 @@ for _ in range(int(sys.argv[4])):
 
 @pytest.mark.slow
 def test_killed_before_and_after_everything_that_it_writes(home):
-    """One sync after the other, each killed one word later; more is reported between them, also of steps done twice."""
+    """Forty syncs, each killed one write later than the previous one, store every point once.
+
+    The journal contains repeated steps.
+    """
     tracker, run = begin(home, "a")
     for attempt in range(2):
         journal = Journal(run)
@@ -196,7 +201,7 @@ def test_killed_before_and_after_everything_that_it_writes(home):
             journal.metrics(step, {"loss": step / 8, "lr": 0.5})
     (run / "page.html").write_text("page")
     Journal(run).artifact(run / "page.html")
-    tracker.experiment  # noqa: B018 - the store is there
+    tracker.experiment  # noqa: B018 - creates the store
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(home), str(run), "1", "40"], cwd=ROOT, capture_output=True, text=True
     )
@@ -211,13 +216,14 @@ def test_killed_before_and_after_everything_that_it_writes(home):
 
 
 def report(run: Path, count: int, steps: int, kills: int) -> None:
+    """Run tasks that report to the journal of a run, and kill `kills` of them."""
     words = [sys.executable, "-m", "tests.support.reporting_tasks", str(run), str(count), str(steps), str(kills)]
     subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
 def test_256_tasks_at_once_and_a_cold_embedded_store(home):
-    """No run is lost, no point is there twice, and the undisturbed run's metrics are those of the disturbed one."""
+    """No run is lost, no point is stored twice, and runs with and without killed tasks have equal metrics."""
     tracker, calm = begin(home, "calm")
     _, disturbed = begin(home, "disturbed")
     workers = [publish_in_background(home, [disturbed, calm]) for _ in range(2)]
@@ -272,7 +278,7 @@ def test_another_store_gets_all_of_it_and_the_first_nothing_twice(home, monkeypa
 
 @pytest.mark.slow
 def test_a_cold_store_takes_many_processes_at_once(home):
-    """Each makes its own run, and two that bring in the same one make it once."""
+    """Each process creates its runs; two processes that sync the same run create it once."""
     folders = [begin(home, f"run-{number}")[1] for number in range(4)]
     for folder in folders:
         Journal(folder).metrics(1, {"a": 1.0})

@@ -1,4 +1,4 @@
-"""What is said of runs: their shards out of the ledger, how they ended, their node's figures, their pages."""
+"""Synchronization of runs: shard metrics from the ledger, final status, node metrics and pages."""
 
 import functools
 import json
@@ -31,6 +31,7 @@ SYSTEM_METRICS = ("cpu_utilization_percentage", "system_memory_usage_megabytes",
 
 
 def make_run(home: Path, kind: str, **values) -> Run:
+    """Create a run folder with metadata."""
     folder = home / "runs" / f"20260101-000000-{kind}-abcd"
     folder.mkdir(parents=True)
     values = {"dataset": str(home / "data"), "executor": "local", "total": 1, **values}
@@ -41,6 +42,7 @@ def make_run(home: Path, kind: str, **values) -> Run:
 
 
 def record(run: Run, shard: int, rows: int) -> None:
+    """Record a finished shard in the ledger; one of its rows is invalid."""
     entry = ledger.Entry(manifest="m", inputs="", rows=rows, valid=rows - 1, checksum="c", seconds=2.0, versions={})
     ledger.record(run.dataset, run.kind, shard, entry)
 
@@ -48,11 +50,11 @@ def record(run: Run, shard: int, rows: int) -> None:
 def test_shards_are_metrics_once(tmp_path):
     run = make_run(tmp_path, "caption", elements=(0, 1, 2), total=3)
     record(run, 2, 10)
-    record(run, 7, 10)  # of another run
+    record(run, 7, 10)  # a shard of another run
     journal_shards(run)
     record(run, 0, 20)
     with (run.folder / "journal/shards.jsonl").open("a") as file:
-        file.write('{"time": 1, "st')  # a kill
+        file.write('{"time": 1, "st')  # the writer was killed
     for _ in range(2):
         journal_shards(run)
     found = sorted((key, step, value) for key, value, _, step in points(read_journal(run.folder)[0], set()))
@@ -63,7 +65,7 @@ def test_shards_are_metrics_once(tmp_path):
 
 
 def test_no_run_is_left_running(tmp_path):
-    """Whatever has become of the launcher and of the tasks."""
+    """A run has its final status, whatever happened to the launcher and the tasks."""
     run = make_run(tmp_path, "caption", elements=(0, 1), total=2, jobs=(("999999991", (0, 1)),))
     settle(run, runs.elements(run))
     assert read_description(run.folder)["status"] == "FAILED"
@@ -83,7 +85,7 @@ def work(run: str, *, fail: bool) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("fail", [False, True])
 def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
-    """The node's figures are there, and how the rank has ended, said by itself."""
+    """The metrics of the node are recorded, and the rank records its final status."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = make_run(tmp_path, "train", nodes=1)
     cluster = Cluster(load("local"), run.folder)
@@ -118,6 +120,7 @@ def test_a_companion_ends_with_a_rank_that_is_killed(tmp_path):
 
 
 def make_training(home: Path, steps: int) -> Run:
+    """Create a training run whose journal has metrics of every step."""
     run = make_run(home, "train", nodes=2, total=steps)
     journal = Journal(run.folder)
     for step in range(1, steps + 1):
@@ -150,11 +153,11 @@ def test_a_summary_of_a_long_run_with_faults(tmp_path):
     drawn = plots(html)
     assert len(drawn) == 3
     assert all(0 < len(marks(svg)) < 1000 for svg in drawn)
-    assert html.count('class="event"') == 3  # one incident has a step
+    assert html.count('class="event"') == 3  # the one incident with a step, in each plot
 
 
 def test_pages_of_every_kind_and_none_twice(tmp_path):
-    """A page that says nothing new is not written, and not sent to MLflow again."""
+    """An unchanged page is neither written nor sent to MLflow again."""
     run = make_training(tmp_path, 3)
     gather(run)
     assert not (run.folder / SUMMARY).exists()
@@ -174,7 +177,7 @@ def test_pages_of_every_kind_and_none_twice(tmp_path):
 
 @pytest.mark.slow
 def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlflow_server):
-    """Without a launcher that waits: a rank's companion, and of an array's elements one a minute."""
+    """No launcher waits: a rank's node agent syncs, and of the elements of an array one per minute."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     training = make_run(tmp_path, "train", nodes=1)
     function = functools.partial(node_agent.accompanied, work, str(training.folder), fail=False)
@@ -190,7 +193,7 @@ def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlf
     assert stored.info.status == "FINISHED"
     assert stored.data.metrics["train/loss"] == 1.0
     images = tracker.client.get_metric_history(run_id(captions.folder), "data/images")
-    assert [(point.step, point.value) for point in images] == [(0, 10.0)]  # the second is told with the next
+    assert [(point.step, point.value) for point in images] == [(0, 10.0)]  # the second is sent with the next sync
     publish(tracker, captions.folder)
     stored = tracker.client.get_run(run_id(captions.folder))
     assert (stored.info.status, stored.data.metrics["data/images"]) == ("FINISHED", 11.0)
@@ -198,7 +201,7 @@ def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlf
 
 @pytest.mark.slow
 def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, mlflow_server):
-    """None fails and none waits for another; what the one that sends had not seen yet is there with the next sync."""
+    """No element fails or waits for another; points after the element's last read are sent with the next sync."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     run = make_run(tmp_path, "caption", elements=tuple(range(256)), total=256)
     gate, opener = os.pipe()
@@ -209,7 +212,7 @@ def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, ml
             continue
         try:
             os.close(opener)
-            os.read(gate, 1)  # until the parent closes the other end
+            os.read(gate, 1)  # blocks until the parent closes the other end
             node_agent.published(functools.partial(record, run, shard), str(run.folder), 10 + shard)
             os._exit(0)
         finally:
