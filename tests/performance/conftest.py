@@ -1,4 +1,4 @@
-"""Tests that measure time run when nothing else does."""
+"""Tests that measure time run only when no other worker runs tests."""
 
 import pytest
 

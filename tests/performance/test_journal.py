@@ -1,4 +1,4 @@
-"""A report of a step costs a training run next to nothing."""
+"""The time for reporting a training step is negligible."""
 
 import statistics
 import time
@@ -6,7 +6,7 @@ import time
 from jobs.state.journal import Journal
 from tests.jobs.state.test_journal import steps
 
-MOST_SECONDS = 50e-6  # a hundredth of a step of 5 ms
+MOST_SECONDS = 50e-6  # 1 % of a step of 5 ms
 
 
 def test_a_report_takes_less_than_a_hundredth_of_a_step(tmp_path):

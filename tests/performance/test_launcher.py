@@ -1,4 +1,4 @@
-"""The launcher answers at once."""
+"""The launcher starts quickly."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_help_is_quick():
-    """The best of three: a machine that does something else at the moment is no slow launcher."""
+    """The fastest of three runs counts, because other processes may slow down the machine."""
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()

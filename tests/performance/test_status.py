@@ -1,4 +1,4 @@
-"""The status of a run of many shards appears at once."""
+"""The status of a run with many shards appears quickly."""
 
 import json
 import time

@@ -54,7 +54,7 @@ def test_a_machine_without_slurm_is_named(monkeypatch):
 
 
 def test_a_local_job_that_has_just_begun_is_running():
-    """For a moment after a program was begun, the kernel shows no words of it."""
+    """Just after a program has started, the kernel shows an empty command line."""
     for _ in range(100):
         job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
         try:

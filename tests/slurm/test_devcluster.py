@@ -1,4 +1,4 @@
-"""The cluster itself: up, down, side by side, and with accounting."""
+"""The development cluster: start and stop, coexistence, accounting."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def test_two_coexist_and_nothing_is_left(tmp_path):
                 time.sleep(0.5)
         finally:
             lifecycle.down(other.folder)
-        assert run(one, "squeue", "--noheader") == ""  # it goes on when the other has ended
+        assert run(one, "squeue", "--noheader") == ""  # it still runs after the other was stopped
         subprocess.Popen(
             ["sbatch", "--wrap", "sleep 600", "-o", "/dev/null"], env={**os.environ, **one.environment}
         ).wait()

@@ -72,7 +72,7 @@ def test_ranks_of_nodes_are_processes_here(local, tmp_path: Path):
 
 @pytest.mark.parametrize("cooperative", [False, True])
 def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
-    """One that does not look for it is left in the middle; one that does ends in its own time."""
+    """A cooperative task, which checks for the signal, saves before it ends; any other task is interrupted."""
     cluster = Cluster(local, tmp_path)
     shape = cluster.ranks_shape("train", 1, None)
     job = cluster.submit_ranks(shape, until_asked if cooperative else sleep, cooperative=cooperative).job
@@ -107,7 +107,10 @@ def test_what_is_set_already_stays_and_another_python_finds_this_code(monkeypatc
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in profiles.FOLDER.glob("*.toml") if path.stem != "local"))
 def test_sbatch_texts_are_held_whole(monkeypatch, name: str):
-    """Just what sbatch is given, for each job of a profile; `REWRITE_GOLDEN=1` writes them anew."""
+    """The text passed to sbatch equals the golden file for each job of a profile.
+
+    `REWRITE_GOLDEN=1` rewrites the golden files.
+    """
     monkeypatch.setenv("SLURM_ACCOUNT", "group")
     monkeypatch.setenv("PIXART_MAIL", "someone@example.org")
     monkeypatch.setattr("sys.executable", "/opt/suite/bin/python")
@@ -131,7 +134,7 @@ def test_sbatch_texts_are_held_whole(monkeypatch, name: str):
 
 
 def test_hostile_values_are_never_run(tmp_path: Path):
-    """The text goes through a shell, with srun and module as no-ops, and nothing of it happens but words."""
+    """The text runs in a shell with no-op srun and module, which print the values as literal arguments."""
     nasty = f"$(touch {tmp_path}/ran) `touch {tmp_path}/ran` '\";touch {tmp_path}/ran;"
     profile = dataclasses.replace(
         profiles.load("dev"),
@@ -152,7 +155,7 @@ def test_hostile_values_are_never_run(tmp_path: Path):
 
 @pytest.mark.parametrize("odd", ["line\nbreak", "nul\0"])
 def test_a_line_break_is_refused(odd: str, tmp_path: Path):
-    """sbatch reads its directives by line: quotes do not help."""
+    """Directives are parsed line by line by sbatch, where quoting a line break has no effect."""
     cluster = Cluster(dataclasses.replace(profiles.load("dev"), account=odd), tmp_path)
     with pytest.raises(ValueError, match="account"):
         cluster.sbatch_text(cluster.ranks_shape("train", 1, 1))
