@@ -190,7 +190,7 @@ for _ in range(int(sys.argv[4])):
 
 @pytest.mark.slow
 def test_killed_before_and_after_everything_that_it_writes(home):
-    """Forty syncs, each killed one write later than the previous one, store every point once.
+    """Forty syncs are killed at later and later points, before or after a write, and store every point once.
 
     The journal contains repeated steps.
     """
