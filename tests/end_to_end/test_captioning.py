@@ -1,4 +1,4 @@
-"""Captioning by a real vLLM engine, as jobs: every source item accounted for, and killed at random moments."""
+"""Captioning jobs with a real vLLM engine, undisturbed and killed at random moments; no source item is lost."""
 
 import os
 import random
@@ -21,12 +21,12 @@ from tests.support.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 SHARDS, KILLS = 8, 20
 DAMAGED = {"truncated": 3, "unreadable": 3, "plain": 2}
-MARK = "PIXART_TEST_MARK"  # in the environment of every process of a launch, by which they are found and killed
+MARK = "PIXART_TEST_MARK"  # environment variable that identifies the processes of a launch
 
 
 @pytest.fixture(scope="module")
 def source(shared_data, tmp_path_factory) -> Path:
-    """The photos, and among them what no captioner must see."""
+    """Folder of the photos, with truncated, unreadable and solid-color files added."""
     folder = tmp_path_factory.mktemp("source")
     for path in shared_data.glob("photos/*/*.jpg"):
         (folder / path.parent.name).mkdir(exist_ok=True)
@@ -47,6 +47,7 @@ def source(shared_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory) -> Path:
+    """Cluster profile that runs the caption job in the Python environment of vLLM."""
     file = tmp_path_factory.mktemp("profile") / "vllm.toml"
     file.write_text(f"""
 executor = "local"
@@ -60,7 +61,7 @@ caption = "{PYTHON}"
 
 
 class Captioning:
-    """One dataset, captioned by as many launches as it takes."""
+    """A dataset that is captioned by one or more launches, of which each may be killed."""
 
     def __init__(self, home: Path, source: Path, model: Path, profile: Path) -> None:
         self.home, self.dataset, self.mark = home, home / "data", uuid.uuid4().hex
@@ -78,6 +79,7 @@ class Captioning:
         self.words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
     def start(self) -> subprocess.Popen[str]:
+        """Start the command that captions all shards; it skips those that are complete."""
         self.temporary.mkdir(exist_ok=True)
         environment = {**bare_environment(), MARK: self.mark, "TMPDIR": str(self.temporary)}
         return subprocess.Popen(
@@ -85,7 +87,7 @@ class Captioning:
         )
 
     def kill(self) -> int:
-        """SIGKILL to every process of the launch, the engine's too -> how many there were."""
+        """Send SIGKILL to every process of the launch, including the engine, and return their number."""
         killed = 0
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -98,12 +100,14 @@ class Captioning:
         return killed
 
     def rows(self) -> list[dict]:
+        """Return the rows of all shards without their durations."""
         parts = [pq.read_table(caption.part_path(self.dataset, shard)).drop(["seconds"]) for shard in range(SHARDS)]
         return [row for part in parts for row in part.to_pylist()]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, source, tiny_qwen, profile) -> tuple[list[dict], float]:
+    """Rows of an uninterrupted launch and its duration in seconds."""
     bench = Captioning(tmp_path_factory.mktemp("undisturbed"), source, tiny_qwen, profile)
     begun = time.monotonic()
     process = bench.start()
@@ -127,7 +131,7 @@ def test_every_row_is_accounted_for(undisturbed, source):
 
 
 def test_killed_at_random_moments(undisturbed, tmp_path, source, tiny_qwen, profile):
-    """Whenever all is there, it is what an undisturbed run made, and the next dataset is begun."""
+    """Each completed dataset equals that of an uninterrupted launch; kills continue with the next dataset."""
     wanted, seconds = undisturbed
     chance, kills, round_ = random.Random(0), 0, 0
     while kills < KILLS or round_ == 0:
@@ -145,7 +149,7 @@ def test_killed_at_random_moments(undisturbed, tmp_path, source, tiny_qwen, prof
                 process.wait()
             else:
                 assert process.returncode == 0, process.communicate()[0]
-                if from_nothing:  # on a busy machine, the first of all may have taken long
+                if from_nothing:  # on a busy machine, the first launch may have been slow
                     seconds = min(seconds, time.monotonic() - begun)
         assert bench.rows() == wanted
         round_ += 1

@@ -1,4 +1,4 @@
-"""The three commands as they are written, and bad input to each, as a user gives them."""
+"""The three main commands exactly as documented, and bad input to each of them."""
 
 import dataclasses
 import importlib
@@ -34,6 +34,7 @@ from tests.support.environment import bare_environment
 
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line as a user does, without variables of the suite."""
     words = command.replace("python", sys.executable, 1).split(" ")
     return subprocess.run(
         words, capture_output=True, text=True, cwd=folder, env=bare_environment(), stdin=subprocess.DEVNULL
@@ -72,13 +73,14 @@ def test_the_three_commands_as_written(folder, shared_data):
     steps = demo("").stage1.steps
     assert (saved.stage, saved.step) == (1, steps)
     logs = list((Path(last).parents[1] / "logs").glob("*_log.out"))
-    assert len(logs) == 4  # ranks
+    assert len(logs) == 4  # one per rank
     lines, _ = read_journal(Path(last).parents[1])
     told = [line["step"] for line in lines if "train/loss" in line.get("metrics", {})]
-    assert told == list(range(1, steps + 1))  # rank 0's alone
+    assert told == list(range(1, steps + 1))  # only rank 0 logs metrics
 
 
 def tree(folder: Path) -> list[str]:
+    """Return the paths of all files and folders in a folder."""
     return sorted(str(path) for path in folder.rglob("*"))
 
 
@@ -244,7 +246,7 @@ def tree(folder: Path) -> list[str]:
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch, capfd, stage1, command, message):
-    """In this process, as `python -m` would call it: the imports of each would take longer than the test."""
+    """Commands are called in this process as `python -m` would call them: imports would take longer than the test."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ.keys() - bare_environment().keys():
         monkeypatch.delenv(name)
@@ -258,7 +260,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     shutil.rmtree(checkpoints.save(stage1, tmp_path / "half") / "ema")
     for name in ("done", "done.fp8"):
         checkpoints.save(stage1, tmp_path / name)
-    for name, key in (("failed", "acceptance"), ("failed-earlier", "gate")):  # as an earlier version wrote it
+    for name, key in (("failed", "acceptance"), ("failed-earlier", "gate")):  # the key of an earlier version
         checkpoints.save(dataclasses.replace(stage1, provenance={key: "FAIL"}), tmp_path / name)
     save_what_can_be_sampled(stage1, tmp_path)
     save_what_is_damaged(tmp_path)
@@ -278,7 +280,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
 
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, capsys):
-    """And from an older checkpoint where the newest is cut off."""
+    """If the newest checkpoint is truncated, the previous one is used."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIXART_CLUSTER", "local")
     own = overrides.apply(
@@ -347,7 +349,7 @@ def test_the_convert_job_takes_checkpoints_of_other_kinds(tmp_path, monkeypatch,
 
 
 def save_what_is_damaged(folder: Path) -> None:
-    """What every command reads first, cut off or of another program; and a file that nobody ever writes to."""
+    """Write truncated, unknown and binary files in place of those that commands read first, and a FIFO."""
     run = folder / "damaged/runs/20260101-000000-train-abcd"
     run.mkdir(parents=True)
     (run / "run.json").write_text('{"kind": ')
@@ -363,7 +365,7 @@ def save_what_is_damaged(folder: Path) -> None:
 
 
 def save_runs(folder: Path) -> None:
-    """A run, one of another version, and other weights than ours."""
+    """Write the configuration of a run, one of another version, and weights of an unknown model."""
     for name, changed in (("run", {}), ("foreign", {"audit": {"max_noise": 1}})):
         (folder / name).mkdir()
         values = {**json.loads(to_json(demo(str(folder)))), **changed}
@@ -374,7 +376,7 @@ def save_runs(folder: Path) -> None:
 
 
 def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
-    """A dataset, checkpoints of both stages, and what lies about."""
+    """Write a dataset, checkpoints of both stages, an FP8 export, and prompt files."""
     data = DataConfig(path=str(folder / "data"))
     sizes = {"images": 4, "rows_per_shard": 2, "latent_shape": (4, 8, 8), "text_dim": 9}
     manifests.write(Manifest(data=data, class_names=("circle", "square"), models={}, **sizes))
@@ -395,7 +397,7 @@ def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
-    """`make demo` is the long one."""
+    """`make demo` runs the same command with its default number of steps."""
     from mlflow.tracking import MlflowClient
 
     assert "main color right in" in small_demo.output
@@ -424,7 +426,7 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
 
 @pytest.mark.slow
 def test_interrupting_ends_the_jobs_too(tmp_path):
-    """SIGTERM to the launcher: its tasks end, and the same command goes on with what is there."""
+    """SIGTERM to the launcher ends its tasks, and the same command continues with the remaining shards."""
     words = [
         sys.executable,
         "-m",
@@ -447,7 +449,7 @@ def test_interrupting_ends_the_jobs_too(tmp_path):
     _, errors = launcher.communicate(timeout=30)
     assert launcher.returncode == 130
     assert "interrupted\n" in errors
-    assert "jobs/launch.py" not in errors  # submitit's own controller shows where it was stopped, the launcher does not
+    assert "jobs/launch.py" not in errors  # submitit's controller prints a traceback, the launcher must not
     time.sleep(2)
     done = len(list(dataset.glob("ledger/caption/*.json")))
     time.sleep(1)

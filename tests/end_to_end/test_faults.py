@@ -1,4 +1,4 @@
-"""What can go wrong with a dataset: a full disk, a source out of reach, files that somebody has touched."""
+"""Faults of a dataset: a full disk, an unreachable source, and files changed by others."""
 
 import os
 import subprocess
@@ -18,6 +18,7 @@ SMALL = {"data.max_images": 64, "data.num_shards": 4, "data.store_text_embedding
 
 
 def launch(home: Path, *arguments: str, settings: dict | None = None, **variables: str):
+    """Run a launcher command with settings and additional environment variables."""
     overrides = [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "jobs.launch", *arguments, "--home", str(home), *overrides]
     environment = {**bare_environment(), **variables}
@@ -26,7 +27,7 @@ def launch(home: Path, *arguments: str, settings: dict | None = None, **variable
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of a few hundred kilobytes."""
+    """File system of 2200 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(folder)]
@@ -38,7 +39,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_full_disk(small_disk, tmp_path):
-    """The shards that fit are done, the others are not taken for data; with room, the same command does the rest."""
+    """Shards that fit are complete and no others are read; with more space, `retry` writes the others."""
     dataset = small_disk / "data"
     settings = {**SMALL, "data.max_images": 1024, "data.path": dataset}
     assert launch(tmp_path, "caption", settings=settings).returncode == 0
@@ -92,7 +93,7 @@ def test_changed_manifest(tmp_path):
 
 @pytest.mark.slow
 def test_half_written_part_and_altered_chunk(tmp_path):
-    """Neither is read; `verify` takes back the ledger's word for both, and `retry` of either run makes them again."""
+    """Neither is read; `verify` removes both from the ledger, and `retry` of each run writes them again."""
     dataset = tmp_path / "datasets/demo"
     for job in ("caption", "latents"):
         assert launch(tmp_path, job, settings=SMALL).returncode == 0
@@ -109,7 +110,7 @@ def test_half_written_part_and_altered_chunk(tmp_path):
 
     done = launch(tmp_path, "verify")
     assert "altered: caption 1 shards, such as 2; latents 1 shards, such as 1" in done.stdout, done.stderr
-    runs = {name.split("-")[2]: name for name in os.listdir(tmp_path / "runs")}  # noqa: PTH208 - names are wanted
+    runs = {name.split("-")[2]: name for name in os.listdir(tmp_path / "runs")}  # noqa: PTH208 - only names are needed
     for job in ("caption", "latents"):
         done = launch(tmp_path, "retry", runs[job])
         assert done.returncode == 0, done.stderr

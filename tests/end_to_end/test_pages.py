@@ -1,4 +1,4 @@
-"""What users look at, in a real browser: every page of the suite and MLflow's own, in light and in dark."""
+"""Pages in a real browser: those of the suite and MLflow's user interface, in light and dark mode."""
 
 import json
 import shutil
@@ -14,13 +14,13 @@ from tests.support.mlflow_fixture import MlflowServer
 
 pytestmark = pytest.mark.slow
 SCHEMES = ("light", "dark")
-# MLflow 3.17's own page says these of itself: it has no users without an account, and watches sizes.
+# Errors of MLflow 3.17's page: it requests a user although there are no accounts, and observes sizes.
 MLFLOW_SAYS = ("mlflow/users/current", "ResizeObserver")
 
 
 @pytest.fixture(scope="module")
 def demo(small_demo: Demo) -> Demo:
-    """With an incident in its second training run, as a longer one may have, and a release."""
+    """Demo with a release, and with an incident in its second training run as a longer run may have."""
     run = small_demo.runs("train")[-1]
     Journal(run).incident(7, "step left out: the gradient was not finite")
     assert small_demo.command("sync").returncode == 0
@@ -31,6 +31,7 @@ def demo(small_demo: Demo) -> Demo:
 
 @pytest.fixture(scope="module")
 def mlflow_page(demo: Demo, tmp_path_factory):
+    """URL of an MLflow server on the store of the demo."""
     server = MlflowServer(tmp_path_factory.mktemp("page"), f"sqlite:///{demo.home}/mlflow.db")
     server.start()
     yield server.uri
@@ -38,14 +39,14 @@ def mlflow_page(demo: Demo, tmp_path_factory):
 
 
 def opened(demo: Demo, kind: str) -> Path:
-    """Where `open` says that the newest run of this kind has its page."""
+    """Return the path of the page that `open` prints for the newest run of a kind."""
     done = demo.command("open", "--print", demo.runs(kind)[-1].name)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
 
 
 def check_drawings(page) -> None:
-    """Every drawing has a size, words and lines within its frame."""
+    """Assert that every drawing has a size and labels, and that every image is loaded."""
     for drawing in page.query_selector_all("figure svg[role=img]"):
         box = drawing.bounding_box()
         assert box
@@ -57,7 +58,7 @@ def check_drawings(page) -> None:
 
 
 def wide(page) -> bool:
-    """Whether the page itself has to be scrolled sideways."""
+    """Return whether the page itself scrolls horizontally."""
     return page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
 
 
@@ -89,14 +90,14 @@ def test_a_training_page_tells_of_the_run(demo, look):
             assert page.query_selector(f"h2:text-is('{heading}')"), heading
         assert len(page.query_selector_all(".previews img")) == STEPS // 4
         assert page.query_selector_all("path.event title")
-        assert page.query_selector("h2:text-is('FP8 headroom') + figure g.series path.dot")  # looked at once
+        assert page.query_selector("h2:text-is('FP8 headroom') + figure g.series path.dot")  # logged once
         losses = page.query_selector("h2:text-is('Loss') + figure")
         assert len(losses.query_selector_all("g.series path.curve, g.series path.faint")) >= STEPS
         assert "optimizer step" in losses.inner_text()
 
 
 def test_lineage_of_a_picture_alone(demo, look, tmp_path):
-    """A copy of the PNG is enough; the page's links lead to pages that are there."""
+    """A copy of the PNG suffices, and every link of the page leads to an existing file."""
     picture = next(iter(sorted((demo.runs("sample")[-1] / "samples").glob("*.png"))))
     shutil.copy(picture, tmp_path / "picture.png")
     done = demo.command("lineage", str(tmp_path / "picture.png"), "--html", str(tmp_path / "lineage.html"))
@@ -127,13 +128,13 @@ def test_mlflow_shows_runs_curves_pictures_and_pages(demo, look, mlflow_page, sc
         page.wait_for_selector("text=8 matching runs")
         page.wait_for_selector("a:has-text('demo-')")
     with look(f"{at}/runs/{run}/model-metrics", scheme, "mlflow-metrics", says=MLFLOW_SAYS) as page:
-        page.set_viewport_size({"width": 1280, "height": 5000})  # what is not seen is not drawn
+        page.set_viewport_size({"width": 1280, "height": 5000})  # charts outside the viewport are not drawn
         for name in ("loss", "grad_norm", "lr", "images_per_second"):
             page.wait_for_selector(f"text={name}")
         page.wait_for_selector(".js-plotly-plot path.js-line", state="attached")
         page.wait_for_selector("text=preview")
         page.focus("[role=slider]")
-        page.keyboard.press("ArrowRight")  # from before the first picture to it
+        page.keyboard.press("ArrowRight")  # moves the slider to the first image
         picture = page.wait_for_selector("img[src*='preview%2Bstep%2B4%2B']")
         page.wait_for_function("picture => picture.complete && picture.naturalWidth > 0", arg=picture)
     with look(f"{at}/runs/{run}/system-metrics", scheme, "mlflow-system", says=MLFLOW_SAYS) as page:

@@ -1,4 +1,4 @@
-"""Real photos and a real VAE through every job: captions, latents, stage 1, conversion, stage 2 in FP8, pictures."""
+"""Every job with real photos and a real VAE: captions, latents, stage 1, conversion, stage 2 in FP8, samples."""
 
 import json
 import subprocess
@@ -45,6 +45,7 @@ SETTINGS = {
 
 
 def launch(home: Path, *arguments: str, settings: dict | None = None) -> str:
+    """Run a launcher command, assert that it succeeds, and return its output."""
     overrides = [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "jobs.launch", *arguments, "--home", str(home), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=bare_environment())
@@ -54,7 +55,7 @@ def launch(home: Path, *arguments: str, settings: dict | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def home(shared_data, tmp_path_factory) -> Path:
-    """Everything that the tests below look at, made by the commands that a user gives."""
+    """Home with all outputs that the tests below examine, written by a user's commands."""
     home = tmp_path_factory.mktemp("photos")
     data = {"data.source": str(shared_data / "photos"), "data.vae": str(shared_data / "tiny-vae")}
     settings = {**SETTINGS, **data}
@@ -71,6 +72,7 @@ def home(shared_data, tmp_path_factory) -> Path:
 
 
 def runs(home: Path, kind: str) -> list[Path]:
+    """Return the run folders of a kind, oldest first."""
     return sorted(path for path in (home / "runs").iterdir() if f"-{kind}-" in path.name)
 
 
@@ -79,11 +81,13 @@ def last_checkpoint(home: Path) -> Path:
 
 
 def losses(run: Path) -> list[float]:
+    """Return the training losses of a run in the order of its steps."""
     lines, _ = read_journal(run)
     return [line["metrics"]["train/loss"] for line in lines if "train/loss" in line.get("metrics", {})]
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the PSNR in dB of two images with values from 0 to 255."""
     return float(10 * np.log10(255**2 / np.square(one.astype(np.float64) - other).mean()))
 
 
@@ -100,7 +104,7 @@ def test_every_photo_has_its_row_and_caption(home, shared_data):
 
 
 def test_stored_latents_decode_to_the_photos(home, shared_data):
-    """At the VAE's own PSNR: what Zarr gives back costs less than 0.1 dB."""
+    """The PSNR is that of the VAE; storing the latents costs less than 0.1 dB."""
     store = Store(manifests.read(home / "photos"))
     vae = load_vae(str(shared_data / "tiny-vae"))
     photos = sorted(shared_data.glob("photos/*/*.jpg"))
@@ -118,7 +122,7 @@ def test_stored_latents_decode_to_the_photos(home, shared_data):
     print(f"PSNR of the VAE {own:.2f} dB, of stored latents {read:.2f} dB")
     assert own > 20
     assert abs(own - read) < 0.1
-    assert np.mean([psnr(a, b) for a, b in zip(direct, stored, strict=True)]) > 50  # other batches, other last bits
+    assert np.mean([psnr(a, b) for a, b in zip(direct, stored, strict=True)]) > 50  # other batches round differently
 
 
 def test_both_losses_fall(home):
@@ -131,8 +135,9 @@ def test_both_losses_fall(home):
 
 
 def test_conversion_goes_on_where_stage1_stopped(home):
-    """Stage 2 in FP8 begins within 1 % of stage 1's loss on the same batches, its output at a quarter of the paper's
-    way's error, whose single t is farther off.
+    """The loss of stage 2 in FP8 is within 1 % of stage 1's on the same batches.
+
+    The error of its output is at most a quarter of that of the paper's method, which uses a single t.
     """
     stage1 = last_checkpoint_of(runs(home, "train")[0])
     report = json.loads((Path(f"{stage1}.fp8") / "report.json").read_text())
@@ -169,12 +174,12 @@ def test_pictures_are_there_and_say_where_they_come_from(home):
     assert image.size == (SIZE, SIZE)
     assert image.text["prompt"].startswith("a photo of")
     assert image.text["checkpoint"] == str(last_checkpoint(home))
-    assert np.asarray(image).std() > 5  # a picture, not a plain square
+    assert np.asarray(image).std() > 5  # not a solid color
     assert Image.open(run / "samples.png").width > 8 * 100
 
 
 def test_fp8_weights_give_pictures(home):
-    """Those of the average they were made of, but for FP8's rounding."""
+    """Images of the FP8 weights differ from those of the EMA weights only by the effect of rounding."""
     converted = Path(f"{checkpoints.find(runs(home, 'train')[0])}.fp8")
     pictures = []
     for weights in (converted, converted / "inference"):

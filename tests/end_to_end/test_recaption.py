@@ -1,4 +1,4 @@
-"""Requests rewritten by a real engine: as a job, and by a real vLLM server."""
+"""Requests rewritten by a real vLLM engine in a job, and by a real vLLM server."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from tests.support.environment import bare_environment
 from tests.support.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
-LONG = "two boats " * 600  # more tokens than the model takes
+LONG = "two boats " * 600  # more tokens than the model accepts
 REQUESTS = ["a dog on a red ball", LONG.strip(), "a house in the morning light"]
-SECONDS = 240  # that a server may take to begin
+SECONDS = 240  # maximum time until a server responds
 
 
 def recaption(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +35,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def vllm_profile(folder: Path) -> Path:
+    """Write a cluster profile that runs the caption job in the Python environment of vLLM; return its path."""
     profile = folder / "vllm.toml"
     lines = ['executor = "local"', "[python]", f'caption = "{PYTHON}"', "[environment]"]
     profile.write_text("\n".join([*lines, *(f'{name} = "{value}"' for name, value in VARIABLES.items())]))
@@ -42,7 +43,7 @@ def vllm_profile(folder: Path) -> Path:
 
 
 def test_as_a_job(tmp_path, tiny_qwen):
-    """A random model's answers are no text: each request comes back, as itself or as words, and it is said which."""
+    """A random model does not answer with text: each request is rewritten, or kept and logged as unchanged."""
     profile = vllm_profile(tmp_path)
     (tmp_path / "requests.txt").write_text("\n".join(REQUESTS[1:]) + "\n\n")
     done = recaption(
@@ -55,6 +56,7 @@ def test_as_a_job(tmp_path, tiny_qwen):
 
 
 def check(found: list[dict[str, str]], told: str) -> None:
+    """Assert that each request was rewritten, or kept with a problem that is logged."""
     assert [each["request"] for each in found] == REQUESTS
     assert found[1]["problem"] == "not answered"
     for each in found:
@@ -64,6 +66,7 @@ def check(found: list[dict[str, str]], told: str) -> None:
 
 @pytest.fixture
 def server(tiny_qwen) -> Iterator[str]:
+    """URL of a vLLM server with a tiny model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +101,7 @@ def test_by_a_server(tmp_path, server):
 
 
 def test_sampling_rewrites_first(tmp_path, tiny_qwen, small_recipe):
-    """By a job before its own, in the Python that captions; the picture keeps both, and what went wrong is told."""
+    """A job in the captioner's Python rewrites before sampling; images have both texts, and problems are logged."""
     saved = checkpoints.save(checkpoint_of(small_recipe, 2), tmp_path / "checkpoint")
     words = ["sample", str(saved), "--prompt", REQUESTS[0], "--prompt", LONG, "--recaption", "--model", str(tiny_qwen)]
     words += ["--cluster", str(vllm_profile(tmp_path)), "--set", "sample.steps=1"]

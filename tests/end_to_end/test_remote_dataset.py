@@ -1,4 +1,4 @@
-"""A dataset that was copied to S3, trained on from there by the launcher; and hostile images through a whole task."""
+"""Training by the launcher on a dataset copied to S3; hostile images in a complete task."""
 
 import subprocess
 import sys
@@ -31,6 +31,7 @@ ACCESS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS
 
 
 def train(home: Path, variables: dict[str, str], *arguments: str) -> list[float]:
+    """Train four steps with the launcher and return their losses."""
     settings = [word for value in SMALL for word in ("--set", value)]
     command = [sys.executable, "-m", "jobs.launch", "train", "--home", str(home), *settings, *arguments]
     done = subprocess.run(
@@ -54,7 +55,7 @@ def test_training_from_s3_is_that_from_the_disk(tmp_path, environment, monkeypat
 
 
 def test_hostile_images_through_a_task(tmp_path):
-    """Each of 500 has its row, with a verdict; no file keeps the task from its end."""
+    """Each of 500 images has a row with a verdict, and no file prevents the task from finishing."""
     folder = tmp_path / "images"
     folder.mkdir()
     for index, (_, data) in enumerate(mutated_images()):

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: the commands as written, the ranks' environment, retry, status, and every fault there is."""
+"""Jobs on a real Slurm: documented commands, the environment of ranks, retry, status, and every kind of fault."""
 
 import functools
 import os
@@ -66,22 +66,25 @@ IMAGES = {"caption": 8000, "latents": 1600, "train": 64}
 
 @pytest.fixture(scope="module")
 def profile(dev_cluster: DevCluster, tmp_path_factory) -> Path:
+    """Path of a cluster profile for the development cluster."""
     path = tmp_path_factory.mktemp("profile") / "small.toml"
     path.write_text(PROFILE)
     return path
 
 
 def submit(home: Path, *words: str, settings: dict | None = None, code: int = 0) -> None:
+    """Call the launcher and assert its exit code."""
     overrides = [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
     assert launch.main([*words, "--home", str(home), *overrides]) == code
 
 
 def newest(home: Path, kind: str) -> Run:
+    """Return the newest run of a kind."""
     return runs.load(sorted(path for path in (home / "runs").iterdir() if f"-{kind}-" in path.name)[-1])
 
 
 def settle(run: Run, seconds: float = 600) -> dict[int, str]:
-    """Waits for the run's end and returns the state of its elements."""
+    """Wait for the end of a run and return the state of each element."""
 
     def ended() -> bool:
         return not runs.under_way(runs.elements(run))
@@ -90,11 +93,11 @@ def settle(run: Run, seconds: float = 600) -> dict[int, str]:
     return {number: element.state for number, element in runs.elements(run).items()}
 
 
-# The commands as they are written
+# Documented commands
 
 
 def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
-    """By the shipped profile `dev`: 256 elements, then four nodes of one rank and of two."""
+    """The shipped profile `dev` runs 256 elements, then four nodes with one and with two ranks each."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PIXART_HOME", raising=False)
     home = tmp_path / "outputs"
@@ -121,7 +124,7 @@ def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
 
 
 def check_ranks(run: Run, *, per_node: int) -> None:
-    """Four nodes' ranks, each where it belongs, in a group of all."""
+    """Assert that the ranks of four nodes are on their nodes, in one group with one master."""
     nodes = {line["rank"]: line["node"] for line in attempts(run.folder)}
     assert nodes == {rank: f"n{rank // per_node + 1}" for rank in range(4 * per_node)}
     told = [log.read_text() for log in run.logs(run.job_ids[0], "out")]
@@ -132,9 +135,9 @@ def check_ranks(run: Run, *, per_node: int) -> None:
 
 
 def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, monkeypatch, capsys):
-    """One after the other, so that no more run at once than was asked for; each element keeps its shard.
+    """Parts run in sequence, so that no more elements run at once than requested; elements keep their shards.
 
-    With `--wait`, the command ends when they have.
+    With `--wait`, the command returns after the last part.
     """
     monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
     submit(
@@ -186,7 +189,7 @@ PIPELINE = SMALL | {
 
 
 def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
-    """One command submits all jobs; each begins when those before it have succeeded."""
+    """One command submits all jobs; each starts after those before it have succeeded."""
     submit(tmp_path, "pipeline", "--cluster", str(profile), settings=PIPELINE)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == [
         "train",
@@ -203,10 +206,10 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
 
 
 def test_a_pipeline_stops_where_an_element_fails(profile, tmp_path):
-    """Nothing is made of half a dataset: what was to come after is called off, and has not begun."""
+    """Nothing is computed from an incomplete dataset: the jobs that follow are cancelled before they start."""
     settings = {"data.num_shards": SHARDS, "data.max_images": 64}
     submit(tmp_path, "init", "--cluster", str(profile), settings=settings)
-    (tmp_path / "datasets/demo/captions/00003.parquet").mkdir(parents=True)  # in the way of the element's own file
+    (tmp_path / "datasets/demo/captions/00003.parquet").mkdir(parents=True)  # blocks the output file of the element
     submit(tmp_path, "pipeline", "--cluster", str(profile), settings=settings)
     assert settle(newest(tmp_path, "caption")) == {0: "done", 1: "done", 2: "done", 3: "failed"}
     assert set(settle(newest(tmp_path, "latents")).values()) == {"failed"}
@@ -223,7 +226,7 @@ def first_start(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a fault is tried: one kind of job, what it makes when nothing happens, and how to begin it."""
+    """Setup of a fault test: a kind of job, and the home, profile and dataset that it runs with."""
 
     kind: str
     home: Path
@@ -231,6 +234,7 @@ class Bench:
     dataset: Path
 
     def begin(self) -> Run:
+        """Submit the job and return its run."""
         words = [self.kind, "--cluster", str(self.profile), "--dataset", str(self.dataset)]
         settings = {"train": SMALL, "caption": {"data.num_shards": SHARDS, "data.max_images": IMAGES["caption"]}}
         nodes = ["--nodes", "4"] if self.kind == "train" else []
@@ -242,13 +246,13 @@ class Bench:
 
 
 def job_under_way(run: Run) -> str:
-    """Waits until the work itself, not just its imports, has begun; returns its job."""
+    """Wait until the work itself has started, not only its imports, and return the job ID."""
     job = run.jobs[-1][0]
     if run.kind == "train":
         wait_until(lambda: runs.progress(run)[0] >= 25, what="step 25")
         return job
     wait_until(lambda: any(line["job"] == job for line in attempts(run.folder)), what="the first task")
-    time.sleep(1.5 if run.kind == "caption" else 4)  # of its shard's seconds
+    time.sleep(1.5 if run.kind == "caption" else 4)  # some seconds of the work of its shard
     return job
 
 
@@ -263,7 +267,7 @@ def requeue(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
 
 
 def node_down(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
-    """Down for Slurm alone: what ran there goes on until the node is back, beside its own next start."""
+    """Mark a node as down in Slurm only: its tasks run on until it is back, in parallel to their restart."""
     node = attempts(run.folder)[-1]["node"]
     slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     wait_until(lambda: node_is_up(node) or accepted("scontrol", "update", f"nodename={node}", "state=resume"))
@@ -274,7 +278,7 @@ def node_is_up(node: str) -> bool:
 
 
 def time_limit(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
-    """The task stands still until Slurm has told it, ahead of the limit, that its time is nearly up."""
+    """Stop the task's processes until Slurm has sent the signal that precedes the time limit."""
     slurm("scontrol", "update", f"jobid={job}", "timelimit=1")
     pids = task_processes(job)
     for pid in pids:
@@ -283,7 +287,7 @@ def time_limit(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    # The next start may take its time.
+    # The restart needs more time.
     wait_until(lambda: accepted("scontrol", "update", f"jobid={job}", "timelimit=30"))
 
 
@@ -298,9 +302,10 @@ def cancel(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
 
 
 def restart_controller(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
-    """Once it has saved that the job runs, as it does every few seconds: what it has not saved, Slurm forgets.
+    """Restart the controller once it has saved that the job runs, which it does every few seconds.
 
-    Of a job that it has saved as waiting, it ends the tasks that run, and may hold it.
+    The controller loses what it has not saved: if the job was saved as pending, it ends the running tasks and may hold
+    the job.
     """
     begun = (run.folder / ATTEMPTS).stat().st_mtime
     wait_until(lambda: (cluster.folder / "state/job_state").stat().st_mtime > begun, what="a saved state")
@@ -312,7 +317,7 @@ FAULTS = (kill_a_task, requeue, node_down, time_limit, preempt, cancel, restart_
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory) -> Callable[[str], Path]:
-    """For each kind of job, a dataset that lacks just its own part, made on this machine."""
+    """Callable that returns, for a kind of job, a dataset that lacks only the output of that job."""
     home = tmp_path_factory.mktemp("data")
 
     @functools.cache
@@ -326,7 +331,7 @@ def small_data(tmp_path_factory) -> Callable[[str], Path]:
 
 
 def contents(bench: Bench, run: Run) -> dict[str, object]:
-    """All that a run has made, in a form that is compared bit for bit."""
+    """Return all outputs of a run in a form that is compared bit for bit."""
     if bench.kind == "caption":
         parts = [bench.dataset / f"captions/{shard:05d}.parquet" for shard in range(SHARDS)]
         return {part.name: pq.read_table(part).drop(["seconds"]).to_pydict() for part in parts}
@@ -350,6 +355,8 @@ def contents(bench: Bench, run: Run) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def make_bench(profile, small_data, tmp_path_factory) -> Callable[[str], Bench]:
+    """Callable that returns a new setup for a kind of job."""
+
     def make(kind: str) -> Bench:
         home = tmp_path_factory.mktemp(kind)
         dataset = small_data(kind)
@@ -365,6 +372,8 @@ def make_bench(profile, small_data, tmp_path_factory) -> Callable[[str], Bench]:
 
 @pytest.fixture(scope="module")
 def undisturbed(make_bench) -> Callable[[str], dict[str, object]]:
+    """Callable that returns the outputs of a job without faults."""
+
     @functools.cache
     def run_it(kind: str) -> dict[str, object]:
         bench = make_bench(kind)
@@ -375,7 +384,7 @@ def undisturbed(make_bench) -> Callable[[str], dict[str, object]]:
     return run_it
 
 
-# A kind of job has its own worker and cluster: its faults mostly wait for Slurm.
+# Each kind of job has a separate worker and cluster, because its tests mostly wait for Slurm.
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(f"slurm-{kind}")) for kind in IMAGES]
 )
@@ -399,11 +408,11 @@ def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, record_pr
         assert max(line["restart"] for line in attempts(run.folder)) >= 1
 
 
-# Afterwards
+# Retry and status
 
 
 def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
-    """Five of 64 elements are killed, two as they run; status names them, and retry submits those five."""
+    """Five of 64 elements are killed, two of them while running; status names the five, and retry submits them."""
     words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
     submit(tmp_path, *words, "--array", "0-63%4", settings={"data.num_shards": 64, "data.max_images": 16_000})
     run = newest(tmp_path, "caption")
@@ -429,7 +438,7 @@ def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
 
 @pytest.mark.parametrize("accounting", [False, True])
 def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, accounting: bool):
-    """At every look while an array waits, runs, fails and ends, as squeue and, where there is one, sacct have it."""
+    """While an array waits, runs, fails and ends, states equal those of squeue and, if available, of sacct."""
     cluster = dev_cluster
     if accounting:
         cluster = lifecycle.up(tmp_path / "accounting", nodes=1, accounting=True)
@@ -455,7 +464,7 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, 
         if accounting:
             slurm("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
             completed = set(states) - {killed, run.job_of()[5]}
-            # The database hears of an end some time after squeue.
+            # The accounting database is updated some time after squeue.
             wait_until(lambda: completed_by_sacct(run) == completed, what=f"sacct to say COMPLETED of {completed}")
     finally:
         if accounting:
@@ -468,7 +477,10 @@ def completed_by_sacct(run: Run) -> set[str]:
 
 
 def look(run: Run) -> tuple[dict[str, str], bool]:
-    """Our states by job, compared with squeue's where nothing has changed meanwhile; and whether some are active."""
+    """Return the suite's states by job, and whether jobs are active, after comparing the states with squeue's.
+
+    They are compared only if the output of squeue has not changed in the meantime.
+    """
     words = {"PENDING": "pending", "RUNNING": "running", "COMPLETING": "running", "CONFIGURING": "running"}
 
     def listed() -> dict[str, str]:
@@ -479,7 +491,7 @@ def look(run: Run) -> tuple[dict[str, str], bool]:
     told = {element.job: element.state for element in runs.elements(run).values()}
     if before == listed():
         for job, state in told.items():
-            # What the data shows as done may still have a process that ends.
+            # A job whose data is complete may still have a process that is exiting.
             assert state == before.get(job, state) or (state == "done" and before[job] == "running"), (told, before)
             assert job in before or state in ("done", "failed")
     return told, bool(before)
