@@ -1,4 +1,4 @@
-"""Operations, bytes and launches, counted from compiled code, are those of the formula that was compiled."""
+"""Operations, bytes and launches counted in compiled code equal those of the compiled formula."""
 
 import shutil
 
@@ -24,12 +24,12 @@ def test_a_linear_and_its_activation_forward_and_backward():
     torch._dynamo.reset()
     forward, backward = works
     product = 2 * ROWS * INPUTS * OUTPUTS
-    assert forward.operations == {"bf16": product}  # whatever is not FP8
+    assert forward.operations == {"bf16": product}  # the type of everything that is not FP8
     assert backward.operations == {"bf16": 2 * product}
     assert (forward.launches["products"], backward.launches["products"]) == (1, 2)
     activations = ROWS * OUTPUTS * torch.float32.itemsize
-    assert forward.generated_bytes == 2 * activations  # reads the product, writes the result
-    assert backward.generated_bytes == 3 * activations  # reads the product and the gradient, writes the gradient's
+    assert forward.generated_bytes == 2 * activations  # reads the GEMM's output, writes the activation
+    assert backward.generated_bytes == 3 * activations  # reads the GEMM's output and the gradient, writes a gradient
     assert total(works).attentions == 0
 
 

@@ -1,4 +1,4 @@
-"""The day's parts run their steps whatever becomes of each, and what is carried is what is needed."""
+"""Each part of the GPU day runs all of its steps even if some fail, and the carried files suffice."""
 
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ from pixart.data.encoders.text_encoder import TextEncoder
 
 
 def script(text: str) -> list[str]:
+    """Return the arguments of Python that run a script."""
     return ["-c", text]
 
 
@@ -39,7 +40,7 @@ def test_a_step_that_fails_or_takes_too_long_leaves_the_others(monkeypatch, tmp_
 
 
 def test_every_step_of_the_day_can_be_started():
-    """Its module exists, and takes the options that it is given; parts stay under ten minutes."""
+    """The modules of the steps exist, and the time limits of a part sum to less than ten minutes."""
     for name, steps in gpu_day.PARTS.items():
         assert sum(step.limit for step in steps) <= 590, name
         for step in steps:
@@ -49,6 +50,7 @@ def test_every_step_of_the_day_can_be_started():
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> Path:
+    """Folder of a text encoder pruned to the tokens of two captions."""
     folder = tmp_path_factory.mktemp("encoder") / "encoder"
     gpu_day_dataset.prune(folder, ["a tabby cat", "an acorn on a table"])
     return folder

@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU run on a CPU at small sizes, so that they are there when a GPU is."""
+"""GPU benchmarks run on a CPU at small sizes, so that they work once a GPU is available."""
 
 import argparse
 import shutil
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture
 def page(monkeypatch, tmp_path):
-    """Runs a benchmark -> the cells of its rows by the first, without the headings."""
+    """Callable that runs a benchmark and returns the cells of its table by first column, without headings."""
 
     def run(module, *words: str) -> dict[str, list[str]]:
         monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--out", str(tmp_path)])
@@ -31,7 +31,8 @@ def page(monkeypatch, tmp_path):
 
 
 def rows(page: Path) -> dict[str, list[str]]:
-    table = page.read_text().partition("\n##")[0]  # what follows are profiles
+    """Return the cells of the first table of a page by the first cell of each row."""
+    table = page.read_text().partition("\n##")[0]  # profiles follow the table
     lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines[2:]}
 
@@ -46,7 +47,7 @@ def test_train_step(page):
     assert float(eager["images/s"]) > 0
     assert eager["floor, ms"] == eager["launches a block"] == ""  # nothing was compiled
     assert float(compiled["floor, ms"]) > 0
-    assert int(compiled["launches a block"]) > 20  # its products alone
+    assert int(compiled["launches a block"]) > 20  # its GEMMs alone
 
 
 def test_a_way_that_memory_is_too_small_for_is_measured_at_a_smaller_batch(monkeypatch):
@@ -71,7 +72,7 @@ def test_a_way_that_memory_is_too_small_for_is_measured_at_a_smaller_batch(monke
 
 def test_gemm(page):
     found = page(gemm, "--batch", "1", "--dim", "32", "--repeats", "1")
-    assert len(found) == 5 * 3  # linears, products of each
+    assert len(found) == 5 * 3  # linears, GEMMs of each
     assert all(float(cell) > 0 for cells in found.values() for cell in cells)
 
 
