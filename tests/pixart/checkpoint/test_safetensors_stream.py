@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 @pytest.fixture(params=[True, False], ids=["direct", "cached"])
 def _file_system(request, monkeypatch):
-    """The file system of the tests, with and without direct I/O."""
+    """File system of the tests, with and without direct I/O."""
     if request.param:
         return
     original = os.open

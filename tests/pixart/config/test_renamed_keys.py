@@ -88,7 +88,7 @@ def test_every_renamed_key_is_in_the_records_and_keeps_its_value():
 
 
 def _other(key, value):
-    """Return a value of its own for each key, so that keys that were mixed up are noticed."""
+    """Return a distinct value for each key, so that mixed-up keys are detected."""
     return value if isinstance(value, str | bool) else hash(key) % 1000 + 1
 
 
@@ -110,7 +110,7 @@ def test_the_manifest_of_a_dataset(tmp_path):
     assert raw["hash"] == HASH
     assert (raw["data"]["num_shards"], raw["data"]["max_images"]) == (4, 64)
     assert raw["data"]["screening"]["solid_color_fraction"] == 0.999
-    manifests.write(manifest)  # in the format that it has
+    manifests.write(manifest)  # in its original format
     assert manifests.read(tmp_path) == manifest
     assert json.loads((tmp_path / "manifest.json").read_text())["data"]["shards"] == 4
 

@@ -40,7 +40,7 @@ def test_attention_against_its_formula(backend, padded_head_dim):
 
 
 def test_supported_kernels_are_timed():
-    """torch's default comes first, then the backends that a CPU supports."""
+    """The default kernel of torch comes first, then the backends that a CPU supports."""
     seconds = time_kernels(2, heads=2, head_dim=72, tokens=16, keys=8, device=CPU, masked=True)
     assert next(iter(seconds)) == DEFAULT
     assert {kernel.backend for kernel in seconds} == {None, "flash", "math"}
