@@ -1,4 +1,4 @@
-"""The README's commands, options and configuration keys are those that there are."""
+"""The commands, options and configuration keys that README and docs name exist."""
 
 import re
 import shlex
@@ -15,9 +15,10 @@ from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.devcluster import __main__ as devcluster
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = re.findall(r"^    python -m ([a-z0-9_.]+) ?(.*)$", README, re.MULTILINE)
-FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # of torchrun and of MLflow
+FOREIGN = {"--nproc-per-node", "--backend-store-uri", "--images", "--vae"}  # of torchrun, MLflow and benchmarks.gpu_day
 
 
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
@@ -29,7 +30,7 @@ def test_commands_of_the_launcher(words):
 
 def test_other_commands_are_modules():
     others = {module for module, _ in COMMANDS} - {"jobs.launch"}
-    assert others == {"conversion.to_fp8", "slurm.devcluster"}
+    assert others == {"conversion.to_fp8", "slurm.devcluster", "benchmarks.gpu_day"}
     for module in others:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
@@ -59,3 +60,9 @@ def test_keys():
             found = getattr(found, part)
         if len(value) > 1:
             overrides.apply(RECIPES["demo"]("home"), [key + value])
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
