@@ -1,10 +1,11 @@
-"""What the generated code of one block does on a GPU, by each way to train it, without a GPU.
+"""Count the work of the code that torch.compile generates for one transformer block, per precision, without a GPU.
 
     python -m benchmarks.block_code [--batch 64] [--out FOLDER]
 
-needs torch's CUDA build. Forward and backward of one block of the real model: launches by kind, bytes that the
-generated kernels read and write in units of one BF16 tensor of tokens, transposed copies for cards whose FP8 products
-want them, and operations of the products by precision. No time is measured and no rate is assumed.
+The command requires torch's CUDA build. For the forward and backward pass of one full-size block it lists the kernel
+launches by kind, the bytes that generated kernels read and write, the bytes of the transposed copies that FP8 GEMMs
+require on some GPUs, both in units of one BF16 tensor of all tokens, and the floating-point operations of the GEMMs by
+precision. No time is measured and no throughput is assumed.
 """
 
 import torch
@@ -23,7 +24,10 @@ COLUMNS += ["TFLOP in FP8", "TFLOP in BF16"]
 
 
 def block(batch: int, *, fp8: bool = False, precise: bool = False) -> torch.nn.Module:
-    """Return one block in BF16 as FSDP2 has it when it runs, its planned linears in FP8."""
+    """Return one block with BF16 parameters, as FSDP2 gathers them for a pass.
+
+    `fp8` replaces its planned linears by FP8 ones, and `precise` computes their weight gradients in BF16.
+    """
     with torch.device("meta"):
         model = DiT(dim=DIM, num_blocks=1, text_dim=TEXT_DIM)
     model.fuse_projections()
@@ -36,7 +40,10 @@ def block(batch: int, *, fp8: bool = False, precise: bool = False) -> torch.nn.M
 
 
 def inputs(batch: int) -> list[torch.Tensor]:
-    """Return tokens, modulation, text and mask; only the first two have a gradient."""
+    """Return tokens (B, N, D), modulation (B, 6 D), text (B, L, text_dim) and mask (B, L).
+
+    Only the first two require gradients.
+    """
     tokens = torch.empty(batch, TOKENS, DIM, dtype=torch.bfloat16).requires_grad_()
     modulation = torch.empty(batch, 6 * DIM, dtype=torch.bfloat16).requires_grad_()
     text = torch.empty(batch, TEXT, TEXT_DIM, dtype=torch.bfloat16)

@@ -1,11 +1,13 @@
-"""The captioner's stream against bare `LLM.chat` on the same images, already decoded, in turn on one engine.
+"""Benchmark the caption job's stream against `LLM.chat` on the same decoded images, alternating on one engine.
 
-`PYTHON -m benchmarks.captioning MODEL IMAGES` by the Python of an environment with vLLM, from the repository's root.
-The stream is what the caption job does with a shard: it decodes, screens, captions and checks, with the next images on
-their way meanwhile. The images are captioned as they are; screened beforehand, which shows the stream by itself, as it
-is where there are processors to decode on; and enlarged to two megapixels. No caption is made again: that is work which
-the bare call does not do. Nor does any image come twice, as in a dataset: where there are too few, they come mirrored
-and upside down as well, and the engine forgets them before each repetition.
+Run `PYTHON -m benchmarks.captioning MODEL IMAGES` from the repository's root, where PYTHON is the interpreter of an
+environment with vLLM.
+
+The stream does the caption job's work on a shard: it decodes, screens, captions and validates, and prepares the next
+images while the engine generates. It is measured with images of their original size; with images that were screened
+beforehand, which excludes the cost of decoding; and with images enlarged to two megapixels. Captions with a problem are
+not attempted again, because `LLM.chat` does not do so either. As in a dataset, no image occurs twice: mirrored and
+flipped copies are added if there are too few images, and the engine's caches are cleared before each repetition.
 """
 
 import argparse
@@ -34,12 +36,14 @@ LARGE = (1632, 1224)  # pixels
 
 
 class Clock:
-    """Seconds that functions take, by stage, of all threads together."""
+    """Time in seconds spent in wrapped functions, by stage, summed over threads."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def timed(self, stage: str, function: Callable) -> Callable:
+        """Return `function` wrapped so that the time of its calls is added to `stage`."""
+
         def call(*arguments, **named):
             begun = time.perf_counter()
             result = function(*arguments, **named)
@@ -50,23 +54,25 @@ class Clock:
 
 
 def changed(item: Item, change: Callable[[Image.Image], Image.Image]) -> Item:
+    """Return the item with its image transformed by `change` and encoded as JPEG."""
     encoded = io.BytesIO()
     change(Image.open(io.BytesIO(item.data)).convert("RGB")).save(encoded, "JPEG", quality=90)
     return replace(item, data=encoded.getvalue())
 
 
 def enlarged(item: Item) -> Item:
+    """Return the item with its image resized to LARGE."""
     return changed(item, lambda image: image.resize(LARGE))
 
 
 def different(items: list[Item]) -> list[Item]:
-    """COUNT of them, each another picture."""
+    """Return up to COUNT items with distinct images; mirrored and flipped copies follow the original ones."""
     others = [changed(item, change) for change in (ImageOps.mirror, ImageOps.flip) for item in items]
     return [replace(item, id=str(number)) for number, item in enumerate([*items, *others][:COUNT])]
 
 
 def forget(engine) -> None:
-    """Nothing is left of images that the engine has seen."""
+    """Clear the engine's prefix cache and encoder cache."""
     engine.reset_prefix_cache()
     engine.llm_engine.reset_encoder_cache()
 
@@ -74,7 +80,10 @@ def forget(engine) -> None:
 def compared(
     name: str, captioner: captioners.VllmCaptioner, items: list[Item], read: float, *, beforehand: bool = False
 ) -> str:
-    """A row of the table."""
+    """Benchmark the stream and `LLM.chat` on `items` and return a row of the Markdown table.
+
+    `read` is the time in seconds of reading COUNT items. `beforehand` screens the images before the clock starts.
+    """
     limits, engine, clock = ScreeningConfig(), captioner._engine, Clock()
     screened = {item.id: captions.screen(item, limits) for item in items}
     assert all(each.image for each in screened.values()), "the benchmark wants images that all pass"
@@ -87,7 +96,7 @@ def compared(
         begun = time.perf_counter()
         engine.chat(conversations, captioner._attempts[0][0], use_tqdm=False)
         bare.append(time.perf_counter() - begun)
-        if repeat == 1:  # the first warms up
+        if repeat == 1:  # the first repetition warms up
             clock.seconds.clear()
         captions.screen = clock.timed(STAGES[0], (lambda item, limits: screened[item.id]) if beforehand else screen)
         engine.enqueue = clock.timed("render", enqueue)

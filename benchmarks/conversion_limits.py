@@ -1,7 +1,7 @@
-"""Time and memory of converting a checkpoint of the real run's size, against a copy of its bytes on the same disk.
+"""Measure time and peak memory of converting a full-size checkpoint, relative to copying the file on the same disk.
 
-`python -m benchmarks.conversion_limits FOLDER` writes about 30 GB there; with `--memory BYTES`, as root where the
-memory controller of cgroups is mounted, the conversion also runs within that much memory.
+`python -m benchmarks.conversion_limits FOLDER` writes about 30 GB to FOLDER. With `--memory BYTES` the conversion also
+runs in a cgroup with that memory limit, which requires root and a mounted cgroup v1 memory controller.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from pixart.config.model import ModelConfig
 from pixart.model.dit import DiT, parameter_groups
 
 CGROUP = Path("/sys/fs/cgroup/memory/conversion-limits")
-COPIES = 2  # before each conversion, and after it
-IMAGES = 1  # of a batch; calibration has one, verification four
+COPIES = 2  # timed copies before each conversion, and the same number after it
+IMAGES = 1  # per batch; calibration uses one batch and verification four
 COUNTED = (
     "`cp` and fsync of the source, before and after on the same disk, are what it is held against; the median counts. "
     "Calibration is a batch of one small latent, verification four, which more and larger ones would make longer, so "
     "that passes of the model take as long as its weights make them. The source's hash, and the comparison of every "
     "carried tensor with it, are made beside what follows the writing; what they take beyond it counts, as `comparing`."
 )
-CALIBRATION, FIT = "calibrating", "converting"  # steps of the conversion's log
+CALIBRATION, FIT = "calibrating", "converting"  # names of steps in the conversion's log
 
 
 def write_checkpoint(path: Path) -> int:
-    """The original training's file with random content -> parameters of the model."""
+    """Write a full-size checkpoint of random tensors in the original training's format; return its parameter count."""
     sizes = {name: getattr(ModelConfig(), name) for name in ModelConfig.__dataclass_fields__}
     model = DiT(**{**sizes, "base_image_size": 8})
     generator = torch.Generator().manual_seed(0)
@@ -56,6 +56,7 @@ def write_checkpoint(path: Path) -> int:
 
 
 def copy_seconds(path: Path) -> float:
+    """Return the time in seconds of `cp` and fsync of a file; the copy is deleted."""
     begun = time.perf_counter()
     copy = path.with_suffix(".copy")
     subprocess.run(["cp", str(path), str(copy)], check=True)
@@ -67,7 +68,10 @@ def copy_seconds(path: Path) -> float:
 
 
 def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str, float], float]:
-    """Seconds of each step, and the peak of memory that is no mapped file, in bytes."""
+    """Convert a checkpoint in a subprocess; return the seconds of each step and the peak anonymous memory in bytes.
+
+    `memory` is the limit of the subprocess's cgroup in bytes; None: no limit.
+    """
     shutil.rmtree(path.with_suffix(".fp8"), ignore_errors=True)
     words = [sys.executable, "-m", "conversion.to_fp8", str(path), "--text-dim", "2048", "--base-latent-size", "8"]
     words += ["--num-batches", "1", "--batch-size", str(IMAGES), "--keep-bf16", "linear_out", "--stage", str(stage)]
@@ -100,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / "large.pt"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # whose memory goes with it
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # frees the memory when it exits
         parameters = process.submit(write_checkpoint, path).result()
     subprocess.run(["sync"], check=True)
     lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB.", "", COUNTED]

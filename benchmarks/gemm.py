@@ -1,8 +1,9 @@
-"""The model's products, BF16 against FP8: alone, and with the casts of what they multiply.
+"""Benchmark the model's GEMMs in FP8 against BF16, without and with the casts of their operands.
 
     python -m benchmarks.gemm [--batch 320] [--dim 1152]
 
-prints the table and writes it to `benchmarks/results/`. Each product stands for itself and for the two of the way back.
+The command prints a table and writes it to `benchmarks/results/`. Each linear has three rows: the forward GEMM and both
+GEMMs of the backward pass.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ TOKENS, TEXT, TEXT_DIM = 256, 120, 2048
 
 
 def shapes(batch: int, dim: int) -> dict[str, tuple[int, int, int]]:
-    """rows, inputs and outputs of each linear of a block."""
+    """Return (rows, in features, out features) of each linear of a block, by its label in the table."""
     rows = batch * TOKENS
     return {
         "q, k, v together": (rows, dim, 3 * dim),
@@ -30,7 +31,11 @@ def shapes(batch: int, dim: int) -> dict[str, tuple[int, int, int]]:
 
 
 def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Tensor, Tensor, Format, bool]]:
-    """Both operands of the three products of a linear, the format of the first, and whether bits may be saved."""
+    """Return the operands of a linear's three GEMMs, by name.
+
+    Each value is a BF16 a (m, k), a BF16 b (k, n), the FP8 format of a (b is E4M3), and whether the GEMM uses fast
+    accumulation.
+    """
     device = measure.device()
     x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
     weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
@@ -43,7 +48,10 @@ def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Tensor, Te
 
 
 def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str]:
-    """Return the cells of one product: its rates, and the ratios of FP8's to BF16's."""
+    """Benchmark one GEMM and return the cells of its row.
+
+    The cells are TFLOP/s in BF16, in FP8 and in FP8 with casts, then the ratios of both FP8 figures to BF16's.
+    """
     scale = torch.full((), 8.0, device=a.device)
     a8, b8 = quantize(a, scale, fmt), quantize(b, scale, E4M3)
 
@@ -78,7 +86,7 @@ def main() -> None:
         for name, operands in products(*sizes).items():
             try:
                 page.row(f"{linear}, {name}", *row(*operands, options.repeats))
-            except RuntimeError as error:  # too little memory, or a product that the card does not have
+            except RuntimeError as error:  # out of memory, or the GPU does not support the GEMM
                 page.failed(f"{linear}, {name}", error)
             torch._dynamo.reset()
 

@@ -1,8 +1,8 @@
-"""What compiled code does, read off the graphs that torch.compile lowers: operations of products, bytes, launches.
+"""Counts of the work in graphs that torch.compile lowers: floating-point operations, bytes and kernel launches.
 
-`with recorded() as graphs:` collects every graph that inductor compiles within; `work_of(graphs)` adds them up. Nothing
-is estimated from the model: a product that was kept in BF16 counts as BF16, and a kernel that reads its tensor twice
-counts twice.
+`with recorded() as graphs:` collects the work of every graph that inductor compiles in the block, and `total(graphs)`
+sums it. The counts come from the lowered graphs, not from the model: a GEMM that stayed in BF16 counts as BF16, and a
+kernel that reads a tensor twice counts twice.
 """
 
 import math
@@ -16,20 +16,20 @@ from torch._inductor import config, ir
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 
-# Operators of matrix products, and which of their tensors is the left operand.
+# Operators of GEMMs, and the index of the left operand among their tensor inputs.
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "_scaled_mm": 0, "tensor_core_gemm": 0}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(kw_only=True, slots=True)
 class Work:
-    """What one call of a compiled graph does."""
+    """Work of one call of a compiled graph."""
 
-    operations: Counter[str] = field(default_factory=Counter)  # floating-point operations of products, by "fp8", "bf16"
-    generated_bytes: int = 0  # read and written by the kernels that were generated
-    transposed_bytes: int = 0  # read and written for FP8 operands that a card wants transposed
+    operations: Counter[str] = field(default_factory=Counter)  # floating-point operations of GEMMs by "fp8", "bf16"
+    generated_bytes: int = 0  # read and written by generated kernels
+    transposed_bytes: int = 0  # read and written by transposed copies of FP8 operands, which some GPUs require
     launches: Counter[str] = field(default_factory=Counter)  # by "generated", "products", "attention", "other"
-    attentions: int = 0  # calls, forward and backward
+    attentions: int = 0  # attention calls, forward and backward
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -43,9 +43,9 @@ class Work:
 
 @contextmanager
 def recorded() -> Iterator[list[Work]]:
-    """Yield a list that gets the work of every graph that is compiled within.
+    """Yield a list to which the work of every graph compiled in the context is appended.
 
-    Caches of compiled code are bypassed, so that every graph is lowered anew.
+    Inductor's caches are disabled, so that every graph is lowered again.
     """
     found: list[Work] = []
     codegen = GraphLowering.codegen
@@ -64,11 +64,12 @@ def recorded() -> Iterator[list[Work]]:
 
 
 def total(works: Sequence[Work]) -> Work:
+    """Return the summed work of several graphs."""
     return sum(works, Work())
 
 
 def work_of_graph(graph: GraphLowering) -> Work:
-    """Add up the nodes of a graph that has been scheduled."""
+    """Return the work of a graph whose nodes inductor has scheduled."""
     work = Work()
     for node in graph.scheduler.nodes:
         if isinstance(node, NopKernelSchedulerNode):
@@ -76,13 +77,13 @@ def work_of_graph(graph: GraphLowering) -> Work:
         if not isinstance(node, ExternKernelSchedulerNode):
             work.launches["generated"] += 1
             work.generated_bytes += node.get_read_write_buffers_sizes()
-        elif not isinstance(node.node, ir.MultiOutput):  # which only names a result of the call before it
+        elif not isinstance(node.node, ir.MultiOutput):  # a node that only names a result of the previous call
             add_call(work, node)
     return work
 
 
 def add_call(work: Work, node: BaseSchedulerNode) -> None:
-    """Count a call of a kernel that was not generated."""
+    """Add the call of an external kernel, such as a GEMM or attention, to `work`."""
     kernel = node.node
     assert isinstance(kernel, ir.ExternKernel)
     name = operator_name(kernel)
@@ -104,23 +105,25 @@ def add_call(work: Work, node: BaseSchedulerNode) -> None:
 
 
 def operator_name(kernel: ir.ExternKernel) -> str:
-    """The operator's name without namespace and overload."""
+    """Return the name of a kernel's operator without namespace and overload."""
     if kernel.op_overload is not None:
         return kernel.op_overload.__name__.split(".")[0]
     return (kernel.get_kernel_name() or "").rpartition(".")[2]
 
 
 def elements(buffer: ir.IRNode) -> int:
+    """Return the number of elements of a buffer."""
     return math.prod(int(size) for size in buffer.get_size())
 
 
 def result_elements(kernel: ir.ExternKernel) -> int:
+    """Return the number of elements of a kernel's first result."""
     layout = kernel.layout if isinstance(kernel.layout, ir.Layout) else kernel.outputs[0].layout
     return math.prod(int(size) for size in layout.size)
 
 
 def summed(name: str, kernel: ir.ExternKernel, left: ir.IRNode) -> int:
-    """How many values each element of a product sums over."""
+    """Return the size of a GEMM's reduction dimension."""
     sizes = [int(size) for size in left.get_size()]
     turned = name == "tensor_core_gemm" and kernel.constant_args[0]
     return sizes[0] if turned else sizes[-1]

@@ -1,7 +1,7 @@
-"""Training that goes on after a conversion: BF16, FP8 with calibrated scales, FP8 with cold scales, FP8 from scratch.
+"""Compare training after a conversion in BF16, in FP8 with and without calibrated scales, and in FP8 from scratch.
 
-`python -m benchmarks.going_on HOME` takes the demo's dataset and stage-1 checkpoint from a home that `make demo` has
-filled, and writes a table and a plot to `benchmarks/results/`. On a GPU, FP8 is that of the hardware.
+`python -m benchmarks.going_on HOME` uses the demo's dataset and stage-1 checkpoint in HOME, which `make demo` creates,
+and writes a table and a plot of the validation loss to `benchmarks/results/`. FP8 is emulated without a GPU.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ARMS = {
 
 
 def held_out(home: Path) -> str:
-    """A dataset of scenes that training has not seen."""
+    """Return the path of a validation dataset, created at the first call, with scenes that training does not use."""
     recipe = demo(str(home))
     data = dataclasses.replace(
         recipe.data, path=str(home / "datasets/held-out"), seed=1, max_images=HELD_OUT_IMAGES, num_shards=8
@@ -51,14 +51,14 @@ def held_out(home: Path) -> str:
 
 
 def cold(start: Checkpoint) -> Checkpoint:
-    """Scales 1 and empty histories."""
+    """Return the checkpoint with uncalibrated FP8 scales: every scale is 1 and every amax history is zero."""
     assert start.plan is not None
     nothing = {name: torch.zeros(3) for name in start.plan.linears}
     return dataclasses.replace(start, scales=calibrated_state(nothing, start.plan))
 
 
 def fresh(start: Checkpoint, seed: int) -> Checkpoint:
-    """A model that nothing was trained of, with cold scales."""
+    """Return the checkpoint with newly initialized weights, zero moments and uncalibrated scales."""
     torch.manual_seed(seed)
     model = DiT(**start.config)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -73,7 +73,10 @@ def fresh(start: Checkpoint, seed: int) -> Checkpoint:
 def curve(
     folder: Path, arm: str, seed: int, options: argparse.Namespace, start: Checkpoint, evaluation: str
 ) -> list[float]:
-    """The held-out loss at every EVERY steps."""
+    """Train stage 2 from `start` and return the validation loss at step 0 and after every EVERY steps.
+
+    `arm` is a key of ARMS and decides between BF16 and FP8; `evaluation` is the path of the validation dataset.
+    """
     recipe = demo(str(options.home))
     begin = checkpoints.save(start, folder / "start")
     config = dataclasses.replace(
@@ -124,6 +127,7 @@ def main() -> None:
 
 
 def write(found: dict[str, list[list[float]]], lr: float) -> None:
+    """Write the table and the plot of the validation losses, which `found` has by arm, seed and evaluation."""
     steps = [EVERY * number for number in range(len(found["BF16 continued"][0]))]
     name = f"going-on-lr-{lr:g}"
     finals = {arm: np.array(curves)[:, -1] for arm, curves in found.items()}

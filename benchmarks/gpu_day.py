@@ -1,19 +1,19 @@
-"""All that needs a GPU, measured in a short loan of a bare machine without a network.
+"""Run the GPU tests and benchmarks in short sessions on a machine without network access.
 
-Beforehand, where the suite is installed and packages can be had:
+First, on a machine with this suite and network access:
 
     python -m benchmarks.gpu_day prepare [--images FOLDER --vae FOLDER]
 
-writes `.gpuday/` (wheels, a small dataset with its encoders) to be carried along with the tracked files. On the GPU
-machine, from the repository's root, one part a command, the most important first, each under ten minutes:
+writes `.gpuday/`, which contains wheels and a small dataset with its encoders; copy it with the tracked files. Then, on
+the GPU machine and from the repository's root, run the parts in order of importance; each takes less than ten minutes:
 
-    python3 benchmarks/gpu_day.py correctness     # products against float64, the tests marked gpu, attention, products
-    python3 benchmarks/gpu_day.py speed           # a training step by each way, at the largest batch that fits
-    python3 benchmarks/gpu_day.py small           # the same at the 64 and 32 images of a rank of a large run
+    python3 benchmarks/gpu_day.py correctness     # GEMMs against float64, tests marked gpu, attention, GEMM throughput
+    python3 benchmarks/gpu_day.py speed           # a training step by each backend, at the largest batch that fits
+    python3 benchmarks/gpu_day.py small           # the same with 64 and 32 images per rank, as in a large run
     python3 benchmarks/gpu_day.py training        # 500 steps in BF16 and FP8 from one conversion, and sampling
 
-Every row is written as it is measured, to `--out` (default: $OUT, else benchmarks/results). A step that fails or takes
-too long is named in the part's summary, and the next one begins. `--tiny` takes sizes that a CPU manages.
+Results are written row by row to the folder `--out` (default: $OUT, else benchmarks/results). If a step fails or
+exceeds its time limit, the summary of its part names it, and the next step starts. `--tiny` selects sizes for a CPU.
 """
 
 import argparse
@@ -33,11 +33,11 @@ CARRIED = ROOT / ".gpuday"
 WHEELS, DATASET = CARRIED / "wheels", CARRIED / "dataset"
 SITE = Path("/tmp/pixart-gpu-day-site")
 MIB = 1 << 20
-LIMIT_MIB = 60  # of all that is carried
-TINY_LIMIT = 1800  # seconds of a step on a CPU, where compilation takes the time
-SHOWN = 40  # lines of a step's output
+LIMIT_MIB = 60  # of the tracked files and CARRIED together
+TINY_LIMIT = 1800  # seconds per step on a CPU, where compilation dominates
+SHOWN = 40  # last lines of a step's output that are printed
 PYTHON, PLATFORMS = "3.12", [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)]
-# What the machine lacks; the rest of what is needed is on it.
+# Packages that the GPU machine lacks; all other requirements are installed on it.
 PACKAGES = [
     *("diffusers==0.42.1", "importlib_metadata", "torchao==0.17.0", "submitit==1.5.4"),
     *("zarr==3.4.2", "numcodecs", "donfig", "google-crc32c>=1.9,<2", "msgspec"),
@@ -60,21 +60,26 @@ AT_A_RANK = ["BF16", "FP8 native", "torchao tensorwise"]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One command of a part: `words` after the interpreter, `tiny` those that it is given instead on a CPU."""
+    """One command of a part.
+
+    `words` are the interpreter's arguments, and `tiny` replaces them for `--tiny` if it is not empty.
+    """
 
     name: str
-    limit: int  # seconds
+    limit: int  # time limit in seconds
     words: Sequence[str]
     tiny: Sequence[str] = ()
-    writes: bool = True  # takes --out
+    writes: bool = True  # accepts --out
 
 
 def benchmark(name: str, limit: int, *words: str, tiny: Sequence[str]) -> Step:
+    """Return the step that runs a benchmark module with `words` or, for `--tiny`, with `tiny` as its arguments."""
     module = ["-m", f"benchmarks.{name}"]
     return Step(name=name, limit=limit, words=[*module, *words], tiny=[*module, *tiny])
 
 
 def train_step(batch: Sequence[str], limit: int, ways: Sequence[str]) -> Step:
+    """Return the step that benchmarks the variants `ways` of a training step; `batch` are further arguments."""
     small = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256"]
     return benchmark("train_step", limit, *batch, "--only", *ways, tiny=[*small, "--only", *ways[:2]])
 
@@ -106,7 +111,7 @@ PARTS = {
 
 
 def run_part(name: str, out: Path, *, tiny: bool) -> int:
-    """Run the steps of a part one after the other -> how many did not end well; the summary is written after each."""
+    """Run the steps of a part in order and return the number of failed ones; the summary is written after each step."""
     out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | SURROUNDINGS | {"PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT)])}
     summary = out / f"{date.today()}-gpu-day-{name}.md"
@@ -126,7 +131,10 @@ def run_part(name: str, out: Path, *, tiny: bool) -> int:
 
 
 def run(words: Sequence[str], environment: dict[str, str], limit: int, log: Path) -> str:
-    """Run a command with its output appended to a log, print the last lines, and say how it ended."""
+    """Run a command with its output appended to a log, print the last lines, and return a description of its end.
+
+    The description is "well" for exit code 0. A command that exceeds `limit` seconds is killed.
+    """
     with log.open("ab") as file:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
@@ -141,7 +149,10 @@ def run(words: Sequence[str], environment: dict[str, str], limit: int, log: Path
 
 
 def install() -> None:
-    """Unpack the carried wheels into a folder of their own; a second call finds them there."""
+    """Install the carried wheels to SITE, unless they are installed already.
+
+    Raises SystemExit if there are no wheels.
+    """
     if (SITE / "diffusers").exists():
         return
     wheels = sorted(map(str, WHEELS.glob("*.whl")))
@@ -154,7 +165,10 @@ def install() -> None:
 
 
 def prepare(images: Path | None, vae: Path | None) -> None:
-    """Make what is carried, and check that it is small enough."""
+    """Create CARRIED: download the wheels and create the dataset.
+
+    Raises SystemExit if CARRIED and the tracked files together exceed LIMIT_MIB.
+    """
     from benchmarks.gpu_day_dataset import make_dataset
 
     shutil.rmtree(CARRIED, ignore_errors=True)
@@ -188,6 +202,7 @@ def prepare(images: Path | None, vae: Path | None) -> None:
 
 
 def size_of(path: Path) -> int:
+    """Return the total size in bytes of the files in a folder."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 

@@ -1,6 +1,6 @@
-"""The small dataset that a GPU day trains on, with its autoencoder and a text encoder that is small enough to carry.
+"""The small training dataset of `gpu_day`, with its autoencoder and a reduced text encoder.
 
-The encoder is MiniLM with half the precision and only those words that the dataset's captions have: 22 MiB of 87.
+The encoder is MiniLM in float16 with the vocabulary of the dataset's captions, which reduces it from 87 to 22 MiB.
 """
 
 import dataclasses
@@ -22,15 +22,16 @@ from pixart.data.encoders.vae import DEMO_VAE
 from pixart.recipes import MINILM_STATE_STD, demo
 
 SIZE, TOKENS, SHARDS = 256, 32, 4
-ROWS = 512  # at most; a folder of fewer images gives several views of each
+ROWS = 512  # target number of images; a source of fewer images contributes several views of each
 SCENES = 384
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def make_dataset(folder: Path, dataset: Path, images: Path | None, vae: Path | None) -> None:
-    """Make the dataset from class folders of images, or from rendered scenes; its models are copied into `folder`.
+    """Create the dataset from class folders of images, or from rendered scenes if `images` is None.
 
-    Paths within are relative to the working directory, where the day's parts run too.
+    Its models are copied to `folder`. The manifest's paths are relative to the working directory, from which the parts
+    of `gpu_day` run as well. `vae` defaults to the demo's autoencoder.
     """
     encoder, autoencoder = folder / "encoder", folder / "vae"
     shutil.copytree(vae or DEMO_VAE, autoencoder)
@@ -50,21 +51,23 @@ def make_dataset(folder: Path, dataset: Path, images: Path | None, vae: Path | N
         recipe = dataclasses.replace(demo(str(folder)), data=data, audit=AuditConfig(max_duplicates=1))
         make(recipe, list(range(SHARDS)))
     for captions in dataset.glob("captions/*"):
-        captions.unlink()  # with their thumbnails; training reads the store alone
+        captions.unlink()  # training reads the store only
 
 
 def make(recipe: Recipe, shards: list[int]) -> None:
+    """Run the tasks that create, caption and encode a dataset, in this process."""
     init_dataset.run(to_json(recipe))
     caption.run(recipe.data.path, shards)
     latents.run(recipe.data.path, shards)
 
 
 def relative(path: Path) -> str:
+    """Return a path relative to the working directory. Raises ValueError if it is outside."""
     return str(path.relative_to(Path.cwd()))
 
 
 def write_views(source: Path, target: Path) -> None:
-    """Write crops and mirror images of every picture, in its class's folder, until there are ROWS of them."""
+    """Write one to ten crops and mirrored crops of each image, about ROWS in all, to the class folders of `target`."""
     files = sorted(path for path in source.glob("*/*") if path.is_file())
     each = max(1, ROWS // len(files))
     for path in files:
@@ -76,7 +79,7 @@ def write_views(source: Path, target: Path) -> None:
 
 
 def views(image: Image.Image) -> Iterator[Image.Image]:
-    """The centre, four corners, and the mirror images of these."""
+    """Yield the center crop and the four corner crops of an image, then the mirrored crops."""
     width, height = image.size
     side = min(width, height)
     inner = min(SIZE, side)
@@ -89,7 +92,7 @@ def views(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def prune(target: Path, texts: Sequence[str]) -> None:
-    """Write MiniLM in half precision with the tokens of these texts alone."""
+    """Write MiniLM in float16 with its vocabulary reduced to the tokens of `texts` and the special tokens."""
     tokenizer, model = load_text_model("minilm")
     used = {token for text in texts for token in tokenizer(text)["input_ids"]}
     used |= set(tokenizer.convert_tokens_to_ids(list(SPECIAL)))

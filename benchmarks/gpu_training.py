@@ -1,10 +1,10 @@
-"""Training that goes on after a conversion at real size, in BF16 and in FP8, and sampling from its result.
+"""Compare stage-2 training in BF16 and FP8 after a conversion at full size, and sampling from the converted checkpoint.
 
     python -m benchmarks.gpu_training DATASET [--steps 500] [--stage1-steps 300] [--batch 64] [--tiny]
 
-Stage 1 is trained on the dataset's classes, converted once, and stage 2 goes on from the same checkpoint for the same
-rows, noise and times in either precision. Then pictures of the same noise from the converted checkpoint in BF16 and
-from its FP8 weights. Tables and a contact sheet are written as they come.
+Stage 1 is trained on the dataset's classes and converted once. Stage 2 is then trained from this checkpoint in BF16 and
+in FP8, with the same rows, noise and times. Finally, images are sampled from the same noise in float32, in BF16 and
+with FP8 weights. Tables are written row by row, and the images as a contact sheet.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from pixart.sampling.images import SampleRequest, generate
 from pixart.sampling.pipeline import PixArtPipeline
 from pixart.training.loop import train
 
-PARTS = 10  # of the steps, of each of which a mean loss is shown
+PARTS = 10  # intervals of steps whose mean losses are listed
 SAMPLING_STEPS, GUIDANCE = 20, 3.0
 TINY = {"dim": 64, "cond_dim": 32, "num_heads": 4, "num_blocks": 2}
 
 
 class Losses:
-    """A reporter that keeps every step's loss, the validation losses and the seconds of a step."""
+    """Reporter that records the training and validation losses by step, and the seconds per step."""
 
     def __init__(self) -> None:
         self.train: dict[int, float] = {}
@@ -63,6 +63,7 @@ class Losses:
 
 
 def configuration(options: argparse.Namespace, steps: int, *, fp8: bool) -> TrainConfig:
+    """Return the training configuration of either stage; only the last step saves and validates."""
     return TrainConfig(
         steps=steps,
         global_batch_size=options.batch,
@@ -80,7 +81,10 @@ def configuration(options: argparse.Namespace, steps: int, *, fp8: bool) -> Trai
 
 
 def trained(options: argparse.Namespace, work: Path, stage: int, steps: int, start: Path | None, *, fp8: bool):
-    """Train a stage from a checkpoint -> the last one's directory, and what was reported."""
+    """Train a stage and return the directory of the last checkpoint and the recorded losses.
+
+    Training starts from the checkpoint `start`, or from new weights if it is None.
+    """
     losses = Losses()
     name = f"stage{stage}-{'fp8' if fp8 else 'bf16'}"
     config = configuration(options, steps, fp8=fp8)
@@ -100,7 +104,7 @@ def trained(options: argparse.Namespace, work: Path, stage: int, steps: int, sta
 
 
 def compare(page: measure.Page, bf16: Losses, fp8: Losses) -> None:
-    """Write the mean losses of each part of the steps, and the validation losses at the end."""
+    """Add rows with the mean training loss of each interval, the validation losses and the median time per step."""
     steps = sorted(bf16.train)
     for part in np.array_split(np.array(steps), min(PARTS, len(steps))):
         one, other = (statistics.fmean(losses.train[int(step)] for step in part) for losses in (bf16, fp8))
@@ -113,7 +117,10 @@ def compare(page: measure.Page, bf16: Losses, fp8: Losses) -> None:
 
 
 def pictures(pipeline: PixArtPipeline, prompts: Sequence[str], precision: torch.dtype | None):
-    """Sample a picture for each prompt -> the pictures and the seconds of all of them."""
+    """Sample one image per prompt under autocast to `precision`; return the images and the total seconds.
+
+    With `precision` None, autocast is disabled.
+    """
     asked = [SampleRequest(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
     device = measure.device()
     pipeline.to(device)
@@ -125,12 +132,13 @@ def pictures(pipeline: PixArtPipeline, prompts: Sequence[str], precision: torch.
 
 
 def psnr(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> float:
+    """Return the peak signal-to-noise ratio in dB, with the squared error averaged over all images."""
     errors = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(one, other, strict=True)]
     return float(10 * np.log10(255**2 / max(np.mean(errors), 1e-9)))
 
 
 def sample(options: argparse.Namespace, checkpoint: Path) -> None:
-    """Sample from a converted checkpoint by precision and write a table and the contact sheet."""
+    """Sample from a converted checkpoint in each precision, and write a table and a contact sheet."""
     dataset = manifests.read(options.dataset)
     heading = [
         f"# Sampling, {options.pictures} pictures of {SAMPLING_STEPS} steps, guidance {GUIDANCE}, on {measure.card()}",
@@ -148,7 +156,7 @@ def sample(options: argparse.Namespace, checkpoint: Path) -> None:
     for name, (directory, precision) in ways.items():
         try:
             pipeline = loading.load_pipeline(directory, "ema", dataset)
-            pipeline.text_encoder.float()  # its states are not what is compared
+            pipeline.text_encoder.float()  # excludes the text encoder's precision from the comparison
             pictures(pipeline, prompts, precision)
             found[name], taken = pictures(pipeline, prompts, precision)
         except (RuntimeError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""The latents job against the VAE alone on the same batches, alternating in one run.
+"""Benchmark the latents job against the VAE alone on the same batches, alternating in one run.
 
-`python -m benchmarks.latents IMAGES VAE` takes a folder of images and an autoencoder's folder.
+In `python -m benchmarks.latents IMAGES VAE`, IMAGES is a folder of images and VAE the folder of an autoencoder.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
                 encode(vae, batch)
             middle = time.perf_counter()
             latents.encode_shard(manifest, 0, source, vae, text)
-            if repeat:  # the first warms up
+            if repeat:  # the first repetition warms up
                 alone.append(len(items) / (middle - begun))
                 job.append(len(items) / (time.perf_counter() - middle))
     ratios = [mine / bare for mine, bare in zip(job, alone, strict=True)]

@@ -1,8 +1,8 @@
-"""The loader against bare tensorstore, np.memmap, numpy.tofile and MosaicML StreamingDataset, in one run.
+"""Benchmark the data loader against tensorstore, np.memmap, numpy.tofile and MosaicML StreamingDataset, in one run.
 
-`python -m benchmarks.loader FOLDER --peer-python PYTHON` makes 200,000 rows of 16x32x32 float16 with their captions'
-tokens in FOLDER (6.6 GB, twice that with the peer), prints the table and writes it to `benchmarks/results/`. PYTHON is
-an interpreter that has the package mosaicml-streaming; without one the peer is left out.
+`python -m benchmarks.loader FOLDER --peer-python PYTHON` creates 200,000 rows of 16x32x32 float16 latents and caption
+tokens in FOLDER (6.6 GB, twice as much with StreamingDataset), prints a table and writes it to `benchmarks/results/`.
+PYTHON is an interpreter with the package mosaicml-streaming; without it, StreamingDataset is left out.
 """
 
 import argparse
@@ -38,6 +38,7 @@ REPEATS = 9
 
 
 def columns(manifest: Manifest, shard: int, latents: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of a shard, with `latents` (SHARD, C, h, w) changed in place to depend on the shard."""
     rows = np.arange(*manifest.shard_range(shard), dtype=np.int32)
     latents[:, 0, 0, 0] = shard
     return {
@@ -50,13 +51,17 @@ def columns(manifest: Manifest, shard: int, latents: np.ndarray) -> dict[str, np
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """Return the wall-clock time in seconds of one call."""
     begun = time.perf_counter()
     function()
     return time.perf_counter() - begun
 
 
 def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
-    """-> manifest, seconds of whole shards and seconds of numpy.tofile and fsync of the same bytes, in turn."""
+    """Create a dataset of `rows` rows; return its manifest and two lists of seconds per shard, for the first 40 shards.
+
+    The first list is for `write_shard`, the second for numpy.tofile and fsync of the same bytes, alternating.
+    """
     data = DataConfig(path=str(folder), num_shards=-(-rows // SHARD), max_images=rows, max_text_tokens=TOKENS)
     manifest = Manifest(
         data=data, images=rows, rows_per_shard=SHARD, class_names=("any",), latent_shape=SHAPE, text_dim=2048, models={}
@@ -77,6 +82,7 @@ def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
 
 
 def write_plainly(target: Path, values: dict[str, np.ndarray]) -> None:
+    """Write arrays to one file with numpy.tofile and flush it to disk."""
     with target.open("wb") as file:
         for array in values.values():
             array.tofile(file)
@@ -85,7 +91,10 @@ def write_plainly(target: Path, values: dict[str, np.ndarray]) -> None:
 
 
 def bare(manifest: Manifest, context: dict) -> Callable[[np.ndarray], object]:
-    """A reader of all arrays at once by tensorstore alone."""
+    """Return a function that reads rows of all arrays but `valid` concurrently with tensorstore.
+
+    `context` is tensorstore's context, for example with a cache pool.
+    """
     root = f"{manifest.data.path}/latents.zarr"
     arrays = [
         tensorstore.open(
@@ -107,7 +116,7 @@ def bare(manifest: Manifest, context: dict) -> Callable[[np.ndarray], object]:
 
 
 def at_random(manifest: Manifest) -> dict[str, float]:
-    """Median rows a second of fully random batches, the ways in turn."""
+    """Return the median rows/s of batches of uniformly random rows, by reader; the readers alternate."""
     store = Store(manifest)
     names = [name for name in store.arrays if name != "valid"]
     ways: dict[str, Callable[[np.ndarray], object]] = {
@@ -124,7 +133,7 @@ def at_random(manifest: Manifest) -> dict[str, float]:
 
 
 def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
-    """MB/s of the latents' bytes from first to last, copied so many rows at a time, and each copy dropped at once."""
+    """Return the MB/s at which np.memmap copies all latents in order, `rows` rows at a time; copies are discarded."""
     begun, copied = time.perf_counter(), 0
     for shard in range(manifest.data.num_shards):
         file = Path(manifest.data.path) / store.columns["latents"].file(shard)
@@ -135,7 +144,7 @@ def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
 
 
 def epoch(loader: Loader, number: int) -> float:
-    """Rows a second of one rank through an epoch."""
+    """Return the rows/s of a loader's rank over the epoch `number`."""
     steps = len(loader.sampler.valid) // loader.global_batch_size
     begun, rows = time.perf_counter(), 0
     for batch in loader.iterate(number * steps, (number + 1) * steps):
@@ -144,7 +153,10 @@ def epoch(loader: Loader, number: int) -> float:
 
 
 def memory(path: str, at: list[int]) -> list[str]:
-    """Resident megabytes after these batches, in a process of its own."""
+    """Return texts with the resident memory in MB after each number of batches in `at`, ascending.
+
+    Call it in a new process, because it measures the memory of its process.
+    """
     found = []
     loader = Loader(Store(manifests.read(path)), global_batch_size=BATCH, seed=0)
     for step, _ in enumerate(loader.iterate(0, at[-1]), 1):
@@ -155,6 +167,8 @@ def memory(path: str, at: list[int]) -> list[str]:
 
 
 def first_batch(path: str, share: float) -> float:
+    """Return the median seconds to open a dataset and load the batch at `share` of the first epoch."""
+
     def run() -> object:
         loader = Loader(Store(manifests.read(path)), global_batch_size=BATCH, seed=0)
         start = int(share * len(loader.sampler.valid) / BATCH)
@@ -164,6 +178,8 @@ def first_batch(path: str, share: float) -> float:
 
 
 def first_rows(rows: int, share: float) -> float:
+    """Return the median seconds to create a sampler of `rows` rows and draw a batch at `share` of the first epoch."""
+
     def run() -> object:
         order = WindowShuffleSampler(np.arange(rows), rows_per_shard=SHARD, seed=0)
         return rows_of_step(order, int(share * rows / 2048), 2048)
@@ -172,6 +188,7 @@ def first_rows(rows: int, share: float) -> float:
 
 
 def quality(rows: int) -> str:
+    """Describe the shuffle of one epoch: its rank correlation, and the rows of one block in a batch."""
     drawn = WindowShuffleSampler(np.arange(rows), rows_per_shard=SHARD, seed=0).rows(0, rows)
     correlation = abs(np.corrcoef(np.arange(rows), drawn)[0, 1])
     batches = drawn[: rows // BATCH * BATCH].reshape(-1, BATCH)
@@ -209,6 +226,10 @@ print("RATES " + json.dumps(rates))
 
 
 def peer(python: str | None, manifest: Manifest, folder: Path) -> list[float]:
+    """Return the rows/s of StreamingDataset in each of three epochs over the same rows; empty if `python` is None.
+
+    `folder` holds its copy of the data, which is deleted. Raises RuntimeError if the subprocess fails.
+    """
     if python is None:
         return []
     words = [python, "-c", PEER, f"{manifest.data.path}/latents.zarr/latents/c", str(folder), str(manifest.images), "3"]
@@ -220,6 +241,7 @@ def peer(python: str | None, manifest: Manifest, folder: Path) -> list[float]:
 
 
 def lines(folder: Path, rows: int, python: str | None) -> Iterator[str]:
+    """Run all measurements and yield the lines of the Markdown table."""
     manifest, ours, plain = make(folder / "dataset", rows)
     path, mb = manifest.data.path, 1e-6 * ROW
     peers = peer(python, manifest, folder / "peer")

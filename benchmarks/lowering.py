@@ -1,8 +1,8 @@
-"""Lower compiled graphs for a GPU that is not there.
+"""Lowering of compiled graphs for a GPU on a machine without one.
 
-torch's CUDA build is needed, a GPU is not: the generated code can be read, and counted, but not run. A module is traced
-on CPU tensors with FP8 products as on tensor cores; each graph that inductor would compile, forward and backward, is
-then retraced on tensors of the card without memory and lowered for it.
+This requires torch's CUDA build but no GPU: the generated code can be inspected and counted, but not run. A module is
+traced on CPU tensors with the FP8 GEMMs of tensor cores. Each graph that inductor would compile, forward and backward,
+is then retraced on fake CUDA tensors and lowered for the GPU.
 """
 
 import types
@@ -44,7 +44,7 @@ HOPPER = {
 
 
 class Driver:
-    """Triton's driver of a card that is not there."""
+    """Triton driver of an H100 that the machine does not have."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -57,7 +57,7 @@ class Driver:
 
 
 def pretend() -> None:
-    """Make torch and triton describe an H100 for the rest of this process."""
+    """Make torch and Triton report an H100 for the rest of this process."""
     card = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
     torch.cuda.get_device_properties = lambda *_: card
     torch.cuda.get_device_capability = lambda *_: (9, 0)
@@ -71,14 +71,14 @@ def pretend() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered:
-    """One graph of a module: the code that was generated, and what it does."""
+    """Generated code of one graph, and its work."""
 
     code: str
     work: Work
 
 
 def lower(graph: GraphModule, inputs: Sequence[Tensor], mode: Any) -> Lowered:
-    """Lower a graph on tensors of the card that have no memory, those of `mode`, as inductor does."""
+    """Lower a graph as inductor does; `inputs` are fake CUDA tensors of the FakeTensorMode `mode`."""
     with V.set_fake_mode(mode), DebugContext(), torch.no_grad():
         view_to_reshape(graph)
         post_grad_passes(graph, False)
@@ -90,9 +90,9 @@ def lower(graph: GraphModule, inputs: Sequence[Tensor], mode: Any) -> Lowered:
 
 
 def lower_module(module: nn.Module, *inputs: Tensor) -> list[Lowered]:
-    """Return the graphs of a module's forward and backward pass.
+    """Lower the graphs of a module's forward and backward pass.
 
-    The module and its inputs are on the CPU, and their values do not matter.
+    The module and its inputs are on the CPU; their values are not used.
     """
     lowered: list[Lowered] = []
 
@@ -117,11 +117,12 @@ def lower_module(module: nn.Module, *inputs: Tensor) -> list[Lowered]:
 
 
 def always(_: Tensor) -> bool:
+    """Return True, in place of `ops.uses_tensor_cores`."""
     return True
 
 
 def lower_traced(graph: GraphModule) -> Lowered:
-    """Retrace a graph of CPU tensors on the card, and lower it."""
+    """Retrace a graph of CPU tensors with fake CUDA tensors, and lower it."""
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
     for node in graph.graph.nodes:
@@ -136,6 +137,7 @@ def lower_traced(graph: GraphModule) -> Lowered:
 
 
 def empty_like(value: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Return an uninitialized tensor with the shape, strides and dtype of `value`; symbolic sizes become integers."""
     size, stride = ([int(number) for number in numbers] for numbers in (value.shape, value.stride()))
     return torch.empty_strided(size, stride, dtype=value.dtype, device=device)
 
@@ -143,7 +145,10 @@ def empty_like(value: Tensor, device: torch.device | str = "cpu") -> Tensor:
 def attention_of_the_card(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
 ) -> Tensor:
-    """Call the kernel that a GPU takes, which a CPU would not choose; a boolean mask becomes a bias, as in torch."""
+    """Compute attention with the memory-efficient kernel, which torch would not select for CPU tensors.
+
+    The boolean mask is converted to an additive bias, as torch does.
+    """
     bias = None
     if attn_mask is not None:
         bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, float("-inf"))

@@ -1,10 +1,10 @@
-"""The FP8 products of a linear against float64: every combination of operands, layouts and scales that training uses.
+"""Check the FP8 GEMMs of a linear against float64, with every combination of operands, layouts and scales in training.
 
     python -m benchmarks.products [--tiny]
 
-The relative error of a product in FP8 is that of its result's rounding to BF16 and of the order of its sum: more than
-LIMIT means that a layout, a scale or an accumulation is wrong. Then the time of the transposed copies that cards before
-and beside capability 10 want.
+The relative error of an FP8 GEMM is due to the rounding of its result to BF16 and to the order of summation. An error
+above LIMIT means that a layout, a scale or the accumulation is wrong; the command then returns 1. It also measures the
+throughput of the transposed copies that FP8 GEMMs require on GPUs of other compute capabilities than 10.
 """
 
 import sys
@@ -25,7 +25,7 @@ SCALE = 8.0
 
 
 def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
-    """Return, by name, each product of a step and its result in float64 of the same FP8 operands."""
+    """Return the FP8 GEMMs of a linear by name, each with its float64 result for the same FP8 operands."""
     torch.manual_seed(0)
     device = measure.device()
     x, w, g = (torch.randn(s, device=device).bfloat16() for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))

@@ -1,6 +1,6 @@
-"""Rounding to an FP8 grid on a CPU: ours against a cast to FP8 and back, in the same run.
+"""Benchmark the rounding to the FP8 grid on a CPU against a cast to FP8 and back, in the same run.
 
-`python -m benchmarks.rounding` prints the table and writes it to `benchmarks/results/`.
+`python -m benchmarks.rounding` prints a table and writes it to `benchmarks/results/`.
 """
 
 import time
@@ -17,11 +17,12 @@ REPEATS = 30
 
 
 def by_cast(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """Return x * scale, saturated and rounded to `fmt` by a cast to FP8 and back to float32."""
     return (x * scale).clamp_(-fmt.max, fmt.max).to(fmt.dtype).float()
 
 
 def fastest(function: Callable[[], Tensor]) -> float:
-    """Seconds of the fastest of REPEATS calls: what the machine can do when nothing else disturbs it."""
+    """Return the seconds of the fastest of REPEATS calls, which other processes disturb least."""
     seconds = []
     for _ in range(REPEATS):
         begun = time.perf_counter()

@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint: saved in the background against saved at once, in one run.
+"""Measure how long a checkpoint interrupts training: asynchronous against synchronous saving, in one run.
 
     python -m benchmarks.saving FOLDER [--blocks 8] [--repeats 5]
 
-The state is that of a stage-1 model of width 1152, in float32: weights, average and both moments.
+The state is that of a stage-1 model of width 1152 in float32: weights, EMA weights and both moments.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
         dataset = make_dataset(folder)
         trainer = Trainer(None, 1, sizes, config, Store(manifests.read(dataset)), ranks)
         manager = CheckpointManager(options.folder / "run", ranks, keep_last=1, keep_every=0)
-        for _ in range(1 + options.repeats):  # the first makes the memory that the others use again
+        for _ in range(1 + options.repeats):  # the first save allocates the memory that later ones reuse
             for how, seconds in held.items():
                 begun = time.perf_counter()
                 manager.save(trainer)
@@ -68,6 +68,7 @@ def main() -> None:
 
 
 def make_dataset(folder: str) -> str:
+    """Create a demo dataset of 16 images in `folder` and return its path."""
     recipe = demo(folder)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_images=16, num_shards=1))
     init_dataset.run(to_json(recipe))

@@ -1,6 +1,7 @@
-"""An array of 256 submitted by the launcher and by bare sbatch, in turn, on a cluster of this machine. Needs root.
+"""Benchmark the submission of a job array by the launcher against sbatch, alternating, on a local Slurm cluster.
 
-`python -m benchmarks.submission` prints the table and writes it to `benchmarks/results/`.
+`python -m benchmarks.submission` starts the cluster, which requires root, submits arrays of 256 elements, prints a
+table and writes it to `benchmarks/results/`.
 """
 
 import os
@@ -19,6 +20,7 @@ ARRAY = "0-255"
 
 
 def seconds(*words: str, folder: Path) -> float:
+    """Return the wall-clock time in seconds of a command that runs in `folder`."""
     begun = time.perf_counter()
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -35,7 +37,7 @@ def main() -> None:
         (folder / "script.sh").write_text("#!/bin/sh\nsleep 60\n")
         measured: dict[str, list[float]] = {"bare sbatch": [], "launcher": []}
         try:
-            seconds(*launch, "caption", "--array", "0", folder=folder)  # makes the dataset's manifest
+            seconds(*launch, "caption", "--array", "0", folder=folder)  # creates the dataset's manifest
             for _ in range(REPEATS):
                 measured["bare sbatch"].append(seconds("sbatch", f"--array={ARRAY}", "script.sh", folder=folder))
                 subprocess.run(["scancel", "--me"], check=True)

@@ -1,15 +1,17 @@
-"""One optimizer step of the real model by each way to make it, in one run.
+"""Benchmark one optimizer step of the full-size model with each precision, FP8 backend and implementation, in one run.
 
     python -m benchmarks.train_step [--batch 128] [--only NAME ...]       # on a GPU
-    python -m benchmarks.train_step --batch 2 --blocks 2 --dim 128        # whether it runs, on a CPU
+    python -m benchmarks.train_step --batch 2 --blocks 2 --dim 128        # smoke test on a CPU
 
-28 blocks of width 1152, 256 image tokens, 120 text states of width 2048: forward, backward, AdamW, with float32 master
-weights under FSDP2 of one rank. Every way runs in a process of its own, with a smaller batch where memory runs out, and
-its row is written as it is measured; a way that fails is listed with the reason.
+The model has 28 blocks of width 1152 and reads 256 image tokens and 120 text tokens of width 2048. A step is the
+forward pass, the backward pass and AdamW, with float32 master weights and FSDP2 on one rank. Each variant (`way` in the
+table) runs in a separate process, with a smaller batch if memory does not suffice. Its row is written as soon as it is
+measured; a variant that fails is listed with its error.
 
-The floor of a way is what its own compiled code cannot do faster: the operations of its products at the card's rate for
-their precision, its attention at the rate of the fastest kernel, and after these the bytes that its generated kernels,
-its transposed copies and the optimizer move, at the card's bandwidth; all four are measured in the same run.
+The column `floor` is a lower bound of the time that the variant's compiled code needs on this GPU. It is the sum of the
+GEMMs at the GPU's peak throughput for their precision, attention at the rate of the fastest kernel, and the memory
+traffic of generated kernels, transposed copies and the optimizer at the GPU's bandwidth. These rates are measured in
+the same run.
 """
 
 import argparse
@@ -45,21 +47,25 @@ from pixart.training.parallelize import parallelize
 from pixart.training.process_group import Ranks, process_group
 
 SIDE, PATCH, CHANNELS, HEADS, TEXT, TEXT_DIM = 32, 2, 16, 16, 120, 2048
-TIMESTEPS = 1000  # of the peer's embedding
-# Bytes that a step has to move for a parameter outside of the blocks' graphs: the cast of the float32 weight (4 + 2),
-# the gradient to float32 (2 + 4), AdamW's reads (weight, gradient, two moments) and writes (weight, two moments).
+TIMESTEPS = 1000  # of the time embedding in diffusers' model
+# Bytes that a step moves per parameter outside of the blocks' graphs: the cast of the float32 weight (4 + 2), the cast
+# of the gradient to float32 (2 + 4), AdamW's reads (weight, gradient, two moments) and writes (weight, two moments).
 PARAMETER_BYTES = 6 + 6 + 4 * 4 + 3 * 4
-SMALLER = 0.75  # of a batch that memory was too small for
-LEAST_BATCH = 16
-OUT_OF_MEMORY = 75  # exit code of a way that memory was too small for
-KERNELS = 12  # that a profile shows
+SMALLER = 0.75  # factor of the batch size after running out of memory
+LEAST_BATCH = 16  # smallest batch size after running out of memory; reduced batch sizes are multiples of it
+OUT_OF_MEMORY = 75  # exit code of a subprocess that ran out of memory
+KERNELS = 12  # number of longest kernels that are listed per variant
 COLUMNS = ["way", "batch", "images/s", "TFLOP/s", "MFU (BF16)", "GiB", "products", "attention", "casts alone"]
 COLUMNS += ["ms a step", "host, ms", "floor, ms", "launches a block"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a model is made, and called on (latents, t, text, mask), and what keeps an average of its weights."""
+    """Variant of a training step.
+
+    `make` creates the model, `call` runs it on (latents, t, text, mask), and `average` states how the EMA weights are
+    updated; "": there are none.
+    """
 
     make: Callable[[argparse.Namespace, Ranks], nn.Module]
     call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor] = lambda model, *given: model(
@@ -69,11 +75,15 @@ class Way:
 
 
 def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: str = "", backend: str = "") -> nn.Module:
+    """Return this suite's model, parallelized as in training.
+
+    With an FP8 `recipe`, the planned linears are those of `backend`.
+    """
     config = TrainConfig(steps=1, global_batch_size=options.batch, lr=1e-4, warmup_steps=1, compile=compile)
     model = DiT(in_dim=CHANNELS, dim=options.dim, num_heads=HEADS, num_blocks=options.blocks, text_dim=TEXT_DIM).to(
         ranks.device
     )
-    for parameter in model.parameters():  # zeros would let products of zeros count as work
+    for parameter in model.parameters():  # zero-initialized weights would count GEMMs with zeros as work
         nn.init.normal_(parameter, std=0.02)
     model.fuse_projections()
     if recipe:
@@ -92,6 +102,7 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
 
 
 def diffusers_peer(options: argparse.Namespace, ranks: Ranks) -> nn.Module:
+    """Return diffusers' PixArt model of the same size, with compiled blocks under FSDP2 in BF16."""
     from diffusers import PixArtTransformer2DModel
 
     model = PixArtTransformer2DModel(
@@ -113,6 +124,7 @@ def diffusers_peer(options: argparse.Namespace, ranks: Ranks) -> nn.Module:
 
 
 def call_peer(model: nn.Module, latents: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """Call diffusers' model on latents (B, C, H, W), t (B,) in [0, 1], text (B, L, text_dim) and mask (B, L)."""
     none = {"resolution": None, "aspect_ratio": None}
     given = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": none}
     return model(latents, timestep=t * TIMESTEPS, **given).sample
@@ -141,6 +153,7 @@ WAYS = {
 
 
 def batch_of(options: argparse.Namespace, device: torch.device) -> list[Tensor]:
+    """Return random latents (B, C, H, W), t (B,), text (B, L, text_dim) in BF16, and an all-true mask (B, L)."""
     generator = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, device=device)
     latents, text = draw(options.batch, CHANNELS, SIDE, SIDE), draw(options.batch, TEXT, TEXT_DIM)
@@ -149,7 +162,7 @@ def batch_of(options: argparse.Namespace, device: torch.device) -> list[Tensor]:
 
 
 def profiled(step: Callable[[], object]) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
-    """Return the shares of a step's time by kind, and its longest kernels: name, milliseconds, calls."""
+    """Profile a step; return the shares of its time by kind, and its longest kernels as (name, milliseconds, calls)."""
     activity = torch.profiler.ProfilerActivity
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
@@ -166,7 +179,10 @@ def profiled(step: Callable[[], object]) -> tuple[dict[str, float], list[tuple[s
 
 
 def kind_of(kernel: str) -> str:
-    """By its name: a generated kernel has those of its operations, of which only casts to FP8 clamp."""
+    """Classify a kernel by its lower-case name.
+
+    The name of a generated kernel lists its operations; of these, only casts to FP8 clamp.
+    """
     if any(word in kernel for word in ("flash", "fmha", "attention", "cudnn_generated")):
         return "attention"
     if any(word in kernel for word in ("gemm", "nvjet", "cutlass", "xmma", "::mm", "::addmm", "_scaled_mm")):
@@ -177,7 +193,11 @@ def kind_of(kernel: str) -> str:
 
 
 def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Make a model by a way, take its step, and return what was measured of it."""
+    """Measure the training step of a variant.
+
+    The result has the seconds per step, the seconds until all kernels are launched, the peak memory in GiB, the
+    profile, the number of parameters, and the work and launches of a block (None without compilation).
+    """
     way = WAYS[name]
     model = way.make(options, ranks)
     config = TrainConfig(steps=1, global_batch_size=options.batch, lr=1e-4, warmup_steps=1)
@@ -207,7 +227,7 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
     memory = torch.cuda.max_memory_allocated() / measure.GIB if torch.cuda.is_available() else float("nan")
     begun = time.perf_counter()
     step()
-    host = time.perf_counter() - begun  # until all is launched
+    host = time.perf_counter() - begun  # until all kernels are launched
     synchronize()
     shares, kernels = profiled(step)
     block = work_of_a_block(graphs)
@@ -224,23 +244,27 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
 
 
 def work_of_a_block(graphs: list[Work]) -> Work | None:
-    """Return what the graphs of a block do, forward and backward; blocks are alike and share theirs.
+    """Return the work of one block, forward and backward; all blocks share the same graphs.
 
-    None where nothing was compiled.
+    None if nothing was compiled.
     """
     of_blocks = [work for work in graphs if work.attentions]
     if len(of_blocks) < 2:
         return None
-    return generated_code.total(of_blocks[-2:])  # of a block that was compiled twice, what runs from then on
+    return generated_code.total(of_blocks[-2:])  # a recompiled block runs its last graphs
 
 
 def moved(block: Work) -> int:
+    """Return the bytes that a block moves on this GPU; transposed copies count only where FP8 GEMMs require them."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != ANY_LAYOUT_CAPABILITY
     return block.generated_bytes + (block.transposed_bytes if hopper else 0)
 
 
 def floor_of(found: dict[str, Any], rates: dict[str, float], blocks: int, batch: int) -> float | None:
-    """Return the seconds of a step that a way's own code cannot undercut on this card."""
+    """Return the lower bound in seconds of a variant's step on this GPU; None if nothing was compiled.
+
+    `found` is the result of `measured`, `rates` that of `card_rates`, and `batch` the batch size in images.
+    """
     work = found["work"]
     if not work:
         return None
@@ -250,7 +274,7 @@ def floor_of(found: dict[str, Any], rates: dict[str, float], blocks: int, batch:
 
 
 def cells(name: str, found: dict[str, Any], rates: dict[str, float], options: argparse.Namespace) -> list[str]:
-    """Return a row of COLUMNS."""
+    """Return the cells of a variant's row, in the order of COLUMNS."""
     batch, taken, share = found["batch"], found["seconds"], found["shares"]
     operations = batch * operations_of_an_image(options.dim, options.blocks) / 1e12
     floor = floor_of(found, rates, options.blocks, batch)
@@ -272,10 +296,10 @@ def cells(name: str, found: dict[str, Any], rates: dict[str, float], options: ar
 
 
 def card_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Measure the card, and its attention at the model's sizes by the fastest kernels."""
+    """Measure the GPU's peak TFLOP/s and bandwidth, and its fastest attention kernels at the model's sizes."""
     rates: dict[str, Any] = {
         "BF16": measure.matrix_rate(options.matrix),
-        "FP8": measure.fp8_matrix_rate(options.matrix) or measure.matrix_rate(options.matrix),  # emulated
+        "FP8": measure.fp8_matrix_rate(options.matrix) or measure.matrix_rate(options.matrix),  # FP8 is emulated
         "GB/s": measure.bandwidth(),
     }
     tokens, width = (SIDE // PATCH) ** 2, options.dim // HEADS
@@ -288,18 +312,26 @@ def card_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
 
 def peer_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return fused AdamW with a single parameter group."""
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
 @functools.cache
 def operations_of_an_image(dim: int, blocks: int) -> int:
-    """Of our model, for every way: who does more for the same picture has no credit for it."""
+    """Return the floating-point operations per image and step of this suite's model.
+
+    Throughput of every variant is computed with this number, so that additional operations do not increase it.
+    """
     config = {"in_dim": CHANNELS, "dim": dim, "num_heads": HEADS, "num_blocks": blocks, "text_dim": TEXT_DIM}
     return training_flops(config, SIDE, TEXT)
 
 
 def in_a_process(what: str, options: argparse.Namespace, batch: int, kernels: list[dict] | None) -> dict[str, Any]:
-    """Run this module for one way, or for the card's rates; raises RuntimeError with the last line that it printed."""
+    """Run this module in a subprocess for one variant, or for the GPU's rates (`what` is "rates").
+
+    Raises MemoryError if GPU memory does not suffice for `batch` images, and RuntimeError, with the last line on
+    standard error, if the subprocess fails or exceeds the time limit.
+    """
     words = [sys.executable, "-m", "benchmarks.train_step", "--only-this", what, "--batch", str(batch)]
     for name in ("repeats", "dim", "blocks", "matrix"):
         words += [f"--{name}", str(getattr(options, name))]
@@ -319,7 +351,10 @@ def in_a_process(what: str, options: argparse.Namespace, batch: int, kernels: li
 
 
 def with_smaller_batches(name: str, options: argparse.Namespace, kernels: list[dict]) -> dict[str, Any]:
-    """Measure a way at the largest batch, from the one that was asked for down, that memory holds."""
+    """Measure a variant at the requested batch size, or at the largest smaller one that fits into memory.
+
+    Raises MemoryError if fewer than LEAST_BATCH images would be left.
+    """
     batch = options.batch
     while True:
         try:
@@ -370,7 +405,7 @@ def main() -> int:
 
 
 def only_this(options: argparse.Namespace) -> int:
-    """Measure in this process and print what was found as JSON."""
+    """Measure one variant, or the GPU's rates, in this process; print the result as JSON and return the exit code."""
     with process_group() as ranks:
         try:
             if options.only_this == "rates":

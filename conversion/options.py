@@ -1,4 +1,4 @@
-"""Options of a conversion, for its own command line and for the launcher's; this module imports nothing heavy."""
+"""Options of a conversion, for its command line and for the launcher's; this module imports nothing heavy."""
 
 import argparse
 import dataclasses

@@ -28,6 +28,7 @@ class Progress:
             self.bar.update(self.task, description=name)
 
     def end(self) -> None:
+        """End the current step, and print its duration if there is no bar."""
         if self.name:
             if self.bar:
                 self.bar.advance(self.task)

@@ -188,7 +188,7 @@ def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Op
 
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
-    """Return what a conversion would do, as far as it is known without measurements."""
+    """Return a text that describes what the conversion would do, as far as it is known without measurements."""
     start, batches, dataset = prepare(source, output or default_output(source), options)
     plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
     lines = [

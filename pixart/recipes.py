@@ -1,4 +1,4 @@
-"""Recipes: each is a function that returns a whole configuration.
+"""Recipes: each is a function that returns the complete configuration of a run.
 
 Imports nothing heavy, so that the launcher can use it.
 """

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -44,6 +45,14 @@ def test_no_folder_is_crowded(room):
     assert modules
     for folder, count in Counter(path.parent for path in modules).items():
         assert count <= MOST_MODULES, f"{folder} has {count} modules"
+
+
+def test_the_documented_folders_are_those_that_exist():
+    """The table of docs/architecture.md names every folder with its number of modules."""
+    table = re.findall(r"^\| `([\w/]+)` \| (\d+) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    modules = [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in modules)
+    assert {folder: int(count) for folder, count in table} == counts
 
 
 def test_jobs_load_nothing_heavy_at_their_top():

@@ -1,4 +1,4 @@
-"""The commands, options and configuration keys in the README exist."""
+"""The commands, options and configuration keys in README and docs exist, as do the files that they link to."""
 
 import re
 import shlex
@@ -15,9 +15,10 @@ from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.devcluster import __main__ as devcluster
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = re.findall(r"^    python -m ([a-z0-9_.]+) ?(.*)$", README, re.MULTILINE)
-FOREIGN = {"--nproc-per-node", "--backend-store-uri"}  # options of torchrun and of MLflow
+FOREIGN = {"--nproc-per-node", "--backend-store-uri", "--images", "--vae"}  # of torchrun, MLflow and benchmarks.gpu_day
 
 
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
@@ -29,7 +30,7 @@ def test_commands_of_the_launcher(words):
 
 def test_other_commands_are_modules():
     others = {module for module, _ in COMMANDS} - {"jobs.launch"}
-    assert others == {"conversion.to_fp8", "slurm.devcluster"}
+    assert others == {"conversion.to_fp8", "slurm.devcluster", "benchmarks.gpu_day"}
     for module in others:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
@@ -38,7 +39,7 @@ def test_other_commands_are_modules():
 
 
 def test_options(capsys):
-    """Every option in the README is an option of one of the commands."""
+    """Every option in the documentation is an option of a command, except for the foreign ones."""
     helps = [(launch.main, [name, "--help"]) for name in ENTRIES]
     for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
         with pytest.raises(SystemExit):
@@ -48,7 +49,7 @@ def test_options(capsys):
 
 
 def test_keys():
-    """Every key in the README exists and accepts the value that the README gives, if any."""
+    """Every key in the documentation exists and accepts the value given there, if any."""
     named = re.findall(r"`(?:--set )?((?:data|stage1|stage2|sample|audit|model)\.[a-z_.]+)(=[^`]*)?`", README)
     assert len(named) > 10
     for key, value in named:
@@ -59,3 +60,9 @@ def test_keys():
             found = getattr(found, part)
         if len(value) > 1:
             overrides.apply(RECIPES["demo"]("home"), [key + value])
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

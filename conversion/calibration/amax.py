@@ -133,17 +133,18 @@ def activation_checkpointing(model: DiT) -> Iterator[None]:
 
 
 def max_magnitude(x: Tensor, fmt: Format) -> Tensor:
+    """Return the largest magnitude of x -> ()."""
     return ops.amax(x)
 
 
 def percentile(x: Tensor, fmt: Format) -> Tensor:
-    """Return the magnitude that the fraction PERCENTILE of the values stay below."""
+    """Return the PERCENTILE quantile of the magnitudes of x -> ()."""
     values = subsample(x).abs().float()
     return values.kthvalue(max(1, round(PERCENTILE * len(values)))).values
 
 
 def mse_optimal(x: Tensor, fmt: Format) -> Tensor:
-    """Return the max magnitude times the one of CLIPPING_RATIOS that quantizes with the least mean squared error."""
+    """Return the max magnitude times the CLIPPING_RATIOS entry with the least mean squared quantization error -> ()."""
     values, amax = subsample(x).float(), max_magnitude(x, fmt)
     if not torch.isfinite(amax) or amax == 0:
         return amax
@@ -155,6 +156,7 @@ def mse_optimal(x: Tensor, fmt: Format) -> Tensor:
 
 
 def subsample(x: Tensor) -> Tensor:
+    """Return every n-th value of x, flattened, so that about MAX_SAMPLED_VALUES remain."""
     flat = x.flatten()
     return flat[:: max(1, len(flat) // MAX_SAMPLED_VALUES)]
 

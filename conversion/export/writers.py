@@ -25,10 +25,12 @@ from pixart.sampling.loading import INFERENCE_FILE, INPUT_SCALE, WEIGHT_SCALE
 
 
 def export_transformer_engine(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the scales and amax histories as TransformerEngine's extra states."""
     transformer_engine.export(checkpoint.scales, folder / "transformer_engine.safetensors")
 
 
 def export_torchao(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write torchao's recipe name and the names of the planned linears."""
     plan = checkpoint.plan
     assert plan is not None
     recipe = "rowwise" if plan.recipe == "rowwise" else "tensorwise"
@@ -64,19 +66,23 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def weight_scale(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Return the E4M3 scale of an EMA weight -> (), float32."""
     return scale_from_amax(checkpoint.ema[name].abs().amax(), torch.ones(()), E4M3.max)
 
 
 def fp8_weight(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Return an EMA weight times its `weight_scale`, in E4M3."""
     scaled = checkpoint.ema[name] * weight_scale(checkpoint, name)
     return scaled.clamp_(-E4M3.max, E4M3.max).to(E4M3.dtype)
 
 
 def input_scale(checkpoint: Checkpoint, linear: str) -> Tensor:
+    """Return the calibrated input scale of a linear -> ()."""
     return checkpoint.scales[f"{linear}.scale"][INPUT].clone()
 
 
 def bf16_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Return an EMA tensor in BF16."""
     return checkpoint.ema[name].bfloat16()
 
 

@@ -77,6 +77,7 @@ def read_diffusers(path: Path) -> StoredState:
 
 
 def load_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError if the file cannot be read or contains anything else."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -87,11 +88,13 @@ def load_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: Path) -> bool:
+    """Return whether a file has a JSON header after 8 bytes of length, as safetensors files do."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Load a safetensors file. Raises ValueError if it cannot be read."""
     try:
         with safe_open(path, framework="pt"):
             pass

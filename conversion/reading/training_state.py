@@ -193,10 +193,12 @@ def name_moments(moments: Mapping[str, Any] | None, config: dict[str, Any], path
 
 
 def strip_prefix(key: str) -> str:
+    """Return a parameter name without the prefixes of torch.compile and DDP."""
     while key.startswith(PREFIXES):
         key = key.split(".", 1)[1]
     return key
 
 
 def zeros(shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """Return a function that creates a float32 tensor of zeros, for `LazyTensors`."""
     return lambda: torch.zeros(shape)

@@ -194,10 +194,12 @@ def layers(report: Mapping[str, Any]) -> str:
 
 
 def grad_weight_sqnr(layer: Mapping[str, Any], key: str) -> float | None:
+    """Return the SQNR of grad_weight in dB from one of a layer's measurements, or None if it was not measured."""
     return layer.get(key, {}).get("grad_weight")
 
 
 def layer_table(measured: Iterable[Mapping[str, Any]]) -> str:
+    """Render the table of all measured layers."""
     rows = [
         (
             layer["name"],

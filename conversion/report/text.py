@@ -99,5 +99,6 @@ def describe_layers(layers: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def lowest(values: Iterable[float | None]) -> str:
+    """Format the smallest value with one decimal, or "-" if every value is None."""
     present = [value for value in values if value is not None]
     return f"{min(present):.1f}" if present else "-"

@@ -3,7 +3,7 @@
 PixArt-alpha (arXiv 2310.00426), section 2.3, replaces block i's modulation with the null class, S_i(t), by f(t) + E_i,
 where f = S_0 and E_i matches S_i at one t; the result is exact at that t and wrong elsewhere. The fit approximates it
 for all t, per channel: S_i(t) + o = s_i f(t) + u_i, with o = 1 for gamma and 0 otherwise. Then E_i = u_i / s_i - o, and
-s_i is absorbed by neighbouring weights: the scale of a gate by the rows of the linear before it, the common scale of
+s_i is absorbed by neighbouring weights: the scale of alpha by the rows of the linear before it, the common scale of
 (1 + gamma) and beta by the columns of the linears that read them.
 
 Shapes: T nodes of t, width D; a modulation has 6 chunks of D: gamma1, beta1, gamma2, beta2, alpha1, alpha2.

@@ -166,4 +166,5 @@ def check_carried_tensors(source: Checkpoint, written: Path, provenance: Mapping
 
 
 def as_report(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return the checks, and whether all of them passed, as JSON values."""
     return {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}

@@ -1,6 +1,6 @@
 """Reading of torch.distributed.checkpoint (DCP) directories without executing pickled code.
 
-torch's own reader unpickles the `.metadata` file and so runs any code that it names. Here only the classes that
+torch's reader unpickles the `.metadata` file and so runs any code that it names. Here only the classes that
 describe tensors can be unpickled.
 """
 

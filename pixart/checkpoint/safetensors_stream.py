@@ -125,7 +125,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """Memory-map the tensors of a file that `save_tensors` wrote; pages are read on access.
 
-    safetensors' own reader validates a file first and so reads all of it ahead.
+    safetensors' reader validates a file first and so reads all of it ahead.
     """
     content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     return {

@@ -72,7 +72,7 @@ def suggestion(key: str) -> str:
 def parse_value(annotation: Any, text: str) -> Any:
     """Return the value of an annotated type that `text` stands for. Raises ValueError for a text that has none.
 
-    Whole numbers may be written as `1_000` and `1e3`.
+    Integers may be written as `1_000` and `1e3`.
     """
     if kind := optional(annotation):
         return None if text.lower() == NONE else parse_value(kind, text)
@@ -86,7 +86,7 @@ def parse_value(annotation: Any, text: str) -> Any:
 
 
 def parse_whole_number(text: str) -> int:
-    """Return the whole number that `text` stands for. Raises ValueError for a fraction, infinity or not a number."""
+    """Return the integer that `text` stands for. Raises ValueError for a fraction, infinity or NaN."""
     try:
         return int(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A recipe: the whole configuration of a run, and its JSON form in run folders.
+"""A recipe: the complete configuration of a run, and its JSON form in run folders.
 
 Imports nothing heavy, so that the launcher can use it.
 """

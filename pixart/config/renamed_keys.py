@@ -69,7 +69,7 @@ def rename_stage(values: Values) -> dict[str, Any]:
 
 
 def rename_recipe(values: Values) -> dict[str, Any]:
-    """Return the values of a whole recipe, such as those of a run's `config.json`, under today's keys."""
+    """Return the values of a complete recipe, such as those of a run's `config.json`, under today's keys."""
     return {
         **values,
         "data": rename_data(values["data"]),

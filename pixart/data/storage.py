@@ -253,6 +253,7 @@ def max_open_files() -> int:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is created if it does not exist, inside the context."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

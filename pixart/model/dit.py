@@ -83,7 +83,8 @@ class DiT(ModelMixin, ConfigMixin):
     def fuse_projections(self) -> None:
         """Compute the projections of the same input as one GEMM; results differ in rounding only.
 
-        For training: hooks on the individual linears are not called."""
+        This is for training: hooks on the individual linears are not called.
+        """
         for block in self.dit_blocks:
             for attention in (block.attention.attention, getattr(block, "cross_attention", None)):
                 if attention is not None:

@@ -141,8 +141,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Transformer block of stage 1 (with `cond_dim`) or stage 2 (with `text_dim`).
 
-    Stage 1 computes its own modulation from the condition (adaLN-zero). Stage 2 adds a learned offset to a
-    modulation that all blocks share (adaLN-single, PixArt-alpha section 2.3) and attends to the text.
+    In stage 1 the block computes its modulation from the condition (adaLN-zero). In stage 2 it adds a learned offset to
+    a modulation that all blocks share (adaLN-single, PixArt-alpha section 2.3) and attends to the text.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int, cond_dim: int | None, text_dim: int | None) -> None:

@@ -127,11 +127,16 @@ class PixArtPipeline(DiffusionPipeline):
         raise ValueError(f"the model has stage {stage}; pass only {'class_labels' if stage == 1 else 'prompt'}")
 
     def class_conditioning(self, classes: list[int | str]) -> tuple[Conditioning, Conditioning]:
+        """Return the conditioning of the classes, `label` (B,), and the null conditioning."""
         device = self.transformer.device
         label = torch.tensor([self.class_index(item) for item in classes], device=device)
         return {"label": label}, {"label": null_labels(self.transformer, len(classes), device)}
 
     def text_conditioning(self, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
+        """Return the conditioning of the prompts and that of the empty text.
+
+        Both have `text` (B, L, text_dim) and `text_mask` (B, L).
+        """
         device, config = self.transformer.device, self.config
         encoder = Encoder(self.tokenizer, self.text_encoder, max_tokens=config.text_tokens, scale=config.text_scale)
         states, mask = encoder.encode([*prompts, ""])
@@ -140,7 +145,7 @@ class PixArtPipeline(DiffusionPipeline):
         return {"text": states[:-1], "text_mask": mask[:-1]}, null
 
     def class_index(self, label: int | str) -> int:
-        """Return the index of a class given by its index, its name or `none`. Raises ValueError if there is none."""
+        """Return the index of a class given by index, name or `none`. Raises ValueError for an unknown class."""
         names, null = self.config.id2label, self.transformer.config.num_classes - 1
         index = next((int(key) for key, name in names.items() if name == label), null if label == NULL_CLASS else label)
         if not isinstance(index, int) or not 0 <= index <= null:

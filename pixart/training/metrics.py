@@ -29,13 +29,19 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
-    """Receives metrics; rank 0 only."""
+    """Receiver of a run's metrics, incidents and files; used on rank 0 only."""
 
-    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Record metrics by name after `step` optimizer steps."""
+        ...
 
-    def incident(self, step: int, text: str) -> None: ...
+    def incident(self, step: int, text: str) -> None:
+        """Record an incident after `step` optimizer steps, such as a loss spike, as one line of text."""
+        ...
 
-    def artifact(self, file: Path) -> None: ...
+    def artifact(self, file: Path) -> None:
+        """Record a file of the run, such as a preview image."""
+        ...
 
 
 class NullReporter:

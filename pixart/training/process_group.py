@@ -19,7 +19,7 @@ LOGGED_PACKAGES = ("jobs", "pixart")  # log at level INFO; others at WARNING
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """This process's place among the ranks, and collectives, which every rank must call."""
+    """The rank of this process in the process group, and collectives, which every rank must call."""
 
     rank: int
     world_size: int

@@ -75,7 +75,7 @@ class Audit:
     def add_rejected(self, row: dict[str, Any]) -> None:
         """Count a rejected row and keep it as an example if its id has one of the lowest hashes.
 
-        This samples the whole dataset, and repeated audits choose the same examples.
+        This samples the entire dataset, and repeated audits choose the same examples.
         """
         self.reasons[row["reason"]] += 1
         examples = self.rejected.setdefault(row["reason"], [])

@@ -51,6 +51,8 @@ class CaptionRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
+    """A caption with its short form, and the reason why it is rejected."""
+
     text: str
     short: str  # the first sentence
     problem: str  # "", or one of `validation.Problem`

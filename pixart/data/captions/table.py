@@ -109,6 +109,7 @@ def content_digest(table: pa.Table) -> str:
 
 
 def append_row(columns: dict[str, list[Any]], screened: Screened) -> None:
+    """Append the row of a screened item, without a caption, to the columns."""
     row = {
         "id": screened.item.id,
         "label": screened.item.label,

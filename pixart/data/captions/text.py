@@ -21,7 +21,7 @@ def ascii_punctuation(text: str) -> str:
 
 
 def normalize(text: str) -> str:
-    """Collapse whitespace and remove quotation marks that enclose the whole text."""
+    """Collapse whitespace and remove quotation marks that enclose the entire text."""
     text = " ".join(text.split())
     return text[1:-1].strip() if re.fullmatch(r'"[^"]*"', ascii_punctuation(text)) else text
 

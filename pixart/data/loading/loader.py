@@ -237,4 +237,5 @@ class BufferPool:
 
 
 def pin(tensor: Tensor) -> Tensor:
+    """Return the tensor in pinned memory if CUDA is available, else unchanged."""
     return tensor.pin_memory() if PIN_MEMORY else tensor

@@ -1,7 +1,7 @@
 """The sampling order of training: a two-level shuffle that is a pure function of seed, epoch and position.
 
 A block is a run of consecutive rows of one shard. Every epoch assigns the blocks to windows, one block from each
-stretch of the dataset to each window, and shuffles the rows within each window. Reading in this order accesses whole
+stretch of the dataset to each window, and shuffles the rows within each window. Reading in this order accesses entire
 blocks within a short time, which suits disks and networks, while a batch contains about one row per block. The order
 uses the raw output of a counter-based generator, so that it does not depend on the version of a library.
 """

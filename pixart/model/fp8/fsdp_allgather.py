@@ -1,7 +1,7 @@
 """FP8 all-gather for FSDP2: each rank casts its shard once per optimizer step, and a quarter of the bytes is sent.
 
 FSDP2 calls `fsdp_pre_all_gather` and `fsdp_post_all_gather` if the local tensor of a parameter has them. The gathered
-parameter then has an FP8 dtype while its gradient should have the compute dtype. `grad_dtype` tells autograd so, but a
+parameter then has an FP8 dtype while its gradient should have the compute dtype. `grad_dtype` sets that dtype, but a
 compiled graph would still cast the gradient to FP8; a proxy without memory therefore carries it around the graph.
 """
 
@@ -24,12 +24,12 @@ def enable_fp8_all_gather(model: nn.Module, dtype: torch.dtype) -> None:
     """
     for name, linear in float8_linears(model):
         all_gather = Float8AllGather(linear, dtype)
-        # Registered after FSDP2's own hook, which gathers the weights.
+        # Registered after FSDP2's hook, which gathers the weights.
         fsdp_module_of(model, name).register_forward_pre_hook(all_gather.prepare_forward)
 
 
 def disable_fp8_all_gather(model: nn.Module, name: str) -> None:
-    """Gather the weight of one linear in its own dtype again, after its fallback to BF16."""
+    """Gather the weight of one linear in its parameter's dtype again, after its fallback to BF16."""
     linear, module = model.get_submodule(name), fsdp_module_of(model, name)
     shard = linear.weight._local_tensor
     del shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather

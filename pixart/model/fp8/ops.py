@@ -139,7 +139,7 @@ def tensor_core_gemm(
 
     A `transposed` operand is passed as its transpose; all tensors are contiguous.
 
-    This is a custom operator, opaque to the compiler, because torch's own operator requires reductions along rows even
+    This is a custom operator, opaque to the compiler, because torch's operator requires reductions along rows even
     on GPUs that do not, and because a transposed copy fused into a row-wise cast would write single bytes with a stride
     of one row.
     """

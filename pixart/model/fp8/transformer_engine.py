@@ -44,7 +44,7 @@ def swap_linears(model: nn.Module, plan: Plan) -> None:
 def with_autocast(
     forward: Callable[[Tensor], Tensor], autocast: Callable[..., Any], recipe: Any
 ) -> Callable[[Tensor], Tensor]:
-    """Return `forward` in an FP8 autocast context of its own."""
+    """Return `forward` wrapped in a separate FP8 autocast context."""
 
     def run(x: Tensor) -> Tensor:
         with autocast(enabled=True, recipe=recipe):
