@@ -1,4 +1,4 @@
-"""Safetensors files of any size, with and without direct I/O, against safetensors' own reader."""
+"""Safetensors files of any size, with and without direct I/O, compared with the reader of the safetensors library."""
 
 import errno
 import os

@@ -41,7 +41,7 @@ def test_casts_are_fused_into_the_producing_kernel():
 @pytest.mark.usefixtures("vllm_environment")
 @needs_vllm
 def test_adamw_and_ema_pass_over_memory_once():
-    """Large weights have kernels of their own, small ones share kernels; the last kernel updates the step counts."""
+    """Large weights have separate kernels, small ones share kernels; the last kernel updates the step counts."""
     *passes, counts = kernels("optimizer")
     parameters = 4
     assert counts == [2 * parameters, parameters]

@@ -136,7 +136,7 @@ def test_class_guidance_uses_the_null_class(classes):
     assert torch.allclose(latents(classes, class_labels=["square", "none"]), expected, atol=1e-5)
     unguided = denoise(model, label, null, noise(5, 9), steps=STEPS, guidance=1.0)
     assert not torch.allclose(expected[0], unguided[0], atol=1e-3)
-    assert torch.allclose(expected[1], unguided[1], atol=1e-4)  # the null class is its own null conditioning
+    assert torch.allclose(expected[1], unguided[1], atol=1e-4)  # the null class serves as its null conditioning
 
 
 def test_images_do_not_depend_on_their_batch(texts):

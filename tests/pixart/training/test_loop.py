@@ -27,7 +27,7 @@ from pixart.training.trainer import Trainer
 
 
 class RecordingReporter(NullReporter):
-    """Reporter that keeps everything in memory."""
+    """Reporter that stores everything in memory."""
 
     def __init__(self):
         self.values: dict[str, dict[int, float]] = defaultdict(dict)
