@@ -71,6 +71,7 @@ class Walk:
         return node
 
     def picture(self, path: Path) -> Node:
+        """Return the node of a sampled PNG. Raises ValueError if it is not one that `sample` wrote."""
         from PIL import Image, UnidentifiedImageError
 
         try:
@@ -104,6 +105,7 @@ class Walk:
         return None
 
     def checkpoint(self, path: Path) -> Node:
+        """Return the node of a checkpoint; one that no longer exists, or is of another program, has no parents."""
         if str(path) in self.nodes:
             return self.nodes[str(path)]
         if path.parent.name == "checkpoints" and (path.parents[1] / runs.RECORD).exists():
@@ -129,6 +131,7 @@ class Walk:
         return node
 
     def conversion(self, output: Path, origin: dict[str, Any]) -> Node:
+        """Return the node of the conversion that wrote a checkpoint; `origin` is the checkpoint's provenance."""
         node = self.made(
             "conversion",
             f"{output} (conversion)",
@@ -157,6 +160,7 @@ class Walk:
         return node
 
     def run(self, run: Run) -> Node:
+        """Return the node of a run, a child of its checkpoint and, unless it samples or converts, of its dataset."""
         name = str(run.folder)
         if name in self.nodes:
             return self.nodes[name]
@@ -179,6 +183,7 @@ class Walk:
         return node
 
     def dataset(self, path: str, trained_on: str | None = None) -> Node:
+        """Return the node of a dataset; if it no longer exists, only with the hash `trained_on`."""
         if path in self.nodes:
             return self.nodes[path]
         manifest = ledger.manifest(path)

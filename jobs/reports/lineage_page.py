@@ -42,14 +42,17 @@ def page(node: Node, folder: Path) -> str:
 
 
 def height(node: Node) -> int:
+    """Return the height of a node's card in pixels."""
     return 2 * PAD + LINE * (1 + len(lines(node)))
 
 
 def lines(node: Node) -> list[tuple[str, str]]:
+    """Return the lines of a node's card as keys and values."""
     return [("at", node.name.removesuffix(" (conversion)")), *node.facts.items()]
 
 
 def card(node: Node, top: int, folder: Path, *, first: bool) -> str:
+    """Return the SVG of a node's card; `first` marks the node whose lineage is shown."""
     parts = [
         f'<g class="{"first" if first else "other"}"><rect class="card" x="{LEFT}" y="{top}" rx="8" '
         f'width="{WIDTH - LEFT - 4}" height="{height(node)}"/>',

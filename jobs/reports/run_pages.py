@@ -26,6 +26,7 @@ def write_pages(run: Run) -> None:
 
 
 def write(run: Run, name: str, content: str) -> None:
+    """Write a page if its content has changed, and log it as an artifact."""
     path = run.folder / name
     if not path.exists() or path.read_text() != content:
         write_atomically(path, content)

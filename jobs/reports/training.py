@@ -112,6 +112,7 @@ def section(
     curves: Mapping[str, Points],
     events: Sequence[tuple[int, str]],
 ) -> str:
+    """Return a heading and a chart of the metrics `keys`; an empty text if none of them was logged."""
     there = {key: curves[key] for key in keys if key in curves}
     return f"<h2>{heading}</h2>\n{figure(label, caption, there, STEPS, events)}" if there else ""
 
@@ -123,6 +124,7 @@ def of_nodes(name: str, curves: Mapping[str, Points]) -> dict[str, Points]:
 
 
 def told(incidents: Sequence[Incident]) -> str:
+    """Return the section with the table of incidents."""
     if not incidents:
         return "<h2>Incidents</h2>\n<p>None: one attempt, no step left out, no fallback.</p>\n"
     rows = [("-" if one.step is None else f"{one.step:,}", one.what, one.when) for one in incidents]
@@ -132,6 +134,7 @@ def told(incidents: Sequence[Incident]) -> str:
 def figure(
     label: str, caption: str, curves: Mapping[str, Points], across: str, events: Sequence[tuple[int, str]]
 ) -> str:
+    """Return the chart of some metrics, with the training loss smoothed; `across` labels the horizontal axis."""
     every = [value for values in curves.values() for _, value in values if math.isfinite(value)]
     logarithmic = min(every, default=0) > 0 and max(every) > SPREAD * min(every) and bool(LOGARITHMIC & curves.keys())
     shown, grouped = [], 1
@@ -180,6 +183,7 @@ def smoothed(values: Points, half: int) -> list[tuple[int, float]]:
 
 
 def gallery(previews: Sequence[Path]) -> str:
+    """Return the section with at most SHOWN previews, evenly spaced."""
     if not previews:
         return ""
     chosen = [previews[round(index * (len(previews) - 1) / (SHOWN - 1))] for index in range(SHOWN)]
@@ -191,6 +195,7 @@ def gallery(previews: Sequence[Path]) -> str:
 
 
 def preview(path: Path) -> str:
+    """Return a preview as a figure with the image embedded as JPEG."""
     from PIL import Image
 
     small = BytesIO()
