@@ -32,10 +32,12 @@ class JobState:
 
     @property
     def waiting(self) -> bool:
+        """Whether the job is in the queue or suspended."""
         return self.state in WAITING
 
     @property
     def over(self) -> bool:
+        """Whether the job has ended."""
         return self.state in OVER
 
 

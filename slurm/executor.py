@@ -162,7 +162,7 @@ class Cluster:
             timeout_min=LOCAL_MINUTES,
             nodes=1,
             tasks_per_node=shape.nodes * shape.ranks_per_node,
-            gpus_per_node=len(gpus),  # submitit hides the others
+            gpus_per_node=len(gpus),  # submitit hides the others by CUDA_VISIBLE_DEVICES
             visible_gpus=gpus,
         )
         return executor

@@ -24,6 +24,7 @@ class DevCluster:
 
     @property
     def names(self) -> list[str]:
+        """Names of the nodes."""
         return [f"n{index}" for index in range(1, self.nodes + 1)]
 
     @property

@@ -113,6 +113,7 @@ def start_accounting(cluster: DevCluster) -> None:
 
 
 def answers(port: int) -> bool:
+    """Return True if a local port accepts connections. Raises OSError otherwise."""
     with socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
 
