@@ -93,7 +93,7 @@ def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:
 
 
 def manifest(dataset: str | Path) -> dict[str, Any] | None:
-    """Return the dataset's manifest as plain values, without importing the data package; None if there is none.
+    """Return the dataset's manifest as plain values, without importing the data package; None if it is missing.
 
     Raises ValueError if it is damaged or of another version.
     """

@@ -40,7 +40,7 @@ def describe(
 
 
 def read_description(run: Path) -> dict[str, Any]:
-    """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if there is none."""
+    """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if it is missing."""
     return read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
 
 

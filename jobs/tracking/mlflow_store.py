@@ -151,7 +151,7 @@ class Tracker:
             return None
 
     def find_or_create(self, run: Path) -> str:
-        """Return the id of the MLflow run with the run's key, and create it if there is none.
+        """Return the id of the MLflow run with the run's key, and create it if it does not exist.
 
         It can exist without a saved id, if a process was killed after creating it.
         """

@@ -119,7 +119,7 @@ def answers(port: int) -> bool:
 
 
 def load(folder: Path) -> DevCluster:
-    """Return the cluster that was started in a folder. Raises ValueError if there is none."""
+    """Return the cluster that was started in a folder. Raises ValueError if the folder has no cluster."""
     try:
         values = json.loads((folder.absolute() / "cluster.json").read_text())
     except FileNotFoundError:
