@@ -1,4 +1,4 @@
-"""One progress line for a long job: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of a long job: a bar on a terminal, a plain line every few seconds in a log."""
 
 import sys
 import time
@@ -7,16 +7,16 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-PLAIN_SECONDS = 10.0  # between two plain lines
+PLAIN_SECONDS = 10.0  # shortest interval between two plain lines
 
 
 class ProgressLine:
-    """`with ProgressLine("caption", total) as line: line.update(done, "text")`."""
+    """Context manager of a progress line: `with ProgressLine("caption", total) as line: line.update(done, "text")`."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
         self.begun = self.printed = time.monotonic()
-        self.first: int | None = None  # what was done when we began to look
+        self.first: int | None = None  # number done at the first update; excluded from the rate
         self.bar: Progress | None = None
         if sys.stdout.isatty():
             self.bar = Progress(
@@ -39,6 +39,7 @@ class ProgressLine:
         return self
 
     def update(self, done: int, note: str = "") -> None:
+        """Show that `done` of the total are finished; a plain line is printed at most every PLAIN_SECONDS."""
         if self.first is None:
             self.first = done
         if self.bar:
@@ -48,9 +49,11 @@ class ProgressLine:
             print(self.plain(done, note), flush=True)
 
     def rate(self, done: int) -> float:
+        """Return the items finished per second since the start."""
         return (done - (self.first or 0)) / (time.monotonic() - self.begun)
 
     def plain(self, done: int, note: str) -> str:
+        """Return the plain line: the items finished, the rate and the remaining time."""
         rate = self.rate(done)
         if not rate:
             return f"{self.name}: {done} of {self.total} after {time.monotonic() - self.begun:.0f} s"
@@ -67,5 +70,5 @@ class ProgressLine:
 
 
 def spoken(rate: float) -> str:
-    """Things a second, by the minute where they take longer than some seconds each."""
+    """Format a rate in items per second; per minute if it is below 0.5 per second."""
     return f"{rate:.1f}/s" if rate >= 0.5 or not rate else f"{60 * rate:.1f}/min"

@@ -1,6 +1,6 @@
-"""What Slurm says of jobs, and what it is told: squeue, sacct where there is accounting, scontrol, scancel.
+"""Queries and control of jobs by Slurm's commands: squeue, sacct (if there is accounting), sinfo, scontrol and scancel.
 
-Jobs of this machine are processes, asked of the kernel.
+Jobs of the local executor are processes, whose state is read from /proc.
 """
 
 import os
@@ -12,35 +12,40 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 60  # that a Slurm command is given
-# A job of these states is over; those of squeue that are not named here have it in the queue or on a node.
+SECONDS = 60  # timeout of a Slurm command
+# Terminal states of a job; a job in any other state is in the queue or on a node.
 OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED"}
 OVER |= {"SPECIAL_EXIT", "TIMEOUT"}
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}
 
 
 class SlurmError(ValueError):
-    """A Slurm command failed; the message is its own."""
+    """A Slurm command failed; the message is that of the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobState:
-    """`state` is Slurm's word; `reason` why a job waits, or how it ended."""
+    """State of a job: `state` as Slurm names it; `reason` is why the job waits, or how it ended."""
 
     state: str
     reason: str = ""
 
     @property
     def waiting(self) -> bool:
+        """Whether the job is in the queue or suspended."""
         return self.state in WAITING
 
     @property
     def over(self) -> bool:
+        """Whether the job has ended."""
         return self.state in OVER
 
 
 def command(*words: str) -> str:
-    """Output of a Slurm command. Raises SlurmError with its complaint."""
+    """Run a Slurm command and return its output.
+
+    Raises SlurmError, with the last line of its standard error, if it is missing, fails, or times out.
+    """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
     except FileNotFoundError:
@@ -54,7 +59,10 @@ def command(*words: str) -> str:
 
 
 def states(executor: str, jobs: Sequence[str]) -> dict[str, JobState]:
-    """States by job id, `123` or `123_4`; a job that nothing is known of is not in it. Raises SlurmError."""
+    """Return the states by job id, such as `123` or `123_4`; unknown jobs are left out.
+
+    Raises SlurmError if squeue fails.
+    """
     if executor == "local":
         return {job: JobState(state="RUNNING") for job in jobs if is_running(job)}
     mains = sorted({job.partition("_")[0] for job in jobs})
@@ -62,7 +70,7 @@ def states(executor: str, jobs: Sequence[str]) -> dict[str, JobState]:
         return {}
     found = parse(command("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "--me"))
     if missing := sorted({job.partition("_")[0] for job in jobs if job not in found}):
-        with suppress(SlurmError):  # without accounting, squeue's memory is all there is
+        with suppress(SlurmError):  # without accounting, only squeue knows of jobs
             listing = ["--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason"]
             found = parse(command("sacct", *listing, f"--jobs={','.join(missing)}")) | found
     wanted = set(jobs)
@@ -70,7 +78,10 @@ def states(executor: str, jobs: Sequence[str]) -> dict[str, JobState]:
 
 
 def parse(listing: str) -> dict[str, JobState]:
-    """Lines of `id|state|reason`; sacct writes `CANCELLED by 0` and the elements that wait as `12_[3-5%2]`."""
+    """Parse lines of `id|state|reason` into states by job id.
+
+    sacct writes the state of a cancelled job as `CANCELLED by 0`, and pending array elements as `12_[3-5%2]`.
+    """
     found = {}
     for line in listing.splitlines():
         job, state, reason = line.split("|", 2)
@@ -80,7 +91,7 @@ def parse(listing: str) -> dict[str, JobState]:
 
 
 def expand(job: str) -> Iterable[str]:
-    """`12_[3-5,9%2]` -> 12_3, 12_4, 12_5, 12_9; any other id as it is."""
+    """Yield the ids of array elements, 12_3, 12_4, 12_5 and 12_9 for `12_[3-5,9%2]`; yield any other id unchanged."""
     match = re.fullmatch(r"([0-9]+)_\[([^%\]]*)(?:%[0-9]+)?\]", job)
     if match is None:
         yield job
@@ -91,16 +102,16 @@ def expand(job: str) -> Iterable[str]:
 
 
 def is_running(job: str) -> bool:
-    """Whether a local job, a process of submitit's, is there."""
+    """Return whether the process of a local job is running; it must be one that submitit started."""
     with suppress(OSError):
         status = Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[0]
         words = Path(f"/proc/{job}/cmdline").read_bytes()
-        return status != "Z" and (not words or b"submitit" in words)  # one that has just begun has no words yet
+        return status != "Z" and (not words or b"submitit" in words)  # empty until a new process calls exec
     return False
 
 
 def cancel(executor: str, jobs: Sequence[str]) -> None:
-    """Ends jobs that wait or run. Raises SlurmError."""
+    """Cancel pending and running jobs. Raises SlurmError if scancel fails."""
     if executor == "local":
         for job in filter(is_running, jobs):
             with suppress(ProcessLookupError):
@@ -110,19 +121,24 @@ def cancel(executor: str, jobs: Sequence[str]) -> None:
 
 
 def requeue(job: str) -> None:
-    """Puts a running job back into the queue; Slurm ends its tasks. Raises SlurmError."""
+    """Requeue a running job, whose tasks Slurm then terminates. Raises SlurmError if scontrol fails."""
     command("scontrol", "requeue", job)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    minutes: int | None  # longest time of a job; None: no limit
+    """Limits of a Slurm partition."""
+
+    minutes: int | None  # time limit of a job; None: no limit
     nodes: int
-    gpus_per_node: int  # of the node that has most
+    gpus_per_node: int  # maximum over the nodes
 
 
 def partition(name: str | None) -> Partition:
-    """What a partition, or the default one, allows. Raises SlurmError for one that is not there."""
+    """Return the limits of a partition, or of the default partition if `name` is None.
+
+    Raises SlurmError if it does not exist.
+    """
     listing = command("sinfo", "--noheader", "--Node", "--format=%P|%l|%N|%G")
     rows = [line.split("|", 3) for line in listing.splitlines()]
     names = sorted({row[0].rstrip("*") for row in rows})
@@ -136,7 +152,10 @@ def partition(name: str | None) -> Partition:
 
 
 def parse_minutes(text: str) -> int | None:
-    """Slurm's `days-hours:minutes:seconds`, `hours:minutes:seconds` or `minutes:seconds` -> minutes."""
+    """Return the whole minutes of a time limit in Slurm's notation; None for `infinite`.
+
+    The forms are `days-hours:minutes:seconds`, `hours:minutes:seconds` and `minutes:seconds`.
+    """
     if text == "infinite":
         return None
     days, _, clock = text.rpartition("-")
@@ -146,6 +165,6 @@ def parse_minutes(text: str) -> int | None:
 
 
 def max_array_size() -> int:
-    """The largest number of elements of one array. Raises SlurmError."""
+    """Return Slurm's MaxArraySize, which limits the elements of one array. Raises SlurmError if scontrol fails."""
     match = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", command("scontrol", "show", "config"), re.MULTILINE)
     return int(match[1]) if match else 1001

@@ -1,4 +1,4 @@
-"""Submits callables to a cluster as its profile says: arrays of tasks, or one job of several ranks."""
+"""Submission of callables to the cluster of a profile: arrays of tasks, or one job of several ranks."""
 
 import os
 import shlex
@@ -17,15 +17,15 @@ from slurm.profile import Profile
 from slurm.task import Task
 
 CODE = Path(__file__).parents[1]
-# That a thread of OpenMP waits for the others before it sleeps. By its default, training on processors that others use
-# too takes half as long again; where nobody else is, as long.
+# GOMP_SPINCOUNT: iterations that an OpenMP thread spins at a barrier before it sleeps. With GNU OpenMP's default,
+# training on processors that other jobs share takes 1.5 times as long; on idle processors there is no difference.
 SPINS = "1000"
-LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes unless told otherwise
+LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes by default
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What a submission asks for; `elements` of an array, else nodes and ranks."""
+    """Size of a submission: the `elements` of an array, or the nodes and ranks of one job."""
 
     kind: str
     elements: tuple[int, ...] = ()
@@ -36,16 +36,17 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submitted:
-    """A job of submitit's and the array elements that are its own."""
+    """A submitit job and the array elements that it processes."""
 
     job: submitit.Job
     elements: tuple[int, ...]
 
 
 class Cluster:
-    """Submits for the run in folder `run`, whose `logs` receive submitit's pickles and what the tasks print.
+    """The cluster of a profile, for submissions of the run in folder `run`.
 
-    Tasks import the suite from `code`. Jobs wait until those of `after` have succeeded.
+    The run's `logs` folder receives submitit's pickles and the output of the tasks. Tasks import the suite from `code`.
+    Jobs wait until the jobs with the ids in `after` have succeeded.
     """
 
     def __init__(self, profile: Profile, run: Path, *, code: Path | None = None, after: Sequence[str] = ()) -> None:
@@ -57,16 +58,20 @@ class Cluster:
         return self.profile.executor == "slurm"
 
     def array_shape(self, kind: str, elements: Sequence[int]) -> Shape:
+        """Return the shape of an array, with one GPU per element if the nodes have GPUs."""
         return Shape(kind=kind, elements=tuple(elements), gpus_per_node=min(1, self.profile.gpus_per_node))
 
     def ranks_shape(self, kind: str, nodes: int, ranks_per_node: int | None) -> Shape:
-        """One rank for each GPU; one a node where there are none."""
+        """Return the shape of a job of ranks; the default is one rank per GPU, or one per node without GPUs."""
         ranks = ranks_per_node or max(1, self.profile.gpus_per_node)
         gpus = ranks if self.profile.gpus_per_node else 0
         return Shape(kind=kind, nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus)
 
     def check(self, shape: Shape) -> None:
-        """Raises ValueError for what this cluster would never run."""
+        """Check a shape against the limits of the Slurm partition.
+
+        Raises ValueError if its time limit, GPUs per node or nodes exceed them; SlurmError if Slurm does not answer.
+        """
         if not self.is_slurm:
             return
         profile, allowed = self.profile, commands.partition(self.profile.partition)
@@ -82,7 +87,10 @@ class Cluster:
             raise ValueError(f"{shape.kind}: {shape.nodes} nodes, but {name} has {allowed.nodes}")
 
     def sbatch_text(self, shape: Shape) -> str:
-        """Just what sbatch is given; of an array that is split, its first part."""
+        """Return the sbatch script as it is submitted; for an array that is submitted in parts, that of the first.
+
+        Raises ValueError if the folder's name or a parameter has a control character.
+        """
         check_line("run folder", str(self.run))
         parameters = slurm_parameters(self.profile, shape, code=self.code, after=self.after)
         python = self.profile.python.get(shape.kind) or shlex.quote(sys.executable)
@@ -91,7 +99,7 @@ class Cluster:
         return _make_sbatch_string(command=command, folder=self.folder, **parameters, map_count=count)
 
     def describe(self, shape: Shape) -> str:
-        """What a submission of this shape would be."""
+        """Return a description of a submission: the sbatch script, or one line for the local executor."""
         if self.is_slurm:
             return self.sbatch_text(shape)
         if shape.elements:
@@ -99,14 +107,15 @@ class Cluster:
         return f"{shape.kind}: {shape.nodes * shape.ranks_per_node} ranks on this machine"
 
     def lanes(self, shape: Shape) -> int:
-        """Processes on this machine; each has a GPU of its own where there are any."""
+        """Return the number of local processes that share an array; with GPUs, at most one per GPU."""
         most = self.profile.array_parallelism or os.cpu_count() or 1
         return min(most, self.profile.gpus_per_node or most, len(shape.elements))
 
     def submit_array(self, shape: Shape, function: Callable[[list[int]], Any]) -> list[Submitted]:
-        """One task per element on Slurm; on this machine, as many processes as may run at once share the elements.
+        """Submit one task per element on Slurm; on this machine, `lanes` processes that share the elements.
 
-        An array beyond Slurm's largest is submitted in parts, one after the other where so many may run at once.
+        An array beyond Slurm's MaxArraySize is submitted in parts. If the profile limits how many elements run at once,
+        each part waits for the end of the part before.
         """
         elements, task = shape.elements, Task(function=function, run=str(self.run))
         if not self.is_slurm:
@@ -126,7 +135,10 @@ class Cluster:
         return submitted
 
     def submit_ranks(self, shape: Shape, function: Callable[[], Any], *, cooperative: bool = False) -> Submitted:
-        """One job of `nodes * ranks_per_node` ranks; on this machine, that many processes."""
+        """Submit one job of `nodes * ranks_per_node` ranks; on this machine, that many processes.
+
+        `cooperative` is explained in `Task`.
+        """
         task = Task(function=function, run=str(self.run), ranks=True, cooperative=cooperative)
         if self.is_slurm:
             return Submitted(job=self.slurm_executor(shape).submit(task), elements=())
@@ -135,7 +147,7 @@ class Cluster:
             return Submitted(job=self.local_executor(shape, gpus).submit(task), elements=())
 
     def slurm_executor(self, shape: Shape, before: str = "") -> submitit.SlurmExecutor:
-        """The jobs begin when `before` has ended, in whatever way."""
+        """Return submitit's executor for a shape; its jobs start after job `before` has ended, failed or not."""
         executor = submitit.SlurmExecutor(folder=self.folder, python=self.profile.python.get(shape.kind))
         parameters = slurm_parameters(self.profile, shape, code=self.code, after=self.after)
         if before:
@@ -144,18 +156,22 @@ class Cluster:
         return executor
 
     def local_executor(self, shape: Shape, gpus: Sequence[int]) -> submitit.LocalExecutor:
+        """Return submitit's executor for processes on this machine that see only the given GPUs."""
         executor = submitit.LocalExecutor(folder=self.folder, python=self.profile.python.get(shape.kind))
         executor.update_parameters(
             timeout_min=LOCAL_MINUTES,
             nodes=1,
             tasks_per_node=shape.nodes * shape.ranks_per_node,
-            gpus_per_node=len(gpus),  # submitit hides the others
+            gpus_per_node=len(gpus),  # submitit hides the others by CUDA_VISIBLE_DEVICES
             visible_gpus=gpus,
         )
         return executor
 
     def local_environment(self, processes: int) -> dict[str, str]:
-        """What is set already stays as it is; another Python finds this very code, as a job on Slurm does."""
+        """Return the environment variables of local processes, without those that are already set.
+
+        PYTHONPATH makes a Python interpreter of the profile import this code, as a job on Slurm does.
+        """
         threads = max(1, (os.cpu_count() or 1) // processes)
         wanted = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPINS, **self.profile.environment}
         path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
@@ -165,9 +181,9 @@ class Cluster:
 def slurm_parameters(
     profile: Profile, shape: Shape, *, code: Path | None = None, after: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A profile and a shape in the words of submitit's SlurmExecutor; a pure function.
+    """Return the parameters of submitit's SlurmExecutor for a profile and a shape.
 
-    Raises ValueError for a value with a line break, which no quoting keeps within its line.
+    Raises ValueError for a value with a control character: a line break cannot be quoted in an sbatch script.
     """
     gpu = f"gpu:{profile.gpu_type}" if profile.gpu_type else "gpu"
     additional = {
@@ -175,7 +191,7 @@ def slurm_parameters(
         "requeue" if profile.requeue else "no-requeue": True,
         "kill-on-invalid-dep": "yes" if after else None,
     }
-    # Slurm 22.05 to 23.02 does not hand cpus-per-task on to srun.
+    # In Slurm 22.05 to 23.02, srun does not inherit --cpus-per-task from sbatch.
     srun = [f"--cpus-per-task={profile.cpus_per_task}", "--kill-on-bad-exit=1", *profile.srun_args]
     if profile.container:
         srun.append(f"--container-image={profile.container}")
@@ -215,13 +231,14 @@ def slurm_parameters(
 
 
 def check_line(what: str, value: str) -> None:
+    """Raise ValueError, naming `what`, if a value has a control character."""
     if not value.isprintable():
         raise ValueError(f"{what} {value!r}: Slurm's scripts cannot hold a line break or another control character")
 
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables that a process started within inherits."""
+    """Set environment variables for the block, so that processes started in it inherit them."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,6 +1,7 @@
-"""Cluster profiles: all that the suite knows of a cluster, in one TOML file each.
+"""Cluster profiles: one TOML file holds everything that is specific to a cluster.
 
-A profile is one of `slurm/profiles/` by name, or any file by path. `$NAME` in a text is taken from the environment.
+A profile is named after a file in `slurm/profiles/`, or given as the path of a file. `$NAME` in a string is replaced by
+the environment variable, except in the shell lines of `setup`.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ VARIABLE = re.compile(r"\$([A-Z_][A-Z0-9_]*)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """Where jobs run and what each may ask for; tables are by job kind, of JOB_KINDS."""
+    """Settings of a cluster and resources of its jobs; the keys of tables by job kind are those of JOB_KINDS."""
 
     name: str
     executor: Literal["local", "slurm"]
@@ -36,11 +37,11 @@ class Profile:
     cpus_per_task: int = 1
     memory_gb: int | None = None  # per node; None: the partition's default
     requeue: bool = True  # after preemption and the failure of a node
-    signal_seconds: int = 120  # ahead of the time limit, for a last save
-    array_parallelism: int = 0  # array elements that run at once; 0: all, or on this machine one a processor
+    signal_seconds: int = 120  # seconds between SIGUSR2 and the time limit, to save a checkpoint
+    array_parallelism: int = 0  # array elements that run at once; 0: all, or on this machine one per processor
     minutes: dict[str, int] = field(default_factory=dict)  # time limit by job kind
-    python: dict[str, str] = field(default_factory=dict)  # interpreter by job kind; the launcher's own by default
-    modules: list[str] = field(default_factory=list)  # `module load` of each
+    python: dict[str, str] = field(default_factory=dict)  # interpreter by job kind (default: the launcher's)
+    modules: list[str] = field(default_factory=list)  # names for `module load`
     setup: list[str] = field(default_factory=list)  # shell lines before the task
     environment: dict[str, str] = field(default_factory=dict)
     srun_args: list[str] = field(default_factory=list)
@@ -49,7 +50,10 @@ class Profile:
 
 
 def default_name() -> str:
-    """PIXART_CLUSTER, else `local` where there is no Slurm. Raises ValueError where there is one and none is named."""
+    """Return the profile that PIXART_CLUSTER names, else `local`.
+
+    Raises ValueError if PIXART_CLUSTER is unset on a machine with Slurm.
+    """
     if name := os.environ.get("PIXART_CLUSTER"):
         return name
     if shutil.which("sbatch"):
@@ -58,11 +62,15 @@ def default_name() -> str:
 
 
 def known() -> str:
+    """Return the part of an error message that lists the names of profiles."""
     return "one of " + ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml"))) + " or the path of a .toml file"
 
 
 def load(name: str) -> Profile:
-    """Reads a profile by name or path. Raises ValueError naming the key for anything that it cannot mean."""
+    """Load a profile by name or path.
+
+    Raises ValueError if it does not exist, or, naming the key, if a key or value is invalid.
+    """
     is_path = name.endswith(".toml")
     path = Path(name) if is_path else FOLDER / f"{name}.toml"
     if not path.is_file():
@@ -86,6 +94,7 @@ def load(name: str) -> Profile:
 
 
 def check(value: Any, kind: Any, key: str, path: Path) -> Any:
+    """Return the value if it matches the annotation `kind`. Raises ValueError, naming `key`, otherwise."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is types.UnionType:
         kind, origin = arguments[0], None
@@ -106,6 +115,7 @@ def check(value: Any, kind: Any, key: str, path: Path) -> Any:
 
 
 def expand(value: Any, key: str, path: Path) -> Any:
+    """Replace environment variables in a value, except in `setup`. Raises ValueError for one that is not set."""
     if isinstance(value, dict):
         return {name: expand(item, f"{key}.{name}", path) for name, item in value.items()}
     if not isinstance(value, str) or key.startswith("setup"):

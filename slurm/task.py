@@ -1,7 +1,7 @@
-"""What runs on a node around every job: attempts are recorded, and signals that ask for the node back are heeded.
+"""Wrapper of every task on a node: it records attempts and handles the signals that precede the end of a job.
 
-USR2 comes ahead of the time limit, TERM with a preemption, a cancelled job or a node that goes away. A task that does
-not look at `stop_level` is left at once, wherever it is; one that does ends in its own time.
+Slurm sends SIGUSR2 ahead of the time limit, and SIGTERM on preemption, cancellation and the loss of a node. A
+cooperative task polls `stop_level` and ends by itself; any other task is interrupted at once.
 """
 
 import json
@@ -23,8 +23,8 @@ from slurm import commands
 
 ATTEMPTS = "attempts.jsonl"
 RESULT = "result.json"
-REQUEUES = 5  # of a task that is left at once: a shard that never fits into the time limit must end some day
-KILL_SECONDS = 120  # that Slurm is given to end a task that it has requeued
+REQUEUES = 5  # limit for tasks that are not cooperative, since a shard may never fit into the time limit
+KILL_SECONDS = 120  # longest wait for Slurm to terminate a requeued task
 TERMINATED = 128 + signal.SIGTERM
 END, TIME_IS_UP = 1, 2
 LEVELS: dict[int, int] = {signal.SIGTERM: END, signal.SIGUSR2: TIME_IS_UP}
@@ -33,7 +33,10 @@ _asked = 0
 
 
 class Left(BaseException):
-    """The work was left because the cluster asked; no Exception, so that no handler of errors takes it for one."""
+    """A task was interrupted by a signal of the cluster.
+
+    Derives from BaseException, so that handlers of errors do not catch it.
+    """
 
     def __init__(self, level: int) -> None:
         super().__init__("left because " + ("the time is up" if level == TIME_IS_UP else "the job is to end"))
@@ -41,16 +44,19 @@ class Left(BaseException):
 
 
 def stop_level() -> int:
-    """0, END or TIME_IS_UP: what the cluster has asked of this process; ranks have to agree on their maximum."""
+    """Return what the last signal asked of this process: 0 for nothing, END or TIME_IS_UP.
+
+    Ranks have to agree on the maximum of their levels, since a signal may reach them at different times.
+    """
     return _asked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """Calls `function` on a node for the run in folder `run`.
+    """A callable that runs `function` on a node, for the run in folder `run`.
 
-    With `ranks`, rank 0's result is written to the folder as JSON. With `cooperative`, the function looks at
-    `stop_level` and raises Left itself, once it has saved.
+    With `ranks`, the result of rank 0 is written to the folder as JSON. With `cooperative`, the function polls
+    `stop_level` and raises Left after it has saved; otherwise a signal raises Left at once.
     """
 
     function: Callable[..., Any]
@@ -60,7 +66,7 @@ class Task:
 
     def __call__(self, *arguments: Any) -> Any:
         environment = submitit.JobEnvironment()
-        environment.paths.result_pickle.unlink(missing_ok=True)  # of an attempt before this
+        environment.paths.result_pickle.unlink(missing_ok=True)  # left by an earlier attempt
         self.record(environment, arguments)
         for number in LEVELS:
             signal.signal(number, self.note if self.cooperative else self.leave)
@@ -80,7 +86,7 @@ class Task:
         return result
 
     def record(self, environment: submitit.JobEnvironment, arguments: tuple[Any, ...]) -> None:
-        """One line for each start of each rank."""
+        """Append a line about this start of this rank to the run's attempts."""
         line = {
             "job": environment.job_id,
             "rank": environment.global_rank,
@@ -93,17 +99,22 @@ class Task:
             file.write(json.dumps(line) + "\n")
 
     def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal of a cooperative task: set the stop level."""
         global _asked
         _asked = LEVELS[number]
 
     def leave(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal of any other task: raise Left, and ignore further signals."""
         self.note(number, frame)
         for handled in LEVELS:
-            signal.signal(handled, signal.SIG_IGN)  # once is enough
+            signal.signal(handled, signal.SIG_IGN)
         raise Left(_asked)
 
     def come_back(self, environment: submitit.JobEnvironment) -> None:
-        """Requeues this job, by one rank, and waits for its end: a rank that exits would end the others first."""
+        """Requeue this job by rank 0, and wait on all ranks: with --kill-on-bad-exit a rank that exits ends the others.
+
+        Raises RuntimeError if the time limit was reached too often.
+        """
         if not self.cooperative and restart_count() >= REQUEUES:
             raise RuntimeError(f"the time limit was reached {REQUEUES + 1} times: give the job more, or smaller shards")
         if environment.global_rank == 0:
@@ -112,11 +123,12 @@ class Task:
 
 
 def restart_count() -> int:
+    """Return how often Slurm has requeued this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def attempts(run: str | Path) -> list[dict[str, Any]]:
-    """Every start of every rank, in order; without a line that a network file system has torn."""
+    """Return the records of all starts of all ranks, in order, without lines that a network file system has damaged."""
     try:
         lines = (Path(run) / ATTEMPTS).read_text().splitlines()
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """List every configuration key, or print a recipe as TOML.
 
-A key is set by --set KEY=VALUE in the commands that have it, or in a file that every command takes by --config FILE.
+Set a key with --set KEY=VALUE in the commands that have this option, or in a file that every command reads with
+--config FILE.
 """
 
 import sys
@@ -38,7 +39,7 @@ def run(options: Options) -> int:
 
 
 def describe(value: object) -> str:
-    """Return a value as --set takes it."""
+    """Return a value in the notation of --set."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,6 +1,6 @@
-"""Common part of the commands that submit jobs: the recipe, the cluster, and what follows the submission.
+"""Common part of the commands that submit jobs: reading the recipe and the profile, and publishing the runs.
 
-Imports no torch: the jobs themselves do, where they run.
+Imports no torch; only the jobs do.
 """
 
 import json
@@ -37,9 +37,9 @@ def launching(
     profile: Profile | None = None,
     wait: bool = False,
 ) -> Iterator[Launch]:
-    """Yield the launch of a command; afterwards send its runs to MLflow, from a background process if it did not wait.
+    """Yield the launch of a command; if it does not wait, send its runs to MLflow from a background process afterwards.
 
-    A dry run ends the block where it would submit, and prints the plan. Raises ValueError for an unknown cluster.
+    A dry run leaves the block at the first submission and prints the plan. Raises ValueError for an unknown cluster.
     """
     profile = profile or load_profile(options)
     launch = Launch(
@@ -51,7 +51,7 @@ def launching(
         wait=profile.executor == "local" or options.wait or wait,
         dry_run=options.dry_run,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the launcher cancels its jobs on either signal
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handle SIGTERM like SIGINT: cancel the jobs
     try:
         yield launch
     except NothingSubmitted as plan:
@@ -64,13 +64,13 @@ def launching(
 
 
 def load_profile(options: SubmissionOptions) -> Profile:
-    """Return the cluster profile, with the number of GPUs per node that the options ask for."""
+    """Return the cluster profile, with the number of GPUs per node from the options if it is given there."""
     profile = profiles.load(options.cluster or profiles.default_name())
     return replace(profile, gpus_per_node=options.gpus_per_node) if options.gpus_per_node else profile
 
 
 def read_recipe(home: Path, options: RecipeOptions) -> Recipe:
-    """Return the recipe of the options, with their overrides. Raises ValueError for an unknown one."""
+    """Return the recipe that the options name, with their overrides. Raises ValueError for an unknown recipe or key."""
     name = options.recipe or DEFAULT_RECIPE
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; it must be one of {', '.join(RECIPES)}")

@@ -1,8 +1,8 @@
 """Typed options of the commands: how a field is declared, and the groups of options that several commands share.
 
-A command's options are a frozen dataclass. Each field says by `option` or `argument` how it is written on the command
-line; its annotation says what is read. `jobs.commands.parsing` makes the argparse parser from this, and nothing else
-knows argparse.
+A command's options are a frozen dataclass. `option` or `argument` declares how a field is written on the command line,
+and the annotation of the field is the type of its value. `jobs.commands.parsing` builds the argparse parser from them;
+no other module uses argparse.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ DATASET_KEY = "data.path="
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """How one field is written: by `flags`, or as a positional argument where there are none."""
+    """Declaration of one field: an option with `flags`, or a positional argument if there are none."""
 
     flags: tuple[str, ...]
     help: str
@@ -28,7 +28,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delegated:
-    """A field whose options another package adds to the parser, and reads from what argparse returns."""
+    """Declaration of a field whose options another package adds to the parser and reads from the namespace."""
 
     add: Callable[[Any], None]
     read: Callable[[Any], Any]
@@ -37,7 +37,7 @@ class Delegated:
 def option(
     *flags: str, help: str, metavar: str | None = None, default: Any = None, convert: Callable[[str], Any] | None = None
 ) -> Any:
-    """Declare an option. `convert` reads one value, and raises ValueError for a wrong one."""
+    """Declare an option. `convert` converts the text of one value, and raises ValueError for an invalid one."""
     return field(default=default, metadata={METADATA: Option(flags=flags, help=help, metavar=metavar, convert=convert)})
 
 
@@ -52,7 +52,7 @@ def delegated(add: Callable[[Any], None], read: Callable[[Any], Any]) -> dict[st
 
 
 def nonempty(text: str) -> str:
-    """Return `text`; an empty one, as an unset shell variable leaves, raises ValueError."""
+    """Return `text`. Raises ValueError if it is empty, as after the expansion of an unset shell variable."""
     if not text.strip():
         raise ValueError("is empty; give a value, or leave the option out")
     return text
@@ -82,7 +82,7 @@ class CommonOptions:
     )
 
     def with_run_file(self, file: "RunFile") -> Self:
-        """Return the options with the values of a configuration file where the command line gave none."""
+        """Return the options with the values of a configuration file for those missing from the command line."""
         return replace(self, home=self.home or file.home)
 
 
@@ -113,7 +113,7 @@ class RecipeOptions(CommonOptions):
         return replace(
             super().with_run_file(file),
             recipe=self.recipe or file.recipe,
-            overrides=(*file.overrides, *self.overrides),  # of two values for one key the later holds
+            overrides=(*file.overrides, *self.overrides),  # the last value of a key takes effect
             dataset=self.dataset if self.names_dataset else file.dataset,
         )
 

@@ -1,6 +1,6 @@
-"""The parser of a command's options: argparse, made from the dataclass of the options.
+"""Construction of the argparse parser of a command from the dataclass of its options.
 
-The only module that reads an argparse.Namespace; what it returns is typed.
+Only this module reads an argparse.Namespace; `parse` returns typed options.
 """
 
 import argparse
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Exits with code 2 for words that the parser does not know."""
+        """Parse the words, and exit with code 2 and one line for an unknown option or argument."""
         namespace, unknown = self.parse_known_args(words)
         for word in unknown:
             name = word.partition("=")[0]
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(kind: type[Parsed], words: Sequence[str], *, program: str, description: str) -> Parsed:
-    """Parse the words of a command line after the command. Exits with code 2 and one line for a wrong one."""
+    """Parse the words of a command line after the command. Exits with code 2 and one line for an invalid one."""
     namespace = make_parser(kind, program, description).parse(words)
     values: dict[str, Any] = {}
     for item in dataclasses.fields(kind):
@@ -51,7 +51,7 @@ def parse(kind: type[Parsed], words: Sequence[str], *, program: str, description
 
 
 def make_parser(kind: type[CommonOptions], program: str, description: str) -> Parser:
-    """Return the parser of a command: its own options first, then those that it shares with others, by group."""
+    """Return the parser of a command: first the options of the command alone, then the groups of shared options."""
     hints = get_type_hints(kind)
     items = {item.name: item for item in dataclasses.fields(kind)}
     names = [name for name in items if items[name].metadata[METADATA]]
@@ -104,7 +104,7 @@ def usage_of(item: dataclasses.Field[Any], hint: Any) -> str:
 
 
 def keywords(name: str, declared: Option, hint: Any, default: Any) -> dict[str, Any]:
-    """Return the arguments of `add_argument` for a field: what its annotation says of the values."""
+    """Return the arguments of `add_argument` for a field, from its declaration and its annotation."""
     arguments: dict[str, Any] = {"help": declared.help.replace("%", "%%")}
     if declared.flags:
         arguments |= {"dest": name, "default": default}
@@ -121,7 +121,7 @@ def keywords(name: str, declared: Option, hint: Any, default: Any) -> dict[str, 
 
 
 def one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
-    """Return a converter of the texts of some choices. It raises ValueError for any other text."""
+    """Return a converter from text to one of the choices. It raises ValueError for any other text."""
     by_text = {str(choice): choice for choice in choices}
 
     def convert(text: str) -> Any:
@@ -133,7 +133,7 @@ def one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
 
 
 def reported(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let argparse print the message of a converter's ValueError, of which it prints nothing otherwise."""
+    """Wrap a converter so that argparse prints the message of its ValueError, which it omits otherwise."""
 
     def converter(text: str) -> Any:
         try:

@@ -1,6 +1,6 @@
 """The commands of the launcher, grouped by purpose.
 
-A command's module is imported when the command is used: the list of all of them prints without that.
+A command's module is imported only when the command runs; the overview needs none of them.
 """
 
 import difflib
@@ -17,7 +17,7 @@ PROGRAM = "python -m jobs.launch"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a command is defined, and its summary, which is also the first line of its module's docstring."""
+    """The module of a command, and the summary, which is also the first line of the module's docstring."""
 
     module: str
     summary: str
@@ -88,7 +88,7 @@ def overview() -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the question for the known word that is closest to a mistyped one; None if none has a ratio of `cutoff`.
+    """Return a question with the known word closest to a mistyped one; None if none has a ratio of at least `cutoff`.
 
     The ratio is `difflib.SequenceMatcher.ratio`, 0 to 1.
     """

@@ -1,6 +1,6 @@
-"""Where a picture, a checkpoint, a run or a dataset comes from, told from what lies in the folders themselves.
+"""Lineage of an image, a checkpoint, a run or a dataset, from the records in the folders themselves.
 
-A PNG names its checkpoint, a checkpoint its conversion or its run, a run what it began from and its dataset.
+A PNG names its checkpoint, a checkpoint its conversion or run, and a run its initial checkpoint and its dataset.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from jobs.state.run_metadata import read_description
 from pixart.config.dataset import is_url
 from pixart.config.renamed_keys import rename_stage
 
-LETTERS = 500  # of what a picture says of itself; its command is longer
+LETTERS = 500  # longest text of a PNG that is shown; longer ones, such as the command, are not
 
 
 @dataclass(kw_only=True)
 class Node:
-    """`name` is a path or a URL, which no two nodes share."""
+    """A node of the lineage graph; its `name`, a path or a URL, is unique."""
 
-    kind: str  # picture, samples, checkpoint, training, conversion, dataset, or another run's
+    kind: str  # picture, samples, checkpoint, training, conversion, dataset, or the kind of another run
     name: str
     facts: dict[str, str] = field(default_factory=dict)
     pages: dict[str, Path] = field(default_factory=dict)
@@ -33,9 +33,9 @@ class Node:
 
 
 def trace(home: Path, what: str | None) -> Node:
-    """The node of a PNG, a checkpoint, a dataset or a run, with all that it comes from.
+    """Return the node of a PNG, a checkpoint, a dataset or a run, linked to all its ancestors.
 
-    Raises ValueError for what is none of them.
+    None means the newest run. Raises ValueError if `what` is none of these.
     """
     walk = Walk(home)
     path = Path(what or "")
@@ -51,7 +51,7 @@ def trace(home: Path, what: str | None) -> Node:
 
 
 class Walk:
-    """Each thing becomes one node, however many ways lead to it."""
+    """A traversal of the lineage graph that creates one node for each object, however often it is reached."""
 
     def __init__(self, home: Path) -> None:
         self.homes = [home]
@@ -59,17 +59,19 @@ class Walk:
         self.loaded: dict[Path, Run] = {}
 
     def known(self) -> list[Run]:
-        """The runs of all homes that the walk has come through."""
+        """Return the runs of all home folders that the traversal has reached."""
         for folder in sorted({folder for home in self.homes for folder in runs.folders(home)} - self.loaded.keys()):
             self.loaded[folder] = runs.load(folder)
         return list(self.loaded.values())
 
     def made(self, kind: str, name: str, /, **facts: Any) -> Node:
+        """Create and register a node; facts that are None or empty are left out."""
         told = {key.replace("_", " "): str(value) for key, value in facts.items() if value not in (None, "")}
         node = self.nodes[name] = Node(kind=kind, name=name, facts=told)
         return node
 
     def picture(self, path: Path) -> Node:
+        """Return the node of a sampled PNG. Raises ValueError if it is not one that `sample` wrote."""
         from PIL import Image, UnidentifiedImageError
 
         try:
@@ -90,7 +92,10 @@ class Walk:
         return node
 
     def run_with(self, path: Path, checkpoint: str) -> Run | None:
-        """The sampling run that has this picture, wherever the copy lies."""
+        """Return the sampling run that wrote an image with the same content; None if no known run did.
+
+        `path` may be a copy outside of the run folder.
+        """
         digest = hashlib.sha256(path.read_bytes()).digest()
         for run in self.known():
             if run.kind == "sample" and run.request.get("checkpoint") == checkpoint:
@@ -100,6 +105,7 @@ class Walk:
         return None
 
     def checkpoint(self, path: Path) -> Node:
+        """Return the node of a checkpoint; one that no longer exists, or is of another program, has no parents."""
         if str(path) in self.nodes:
             return self.nodes[str(path)]
         if path.parent.name == "checkpoints" and (path.parents[1] / runs.RECORD).exists():
@@ -125,6 +131,7 @@ class Walk:
         return node
 
     def conversion(self, output: Path, origin: dict[str, Any]) -> Node:
+        """Return the node of the conversion that wrote a checkpoint; `origin` is the checkpoint's provenance."""
         node = self.made(
             "conversion",
             f"{output} (conversion)",
@@ -140,7 +147,10 @@ class Walk:
         return node
 
     def source(self, output: Path, origin: dict[str, Any]) -> Node:
-        """What was converted: as it was named then or, where a home was moved, by that name beside the output."""
+        """Return the node of the checkpoint that was converted.
+
+        If the recorded path no longer exists, as after a home folder was moved, its name beside the output is taken.
+        """
         named = Path(origin["converted_from"])
         path = named if named.exists() else output.with_name(named.name)
         if (path / runs.RECORD).exists():
@@ -150,6 +160,7 @@ class Walk:
         return node
 
     def run(self, run: Run) -> Node:
+        """Return the node of a run, a child of its checkpoint and, unless it samples or converts, of its dataset."""
         name = str(run.folder)
         if name in self.nodes:
             return self.nodes[name]
@@ -172,6 +183,7 @@ class Walk:
         return node
 
     def dataset(self, path: str, trained_on: str | None = None) -> Node:
+        """Return the node of a dataset; if it no longer exists, only with the hash `trained_on`."""
         if path in self.nodes:
             return self.nodes[path]
         manifest = ledger.manifest(path)
@@ -197,7 +209,7 @@ class Walk:
 
 
 def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
-    """Who wrote a dataset's captions and, where it was a model, what it was told, which its fingerprint ends with."""
+    """Return the facts about a dataset's captioner: for a model also the instruction, whose hash ends `fingerprint`."""
     from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
 
     if data["captioner"] != "vllm":
@@ -208,7 +220,7 @@ def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
 
 
 def in_order(node: Node) -> list[Node]:
-    """The node and all that it comes from, each after what it was made from."""
+    """Return the node and all its ancestors, in topological order with the ancestors first."""
     found: dict[str, Node] = {}
 
     def add(one: Node) -> None:
@@ -221,7 +233,7 @@ def in_order(node: Node) -> list[Node]:
 
 
 def show(node: Node) -> None:
-    """As a tree on the terminal, back in time from top to bottom; no path is cut."""
+    """Print the lineage as a tree, back in time from top to bottom; paths are not truncated."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""A lineage as one HTML page: a drawing of what was made from what, with links to the pages that lie in the folders."""
+"""HTML page of a lineage: a drawing of the graph, with links to the pages in the run folders."""
 
 import os
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from urllib.parse import quote
 from jobs.reports.lineage import Node, in_order
 from pixart.html.page import Html, document, text
 
-WIDTH, LEFT = 1120, 190  # pixels; what is left of LEFT is for the arrows that pass others by
+WIDTH, LEFT = 1120, 190  # pixels; the area left of LEFT is for arrows that pass other cards
 LINE, GAP, PAD = 19, 34, 12
-LANE = 26  # between two of those arrows
-LETTERS = 104  # that a line of a card has room for
+LANE = 26  # pixels between two of these arrows
+LETTERS = 104  # characters that fit on a line of a card
 STYLE = """
 .card { fill: var(--panel); stroke: var(--rule); } .first .card { stroke: var(--c0); stroke-width: 2; }
 .arrow { fill: none; stroke: var(--soft); stroke-width: 1.5; } .head { fill: var(--soft); }
@@ -21,7 +21,10 @@ STYLE = """
 
 
 def page(node: Node, folder: Path) -> str:
-    """`folder` is where the page is written: links are relative to it, so that a copied home still works."""
+    """Return the page of a node's lineage.
+
+    Links are relative to `folder`, where the page is written, so that they work in a copied home folder.
+    """
     nodes = in_order(node)
     tops, top = {}, 2
     for one in nodes:
@@ -39,14 +42,17 @@ def page(node: Node, folder: Path) -> str:
 
 
 def height(node: Node) -> int:
+    """Return the height of a node's card in pixels."""
     return 2 * PAD + LINE * (1 + len(lines(node)))
 
 
 def lines(node: Node) -> list[tuple[str, str]]:
+    """Return the lines of a node's card as keys and values."""
     return [("at", node.name.removesuffix(" (conversion)")), *node.facts.items()]
 
 
 def card(node: Node, top: int, folder: Path, *, first: bool) -> str:
+    """Return the SVG of a node's card; `first` marks the node whose lineage is shown."""
     parts = [
         f'<g class="{"first" if first else "other"}"><rect class="card" x="{LEFT}" y="{top}" rx="8" '
         f'width="{WIDTH - LEFT - 4}" height="{height(node)}"/>',
@@ -65,7 +71,10 @@ def card(node: Node, top: int, folder: Path, *, first: bool) -> str:
 
 
 def clipped(value: str) -> Html:
-    """The end of a long path says more than its beginning; the whole is its title."""
+    """Shorten a value to LETTERS characters and put the full value into its title.
+
+    A path loses its beginning, which is less informative than its end.
+    """
     if len(value) <= LETTERS:
         return Html(text(value))
     short = f"…{value[1 - LETTERS :]}" if value.startswith("/") else f"{value[: LETTERS - 1]}…"

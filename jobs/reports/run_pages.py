@@ -1,4 +1,4 @@
-"""The pages of a run folder, made from what lies there, and which of them `open` shows."""
+"""HTML pages of a run folder: their generation, and the one that `open` shows."""
 
 import re
 from datetime import datetime
@@ -19,13 +19,14 @@ PREVIEW = re.compile(r"step-[0-9]+\.png")
 
 
 def write_pages(run: Run) -> None:
-    """Writes those that say something new, and into the journal that MLflow is to have them."""
+    """Write the pages whose content has changed, and log them as artifacts in the journal."""
     if run.kind == "train":
         write(run, SUMMARY, summary(run))
     write(run, LINEAGE, lineage_page.page(lineage.trace(run.folder.parents[1], str(run.folder)), run.folder))
 
 
 def write(run: Run, name: str, content: str) -> None:
+    """Write a page if its content has changed, and log it as an artifact."""
     path = run.folder / name
     if not path.exists() or path.read_text() != content:
         write_atomically(path, content)
@@ -33,7 +34,7 @@ def write(run: Run, name: str, content: str) -> None:
 
 
 def main_page(run: Run) -> Path:
-    """The one to look at first: what the run was for."""
+    """Return the path of the page to show first: the result of the run, else its lineage."""
     own = {
         "train": run.folder / SUMMARY,
         "convert": Path(run.request.get("output", run.folder)) / REPORT_PAGE,
@@ -44,6 +45,7 @@ def main_page(run: Run) -> Path:
 
 
 def summary(run: Run) -> str:
+    """Return the summary page of a training run."""
     description = read_description(run.folder)
     lines, _ = read_journal(run.folder)
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -70,7 +72,7 @@ def summary(run: Run) -> str:
 
 
 def incidents(run: Run, lines: list[dict]) -> list[Incident]:
-    """Starts after the first, of the first rank, and what the training has told."""
+    """Return the incidents in the journal and the restarts of rank 0, in order of time."""
     told = [
         (line["time"], Incident(step=line["step"], what=line["incident"], when=moment(line["time"])))
         for line in lines
@@ -87,4 +89,5 @@ def incidents(run: Run, lines: list[dict]) -> list[Incident]:
 
 
 def moment(seconds: float) -> str:
+    """Return a time in seconds since the epoch as local date and time."""
     return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"

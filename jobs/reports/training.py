@@ -1,4 +1,4 @@
-"""The summary of a training run as one HTML page: curves, previews, incidents, from the run folder alone."""
+"""HTML summary of a training run: curves, previews and incidents, from the run folder alone."""
 
 import math
 from base64 import b64encode
@@ -11,11 +11,11 @@ from statistics import fmean, median
 from pixart.html.charts import Series, chart, linear_axis, log_axis
 from pixart.html.page import document, table, text
 
-POINTS = 400  # of a curve; where there are more, each is the mean of several
-SMOOTH = 20  # a smoothed curve's points are means of one in so many of all, and of five at least
-SPREAD = 30.0  # largest over smallest value, from which on an axis of LOGARITHMIC is
+POINTS = 400  # per curve; of longer ones, each point is the mean of several values
+SMOOTH = 20  # the smoothing window is 1/SMOOTH of a curve's points, at least five
+SPREAD = 30.0  # ratio of largest to smallest value above which the axis of a LOGARITHMIC metric is logarithmic
 LOGARITHMIC = {"train/loss", "train/grad_norm"}
-SHOWN = 12  # previews
+SHOWN = 12  # previews on the page
 PREVIEW_PIXELS = 1100
 STYLE = """
 .previews { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 14px; }
@@ -24,14 +24,14 @@ STYLE = """
 """
 STEPS, SECONDS = "optimizer step", "seconds since the run was submitted"
 VALIDATION = ("val/loss", "val/loss_ema")
-# Heading, label of the vertical axis, caption, metrics.
+# Heading, label of the vertical axis, caption and metrics of each chart.
 CHARTS = (
     ("Loss", "loss, mean squared error", "Loss of training, and of rows held out.", ("train/loss", *VALIDATION)),
     ("Gradient norm", "norm of the gradient", "Norm of all gradients before they are clipped.", ("train/grad_norm",)),
     ("Learning rate", "learning rate", "Learning rate that the optimizer stepped with.", ("train/lr",)),
     ("Throughput", "images per second", "Images of the global batch per second.", ("train/images_per_second",)),
 )
-# Label of the vertical axis and caption; of figures of nodes also the horizontal axis.
+# Label of the vertical axis and caption; in NODES also the label of the horizontal axis.
 FURTHER = {
     "train/tokens_per_second": ("tokens per second", "Latent patches of the global batch per second."),
     "train/tflops_per_rank": ("TFLOP/s", "Operations of a step by count, for each rank."),
@@ -48,7 +48,7 @@ NODES = {
     "gpu_memory_usage_megabytes": ("MB", "Memory of GPUs in use, mean over those of a node.", SECONDS),
     "gpu_power_usage_watts": ("W", "Power of GPUs, mean over those of a node.", SECONDS),
 }
-COLORS = 8  # of the pages' style
+COLORS = 8  # colors that the style of the pages defines
 SLOTS = ("input", "weight", "grad_output")
 FP8_CHARTS = (
     (
@@ -69,6 +69,8 @@ Points = Sequence[tuple[int, float]]  # step, value
 
 @dataclass(frozen=True, kw_only=True)
 class Incident:
+    """An event of a training run, such as a loss spike or a restart; `step` is None if it was before the first."""
+
     step: int | None
     what: str
     when: str
@@ -81,7 +83,7 @@ def page(
     incidents: Sequence[Incident],
     previews: Sequence[Path],
 ) -> str:
-    """`curves` are by metric; `incidents` with a step are drawn into the curves."""
+    """Return the summary page. `curves` holds steps and values by metric; incidents with a step are drawn into them."""
     events = [(one.step, f"step {one.step}: {one.what}") for one in incidents if one.step is not None]
     drawn = "".join(section(heading, label, caption, keys, curves, events) for heading, label, caption, keys in CHARTS)
     drawn += "".join(section(*chosen, curves, events) for chosen in FP8_CHARTS)
@@ -110,6 +112,7 @@ def section(
     curves: Mapping[str, Points],
     events: Sequence[tuple[int, str]],
 ) -> str:
+    """Return a heading and a chart of the metrics `keys`; an empty text if none of them was logged."""
     there = {key: curves[key] for key in keys if key in curves}
     return f"<h2>{heading}</h2>\n{figure(label, caption, there, STEPS, events)}" if there else ""
 
@@ -121,6 +124,7 @@ def of_nodes(name: str, curves: Mapping[str, Points]) -> dict[str, Points]:
 
 
 def told(incidents: Sequence[Incident]) -> str:
+    """Return the section with the table of incidents."""
     if not incidents:
         return "<h2>Incidents</h2>\n<p>None: one attempt, no step left out, no fallback.</p>\n"
     rows = [("-" if one.step is None else f"{one.step:,}", one.what, one.when) for one in incidents]
@@ -130,6 +134,7 @@ def told(incidents: Sequence[Incident]) -> str:
 def figure(
     label: str, caption: str, curves: Mapping[str, Points], across: str, events: Sequence[tuple[int, str]]
 ) -> str:
+    """Return the chart of some metrics, with the training loss smoothed; `across` labels the horizontal axis."""
     every = [value for values in curves.values() for _, value in values if math.isfinite(value)]
     logarithmic = min(every, default=0) > 0 and max(every) > SPREAD * min(every) and bool(LOGARITHMIC & curves.keys())
     shown, grouped = [], 1
@@ -137,7 +142,7 @@ def figure(
         few, group = reduced(values)
         grouped = max(grouped, group)
         smooth = key == "train/loss" and len(few) >= SMOOTH
-        mark = "dot" if len(few) == 1 else "faint" if smooth else "curve"  # of a single point there is no line to see
+        mark = "dot" if len(few) == 1 else "faint" if smooth else "curve"  # a single point has no visible line
         shown.append((key, few, f"var(--c{index % COLORS})", mark))
         if smooth:
             half = max(2, len(few) // SMOOTH // 2)
@@ -165,19 +170,20 @@ def figure(
 
 
 def reduced(values: Points) -> tuple[list[tuple[int, float]], int]:
-    """At most POINTS of them, as means of neighbours, and of how many each."""
+    """Average groups of consecutive values to at most POINTS points; return the points and the size of a group."""
     group = -(-len(values) // POINTS)
     groups = [values[begin : begin + group] for begin in range(0, len(values), group)]
     return [(own[len(own) // 2][0], fmean(value for _, value in own)) for own in groups], group
 
 
 def smoothed(values: Points, half: int) -> list[tuple[int, float]]:
-    """Means over so many points on either side."""
+    """Return the moving average of the values, over `half` points on either side."""
     heights = [value for _, value in values]
     return [(step, fmean(heights[max(0, at - half) : at + half + 1])) for at, (step, _) in enumerate(values)]
 
 
 def gallery(previews: Sequence[Path]) -> str:
+    """Return the section with at most SHOWN previews, evenly spaced."""
     if not previews:
         return ""
     chosen = [previews[round(index * (len(previews) - 1) / (SHOWN - 1))] for index in range(SHOWN)]
@@ -189,6 +195,7 @@ def gallery(previews: Sequence[Path]) -> str:
 
 
 def preview(path: Path) -> str:
+    """Return a preview as a figure with the image embedded as JPEG."""
     from PIL import Image
 
     small = BytesIO()
@@ -205,7 +212,7 @@ def preview(path: Path) -> str:
 
 
 def headline(curves: Mapping[str, Points]) -> dict[str, str]:
-    """The figures that one looks for first."""
+    """Return the headline results: training loss, validation loss and throughput."""
     found = {}
     if loss := curves.get("train/loss"):
         last = loss[-max(1, len(loss) // SMOOTH) :]

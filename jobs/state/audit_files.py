@@ -1,4 +1,4 @@
-"""Where an audit's files lie in a dataset."""
+"""Names of the audit's folder and files in a dataset."""
 
 FOLDER = "audit"
 SUMMARY, PAGE, DUPLICATES = "audit.json", "audit.html", "duplicates.parquet"

@@ -1,4 +1,4 @@
-"""Checkpoint directories as the launcher sees them: by names and sizes, without torch."""
+"""Checkpoint directories, identified by file names and sizes, without importing torch."""
 
 import json
 import zipfile
@@ -8,18 +8,19 @@ from typing import Any
 
 from jobs.state.json_record import read_record
 
-MARKER = "training.json"  # written last
-INFERENCE = "inference.json"  # of FP8 weights for inference
+MARKER = "training.json"  # written last; marks the checkpoint complete
+INFERENCE = "inference.json"  # metadata of FP8 weights for inference
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FOREIGN = (".metadata", WEIGHTS)  # of torch.distributed.checkpoint, of diffusers
-CONVERTED = (f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors")  # of what the conversion wrote
+FOREIGN = (".metadata", WEIGHTS)  # written by torch.distributed.checkpoint and by diffusers
+CONVERTED = (f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors")  # files of a converted checkpoint
 KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files")
 
 
 def find_checkpoint(name: str, *, or_older: bool = False) -> Path:
-    """A checkpoint directory, or the newest of a run folder; looks at names, marker and the length of the weights.
+    """Return a checkpoint directory, or the newest checkpoint of a run folder.
 
-    Raises ValueError where it is damaged; or where they all are, of a run that may go on from an older one.
+    Checks the marker and the lengths of the files, not their contents. With `or_older`, the newest undamaged checkpoint
+    of a run is returned. Raises ValueError if there is no checkpoint, or if every checkpoint considered is damaged.
     """
     path = Path(name).absolute()
     found = (
@@ -43,7 +44,10 @@ def find_checkpoint(name: str, *, or_older: bool = False) -> Path:
 
 
 def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
-    """What can be sampled from, a checkpoint or FP8 weights for inference, with its record."""
+    """Return the directory and metadata of weights to sample from: a checkpoint, or FP8 weights for inference.
+
+    Raises ValueError if `name` is neither, or is damaged.
+    """
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
@@ -53,22 +57,25 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def checkpoint_record(directory: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises ValueError for one that is damaged."""
+    """Return the metadata of a checkpoint. Raises ValueError if it is damaged."""
     return read_record(directory / MARKER, *KEYS)
 
 
 def acceptance(provenance: Mapping[str, Any]) -> str | None:
     """Return the verdict of a conversion's acceptance checks, PASS or FAIL; None if there was no conversion."""
-    return provenance.get("acceptance", provenance.get("gate"))  # "gate" in checkpoints of an earlier version
+    return provenance.get("acceptance", provenance.get("gate"))  # checkpoints of an earlier version say "gate"
 
 
 def is_foreign(directory: Path) -> bool:
-    """Whether it is a checkpoint of another kind than the suite's, which the conversion reads too."""
+    """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
     return any((directory / name).exists() for name in FOREIGN)
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError for what is neither safetensors nor a zip archive, as torch.save writes, or not all of it."""
+    """Check that a file is a complete safetensors file or a zip archive, as torch.save writes.
+
+    Raises ValueError if it is neither, or is truncated.
+    """
     if zipfile.is_zipfile(path):
         return
     with path.open("rb") as file:
@@ -78,6 +85,10 @@ def check_file(path: Path) -> None:
 
 
 def check_lengths(directory: Path) -> None:
+    """Check that a checkpoint's files exist and have the lengths that were recorded.
+
+    Raises ValueError for the first one that is missing, damaged or truncated.
+    """
     for file in sorted(directory.rglob("*.safetensors")):
         check_length(file)
     files = checkpoint_record(directory)["files"] if (directory / MARKER).exists() else {}
@@ -92,7 +103,7 @@ def check_lengths(directory: Path) -> None:
 
 
 def check_length(file: Path) -> None:
-    """Raises ValueError unless a safetensors file is as long as its header says."""
+    """Check that a safetensors file has the length that its header implies. Raises ValueError otherwise."""
     length = file.stat().st_size
     with file.open("rb") as stream:
         header_length = int.from_bytes(stream.read(8), "little")

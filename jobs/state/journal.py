@@ -1,8 +1,8 @@
-"""The journal of a run: metrics, pictures and incidents as lines of JSON, which tasks append and the launcher reads.
+"""The journal of a run: metrics, artifacts, tags and incidents as lines of JSON, appended by tasks.
 
-Every process appends to a file of its own in RUN/journal, since on a network file system two nodes that append to one
-file overwrite each other. A line is one write, so that a kill leaves whole lines and at most one cut off at the end.
-Imports nothing heavy: a training step waits for it.
+Each process appends to a separate file in RUN/journal, since on a network file system two nodes that append to one file
+overwrite each other. A line is one write, so that a killed process leaves complete lines and at most one truncated line
+at the end. This module imports nothing heavy, because a training step waits for it.
 """
 
 import functools
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "journal"
-TAIL_BYTES = 1 << 20  # the FP8 figures of all linears are one line
+TAIL_BYTES = 1 << 20  # per file; the FP8 metrics of all linears are one line
 EXTREMES: dict[str, Callable[..., float]] = {"min": min, "max": max}
-CRITICAL = {"headroom": "min", "saturation_rate": "max"}  # of other metrics both extremes are kept
+CRITICAL = {"headroom": "min", "saturation_rate": "max"}  # only this extreme is kept; of other metrics, both
 # Metrics of runs of version 0.1: pattern, current name, factor of the unit.
 EARLIER_NAMES = (
     (r"fp8/overflow_share/(.*)", r"fp8/saturation_rate/\1", 1.0),
@@ -35,13 +35,14 @@ EARLIER_NAMES = (
     (r"system/gpu_memory_gb_node(\d+)", r"system/node_\1/gpu_memory_usage_megabytes", 1e3),
     (r"system/gpu_watts_node(\d+)", r"system/node_\1/gpu_power_usage_watts", 1.0),
 )
-Ends = dict[str, int]  # of files by name: the byte after the last line that was read
+Ends = dict[str, int]  # by file name, the offset of the byte after the last line read
 
 
 class Journal:
-    """Appends for one process; the file is made with the first line, and named to sort by that moment.
+    """Writer of one process's journal file in the run folder `run`.
 
-    With `name` it is a file that processes share which take turns.
+    The file is created with the first line; its name sorts by the time of creation. Processes that never write at the
+    same time can share a file by giving its `name`.
     """
 
     def __init__(self, run: str | Path, name: str | None = None) -> None:
@@ -49,43 +50,51 @@ class Journal:
         self.file: FileIO | None = None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the metrics of a step."""
         self.append({"step": step, "metrics": {key: float(value) for key, value in values.items()}})
 
     def artifact(self, file: str | Path) -> None:
-        """A file that MLflow is to have; `previews/step-00000400.png` becomes the picture of that step."""
+        """Append a file to log to MLflow; `previews/step-00000400.png` becomes the image of that step."""
         self.append({"artifact": str(file)})
 
     def tags(self, values: Mapping[str, str]) -> None:
+        """Append tags of the MLflow run."""
         self.append({"tags": dict(values)})
 
     def incident(self, step: int, text: str) -> None:
-        """What somebody who looks at the curves must know: a step left out, a fallback, a spike."""
+        """Append an event that explains the curves: a skipped step, a fallback or a loss spike."""
         self.append({"incident": text, "step": step})
 
     def append(self, line: Mapping[str, Any]) -> None:
+        """Append one line; its `time`, in seconds since the epoch, is now unless `line` has one."""
         if self.file is None:
             self.file = self.open()
         self.file.write((json.dumps({"time": time.time(), **line}) + "\n").encode())
 
     def open(self) -> FileIO:
+        """Open the file to append to, and terminate the line that a killed process left incomplete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = self.name or f"{time.time_ns()}-{socket.gethostname()}-{os.getpid()}"
         file = (self.folder / f"{name}.jsonl").open("ab+", buffering=0)
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # what a kill has cut off stays a line of its own
+            if file.read(1) != b"\n":  # keep a truncated line separate from the next one
                 file.write(b"\n")
         return file
 
 
 def files(run: str | Path) -> list[Path]:
+    """Return the journal files of a run, oldest first."""
     return sorted((Path(run) / FOLDER).glob("*.jsonl"))
 
 
 def read_journal(
     run: str | Path, begin: Mapping[str, int] | None = None, end: Mapping[str, int] | None = None
 ) -> tuple[list[dict[str, Any]], Ends]:
-    """The whole lines from `begin` to `end`, and where the next read begins; what a kill has cut off is left out."""
+    """Return the complete lines between two offsets, and the offsets at which the next read begins.
+
+    `begin` and `end` hold byte offsets by file name. A truncated line at the end of a file is left out.
+    """
     lines: list[dict[str, Any]] = []
     ends: Ends = {}
     for path in files(run):
@@ -101,7 +110,7 @@ def read_journal(
 
 
 def read_tail(run: str | Path) -> list[dict[str, Any]]:
-    """The last lines of every file: enough to say how a run stands, however long it is."""
+    """Return the lines in the last TAIL_BYTES of every file: enough for a run's status, however long the run is."""
     lines: list[dict[str, Any]] = []
     for path in files(run):
         with path.open("rb") as file:
@@ -111,15 +120,19 @@ def read_tail(run: str | Path) -> list[dict[str, Any]]:
 
 
 def parsed(content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of the lines; lines that cannot be parsed are skipped."""
     for line in content.splitlines():
         with suppress(ValueError):
             found = json.loads(line)
-            if isinstance(found, dict):  # of a line that was cut off at its beginning, a number may be left
+            if isinstance(found, dict):  # the end of a line cut at its beginning may parse as a number
                 yield found
 
 
 def points(lines: list[dict[str, Any]], seen: set[tuple[str, int]]) -> Iterator[tuple[str, float, float, int]]:
-    """Key, value, time in seconds and step of every metric, a step that was done twice once; adds to `seen`."""
+    """Yield key, value, time in seconds and step of every metric, only once for a step that was repeated.
+
+    `seen` holds the pairs of key and step yielded before; new ones are added to it.
+    """
     for line in lines:
         for key, value in summarized(line.get("metrics", {})).items():
             if (key, line["step"]) not in seen:
@@ -128,9 +141,9 @@ def points(lines: list[dict[str, Any]], seen: set[tuple[str, int]]) -> Iterator[
 
 
 def summarized(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics under their current names, with the extremes of `fp8/METRIC/LINEAR.SLOT` over all linears.
+    """Return metrics under their current names, and of `fp8/METRIC/LINEAR.SLOT` the extremes over all linears.
 
-    A large model has thousands of FP8 metrics.
+    A large model has thousands of FP8 metrics, too many for a tracking server.
     """
     summary: dict[str, float] = {}
     for name, recorded in metrics.items():

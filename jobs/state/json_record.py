@@ -1,4 +1,4 @@
-"""The small JSON files that runs, checkpoints and datasets are known by; a damaged one is an error that names it."""
+"""Reading of the small JSON records of runs, checkpoints and datasets, with errors that name the damaged file."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,10 @@ from typing import Any
 
 @contextmanager
 def of_this_version(path: Path | str) -> Iterator[None]:
-    """For what is made of a record's fields: raises ValueError where they are others."""
+    """Wrap the construction of an object from a record's fields.
+
+    Raises ValueError, naming `path`, if the fields are those of another version.
+    """
     try:
         yield
     except (TypeError, LookupError) as error:
@@ -17,11 +20,15 @@ def of_this_version(path: Path | str) -> Iterator[None]:
 
 
 def read_record(path: Path, *keys: str) -> dict[str, Any]:
-    """The object in a file. Raises ValueError where it is none, or lacks one of `keys`, and as opening a file does."""
+    """Return the JSON object in a file.
+
+    Raises ValueError if the file holds no object or the object lacks one of `keys`, and OSError if it cannot be read.
+    """
     return parse_record(path.read_bytes(), str(path), *keys)
 
 
 def parse_record(text: bytes, name: str, *keys: str) -> dict[str, Any]:
+    """Return the JSON object in a text. Raises ValueError, naming `name`, if it is none or lacks one of `keys`."""
     try:
         record = json.loads(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What is done, judged from data: one entry per job and shard, written after the data itself.
+"""The ledger of a dataset: one entry per job and finished shard, written after the shard's data.
 
-An entry lies in DATASET/ledger/JOB/00012.json. It is there only if all of the shard's rows are, and it counts only
-if it was made from the same manifest and the same inputs.
+The entry of a shard is DATASET/ledger/JOB/00012.json. It exists only if all rows of the shard do. It is current only if
+it was made from the dataset's manifest and from the present inputs.
 """
 
 import json
@@ -24,8 +24,10 @@ NAME = re.compile(r"([0-9]+)\.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
+    """The record of one shard that a job has finished."""
+
     manifest: str  # hash of the dataset's manifest
-    inputs: str  # checksum of what the shard was made from; "" for the source itself
+    inputs: str  # SHA-256 of the shard's input data; "" if the input is the source
     rows: int
     valid: int
     checksum: str  # SHA-256 of the data
@@ -34,26 +36,28 @@ class Entry:
 
 
 def path(dataset: str | Path, job: str, shard: int) -> Path:
+    """Return the path of a shard's entry."""
     return Path(dataset) / "ledger" / job / f"{shard:05d}.json"
 
 
 def record(dataset: str | Path, job: str, shard: int, entry: Entry) -> None:
-    """Writes an entry atomically; call it last."""
+    """Write an entry atomically. Call it after the shard's data is written."""
     write_atomically(path(dataset, job, shard), json.dumps(asdict(entry), indent=2) + "\n")
 
 
 def read(dataset: str | Path, job: str, shard: int) -> Entry | None:
+    """Return the entry of a shard; None if it is missing or damaged."""
     return entries(dataset, job, [shard]).get(shard)
 
 
 def shards(dataset: str | Path, job: str) -> set[int]:
-    """The shards that have an entry, unread: one listing, however many there are."""
+    """Return the shards that have an entry. Lists the folder once and reads no entry."""
     names = list_files(dataset, f"ledger/{job}")
     return {int(found[1]) for name in names if (found := NAME.fullmatch(name))}
 
 
 def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry]:
-    """The entries that are there and whole, by shard."""
+    """Return the entries by shard, without those that are missing or damaged."""
     found = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
     whole = {}
     for shard, text in zip(shards, found, strict=True):
@@ -64,7 +68,7 @@ def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry
 
 
 def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> set[int]:
-    """The shards whose entry counts: of this manifest's hash, and made from what their inputs are now."""
+    """Return the shards whose entry is current: it has the hash `manifest`, and was made from the present inputs."""
     inputs = dict.fromkeys(shards, "")
     if job == "latents":
         inputs = {shard: entry.checksum for shard, entry in entries(dataset, "caption", shards).items()}
@@ -73,13 +77,13 @@ def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> 
 
 
 def forget_others(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
-    """Takes away the entries of these shards that do not count, as their job is about to make them anew."""
+    """Remove the entries of these shards that are not current, before the job processes the shards again."""
     for shard in set(shards) - current(dataset, job, shards, manifest):
         path(dataset, job, shard).unlink(missing_ok=True)
 
 
 def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:
-    """The caption job's entries of all these shards. Raises ValueError where some are missing."""
+    """Return the caption job's entries of all these shards. Raises ValueError if some are missing."""
     there = entries(dataset, "caption", shards)
     if missing := [shard for shard in shards if shard not in there]:
         raise ValueError(
@@ -89,9 +93,9 @@ def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:
 
 
 def manifest(dataset: str | Path) -> dict[str, Any] | None:
-    """The dataset's manifest as plain values, for a process that must not import what made it.
+    """Return the dataset's manifest as plain values, without importing the data package; None if it is missing.
 
-    None where there is none. Raises ValueError for a damaged one.
+    Raises ValueError if it is damaged or of another version.
     """
     (text,) = read_files(dataset, [MANIFEST])
     if text is None:
@@ -102,7 +106,7 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
 
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
-    """Files of a dataset's directory or URL, None for those that are not there."""
+    """Return the contents of files of a dataset's directory or URL; None for each that does not exist."""
     if is_url(str(dataset)):
         from pixart.data.storage import RemoteFiles
 
@@ -117,7 +121,7 @@ def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
 
 
 def list_files(dataset: str | Path, folder: str) -> list[str]:
-    """Names in a folder of a dataset's directory or URL; none where there is no such folder."""
+    """Return the names in a folder of a dataset's directory or URL; an empty list if the folder does not exist."""
     try:
         if is_url(str(dataset)):
             from pixart.data.storage import RemoteFiles
@@ -129,7 +133,7 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
 
 
 def write_atomically(target: Path, content: str | bytes) -> None:
-    """Temporary name, fsync, rename: a reader sees all of it or none."""
+    """Write a temporary file, fsync and rename it, so that a reader sees the complete content or none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:

@@ -1,4 +1,4 @@
-"""What is asked for in words: prompts of a file, captions of a dataset."""
+"""Prompts read from a file, and captions read from a dataset."""
 
 import io
 import json
@@ -7,13 +7,14 @@ from typing import Any
 
 from jobs.state import ledger
 
-KEYS = ("text", "prompt")  # of a line of a .jsonl file
+KEYS = ("text", "prompt")  # names of the prompt in a line of a .jsonl file
 
 
 def read_prompts(file: str) -> list[dict[str, str]]:
-    """One a line, of a .jsonl file its "text" or "prompt": `prompt`, and `request` where the line has one.
+    """Return the prompts of a file with one per line; the lines of a .jsonl file hold them as "text" or "prompt".
 
-    Raises ValueError for a file without any, or one that cannot be read.
+    Each result has the key `prompt`, and `request` if the line has one. Raises ValueError if the file is empty, cannot
+    be read, or has another format.
     """
     try:
         lines = Path(file).read_text("utf-8-sig").splitlines()
@@ -33,6 +34,7 @@ def read_prompts(file: str) -> list[dict[str, str]]:
 
 
 def read_line(line: str, name: str) -> dict[str, str]:
+    """Return the prompt of one line of a .jsonl file. Raises ValueError, naming `name`, if it has none."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -44,7 +46,7 @@ def read_line(line: str, name: str) -> dict[str, str]:
 
 
 def dataset_captions(dataset: str, limit: int) -> list[str]:
-    """The first captions of valid rows, of the parts that are there."""
+    """Return the captions of the first `limit` valid rows, from the parts that are written."""
     import pyarrow.parquet as pq
 
     found: list[str] = []

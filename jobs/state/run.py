@@ -1,4 +1,4 @@
-"""Run folders: what each submission was, which jobs it has, and how each of its elements stands."""
+"""Run folders: the record of a run, its jobs, and the state of its elements."""
 
 import json
 import os
@@ -16,27 +16,28 @@ from slurm.executor import Submitted
 from slurm.task import RESULT
 
 RECORD = "run.json"
-URL_LETTERS = "?%#"  # which mean something else in the URL of MLflow's embedded store
-TAIL_BYTES = 16_384  # of a log, in which its last line is looked for
+URL_LETTERS = "?%#"  # special characters in the URL of MLflow's embedded store
+TAIL_BYTES = 16_384  # end of a log that is searched for its last line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A submission. `jobs` are in the order of submission: of two that share an element, the later one counts."""
+    """The record of a run. `jobs` are in the order of submission; the last job of an element replaces earlier ones."""
 
     folder: Path
     kind: str
     executor: str
     dataset: str
-    total: int  # elements of an array, steps of a training run
+    total: int  # number of elements of an array, or of steps of a training run
     nodes: int = 0  # 0 for an array
     ranks_per_node: int = 1
     elements: tuple[int, ...] = ()
-    request: dict[str, Any] = field(default_factory=dict)  # arguments of its function
-    jobs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # job id, its elements
+    request: dict[str, Any] = field(default_factory=dict)  # arguments of the job's function
+    jobs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # job id, elements of the job
 
     @property
     def ranks(self) -> int:
+        """Number of ranks; 0 for an array."""
         return self.nodes * self.ranks_per_node
 
     def save(self) -> None:
@@ -44,7 +45,7 @@ class Run:
         ledger.write_atomically(self.folder / RECORD, json.dumps(record) + "\n")
 
     def added(self, submitted: Sequence[Submitted]) -> "Run":
-        """The run with jobs more, saved."""
+        """Return the run with further jobs, after saving it."""
         jobs = tuple((item.job.job_id, item.elements) for item in submitted)
         run = replace(self, jobs=(*self.jobs, *jobs))
         run.save()
@@ -52,28 +53,32 @@ class Run:
 
     @property
     def writable(self) -> bool:
-        """Not so that of somebody else, which is just looked at."""
+        """Whether this user may write to the folder; another user's run can only be read."""
         return os.access(self.folder, os.W_OK)
 
     @property
     def job_ids(self) -> list[str]:
-        """As scancel and a dependency take them: an array by its own id."""
+        """Slurm job ids as scancel and --dependency accept them: one id per array."""
         return sorted({job.partition("_")[0] for job, _ in self.jobs})
 
     def job_of(self) -> dict[int, str]:
-        """The newest job of each element; a run of ranks is one element, 0."""
+        """Return the newest job of each element; a job of ranks is one element, 0."""
         return {element: job for job, elements in self.jobs for element in elements or (0,)}
 
     def log(self, job: str, rank: int = 0, stream: str = "err") -> Path:
+        """Return the path of a rank's log; `stream` is "out" or "err"."""
         return self.folder / "logs" / f"{job}_{rank}_log.{stream}"
 
     def logs(self, job: str, stream: str) -> list[Path]:
-        """Of all the job's ranks, those that are there."""
+        """Return the existing logs of the job's ranks, in the order of the ranks."""
         return [log for rank in range(max(1, self.ranks)) if (log := self.log(job, rank, stream)).exists()]
 
 
 def home(named: str | None) -> Path:
-    """The folder of datasets, runs and tracking. Raises ValueError for a name that it cannot have."""
+    """Return the home folder, which holds datasets, runs and tracking data.
+
+    The default is PIXART_HOME, else `outputs`. Raises ValueError for a URL, or for a name with one of `?%#`.
+    """
     name = named or os.environ.get("PIXART_HOME") or "outputs"
     if is_url(name) or any(letter in name for letter in URL_LETTERS):
         raise ValueError(f"home {name}: must be a folder of a file system, without {' '.join(URL_LETTERS)} in its name")
@@ -81,7 +86,7 @@ def home(named: str | None) -> Path:
 
 
 def load(folder: Path) -> Run:
-    """Raises ValueError for a folder that is no run's."""
+    """Load the record of a run. Raises ValueError if the folder is not a run folder, or the record is damaged."""
     try:
         record = read_record(folder / RECORD, "kind", "executor", "dataset", "total", "elements", "jobs")
     except (FileNotFoundError, NotADirectoryError):
@@ -92,14 +97,14 @@ def load(folder: Path) -> Run:
 
 
 def folders(home: Path) -> list[Path]:
-    """Of all runs, oldest first."""
+    """Return the folders of all runs, oldest first."""
     return sorted(path.parent for path in (home / "runs").glob(f"*/{RECORD}"))
 
 
 def find(home: Path, name: str | None) -> Run:
-    """A run by folder, by name or by a part of its name that no other has; the newest where no name is given.
+    """Return a run by its folder, its name or a unique part of its name; the newest run if `name` is None.
 
-    Raises ValueError where there is none, or more than one.
+    Raises ValueError if no run or more than one matches.
     """
     if name and (Path(name) / RECORD).is_file():
         return load(Path(name).absolute())
@@ -117,7 +122,10 @@ def find(home: Path, name: str | None) -> Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Element:
-    """`state` is done, running, pending or failed; `note` is Slurm's reason or the last line of the error."""
+    """State of an array element, or of a job of ranks.
+
+    `state` is done, running, pending or failed; `note` is Slurm's reason or the last line of the error.
+    """
 
     state: str
     job: str
@@ -125,18 +133,23 @@ class Element:
 
 
 def elements(run: Run) -> dict[int, Element]:
-    """How each element stands: by the data first, by Slurm where it is not there. Raises SlurmError."""
+    """Return the state of each element: done if its data exists, else by the state of its job.
+
+    Raises SlurmError if Slurm does not answer.
+    """
     job_of, there = run.job_of(), done(run)
     states = commands.states(run.executor, [job for element, job in job_of.items() if element not in there])
-    there = done(run)  # what was written until Slurm answered does not count as failed
+    there = done(run)  # an element that finished before Slurm answered has not failed
     return {element: stand(run, job, element in there, states.get(job)) for element, job in sorted(job_of.items())}
 
 
 def under_way(found: dict[int, Element]) -> bool:
+    """Return whether any element is pending or running."""
     return any(element.state in ("pending", "running") for element in found.values())
 
 
 def stand(run: Run, job: str, is_done: bool, state: commands.JobState | None) -> Element:
+    """Return the state of one element from its data, and from the state of its job if Slurm knows the job."""
     if is_done:
         return Element(state="done", job=job)
     if state is not None and state.waiting:
@@ -148,19 +161,19 @@ def stand(run: Run, job: str, is_done: bool, state: commands.JobState | None) ->
 
 
 def done(run: Run) -> set[int]:
-    """By the data's own ledger; of a run of ranks, 0 where its result is there."""
+    """Return the finished elements: the shards in the dataset's ledger, or 0 if the result of a job of ranks exists."""
     if run.ranks:
         return {0} if (run.folder / RESULT).exists() else set()
     return ledger.shards(run.dataset, run.kind)
 
 
 def result(run: Run) -> Any:
-    """What rank 0 returned. Raises FileNotFoundError before."""
+    """Return the result of rank 0. Raises FileNotFoundError if the job has not finished."""
     return json.loads((run.folder / RESULT).read_text())
 
 
 def last_error(run: Run, job: str) -> str:
-    """The last line that says something in the log of the job's first rank that has one."""
+    """Return the last line of the first nonempty error log of the job's ranks, without Slurm's own messages."""
     for log in run.logs(job, "err"):
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))
@@ -172,13 +185,16 @@ def last_error(run: Run, job: str) -> str:
 
 
 def seconds_per_step(run: Run) -> float | None:
-    """As training has last told it; None before."""
+    """Return the seconds per step that training logged last; None if it has not logged any."""
     told = [line["metrics"] for line in read_tail(run.folder) if "train/seconds_per_step" in line.get("metrics", {})]
     return told[-1]["train/seconds_per_step"] if told else None
 
 
 def progress(run: Run) -> tuple[int, str]:
-    """Steps done and the last loss, from the journal; a line that has just a step is for this alone."""
+    """Return the number of finished steps and a note with the last loss, from the journal.
+
+    Journal lines that hold only a step serve this purpose.
+    """
     step, note = 0, ""
     for line in read_tail(run.folder):
         if "train/loss" in line.get("metrics", {}):

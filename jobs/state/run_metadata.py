@@ -1,6 +1,6 @@
-"""What is said of a run for MLflow: parameters, tags, the submission it belongs to, and how it stands.
+"""Metadata of a run for MLflow: its parameters, tags, parent submission and status.
 
-The launcher writes it before the first task starts; no process needs MLflow to change it.
+The launcher writes it before the first task starts. It is a file, so that changing it does not need MLflow.
 """
 
 import json
@@ -14,14 +14,14 @@ from jobs.state.ledger import write_atomically
 from slurm.task import attempts
 
 FILE = "tracking.json"
-KEY = "pixart.key"  # tag by which MLflow's run is found again, should a kill come before its id is written down
+KEY = "pixart.key"  # tag that finds the MLflow run if a process was killed before saving its id
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
 
 
 def describe(
     run: Path, parameters: dict[str, Any], tags: dict[str, str] | None = None, parent: Path | None = None
 ) -> None:
-    """What MLflow is to say of a run; one that goes on keeps its description."""
+    """Write the metadata of a new run; a resumed run keeps its metadata and gets the status RUNNING."""
     if (run / FILE).exists():
         set_status(run, "RUNNING")
         return
@@ -40,10 +40,12 @@ def describe(
 
 
 def read_description(run: Path) -> dict[str, Any]:
+    """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if it is missing."""
     return read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
 
 
 def change(run: Path, **values: Any) -> None:
+    """Replace values in the metadata of a run."""
     write_atomically(run / FILE, json.dumps({**read_description(run), **values}) + "\n")
 
 
@@ -52,12 +54,12 @@ def add_tags(run: Path, tags: dict[str, str]) -> None:
 
 
 def set_status(run: Path, status: Status) -> None:
-    """How a run stands, as MLflow is to say it."""
+    """Set the status that MLflow shows for a run."""
     change(run, status=status)
 
 
 def status_of(run: Path) -> Status:
-    """A submission stands as the runs that belong to it do."""
+    """Return the status of a run; that of a submission follows from the runs in it."""
     description = read_description(run)
     children = [status_of(Path(child)) for child in description["children"] if (Path(child) / FILE).exists()]
     order: tuple[Status, ...] = ("RUNNING", "FAILED", "FINISHED")
@@ -65,6 +67,7 @@ def status_of(run: Path) -> Status:
 
 
 def tags_of(run: Path) -> dict[str, str]:
+    """Return the tags of the MLflow run: those of the metadata, the run folder and the number of the attempt."""
     description = read_description(run)
     restarts = [line["restart"] for line in attempts(run)]
     tags = {**description["tags"], KEY: description["key"], "pixart.run": str(run)}

@@ -52,7 +52,7 @@ def open_dataset(launch: Launch) -> dict[str, Any]:
 
 
 def check_new_folder(dataset: str) -> None:
-    """Raises ValueError if the folder of a new dataset holds other files, such as the images themselves."""
+    """Check the folder of a new dataset. Raises ValueError if it holds other files, such as the source images."""
     paths = sorted(Path(dataset).iterdir()) if Path(dataset).is_dir() else []
     others = [path.name for path in paths if path.name != ledger.ARRAYS and not path.name.startswith(".")]
     if others:
@@ -75,7 +75,7 @@ def create_dataset(launch: Launch) -> None:
         except KeyboardInterrupt:
             commands.cancel(run.executor, run.job_ids)
             raise
-        if elements[0].state == "failed":  # the message is all that remains: the log goes with the temporary folder
+        if elements[0].state == "failed":  # the log is removed with the temporary folder
             kind, _, message = elements[0].note.partition(": ")
             if kind != "ValueError":
                 message = f"dataset {launch.dataset} cannot be created: {message}"

@@ -1,4 +1,4 @@
-"""State that all submissions of one command share."""
+"""State and exceptions that the submissions of a command share."""
 
 import functools
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Launch:
     submission: Path | None = None  # folder of the submission that the runs belong to
     wait: bool = True
     dry_run: bool = False
-    folders: list[Path] = field(default_factory=list)  # of all runs that were submitted
+    folders: list[Path] = field(default_factory=list)  # folders of all runs that were submitted
     mlflow_stale: bool = False  # MLflow did not take the last update
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Checks before a training job is submitted: each raises ValueError with one line for what cannot work."""
+"""Checks before a training job is submitted; each raises ValueError, with a one-line message, if it fails."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
 from pixart.config.training import resolve_fp8_backend
 
-Record = dict[str, Any]  # of a checkpoint
+Record = dict[str, Any]  # metadata of a checkpoint
 
 
 def find_start(start: str | None, resume: str | None) -> tuple[Path | None, Path | None]:
@@ -41,7 +41,9 @@ def check_start(recipe: Recipe, start: Path, record: Record, stage: int, overrid
         )
     for item in overrides:
         field, value = parse(item)
-        size = record["config"].get(CHECKPOINT_NAMES.get(field.name, field.name))  # none of stage 2's num_classes
+        size = record["config"].get(
+            CHECKPOINT_NAMES.get(field.name, field.name)
+        )  # a stage-2 checkpoint has no num_classes
         if field.owner is ModelConfig and size is not None and size != value:
             raise ValueError(f"{item}: the model of {start} has {field.name}={size}; leave it out")
     if record["step"] >= recipe.train(stage).steps:

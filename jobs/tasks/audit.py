@@ -1,4 +1,4 @@
-"""The audit job: what all caption parts say of a dataset, merged to one page, and a verdict that training asks for."""
+"""The audit job: statistics of all caption parts on one page, and the verdict that training requires."""
 
 import hashlib
 import json
@@ -11,12 +11,15 @@ from jobs.state.journal import Journal
 from jobs.state.json_record import parse_record
 from pixart.config.recipe import from_json
 
-ACCEPTED = 24  # pictures of accepted images
-GROUPS, OF_GROUP = 12, 4  # pictures of duplicates
+ACCEPTED = 24  # thumbnails of accepted images on the page
+GROUPS, OF_GROUP = 12, 4  # groups of duplicates on the page, thumbnails of each
 
 
 def run(run_folder: str) -> str:
-    """Returns the page's path. Raises ValueError for captions that are missing, and where a limit is not kept."""
+    """Audit the dataset of the run's recipe, and return the path of the page.
+
+    Raises ValueError if captions are missing or, after the audit's files are written, if a check fails.
+    """
     from pixart.data import manifest as manifests
     from pixart.data.audit import statistics as audits
     from pixart.data.audit.page import page
@@ -55,13 +58,16 @@ def run(run_folder: str) -> str:
 
 
 def captions_digest(dataset: str | Path, shards: int) -> str:
-    """Of the ledger's checksums of all caption parts. Raises ValueError where some are missing."""
+    """Return the first 16 hex digits of the SHA-256 over the ledger's checksums of all caption parts.
+
+    Raises ValueError if parts are missing.
+    """
     entries = ledger.captions(dataset, list(range(shards)))
     return hashlib.sha256("".join(entries[shard].checksum for shard in range(shards)).encode()).hexdigest()[:16]
 
 
 def require(dataset: str | Path) -> None:
-    """Raises ValueError unless the dataset as it is has passed its audit."""
+    """Check that the dataset in its present state has passed its audit. Raises ValueError if it has not."""
     told = f"run `python -m jobs.launch audit --dataset {dataset}`, or give --accept-failed-audit"
     manifest = ledger.manifest(dataset)
     assert manifest is not None
@@ -78,6 +84,7 @@ def require(dataset: str | Path) -> None:
 
 
 def merge(manifest):
+    """Return the audit of the caption parts of all shards."""
     from jobs.tasks.caption import read_part
     from pixart.data.audit.statistics import Audit
 
@@ -88,12 +95,12 @@ def merge(manifest):
 
 
 def spread(items: list, count: int) -> list:
-    """At most `count` of them, evenly from all."""
+    """Return at most `count` of the items, evenly spaced."""
     return [items[len(items) * index // count] for index in range(count)] if len(items) > count else items
 
 
 def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
-    """Id and thumbnail of rows that have passed screening."""
+    """Return the item id and encoded thumbnail of each row. The rows must have passed screening."""
     from pixart.data.images.screening import decode, thumbnail
     from pixart.data.manifest import open_images
 
@@ -106,7 +113,7 @@ def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
 
 
 def write_duplicates(path: Path, duplicates) -> None:
-    """One line for each row of the dataset that others are the same as: kind, number of the group, row."""
+    """Write a parquet table with one line for each row that has duplicates: kind, index of the group, row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -119,6 +126,7 @@ def write_duplicates(path: Path, duplicates) -> None:
 
 
 def report(run_folder: str, folder: Path, summary: dict[str, Any]) -> None:
+    """Write the summary's metrics, files and verdict to the journal of the run."""
     journal = Journal(run_folder)
     rows = max(1, summary["rows"])
     journal.metrics(0, {"data/rows": summary["rows"], "data/num_valid": summary["valid"]})

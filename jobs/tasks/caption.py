@@ -1,4 +1,4 @@
-"""The caption job: one shard of images to one parquet part of captions, every source item a row."""
+"""The caption job: write a parquet part of captions for each shard, with one row per source item."""
 
 import platform
 import time
@@ -10,7 +10,10 @@ from jobs.state import ledger
 
 
 def run(dataset: str, shards: list[int]) -> None:
-    """Captions shards one after the other; those that the ledger has are left alone."""
+    """Caption shards one after the other; shards with a current ledger entry are skipped.
+
+    Raises ValueError or RuntimeError at the end if a shard failed.
+    """
     from pixart.data import manifest as manifests
     from pixart.data.captions.captioner import make_captioner
 
@@ -26,6 +29,7 @@ def run(dataset: str, shards: list[int]) -> None:
 
 
 def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
+    """Return whether a shard's part exists and was made from the manifest with this hash."""
     entry = ledger.read(dataset, "caption", shard)
     return entry is not None and entry.manifest == manifest_hash and part_path(dataset, shard).exists()
 
@@ -35,7 +39,10 @@ def part_path(dataset: str | Path, shard: int) -> Path:
 
 
 def for_each_shard(shards: list[int], work: Callable[[int], None]) -> None:
-    """One failing shard does not keep the others from being done; raises the first error at the end."""
+    """Call `work` for every shard, continuing after a failure.
+
+    At the end, raises ValueError if the first failure was one, RuntimeError for any other.
+    """
     failures: dict[int, Exception] = {}
     for shard in shards:
         try:
@@ -50,6 +57,10 @@ def for_each_shard(shards: list[int], work: Callable[[int], None]) -> None:
 
 
 def caption_shard(manifest, shard: int, source, captioner) -> None:
+    """Write the part of one shard and its ledger entry.
+
+    Raises ValueError if the source no longer has the shard's number of items.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -82,7 +93,10 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
 
 
 def read_part(dataset: str | Path, shard: int):
-    """The part as a pyarrow table. Raises ValueError where it is not the one that the ledger has."""
+    """Return the caption part of a shard as a pyarrow table.
+
+    Raises ValueError if it is missing or damaged, or differs from the checksum in the ledger.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

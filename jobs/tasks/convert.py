@@ -1,4 +1,4 @@
-"""The convert job: a checkpoint into FP8, as `python -m conversion.to_fp8` does it, tracked."""
+"""The convert job: convert a checkpoint to FP8 as `python -m conversion.to_fp8` does, with tracking."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from jobs.state.journal import Journal
 
 
 def run(run_folder: str, *, source: str, output: str, options: dict[str, Any]) -> str:
-    """Returns the converted checkpoint's directory; `options` are the fields of `conversion.options.Options`.
+    """Convert a checkpoint and return the output directory; `options` holds the fields of `conversion.options.Options`.
 
     Raises ValueError if the conversion fails its acceptance checks; the checkpoint is written, but not for training.
     """

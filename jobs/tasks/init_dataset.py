@@ -1,10 +1,13 @@
-"""The init job: fixes a dataset's manifest and makes its empty arrays, once, before any task."""
+"""The init job: write a dataset's manifest and empty arrays, once, before any other task."""
 
 from pixart.config.recipe import from_json
 
 
 def run(recipe: str) -> None:
-    """Raises ValueError, with nothing written, for a source, VAE or text encoder that is not there."""
+    """Create the dataset of a recipe, which is given as JSON.
+
+    Raises ValueError, with nothing written, if the source, the VAE or the text encoder does not exist.
+    """
     from pixart.data import manifest as manifests
     from pixart.data.store import zarr_store
 

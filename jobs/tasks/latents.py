@@ -1,4 +1,4 @@
-"""The latents job: one shard of captioned images to that shard's rows of the training set."""
+"""The latents job: encode captioned images into the rows of the training arrays, shard by shard."""
 
 import hashlib
 import time
@@ -7,13 +7,15 @@ from itertools import islice, zip_longest
 from jobs.state import ledger
 from jobs.tasks.caption import for_each_shard, read_part
 
-BATCH = 32  # images that the VAE and captions that the text encoder are given at a time
-FINER = 2  # times the resolution that is wanted: a JPEG that has more is decoded at less
+BATCH = 32  # images per call of the VAE, and captions per call of the text encoder
+FINER = 2  # a JPEG is decoded at a reduced scale that keeps this multiple of the image size
 
 
 def run(dataset: str, shards: list[int]) -> None:
-    """Encodes shards one after the other; those that the ledger has, made from the same captions, are left alone."""
+    """Encode shards one after the other; shards that were encoded from the same captions are skipped.
 
+    Raises ValueError or RuntimeError at the end if a shard failed.
+    """
     from pixart.data import manifest as manifests
     from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
     from pixart.data.encoders.vae import load_vae
@@ -36,6 +38,10 @@ def run(dataset: str, shards: list[int]) -> None:
 
 
 def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
+    """Return whether a shard was encoded for this manifest from its present captions.
+
+    Raises ValueError if the shard has no captions.
+    """
     captions, latents = (ledger.read(dataset, job, shard) for job in ("caption", "latents"))
     if captions is None:
         raise ValueError(f"shard {shard} has no captions yet: run the caption job first")
@@ -43,7 +49,7 @@ def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
 
 
 def checksum(columns) -> str:
-    """SHA-256 of all that a shard has in the store, arrays by name."""
+    """Return the SHA-256 of a shard's arrays, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(columns):
         digest.update(columns[name])
@@ -51,6 +57,10 @@ def checksum(columns) -> str:
 
 
 def encode_shard(manifest, shard: int, source, vae, text) -> None:
+    """Write the arrays of one shard and its ledger entry.
+
+    Raises ValueError if the source or the captions have changed, or if values do not fit into float16.
+    """
     import numpy as np
     import torch
 
@@ -58,7 +68,7 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
 
     begun = time.monotonic()
     captions = ledger.read(manifest.data.path, "caption", shard)
-    assert captions is not None  # `complete` has looked
+    assert captions is not None  # checked by `complete`
     captions_of = {"": "caption", "short_": "short_caption"} if manifest.data.short_captions else {"": "caption"}
     names = ["id", "digest", "label", "valid", *captions_of.values()]
     table = read_part(manifest.data.path, shard).select(names).to_pydict()
@@ -95,9 +105,9 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
 
 
 def encoded(manifest, items, table, vae):
-    """Row numbers (B,) and latents (B, C, h, w) of the valid items; the next images are decoded meanwhile.
+    """Yield row numbers (B,) and latents (B, C, h, w) of the valid items, while the next images are decoded.
 
-    Raises ValueError where the items are not those that the captions of the table are of.
+    Raises ValueError if the items are not those that the table's captions describe.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""The recaption job: users' requests, rewritten as captions by the model that captioned the dataset."""
+"""The recaption job: rewrite users' prompts as captions with the model that captioned the dataset."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from jobs.state.ledger import write_atomically
 
 
 def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, str]]:
-    """Returns request, text and problem of each, in their order."""
+    """Rewrite the requests, and return the request, text and problem of each, in the order of the requests."""
     from pixart.data.captions.rewriting import rewrite, vllm_generator
 
     found = [asdict(each) for each in rewrite(requests, vllm_generator(model))]

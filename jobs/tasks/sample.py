@@ -1,4 +1,4 @@
-"""The sample job: pictures from a checkpoint, one PNG each and one sheet of all, and the export as a pipeline."""
+"""The sample job: PNG images and a contact sheet from a checkpoint, and the export of a diffusers pipeline."""
 
 import json
 import shlex
@@ -10,8 +10,8 @@ from jobs.state.ledger import write_atomically
 from jobs.state.prompts import dataset_captions
 from pixart.config.recipe import Recipe, from_json
 
-UNSEEN = 1  # added to the dataset's seed: the demo's scenes that training has not had
-COLUMNS = 8  # of the sheet
+UNSEEN = 1  # added to the dataset's seed, for demo scenes that are not in the training data
+COLUMNS = 8  # of the contact sheet
 
 
 def run(
@@ -25,11 +25,12 @@ def run(
     rewritten: str | None = None,
     export: str | None = None,
 ) -> dict[str, Any]:
-    """Makes `per_prompt` pictures of each prompt or class, of the dataset's where none are given, and the export.
+    """Sample `per_prompt` images of each prompt or class, and write the export if a folder is given.
 
-    `rewritten` is the recaption job's file, in place of prompts. Returns the sheet's path and, where the prompts are
-    the demo's own scenes, the shares that came out right; with an export alone, its folder. Raises ValueError where
-    the dataset's VAE or text encoder is no longer the one that it was made with.
+    Without prompts and classes, those of the dataset are taken; `rewritten` is the file of a recaption job that
+    replaces the prompts. Returns the path of the contact sheet and, for the demo's scenes, the accuracy of color and
+    shape; with an export alone, only its folder. Raises ValueError if the dataset's VAE or text encoder is not the one
+    that it was created with.
     """
     from pixart.data import manifest as manifests
     from pixart.sampling import loading
@@ -69,7 +70,7 @@ def run(
 
 
 def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> dict[str, str]:
-    """Where the run's pictures come from, as all of them say."""
+    """Return the provenance that is written into every image of the run."""
     from pixart.checkpoint.directory import MARKER
     from pixart.sampling.loading import INFERENCE_FILE
 
@@ -90,7 +91,7 @@ def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> 
 
 
 def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
-    """Whole or not at all."""
+    """Write the pipeline and its provenance to a folder, atomically."""
     from pixart.checkpoint.directory import atomic_directory
 
     with atomic_directory(target) as partial:
@@ -99,7 +100,7 @@ def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
 
 
 def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict[str, Any]]:
-    """Those that were asked for, else the first of the dataset's, else "no class"."""
+    """Return the labels and names of the given classes, else of the dataset's first, else of the null class."""
     from pixart.sampling.pipeline import NULL_CLASS
 
     names, none = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
@@ -111,6 +112,7 @@ def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict
 
 
 def unseen_scenes(configuration: Recipe) -> tuple[list, list[dict[str, Any]]]:
+    """Return demo scenes that are not in the training data, and their prompts."""
     from pixart.demo.scenes import caption, make_scene
 
     seed = configuration.data.seed + UNSEEN
@@ -121,7 +123,10 @@ def unseen_scenes(configuration: Recipe) -> tuple[list, list[dict[str, Any]]]:
 def paint(
     folder: Path, pipeline, configuration: Recipe, asked: list[dict[str, Any]], each: int, about: dict[str, str]
 ) -> dict[str, Any]:
-    """Makes and writes the pictures; the k-th of all has the seed `sample.seed` + k."""
+    """Generate and write the images, `each` of them per prompt, and the contact sheet.
+
+    Image k of the run, counted from 0, has the seed `sample.seed` + k.
+    """
     from pixart.sampling.contact_sheet import contact_sheet
     from pixart.sampling.images import SampleRequest, generate, save_png
 
@@ -151,7 +156,7 @@ def paint(
 
 
 def command(settings: dict[str, str]) -> str:
-    """What makes this picture again, alone."""
+    """Return the command line that samples this single image again."""
     what = ["--prompt", settings["prompt"]] if "prompt" in settings else ["--class", settings["class_index"]]
     values = [f"sample.{name}={settings[name]}" for name in ("seed", "steps", "guidance")]
     words = ["python", "-m", "jobs.launch", "sample", settings["checkpoint"], *what, "--dataset", settings["dataset"]]
@@ -160,7 +165,7 @@ def command(settings: dict[str, str]) -> str:
 
 
 def count_right(folder: Path, scenes: list) -> dict[str, Any]:
-    """The shares of pictures that show their scene's colour and shape."""
+    """Score the sampled images of demo scenes: return their number and the shares with the right color and shape."""
     import numpy as np
     from PIL import Image
 

@@ -8,13 +8,13 @@ from jobs.state.journal import Journal
 from pixart.config.recipe import from_json
 
 logger = logging.getLogger(__name__)
-PORTS = range(20_000, 32_768)  # below the default of net.ipv4.ip_local_port_range
+PORTS = range(20_000, 32_768)  # below the default range of ephemeral ports, net.ipv4.ip_local_port_range
 
 
 def run(run_folder: str, *, stage: int, start: str | None) -> str:
     """Train on this rank and return the directory of the last checkpoint.
 
-    Raises Left when the cluster has asked for the nodes, after all ranks have saved.
+    Raises Left after all ranks have saved, if Slurm has signalled that the job must end.
     """
     join_ranks()
 
@@ -48,15 +48,18 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
 
 
 def quiet_port(number: int) -> int:
-    """Of submitit's number, which every rank draws alike, one that Linux gives to nobody who asks for any port.
+    """Map the port that submitit draws, the same on every rank, to one outside of the ephemeral range.
 
-    Most of submitit's are of those, and on a busy machine each may be taken by some connection.
+    Most of submitit's ports are ephemeral, and on a busy machine a connection may already use such a port.
     """
     return PORTS[number % len(PORTS)]
 
 
 def join_ranks() -> None:
-    """Sets the variables that torch.distributed reads; a profile's MASTER_ADDR goes before the first node's name."""
+    """Set the environment variables that torch.distributed reads.
+
+    MASTER_ADDR and MASTER_PORT of the cluster profile take precedence over submitit's.
+    """
     from submitit.helpers import TorchDistributedEnvironment
 
     found = TorchDistributedEnvironment()

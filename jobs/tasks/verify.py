@@ -1,4 +1,4 @@
-"""The verify job: every file of a dataset against the ledger's checksums; what was altered is to be made again."""
+"""The verify job: compare the data of every shard with the ledger's checksums."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from pixart.config.recipe import from_json
 
 
 def run(run_folder: str) -> dict[str, list[int]]:
-    """Takes back the ledger's word for shards that are not what it says -> those shards, by job."""
+    """Verify all shards, and return the altered ones by job.
+
+    Their ledger entries are removed, so that the caption and latents jobs process them again.
+    """
     from pixart.data import manifest as manifests
     from pixart.data.store.zarr_store import Store
 
@@ -31,7 +34,7 @@ def run(run_folder: str) -> dict[str, list[int]]:
 
 
 def captions_whole(dataset: str, shard: int) -> bool:
-    """True also where there are none yet."""
+    """Return whether the captions of a shard match the ledger; true if the ledger has no entry."""
     from jobs.tasks.caption import read_part
 
     if ledger.read(dataset, "caption", shard) is None:
@@ -44,7 +47,7 @@ def captions_whole(dataset: str, shard: int) -> bool:
 
 
 def latents_whole(store, shard: int) -> bool:
-    """True also where there are none yet."""
+    """Return whether the arrays of a shard match the ledger; true if the ledger has no entry."""
     import numpy as np
 
     from jobs.tasks.latents import checksum

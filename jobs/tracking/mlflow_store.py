@@ -1,8 +1,9 @@
-"""Tracking: all that is to be told is written into the run folder first, and brought into MLflow from there.
+"""Synchronization of run folders with MLflow.
 
-Tasks append to a journal, so they need no way to the tracking server; the launcher describes the run and how it ended.
-Bringing it into MLflow takes as long as it takes, may fail or be killed, and may be done again: nothing counts twice.
-MLflow's own stores take a point of the same key, step, value and time for one, and those of a journal never change.
+Tasks append metrics to the journal of their run folder, so that they need no connection to the tracking server; the
+launcher writes the metadata and the final status. Synchronization can fail, be killed and be repeated without logging
+a point twice: MLflow's stores deduplicate points of the same key, step, value and time, and the points of a journal
+never change.
 """
 
 import fcntl
@@ -27,24 +28,25 @@ from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-STATE = "mlflow.json"  # what MLflow has of it
+STATE = "mlflow.json"  # how far the run is synchronized
 LOG = "tracking.log"
 LOCK = ".mlflow.lock"
 EXPERIMENT = "pixart"
-MOMENT = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # that a run folder's name begins with; MLflow has a column for it
-BATCH = 1000  # metrics that MLflow takes at once
+MOMENT = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # time in the name of a run folder; MLflow has a column for it
+BATCH = 1000  # metrics per request, MLflow's limit
 PREVIEW = re.compile(r"step-([0-9]+)\.png")
-SMALL = 256  # pixels of the pictures that MLflow's page shows first
-# What is not answered is asked for again later; MLflow's own eight tries would hold a progress line for minutes.
+SMALL = 256  # pixels per side of the thumbnails on MLflow's page
+# A failed request is repeated by the next synchronization; MLflow's default of eight tries would block a progress line
+# for minutes.
 CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "1"}
 
 
 class StoreError(Exception):
-    """MLflow does not answer, or refuses; the message is one line."""
+    """MLflow cannot be reached or rejects a request; the message is one line."""
 
 
 def behind(run: Path) -> bool:
-    """Whether there is something that MLflow lacks, as far as is known without asking it."""
+    """Return whether a run has data that was not sent to MLflow yet, from the saved state alone."""
     if not (run / run_metadata.FILE).exists():
         return False
     if not (run / STATE).exists():
@@ -67,7 +69,7 @@ class Tracker:
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
-        for name in ("mlflow", "alembic"):  # they announce each migration of a new store
+        for name in ("mlflow", "alembic"):  # they log each migration of a new store
             logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(self.uri, registry_uri=self.uri)
 
@@ -81,8 +83,10 @@ class Tracker:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Turns what MLflow raises into StoreError. An embedded store takes one process at a time: a new one is made
-        and migrated by the first."""
+        """Convert the errors of MLflow to StoreError.
+
+        An embedded store is locked meanwhile, because the first process creates and migrates it.
+        """
         embedded = not self.uri.startswith("http")
         try:
             with locked(self.home) if embedded else nothing():
@@ -94,7 +98,7 @@ class Tracker:
             raise StoreError(f"MLflow at {self.uri} does not take it: {said[:300]}") from error
 
     def sync(self, run: Path) -> None:
-        """Brings into MLflow what it lacks of a run, and of those that it belongs to. Raises StoreError."""
+        """Send what MLflow lacks of a run and of its parent submission. Raises StoreError."""
         with self.opened():
             parent = read_description(run)["parent"]
             if parent and (Path(parent) / run_metadata.FILE).exists():
@@ -102,6 +106,7 @@ class Tracker:
             self.bring(run)
 
     def bring(self, run: Path) -> None:
+        """Send the new journal lines, tags and status of one run, and save how far it is synchronized."""
         with locked(run):
             state = self.state(run)
             if state is None:
@@ -119,7 +124,10 @@ class Tracker:
                 save(run, {**state, "tags": {**state["tags"], **tags}, "status": status})
 
     def state(self, run: Path) -> dict[str, Any] | None:
-        """What the store has of the run, which is made there if it has nothing; None where a user has deleted it."""
+        """Return the synchronization state of a run; None if a user has deleted the MLflow run.
+
+        The MLflow run is created if the store does not have it.
+        """
         if (run / STATE).exists():
             state = read_state(run)
             stage = self.stage(state["run_id"]) if state["uri"] == self.uri else None
@@ -132,7 +140,7 @@ class Tracker:
         return {**state, "status": "RUNNING"}
 
     def stage(self, identifier: str) -> str | None:
-        """active or deleted; None where the store does not have the run, as after its file was removed."""
+        """Return MLflow's lifecycle stage, "active" or "deleted"; None if the store does not have the run."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -143,7 +151,10 @@ class Tracker:
             return None
 
     def find_or_create(self, run: Path) -> str:
-        """The run by its key: a kill may have come between making it and writing down its id."""
+        """Return the id of the MLflow run with the run's key, and create it if it does not exist.
+
+        It can exist without a saved id, if a process was killed after creating it.
+        """
         from mlflow.entities import Param
 
         about = read_description(run)
@@ -162,8 +173,11 @@ class Tracker:
         return identifier
 
     def replay(self, run: Path, state: dict[str, Any]) -> None:
-        """Sends what the journal has more. How far it goes is written down first: after a kill just that is sent again,
-        so that of two lines of the same step the same one counts."""
+        """Send the new lines of the journal.
+
+        The offsets to send up to are saved first: after a kill exactly these lines are sent again, so that the same
+        one of two lines for a step takes effect.
+        """
         while True:
             interrupted = state["sending"]
             lines, ends = read_journal(run, state["offsets"], interrupted)
@@ -178,10 +192,11 @@ class Tracker:
                 return
 
     def send(self, run: Path, state: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        """Send metrics, tags, incidents and artifacts of journal lines."""
         from mlflow.entities import Metric
 
         identifier = state["run_id"]
-        offsets, seen = self.seen.pop(run, ({}, set()))  # gone, should this not come to its end
+        offsets, seen = self.seen.pop(run, ({}, set()))  # stays removed if sending fails
         if offsets != state["offsets"]:
             seen = set()
             list(points(read_journal(run, None, state["offsets"])[0], seen))
@@ -193,12 +208,15 @@ class Tracker:
                 self.client.set_tag(identifier, key, value)
             if "incident" in line:
                 self.client.set_tag(identifier, "pixart.last_incident", f"step {line['step']}: {line['incident']}")
-            if "artifact" in line and Path(line["artifact"]).is_file():  # what was removed since keeps nothing waiting
+            if "artifact" in line and Path(line["artifact"]).is_file():  # skip files that were removed since
                 self.send_file(identifier, Path(line["artifact"]), line["time"])
         self.seen[run] = (dict(state["sending"]), seen)
 
     def send_file(self, identifier: str, file: Path, moment: float) -> None:
-        """A file as an artifact; a preview as MLflow's page looks for pictures by step, under a name that stays."""
+        """Log a file as an artifact; a preview under the names by which MLflow's page shows images by step.
+
+        The names are deterministic, so that a repeated upload replaces the first.
+        """
         found = PREVIEW.fullmatch(file.name)
         if not found:
             self.client.log_artifact(identifier, str(file))
@@ -218,10 +236,12 @@ class Tracker:
 
 
 def store_uri(home: Path) -> str:
+    """Return MLFLOW_TRACKING_URI, else the URI of the sqlite file in the home folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
 
 
 def read_state(run: Path) -> dict[str, Any]:
+    """Return the saved synchronization state of a run. Raises FileNotFoundError if it was never synchronized."""
     return read_record(run / STATE, "uri", "run_id", "offsets", "sending", "tags", "status")
 
 
@@ -236,7 +256,7 @@ def nothing() -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks."""
+    """Hold an exclusive lock on a folder; without effect on a file system that has no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
         with suppress(OSError):
@@ -245,7 +265,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def run_id(run: str | Path) -> str | None:
-    """The MLflow id of a run folder, where it has one."""
+    """Return the MLflow id of a run; None if it was never synchronized."""
     try:
         return read_state(Path(run))["run_id"]
     except FileNotFoundError:

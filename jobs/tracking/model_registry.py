@@ -1,4 +1,4 @@
-"""A release: a checkpoint's averaged weights as a model version in MLflow, with what it comes from."""
+"""Release of a checkpoint: its EMA weights as a model version in MLflow, with its lineage."""
 
 import hashlib
 import re
@@ -19,9 +19,10 @@ ALIAS = "newest"
 
 
 def release(home: Path, name: str, model: str) -> str:
-    """What was done, in words. The same weights are one version, however often they are released.
+    """Register the EMA weights of checkpoint `name` as a version of `model`, and return a report for the user.
 
-    Raises ValueError for what is no checkpoint of a training run, StoreError where MLflow does not take it.
+    Weights that are registered already keep their version. Raises ValueError if `name` is not a checkpoint of a
+    training run, StoreError if MLflow rejects the version.
     """
     if not NAME.fullmatch(model):
         raise ValueError(f"--name {model!r}: may have letters, digits, dots, dashes and underscores")
@@ -56,11 +57,11 @@ def release(home: Path, name: str, model: str) -> str:
 
 
 def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path, tags: dict[str, str]) -> str:
-    """The number of the version, which is made unless these weights have one."""
+    """Return the version of the weights in the model registry, and create it if they have none."""
     from mlflow.exceptions import MlflowException
 
     client, identifier = tracker.client, run_id(run)
-    assert identifier  # the run has just been published
+    assert identifier  # publish has created the MLflow run
     try:
         client.get_registered_model(model)
     except MlflowException as error:
@@ -85,7 +86,7 @@ def file_hash(path: Path) -> str:
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """The average as a diffusers folder. By a process of its own: the launcher imports no torch."""
+    """Write the EMA weights as a diffusers folder. Runs in a separate process, as the launcher imports no torch."""
     from pixart.checkpoint import directory as checkpoints
 
     found = checkpoints.load(checkpoint)

@@ -1,7 +1,7 @@
-"""A small process beside the first rank of each node: the node's own figures go into the journal, and, where MLflow is
-a server that the first node reaches, the journal into it.
+"""The node agent: a process beside the first rank of each node that logs system metrics to the journal.
 
-It ends with the rank, however that ends: its standard input closes. It never imports torch; MLflow, for a server.
+On the first node it also sends the journal to an MLflow server. Its standard input closes when the rank ends in any
+way, and the agent ends with it. It never imports torch, and imports MLflow only for a server.
 """
 
 import fcntl
@@ -22,16 +22,19 @@ from jobs.state.run_metadata import read_description, set_status
 from jobs.tracking.mlflow_store import Tracker, store_uri
 from jobs.tracking.sync import try_publish
 
-SECONDS = 15.0  # between two looks at the node
-LAST_SECONDS = 60.0  # that a finished rank waits for its last points to be sent
+SECONDS = 15.0  # between two samples of the system metrics
+LAST_SECONDS = 60.0  # longest wait of a finished rank for its last metrics to be sent
 ROOT = Path(__file__).parents[2]
-MEGABYTE = 1e6  # as in MLflow's system metrics, whose names these are
-LOCK = ".published"  # its time says when an element has last brought something
+MEGABYTE = 1e6  # bytes, the unit of MLflow's system metrics
+LOCK = ".published"  # its modification time is that of the last synchronization
 PAUSE_SECONDS = 60.0
 
 
 def accompanied(function: Callable[..., Any], run: str, *arguments: Any, **request: Any) -> Any:
-    """Calls `function(run, ...)`, on the first rank of a node with a companion; the very first says how it ended."""
+    """Call `function(run, ...)`, with a node agent if this is the first rank of a node.
+
+    Global rank 0 sets the run's status when the function ends.
+    """
     import submitit
 
     place = submitit.JobEnvironment()
@@ -58,8 +61,10 @@ def accompanied(function: Callable[..., Any], run: str, *arguments: Any, **reque
 
 
 def published(function: Callable[..., Any], run: str, *arguments: Any) -> None:
-    """Calls `function(...)`, an array's element; then one of all elements, once a minute at most, brings their run to
-    an MLflow server."""
+    """Call `function(...)` for an array element, then synchronize the run with an MLflow server.
+
+    Only one element at a time does so, at most once per minute. Without a server the launcher does it.
+    """
     function(*arguments)
     home = Path(run).parents[1]
     if not store_uri(home).startswith("http"):
@@ -67,7 +72,7 @@ def published(function: Callable[..., Any], run: str, *arguments: Any) -> None:
     with (Path(run) / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another has it; or the file system has no locks, and the launcher brings the run there
+        except OSError:  # another element synchronizes; or there are no locks, and the launcher does it
             return
         if time.time() - os.fstat(file.fileno()).st_mtime > PAUSE_SECONDS or not file.tell():
             words = [sys.executable, "-m", "jobs.tracking.sync", str(home), run]
@@ -77,8 +82,9 @@ def published(function: Callable[..., Any], run: str, *arguments: Any) -> None:
 
 
 def main(run: str, node: str) -> None:
+    """Log system metrics every SECONDS until standard input closes."""
     os.nice(19)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the rank does
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent outlives an interrupt, and ends with the rank
     folder, journal = Path(run), Journal(run)
     begun = read_description(folder)["begun"]
     tracker = Tracker(folder.parents[1])
@@ -97,7 +103,10 @@ def main(run: str, node: str) -> None:
 
 
 def node_figures(folder: Path, before: tuple[int, int], after: tuple[int, int]) -> dict[str, float]:
-    """Processors and memory of the node, room where the run lies, and GPUs as nvidia-smi has them."""
+    """Return the utilization of the node's CPUs, memory, disk and GPUs, under the names of MLflow's system metrics.
+
+    `before` and `after` are results of `processor_times`; the disk is that of `folder`.
+    """
     passed = max(1, after[1] - before[1])
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     used = sum(sign * int(memory[name].split()[0]) for name, sign in (("MemTotal", 1), ("MemAvailable", -1)))
@@ -110,13 +119,13 @@ def node_figures(folder: Path, before: tuple[int, int], after: tuple[int, int]) 
 
 
 def processor_times() -> tuple[int, int]:
-    """Busy and all ticks of all processors since the node came up."""
+    """Return the busy and the total clock ticks of all processors since boot."""
     ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def gpu_figures() -> dict[str, float]:
-    """Means over the node's GPUs; nothing where there are none."""
+    """Return metrics of nvidia-smi, as means over the node's GPUs; empty without GPUs."""
     if not shutil.which("nvidia-smi"):
         return {}
     words = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,power.draw", "--format=csv,noheader,nounits"]
@@ -127,7 +136,7 @@ def gpu_figures() -> dict[str, float]:
     use, memory, power = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     return {
         "gpu_utilization_percentage": use,
-        "gpu_memory_usage_megabytes": memory * 2**20 / MEGABYTE,  # nvidia-smi has MiB
+        "gpu_memory_usage_megabytes": memory * 2**20 / MEGABYTE,  # nvidia-smi reports MiB
         "gpu_power_usage_watts": power,
     }
 

@@ -1,4 +1,4 @@
-"""Brings runs up to date: how they ended, what the ledger has of their shards, their pages, and all of it in MLflow."""
+"""Synchronization of runs: update the status, the shard metrics and the pages of a run, and send them to MLflow."""
 
 import fcntl
 import subprocess
@@ -14,18 +14,24 @@ from jobs.state.run import Element, Run
 from jobs.state.run_metadata import set_status, status_of
 from jobs.tracking.mlflow_store import LOG, StoreError, Tracker, locked
 
-TURN = ".publishing"  # held by a process in the background
-SHARDS = "shards"  # name of the journal's file that says what the ledger has
+TURN = ".publishing"  # lock of the background process
+SHARDS = "shards"  # name of the journal file with the metrics of the ledger's shards
 
 
 def settle(run: Run, found: dict[int, Element]) -> None:
-    """Says how the run has ended, if it has: by its data and by Slurm, whatever became of the launcher."""
+    """Set the final status of a run whose elements have all ended.
+
+    The status follows from the data and from Slurm, so that it is right even if the launcher was killed.
+    """
     if not runs.under_way(found):
         set_status(run.folder, "FINISHED" if all(item.state == "done" for item in found.values()) else "FAILED")
 
 
 def journal_shards(run: Run) -> None:
-    """Metrics of an array's elements, with the shard for a step, from the ledger: a killed task cannot lose them."""
+    """Append the metrics of finished shards from the ledger to the journal, with the shard as the step.
+
+    Tasks do not log them, since a killed task would lose them.
+    """
     path = run.folder / "journal" / f"{SHARDS}.jsonl"
     told = {line["step"] for line in parsed(path.read_bytes())} if path.exists() else set()
     new = sorted((ledger.shards(run.dataset, run.kind) & set(run.elements)) - told)
@@ -42,14 +48,17 @@ def journal_shards(run: Run) -> None:
 
 
 def publish(tracker: Tracker, folder: Path) -> None:
-    """Raises StoreError where MLflow does not take it; all is in the run folder then, for the next time."""
-    if (folder / runs.RECORD).exists():  # no submission's own folder
+    """Update a run folder and send it to MLflow.
+
+    Raises StoreError if MLflow rejects it; the next call sends what is missing then.
+    """
+    if (folder / runs.RECORD).exists():  # the folder of a submission has no record
         gather(runs.load(folder))
     tracker.sync(folder)
 
 
 def gather(run: Run, *, pages: bool = False) -> None:
-    """What the folder lacks of what is known elsewhere; pages once the run has ended, or when they are asked for."""
+    """Add shard metrics and the status to a run folder, and the pages if the run has ended or `pages` is set."""
     with locked(run.folder):
         if run.elements:
             journal_shards(run)
@@ -60,7 +69,7 @@ def gather(run: Run, *, pages: bool = False) -> None:
 
 
 def try_publish(tracker: Tracker, folder: Path) -> bool:
-    """What keeps MLflow from taking it is written to the run's log: no job fails for that."""
+    """Publish a run and return whether it succeeded; an error goes to the run's tracking log, and fails no job."""
     try:
         publish(tracker, folder)
     except StoreError as error:
@@ -71,7 +80,7 @@ def try_publish(tracker: Tracker, folder: Path) -> bool:
 
 
 def publish_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Popen[bytes]:
-    """By a process that outlives this one: importing MLflow takes longer than submitting."""
+    """Publish runs from a process that outlives this one, since importing MLflow takes longer than a submission."""
     with (folders[0] / LOG).open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "jobs.tracking.sync", str(home), *map(str, folders)],
@@ -83,7 +92,7 @@ def publish_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Pop
 
 
 def main(home: str, *folders: str) -> int:
-    """Leaves alone what another process is at."""
+    """Publish the folders, except those that another process is publishing. Returns 0, or 1 if one failed."""
     tracker, done = Tracker(home), True
     for folder in map(Path, folders):
         with (folder / TURN).open("w") as turn:
@@ -91,7 +100,7 @@ def main(home: str, *folders: str) -> int:
                 fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            except OSError:  # a file system without locks
+            except OSError:  # the file system has no locks
                 pass
             done = try_publish(tracker, folder) and done
     return 0 if done else 1

@@ -1,4 +1,4 @@
-"""Plots as SVG within a page of HTML: colors follow its light or dark, and every point says what it is."""
+"""SVG charts for HTML pages: colors follow the light or dark scheme, and every point has a title."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,31 +7,34 @@ from typing import TypeGuard
 
 from pixart.html.page import text
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1090, 10, 250  # of a plot, and of the frame within it, in pixels
-SAME = 1e-9  # difference of values, of their size, that is rounding
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1090, 10, 250  # pixels: width of a chart, edges of its frame
+SAME = 1e-9  # relative difference below which values count as equal
 MARKS = {
     "dot": "M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0",
     "ring": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
     "cross": "M-3-3 3 3M-3 3 3-3",
 }
-PATHS = {**MARKS, "faint": MARKS["ring"], "curve": MARKS["ring"]}  # of lines of many points: seen in the legend only
+PATHS = {**MARKS, "faint": MARKS["ring"], "curve": MARKS["ring"]}  # "faint" and "curve" show marks only in the legend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
+    """An axis from `low` to `high`, with the position and text of each tick."""
+
     label: str
     low: float
     high: float
     ticks: Sequence[tuple[float, str]]
-    panels: Sequence[str] = ()  # names of the unit intervals from 0
+    panels: Sequence[str] = ()  # names of the intervals [0, 1], [1, 2], ...
 
     def share(self, value: float) -> float:
+        """Return the position of a value as a fraction of the axis, 0 at `low` and 1 at `high`."""
         return (value - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points with a title each; series that share a name share an entry of the legend."""
+    """A series of points, each with a title; series that share a name and a mark share an entry of the legend."""
 
     name: str
     x: Sequence[float]
@@ -42,17 +45,18 @@ class Series:
 
 
 def drawable(value: float | None) -> TypeGuard[float]:
+    """Return whether a value is present and finite."""
     return value is not None and math.isfinite(value)
 
 
 def log_axis(label: str, low: int, high: int) -> Axis:
-    """From 10**low to 10**high; what is drawn are logarithms."""
+    """Return an axis from 10**low to 10**high, for series that hold decimal logarithms."""
     exponents = range(low, high + 1, -(-(high - low) // 8))
     return Axis(label=label, low=low, high=high, ticks=[(exponent, f"1e{exponent}") for exponent in exponents])
 
 
 def linear_axis(label: str, series: Iterable[Series], *shown: float) -> Axis:
-    """Holds every value of the series, and those of `shown`, between round numbers."""
+    """Return an axis between round numbers that covers every value of the series and of `shown`."""
     values = [*(value for one in series for value in one.y if drawable(value)), *shown] or [0.0]
     span, size = max(values) - min(values), max(map(abs, values))
     span = span if span > SAME * size else size or 1.0
@@ -64,20 +68,21 @@ def linear_axis(label: str, series: Iterable[Series], *shown: float) -> Axis:
 
 
 def kinds_axis(kinds: Sequence[str], blocks: int) -> Axis:
-    """A panel for each kind of linear, over the blocks."""
+    """Return an axis with a panel for each kind of linear layer, over the transformer's blocks."""
     ends = sorted({0, blocks - 1})
     ticks = [(within(panel, block, blocks), f"{block}") for panel in range(len(kinds)) for block in ends]
     return Axis(label="block, by kind of linear", low=0, high=len(kinds), ticks=ticks, panels=kinds)
 
 
 def within(panel: int, block: int, blocks: int) -> float:
+    """Return the position of a block in a panel of `kinds_axis`."""
     return panel + 0.05 + 0.9 * (block + 0.5) / blocks
 
 
 def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis, events: Sequence[tuple[float, str]] = ()) -> str:
-    """A figure with a legend, an SVG and a caption, which counts the values that cannot be drawn.
+    """Return a figure with a legend, an SVG and a caption, which counts the values that cannot be drawn.
 
-    `events` are places of the horizontal axis, with what happened there.
+    `events` are positions on the horizontal axis with a title; they are drawn as dashed lines.
     """
 
     def across(value: float) -> float:
@@ -130,7 +135,7 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis, events: Sequ
 
 
 def legend(series: Iterable[Series]) -> str:
-    """A name that has several colors has none here."""
+    """Return the items of the legend; a name whose series have several colors is shown in the text color."""
     colors: dict[tuple[str, str], set[str]] = {}
     for one in series:
         colors.setdefault((one.name, one.mark), set()).add(one.color)

@@ -1,4 +1,4 @@
-"""Counts by interval as an SVG of bars, with axes, and every bar says what it is."""
+"""SVG histograms for HTML pages, with axes and a title for every bar."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,10 @@ TICKS = 6
 
 
 def histogram(caption: str, edges: Sequence[float], counts: Sequence[int], label: str) -> str:
-    """A figure; `label` names the horizontal axis with its unit. Intervals are drawn of equal width."""
+    """Return a figure of `counts` in the intervals between `edges`; `label` names the horizontal axis with its unit.
+
+    All bars have the same width, whatever their interval.
+    """
     highest = max([*counts, 1])
     width = (RIGHT - LEFT) / len(counts)
     parts = []
@@ -36,6 +39,7 @@ def histogram(caption: str, edges: Sequence[float], counts: Sequence[int], label
 
 
 def short(count: float) -> str:
+    """Format a count with three significant digits, and k or M for thousands or millions."""
     for unit, name in ((1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"

@@ -1,4 +1,4 @@
-"""The few pieces of HTML that a page of figures is made of, readable in light and in dark; every value is escaped."""
+"""Elements of the HTML pages: document, table, badge; they follow the light or dark scheme, and escape every value."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -41,22 +41,22 @@ svg text { fill: currentColor; font-size: 12px; } .grid { stroke: var(--rule); }
 
 
 class Html(str):
-    """Markup, which `text` leaves as it is."""
+    """Markup that `text` does not escape."""
 
 
 def text(value: object) -> str:
-    """A value as HTML."""
+    """Return a value as HTML: escaped, with "-" for None and three significant digits for a float."""
     if isinstance(value, Html):
         return value
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.3g}" if math.isfinite(value) else f'<b class="bad">{value}</b>'
-    return escape(str(value).encode(errors="replace").decode())  # a file's name need not be UTF-8
+    return escape(str(value).encode(errors="replace").decode())  # a file name may not be valid UTF-8
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """A whole page that needs nothing beside it: no script, no font, no network."""
+    """Return a self-contained page: it loads no script, font or other file."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -65,15 +65,17 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def emphasis(value: float | None, bad: bool) -> Html:
+    """Return a value as HTML, highlighted if it is bad."""
     return Html(f'<b class="bad">{text(value)}</b>' if bad else text(value))
 
 
 def badge(passed: bool) -> Html:
+    """Return the badge PASS or FAIL."""
     return Html('<span class="badge pass">PASS</span>' if passed else '<span class="badge fail">FAIL</span>')
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], groups: Sequence[tuple[str, int]] = ()) -> str:
-    """Rows under a head, if there is one, and under `groups` of so many columns each."""
+    """Return a table; `head` may be empty, and `groups` are headings above it with the number of columns of each."""
     above = "".join(f'<th colspan="{columns}">{text(name)}</th>' for name, columns in groups)
     names = "".join(f"<th>{text(name)}</th>" for name in head)
     heads = "".join(f"<tr>{cells}</tr>" for cells in (above, names) if cells)

@@ -1,9 +1,9 @@
-"""A real Slurm on this one machine: `python -m slurm.devcluster up`, `status`, `down`.
+"""Development cluster: a real Slurm on one machine, by `python -m slurm.devcluster up`, `status`, `down`.
 
-For tests, and for people who want to see how a job behaves in a queue: munge, slurmctld and a slurmd per node, with
-GPUs that are empty device files, and accounting by slurmdbd and MariaDB on request. Everything lies in one folder and
-listens on its own ports, so that several can run side by side. Needs root on Debian or Ubuntu, whose packages it
-installs where they are missing.
+It serves tests, and shows how a job behaves in a queue. It runs munge, slurmctld and one slurmd per node, with device
+files in place of GPUs, and on request accounting by slurmdbd and MariaDB. A cluster keeps its files in one folder and
+listens on separate ports, so that several can run side by side. It needs root on Debian or Ubuntu, and installs the
+packages that are missing.
 """
 
 import argparse
@@ -19,6 +19,7 @@ DEFAULT_FOLDER = "/var/tmp/pixart-devcluster"
 
 
 def describe(cluster: DevCluster) -> str:
+    """Return the shell command that exports the cluster's environment variables."""
     exports = " ".join(f"{key}={value}" for key, value in cluster.environment.items())
     return f"export {exports}"
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """An argparse parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")

@@ -1,4 +1,4 @@
-"""A development cluster as its folder has it: nodes, ports, environment, and commands run against it."""
+"""Description of a development cluster: its nodes, ports and environment, and the commands that run against it."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 30  # that a daemon is given to answer
+SECONDS = 30  # longest wait for a daemon to answer
 PATH = "/usr/sbin:/sbin:/usr/bin:/bin:" + os.environ.get("PATH", "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DevCluster:
-    """A cluster in `folder`; what it was started with lies there in cluster.json."""
+    """A development cluster in `folder`; its parameters are saved there in cluster.json."""
 
     folder: Path
     nodes: int
@@ -24,15 +24,19 @@ class DevCluster:
 
     @property
     def names(self) -> list[str]:
+        """Names of the nodes."""
         return [f"n{index}" for index in range(1, self.nodes + 1)]
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that a process needs to talk to this cluster."""
+        """Environment variables that select this cluster."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PIXART_CLUSTER": "dev"}
 
     def command(self, *words: str) -> str:
-        """Runs a program against this cluster and returns its output. Raises ValueError with its complaint."""
+        """Run a program against this cluster and return its output.
+
+        Raises ValueError, with the program's standard error, if it fails.
+        """
         done = subprocess.run(
             words, capture_output=True, text=True, env={**os.environ, **self.environment, "PATH": PATH}
         )
@@ -41,7 +45,7 @@ class DevCluster:
         return done.stdout
 
     def start(self, name: str, *words: str) -> None:
-        """Starts a daemon that stays when this process ends; its output goes to its log."""
+        """Start a daemon that outlives this process; its output goes to logs/NAME.out."""
         with (self.folder / "logs" / f"{name}.out").open("ab") as log:
             subprocess.Popen(
                 words,
@@ -53,13 +57,14 @@ class DevCluster:
             )
 
     def start_controller(self) -> None:
+        """Start slurmctld and wait until it answers."""
         self.start("slurmctld", "slurmctld", "-D")
         self.wait_for("slurmctld", lambda: "UP" in self.command("scontrol", "ping"))
 
     def restart_controller(self) -> None:
-        """As a crash and a new start: jobs go on meanwhile. Returns when the nodes have made themselves known to it.
+        """Kill slurmctld and start it again, as after a crash; jobs keep running meanwhile.
 
-        Until then it refuses what asks for a GPU.
+        Returns when all nodes have registered: before that, slurmctld rejects jobs that request GPUs.
         """
         os.kill(int((self.folder / "slurmctld.pid").read_text()), signal.SIGKILL)
         self.start_controller()
@@ -69,6 +74,7 @@ class DevCluster:
         self.start(f"slurmd-{name}", "slurmd", "-D", "-N", name)
 
     def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
+        """Poll `ready` until it is true. Raises ValueError, naming `what`, after SECONDS."""
         deadline = time.monotonic() + SECONDS
         answer = "no answer"
         while True:

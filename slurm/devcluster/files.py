@@ -1,12 +1,12 @@
-"""What a dev cluster's daemons read: slurm.conf, gres.conf with the GPUs' device files, and slurmdbd.conf."""
+"""Configuration files of a development cluster: slurm.conf, gres.conf with the GPUs' device files, slurmdbd.conf."""
 
 import os
 import socket
 
 from slurm.devcluster.cluster import DevCluster
 
-PARTITION, URGENT = "main", "urgent"  # jobs of the second preempt those of the first
-NULL_DEVICE = (1, 3)  # its numbers: a GPU that is only a file
+PARTITION, URGENT = "main", "urgent"  # jobs of URGENT preempt those of PARTITION
+NULL_DEVICE = (1, 3)  # major and minor number of /dev/null, the device of each simulated GPU
 
 SLURM_CONF = """\
 ClusterName={name}
@@ -70,6 +70,7 @@ StorageLoc=slurm_acct
 
 
 def write(cluster: DevCluster) -> None:
+    """Write the configuration files and create the device files of the GPUs."""
     folder, ports = cluster.folder, cluster.ports
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     gres = f" Gres=gpu:b200:{cluster.gpus_per_node}" if cluster.gpus_per_node else ""

@@ -18,7 +18,10 @@ ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 
 
 def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = False) -> DevCluster:
-    """Starts a cluster and returns when all its nodes are idle. Raises ValueError where it cannot run."""
+    """Start a cluster and return when all its nodes are idle.
+
+    Raises ValueError if the folder already has one, or if it cannot run there.
+    """
     folder = folder.absolute()
     if nodes < 1 or gpus_per_node < 0:
         raise ValueError(f"--nodes {nodes} --gpus-per-node {gpus_per_node}: a cluster has a node at least")
@@ -51,7 +54,7 @@ def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = 
 
 
 def check_path(folder: Path) -> None:
-    """Raises ValueError where the cluster cannot run."""
+    """Check that this user can run a cluster in the folder. Raises ValueError otherwise."""
     if os.geteuid() != 0:
         raise ValueError("the dev cluster's daemons need root: try sudo, or a container")
     if any(character.isspace() or character in ",=%#\\" for character in str(folder)):
@@ -61,7 +64,7 @@ def check_path(folder: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
+    """Return distinct ports that nothing listens on at present."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for item in sockets:
@@ -73,6 +76,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start_munge(cluster: DevCluster) -> None:
+    """Start munged with a new key and wait until it answers."""
     folder = cluster.folder
     key = folder / "munge.key"
     key.touch(mode=0o600)
@@ -90,6 +94,7 @@ def start_munge(cluster: DevCluster) -> None:
 
 
 def start_accounting(cluster: DevCluster) -> None:
+    """Start MariaDB and slurmdbd, and register the cluster for accounting."""
     data = cluster.folder / "database"
     data.mkdir()
     cluster.command("mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-test-db")
@@ -100,7 +105,7 @@ def start_accounting(cluster: DevCluster) -> None:
     client = ("mariadb", "--no-defaults", f"--socket={data}/socket")
     cluster.wait_for("mariadbd", lambda: bool(cluster.command(*client, "-e", "SELECT 1")))
     cluster.command(*client, "-e", grant)
-    # slurmdbd reads the configuration that lies beside SLURM_CONF.
+    # slurmdbd reads slurmdbd.conf from the folder of SLURM_CONF.
     cluster.start("slurmdbd", "slurmdbd", "-D")
     cluster.wait_for("slurmdbd", lambda: answers(cluster.ports["accounting"]))
     name = f"dev{cluster.ports['controller']}"
@@ -108,12 +113,13 @@ def start_accounting(cluster: DevCluster) -> None:
 
 
 def answers(port: int) -> bool:
+    """Return True if a local port accepts connections. Raises OSError otherwise."""
     with socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
 
 
 def load(folder: Path) -> DevCluster:
-    """The cluster that was started in a folder. Raises ValueError where there is none."""
+    """Return the cluster that was started in a folder. Raises ValueError if the folder has no cluster."""
     try:
         values = json.loads((folder.absolute() / "cluster.json").read_text())
     except FileNotFoundError:
@@ -122,9 +128,12 @@ def load(folder: Path) -> DevCluster:
 
 
 def down(folder: Path, *, keep: bool = False) -> None:
-    """Ends a cluster with its jobs and removes its folder, but for the logs where `keep` asks for it."""
+    """Stop a cluster and its jobs, and remove its folder.
+
+    With `keep`, only cluster.json is removed, so that the logs remain. Raises ValueError if there is no cluster.
+    """
     cluster = load(folder)
-    for number, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 10)):  # slurmstepd heeds the second alone
+    for number, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 10)):  # slurmstepd ends only on SIGKILL
         deadline = time.monotonic() + seconds
         while found := processes(cluster):
             for pid in found:
@@ -139,7 +148,10 @@ def down(folder: Path, *, keep: bool = False) -> None:
 
 
 def processes(cluster: DevCluster) -> list[int]:
-    """Daemons of the cluster and what its jobs have started: whatever was given its SLURM_CONF by one of them."""
+    """Return the process ids of the cluster's daemons and of its jobs' processes.
+
+    They are recognized by the SLURM_CONF in their environment.
+    """
     mark = f"SLURM_CONF={cluster.folder}/slurm.conf".encode()
     daemons = {b"munged", b"slurmctld", b"slurmd", b"slurmdbd", b"mariadbd", b"slurmstepd", b"slurmstepd:"}
     found = []
@@ -148,7 +160,7 @@ def processes(cluster: DevCluster) -> list[int]:
             variables = (path / "environ").read_bytes().split(b"\0")
             program = (path / "cmdline").read_bytes().split(b"\0")[0].split(b" ")[0].rpartition(b"/")[2]
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
         if mark in variables and (in_job or program in daemons) and int(path.name) != os.getpid():
             found.append(int(path.name))

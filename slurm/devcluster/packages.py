@@ -1,4 +1,4 @@
-"""Debian packages of programs that are missing."""
+"""Installation of the Debian packages of missing programs."""
 
 import fcntl
 import os

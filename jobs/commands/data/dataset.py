@@ -1,4 +1,4 @@
-"""Parts that the commands of datasets share: opening a dataset, its shards, and the data jobs before training."""
+"""Functions that the dataset commands share: opening a dataset, selecting shards, and running the data jobs."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,7 @@
 """Rewrite prompts in the style of the captions, with the captioning model.
 
-Uses a running vLLM server from this process, or else submits a job with an engine of its own, and waits for it. A
-prompt whose rewritten text fails the checks twice is returned unchanged.
+Uses a running vLLM server, or else submits a job that starts the vLLM engine, and waits for it. A prompt whose
+rewritten text fails the checks twice is returned unchanged.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jobs.submission.submit import run_ranks
 from slurm.executor import Cluster
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-MAX_COMPARED = 10_000  # captions of a dataset
+MAX_COMPARED = 10_000  # captions of the dataset that prompts are compared with
 KIND = "recaption"
 
 
@@ -107,14 +107,14 @@ def check_output(options: Options) -> Path | None:
 
 
 def rewrite_by_server(prompts: list[str], url: str, model: str | None) -> list[dict[str, str]]:
-    """Rewrite the prompts by a running vLLM server."""
+    """Rewrite the prompts with a running vLLM server."""
     from pixart.data.captions.rewriting import rewrite, server_generator
 
     return [asdict(item) for item in rewrite(prompts, server_generator(url.rstrip("/"), model))]
 
 
 def submit_recaption(launch: Launch, prompts: list[str], model: str | None) -> Run:
-    """Submit the job that rewrites the prompts; its Python is the profile's for recaption, else that for caption."""
+    """Submit the job that rewrites the prompts, with the profile's Python for recaption, else for caption."""
     pythons = launch.profile.python
     if "caption" in pythons:
         launch.profile = replace(launch.profile, python={KIND: pythons["caption"], **pythons})

@@ -1,4 +1,4 @@
-"""The value of `--array`: which shards, and how many at once, in Slurm's notation."""
+"""Parsing of `--array`: the shards to process and the limit of concurrent tasks, in Slurm's notation."""
 
 import re
 

@@ -1,6 +1,6 @@
 """Compare every file of a dataset with the checksums in its ledger.
 
-Shards with altered files no longer count as done: the job that wrote them then writes them again.
+Shards with altered files no longer count as done, so that the next run of their job writes them again.
 """
 
 from jobs.commands.data.dataset import DatasetOptions, open_writable_dataset, submit_dataset_job

@@ -1,6 +1,6 @@
 """Print the path of a run's page, and show it in a browser.
 
-The page is written again first, unless the run is read-only. The browser opens only where there is a display.
+The page is updated first, unless the run is read-only. The browser opens only if there is a display.
 """
 
 import os

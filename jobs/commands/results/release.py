@@ -1,6 +1,6 @@
 """Register the EMA weights of a checkpoint as a model version in MLflow.
 
-The version has the checkpoint's lineage as a page. The same weights are one version, however often they are released.
+The checkpoint's lineage is attached to the version as a page. Releasing the same weights again adds no version.
 """
 
 from dataclasses import dataclass

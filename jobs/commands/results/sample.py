@@ -1,7 +1,7 @@
 """Sample images from a checkpoint, or export a diffusers pipeline.
 
-Stage 1 samples classes (--class), stage 2 prompts (--prompt, --file). Steps, guidance, seed and number of the dataset's
-captions are the sample.* keys.
+Stage 1 samples classes (--class), stage 2 prompts (--prompt, --file). The keys sample.* set the steps, the guidance,
+the seed and how many captions of the dataset are sampled.
 """
 
 import json
@@ -129,7 +129,7 @@ def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) 
 
 
 def check_options(options: Options, checkpoint: Path, stage: int, is_inference: bool) -> None:
-    """Raises ValueError for options that exclude each other, or that do not fit the checkpoint."""
+    """Check the options. Raises ValueError if some exclude each other or do not fit the checkpoint."""
     by_text = {"--prompt": options.prompts, "--file": options.file, "--recaption": options.recaption}
     text_flag = next((flag for flag, value in by_text.items() if value), None)
     if stage == 1 and text_flag:
@@ -146,7 +146,7 @@ def check_options(options: Options, checkpoint: Path, stage: int, is_inference: 
 
 
 def check_export(folder: str, checkpoint: Path, is_inference: bool) -> None:
-    """Raises ValueError if the checkpoint cannot be exported to this folder."""
+    """Check the folder of the export. Raises ValueError if the checkpoint cannot be exported to it."""
     if is_inference:
         raise ValueError(
             f"--export-pipeline: {checkpoint} is in FP8, which diffusers cannot read; give the training checkpoint"

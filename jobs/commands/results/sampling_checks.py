@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 NULL_CLASS = "none"
-MAX_LISTED = 8  # class names in an error
+MAX_LISTED = 8  # class names listed in an error
 
 
 def check_model(model: dict[str, Any], manifest: dict[str, Any], dataset: str) -> None:
-    """Raises ValueError if the dataset's VAE or text encoder has other sizes than the model was made for."""
+    """Check that the model fits the dataset's VAE and text encoder.
+
+    Raises ValueError if the number of latent channels or the width of the text embeddings differs.
+    """
     channels = manifest["latent_shape"][0]
     if model["in_dim"] != channels:
         raise ValueError(f"the model has {model['in_dim']} latent channels, and the VAE of {dataset} has {channels}")

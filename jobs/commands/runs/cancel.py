@@ -1,6 +1,6 @@
 """Cancel the jobs of a run.
 
-Only its pending and running jobs; data that is complete stays, and `retry` submits the rest again.
+Cancels the pending and running jobs of the run. Complete data is kept; `retry` submits the other elements again.
 """
 
 from jobs.commands.options import Command, RunOptions

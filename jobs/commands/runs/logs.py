@@ -1,6 +1,6 @@
 """Print the logs of a run.
 
-Of every job, or of the job of one shard. With several logs, each part starts with the name of its file.
+Prints the logs of every job, or of the job of one shard. With several logs, the name of its file precedes each part.
 """
 
 import time

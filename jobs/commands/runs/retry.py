@@ -1,6 +1,7 @@
 """Submit the failed elements of a run again.
 
-Elements that are done or active are left alone. Uses the run's own recipe and, unless --cluster is given, its profile.
+Elements that are done or active are not submitted. The recipe is that of the run; so is the cluster profile, unless
+--cluster is given.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Show the state of a run: done, running, pending and failed elements.
 
-The state comes from the data first, and from Slurm where there is no data yet. The exit code is 1 if an element failed.
+The state comes from the data, and from Slurm if there is no data yet. The exit code is 1 if an element failed.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from jobs.tracking.mlflow_store import behind
 from jobs.tracking.sync import publish_in_background, settle
 from slurm.task import attempts
 
-MAX_FAILURES = 10  # listed one by one
+MAX_FAILURES = 10  # failed elements that are listed
 STYLES = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red"}
 
 

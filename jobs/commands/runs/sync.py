@@ -1,7 +1,7 @@
 """Send the journals of runs to MLflow.
 
-For clusters whose nodes do not reach the MLflow server: run it on a machine that does. Without RUN, every run that
-MLflow lacks something of is sent.
+If the nodes of a cluster cannot reach the MLflow server, run this command on a machine that can. Without RUN, all runs
+with unsent data are sent.
 """
 
 from dataclasses import dataclass

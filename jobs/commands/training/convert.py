@@ -35,7 +35,7 @@ class Options(SubmissionOptions):
     conversion: ConversionOptions = field(metadata=delegated(add_options, from_arguments))
 
     def with_run_file(self, file: RunFile) -> Self:
-        """Of the file's recipe only the dataset matters here: it is calibrated on."""
+        """Return the options with the cluster and the calibration dataset of a configuration file."""
         calibration = replace(self.conversion, calibration_dataset=self.conversion.calibration_dataset or file.dataset)
         return replace(super().with_run_file(file), conversion=calibration)
 

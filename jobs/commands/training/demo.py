@@ -1,6 +1,6 @@
 """Run the whole pipeline on rendered scenes, and wait for its samples.
 
-The same jobs as `pipeline`, on the demo recipe: two CPU cores need a few minutes.
+Runs the jobs of `pipeline` with the demo recipe, which takes a few minutes on two CPU cores.
 """
 
 from jobs.commands.launching import launching, read_recipe

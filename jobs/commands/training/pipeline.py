@@ -33,7 +33,7 @@ def run(options: TrainingOptions) -> int:
 
 
 def pipeline(launch: Launch, options: TrainingOptions) -> str:
-    """Submit the jobs, and describe them or, where the launcher waits, their results."""
+    """Submit the jobs, and describe them or, if the launcher waits, their results."""
     submitted = submit_pipeline(launch, options)
     if launch.wait:
         return describe_results(launch, submitted)
@@ -75,7 +75,7 @@ def describe_results(launch: Launch, submitted: list[Run]) -> str:
 
 
 def describe_tracking(tracker: Tracker) -> str:
-    """Return the address of the runs in MLflow, by the page of the experiment: MLflow's home page lists no runs."""
+    """Return the address of the experiment's page in MLflow, since MLflow's home page lists no runs."""
     if tracker.uri.startswith("http"):
         return tracker.uri
     return (

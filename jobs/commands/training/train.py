@@ -26,7 +26,7 @@ from pixart.config.overrides import apply
 from pixart.config.recipe import Recipe
 from slurm.executor import Cluster, Shape
 
-# Keys of a stage's configuration that MLflow and the page of the run show.
+# Keys of a stage's configuration that MLflow and the run's summary page show.
 LOGGED_KEYS = ("steps", "global_batch_size", "lr", "precision", "fp8", "ema_decay", "cond_dropout_prob")
 
 
