@@ -165,7 +165,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
         raise ValueError(f"--dataset: its text embeddings have {text.shape[-1]} dimensions, the model reads {text_dim}")
     if options.device == "cuda" and options.fp8_recipe == STATEFUL:
         tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
-        counts = {"image tokens": tokens} | ({"states of text": text.shape[1]} if options.stage == 2 else {})
+        counts = {"image tokens": tokens} | ({"text tokens": text.shape[1]} if options.stage == 2 else {})
         check_gemm_alignment(options.batch_size, counts)
     return start, batches, dataset
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from conversion.options import STATEFUL
 from jobs.state import run
-from jobs.state.checkpoint_names import find_checkpoint
+from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
@@ -52,7 +52,7 @@ def check_start(recipe: Recipe, start: Path, record: Record, stage: int, overrid
 
 def check_acceptance(start: Path, record: Record) -> None:
     """Check that the conversion that wrote a checkpoint passed its acceptance checks."""
-    if record["provenance"].get("gate") == "FAIL":
+    if acceptance(record["provenance"]) == "FAIL":
         raise ValueError(
             f"{start} comes from a conversion that failed its acceptance checks (see its report.html); convert it "
             "again, or give --accept-failed-conversion"

@@ -72,7 +72,7 @@ def test_unaligned_batches_are_refused_on_a_gpu(legacy_file, tmp_path, monkeypat
     monkeypatch.setattr("conversion.batches.SYNTHETIC_TEXT_TOKENS", 20)
     for device, batch_size in (("cpu", 1), ("cuda", 4)):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch_size=batch_size, base_latent_size=8))
-    with pytest.raises(ValueError, match="1 images at once have 20 states of text"):
+    with pytest.raises(ValueError, match="1 images have 20 text tokens"):
         to_fp8.prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch_size=1, base_latent_size=8))
 
 
@@ -105,7 +105,7 @@ def test_existing_output_is_replaced_only_with_overwrite(legacy_file, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main([str(legacy_file), *KEEP_STAGE, "--margin", "2", "--overwrite"]) == 0
     assert tree(directory.parent) == before
-    assert checkpoints.read_record(directory)["plan"]["margin"] == 2
+    assert checkpoints.read_metadata(directory)["plan"]["margin"] == 2
     with pytest.raises(ValueError, match="already an FP8 checkpoint"):
         convert(directory, directory.with_name("twice"), Options(num_batches=1, batch_size=2))
     (directory.parent / "mine").mkdir()
@@ -166,7 +166,7 @@ def test_failed_conversion_is_written_and_marked(legacy_file, capsys):
     printed = capsys.readouterr().out
     assert "FAIL        grad_weight SQNR loss vs. dynamic scaling" in printed
     assert "--accept-failed-conversion" in printed
-    assert checkpoints.read_record(legacy_file.with_name("ckpt.fp8"))["provenance"]["acceptance"] == "FAIL"
+    assert checkpoints.read_metadata(legacy_file.with_name("ckpt.fp8"))["provenance"]["acceptance"] == "FAIL"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -176,7 +176,7 @@ def test_a_flipped_bit_on_disk_fails_the_conversion(legacy_file, monkeypatch, ca
     def write_damaged_state(checkpoint, partial):
         write_state(checkpoint, partial)
         with (partial / checkpoints.STATE_FILES["ema"]).open("r+b") as file:
-            _, _, offset, _ = safetensors_stream.entries(Path(file.name))["linear_out.bias"]
+            _, _, offset, _ = safetensors_stream.read_header(Path(file.name))["linear_out.bias"]
             file.seek(offset + 3)
             byte = file.read(1)[0]
             file.seek(offset + 3)
