@@ -10,6 +10,9 @@ NEWEST_VERSIONS := torch==2.15.0 transformers==5.24.0 torchao==0.18.0
 FAST := not slow and not slurm and not vllm and not gpu
 # Many tests wait, for Slurm or for a server: workers may outnumber the processors.
 WORKERS ?= 4
+# Where processes outnumber the processors, a compiler's own workers and threads that wait busily only cost.
+test check: export TORCHINDUCTOR_COMPILE_THREADS := 1
+test check: export GOMP_SPINCOUNT := 1000
 
 .PHONY: install demo check test test-all vllm-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
 
