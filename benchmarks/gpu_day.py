@@ -80,7 +80,7 @@ def benchmark(name: str, limit: int, *words: str, tiny: Sequence[str]) -> Step:
 
 def train_step(batch: Sequence[str], limit: int, ways: Sequence[str]) -> Step:
     """Return the step that benchmarks the variants `ways` of a training step; `batch` are further arguments."""
-    small = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256"]
+    small = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256", "--limit", "1500"]
     return benchmark("train_step", limit, *batch, "--only", *ways, tiny=[*small, "--only", *ways[:2]])
 
 
