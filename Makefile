@@ -8,8 +8,8 @@ GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.1
 GPU_VERSIONS := torch==2.11.0 transformers==5.17.0 torchao==0.17.0 numpy==2.5.2 safetensors==0.8.0
 NEWEST_VERSIONS := torch==2.15.0 transformers==5.24.0 torchao==0.18.0
 FAST := not slow and not slurm and not vllm and not gpu
-# Many tests wait, for Slurm or for a server: workers may outnumber the processors.
-WORKERS ?= 4
+# Those of Slurm and vLLM start many processes each, and run one after the other behind all others.
+WORKERS ?= 2
 # Where processes outnumber the processors, a compiler's own workers and threads that wait busily only cost.
 test check: export TORCHINDUCTOR_COMPILE_THREADS := 1
 test check: export GOMP_SPINCOUNT := 1000
@@ -54,7 +54,8 @@ test-all:
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m tests.support.debian_packages
-	@$(BIN)/python -m pytest -n $(WORKERS)
+	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slurm and not vllm"
+	@$(BIN)/python -m pytest -m "slurm or vllm"
 
 gpu-env:
 	@sh tests/support/environment_of_versions.sh .venv-gpu "$(GPU_PYTHON)" $(GPU_VERSIONS)

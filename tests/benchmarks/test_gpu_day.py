@@ -58,8 +58,8 @@ def pruned(tmp_path_factory) -> Path:
 
 def test_the_carried_encoder_gives_the_states_of_the_whole_one(pruned):
     texts = ["a tabby cat on a table", ""]
-    exact, mask = TextEncoder("minilm", tokens=12, scale=1.0).encode(texts)
-    states, same_mask = TextEncoder(str(pruned), tokens=12, scale=1.0).encode(texts)
+    exact, mask = TextEncoder("minilm", max_tokens=12, scale=1.0).encode(texts)
+    states, same_mask = TextEncoder(str(pruned), max_tokens=12, scale=1.0).encode(texts)
     assert torch.equal(mask, same_mask)
     assert (states - exact).norm() < 0.01 * exact.norm()  # half precision
     assert sum(file.stat().st_size for file in pruned.rglob("*")) < 24 << 20

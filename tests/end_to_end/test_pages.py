@@ -138,7 +138,7 @@ def test_mlflow_shows_runs_curves_pictures_and_pages(demo, look, mlflow_page, sc
         picture = page.wait_for_selector("img[src*='preview%2Bstep%2B4%2B']")
         page.wait_for_function("picture => picture.complete && picture.naturalWidth > 0", arg=picture)
     with look(f"{at}/runs/{run}/system-metrics", scheme, "mlflow-system", says=MLFLOW_SAYS) as page:
-        page.wait_for_selector("text=cpu_percent_node0")
+        page.wait_for_selector("text=cpu_utilization_percentage")
     with look(f"{at}/runs/{run}/artifacts/summary.html", scheme, "mlflow-page", says=MLFLOW_SAYS) as page:
         frame = page.wait_for_selector("iframe").content_frame()
         frame.wait_for_selector("h2:text-is('Gradient norm')")
@@ -183,4 +183,4 @@ def test_a_checkpoint_with_other_bytes_is_not_released(demo, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert line.endswith(f"{weights.name} is missing, damaged or truncated")
+    assert line.endswith(f"{weights.name}: missing, damaged or truncated; use another checkpoint")

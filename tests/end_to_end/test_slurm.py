@@ -437,11 +437,11 @@ def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("accounting", [False, True])
-def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, monkeypatch, accounting: bool):
+def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, tmp_path_factory, monkeypatch, accounting: bool):
     """While an array waits, runs, fails and ends, states equal those of squeue and, if available, of sacct."""
     cluster = dev_cluster
     if accounting:
-        cluster = lifecycle.up(tmp_path / "accounting", nodes=1, accounting=True)
+        cluster = lifecycle.up(tmp_path_factory.mktemp("slurm"), nodes=1, accounting=True)
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     try:

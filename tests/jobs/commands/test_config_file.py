@@ -104,10 +104,10 @@ def test_every_command_takes_a_file(name):
 
 def test_convert_calibrates_on_the_dataset_of_the_file():
     file = toml_file.load("run.toml")
-    for words, expected in (([], "from-file"), (["--data", "mine"], "mine")):
+    for words, expected in (([], "from-file"), (["--dataset", "mine"], "mine")):
         options = launch.parse_command(["convert", "checkpoint", *words])[1].with_run_file(file)
         assert isinstance(options, ConvertOptions)
-        assert options.conversion.data == expected
+        assert options.conversion.calibration_dataset == expected
 
 
 @pytest.mark.parametrize(

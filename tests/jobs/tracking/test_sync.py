@@ -148,7 +148,7 @@ def test_a_summary_of_a_long_run_with_faults(tmp_path):
     words = " ".join(page.text)
     for what in ("<the gradient> is nan", "requeued, attempt 2, on n1", "submitted again as job 2, on n1"):
         assert what in words, what
-    assert page.seen.isdisjoint({"script", "link", "iframe", "object"})
+    assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert html.count("<img ") == html.count('src="data:image/jpeg') == 12
     drawn = plots(html)
     assert len(drawn) == 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.state import ledger
-from pixart.checkpoint.directory import describe
+from pixart.checkpoint.directory import load_without_tensors
 from pixart.config import renamed_keys
 from pixart.config.audit import AuditConfig
 from pixart.config.dataset import DataConfig, ScreeningConfig
@@ -120,7 +120,7 @@ def test_a_changed_manifest_is_refused(tmp_path, key):
     record = json.loads((RECORDS / "manifest.json").read_text())
     record["data"][key] = record["data"][key] + 1
     (tmp_path / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="was changed since the dataset was made"):
+    with pytest.raises(ValueError, match="was edited after the dataset was created"):
         manifests.read(tmp_path)
 
 
@@ -136,18 +136,18 @@ def test_a_manifest_of_today(tmp_path):
     assert record["hash"] == manifest.hash != old.hash
     record["format"] = 2  # its hash is of the keys of format 3
     (tmp_path / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="was changed since the dataset was made"):
+    with pytest.raises(ValueError, match="was edited after the dataset was created"):
         manifests.read(tmp_path)
     record["format"] = 4
     (tmp_path / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="format 4, not 2 or 3"):
+    with pytest.raises(ValueError, match="format 4; supported are 2 and 3"):
         manifests.read(tmp_path)
 
 
 def test_the_record_of_a_checkpoint(tmp_path):
     shutil.copy(RECORDS / "training.json", tmp_path)
     (tmp_path / "state").mkdir()
-    checkpoint = describe(tmp_path)
+    checkpoint = load_without_tensors(tmp_path)
     assert checkpoint.provenance["dataset_hash"] == HASH
     sizes = ModelConfig(dim=16, cond_dim=16, num_heads=2, num_blocks=1, base_latent_size=8, num_classes=5)
     assert {**checkpoint.config, "text_dim": None} == {**sizes.dit_arguments(), "text_dim": None}
