@@ -78,5 +78,5 @@ def test_gemm(page):
 
 def test_attention(page):
     found = page(attention, "--batch", "1")
-    assert {"torch's own choice", "flash, heads padded to 80", "math"} <= found.keys()
+    assert {"torch's default", "flash, heads padded to 80", "math"} <= found.keys()
     assert all(float(cell) > 0 for cells in found.values() for cell in cells)
