@@ -91,7 +91,7 @@ def curve(
         fp8=arm.startswith("FP8"),
     )
     train(stage=2, model=recipe.model, config=config, dataset=recipe.data.path, run=folder, start=begin)
-    batches = dataset_batches(evaluation, start.normalization, HELD_OUT_IMAGES // 64, 64)
+    batches = dataset_batches(evaluation, start, HELD_OUT_IMAGES // 64, 64)
     losses = []
     for directory in [begin, *checkpoints.list_checkpoints(folder)]:
         saved = checkpoints.load(directory)

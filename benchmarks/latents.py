@@ -47,7 +47,7 @@ def main() -> None:
         for repeat in range(REPEATS + 1):
             begun = time.perf_counter()
             for batch in batches:
-                encode(vae, batch)
+                encode(vae, batch, data.pixel_range)
             middle = time.perf_counter()
             latents.encode_shard(manifest, 0, source, vae, text)
             if repeat:  # the first repetition warms up

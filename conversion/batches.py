@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.normalization import Normalization
+from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.latent_space import check_latent_space
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.store.zarr_store import Store
@@ -28,18 +29,24 @@ class CalibrationBatch:
     text_mask: Tensor  # (B, L)
 
 
-def dataset_batches(
-    path: str, normalization: Normalization, num_batches: int, batch_size: int
-) -> list[CalibrationBatch]:
+def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_size: int) -> list[CalibrationBatch]:
     """Draw batches from a finished dataset, with the text embeddings that training reads.
 
     Rows are drawn without replacement if the dataset has enough of them. Raises ValueError if the dataset has no valid
-    row, or latents of a different number of channels than the model.
+    row, or latents of another number of channels, pixel range or VAE than the checkpoint.
     """
-    manifest = manifests.read(path)
+    manifest, normalization = manifests.read(path), checkpoint.normalization
     channels, expected = manifest.latent_shape[0], len(normalization.mean)
     if channels != expected:
         raise ValueError(f"dataset {path} has latents of {channels} channels, the model reads {expected}")
+    check_latent_space(
+        "the checkpoint",
+        normalization.pixel_range,
+        checkpoint.provenance.get("models", {}),
+        path,
+        manifest.data.pixel_range,
+        manifest.models,
+    )
     store = Store(manifest)
     valid = store.valid_rows()
     if len(valid) == 0:

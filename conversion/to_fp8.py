@@ -157,7 +157,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     text_dim = start.config.get("text_dim") or options.text_dim or dataset_dim or TEXT_DIM
     count = options.num_batches + NUM_VALIDATION_BATCHES
     if dataset:
-        batches = dataset_batches(dataset, start.normalization, count, options.batch_size)
+        batches = dataset_batches(dataset, start, count, options.batch_size)
     else:
         batches = synthetic_batches(start.config, text_dim, count, options.batch_size)
     text = batches[0].text

@@ -6,6 +6,7 @@ inference/                       EMA weights: planned linears in E4M3 with NAME.
                                  everything else in BF16; `python -m jobs.launch sample` reads it
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +61,7 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
         "stage": checkpoint.stage,
         "step": checkpoint.step,
         "dataset": checkpoint.dataset,
-        "normalization": {"mean": checkpoint.normalization.mean, "std": checkpoint.normalization.std},
+        "normalization": dataclasses.asdict(checkpoint.normalization),
     }
     checkpoints.write_file(folder / "inference" / INFERENCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
 

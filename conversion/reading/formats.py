@@ -70,7 +70,8 @@ def read_checkpoint_directory(path: Path) -> Checkpoint:
 def read_diffusers(path: Path) -> StoredState:
     """Read a folder that `DiT.save_pretrained` wrote."""
     config = load_json_object(path / "config.json")
-    model_config = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
+    unset = (None, False)  # of arguments that the model does not use
+    model_config = {key: value for key, value in config.items() if not key.startswith("_") and value not in unset}
     return StoredState(
         source_format="diffusers folder", model=load_safetensors(path / checkpoints.WEIGHTS), config=model_config
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from conversion.options import BASE_LATENT_SIZE
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.integrity import check_shapes
+from pixart.checkpoint.latent_space import ORIGINAL_PIXEL_RANGE
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
 from pixart.model.dit import DiT, parameter_groups, state_shapes
@@ -57,7 +58,11 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
         model=validated(model, f"{path}: model"),
         ema=validated(ema, f"{path}: model_ema"),
         optimizer=validated(name_moments(stored.moments, config, path), f"{path}: optimizer"),
-        normalization=Normalization(mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels, std=(1 / LEGACY_SCALE,) * channels),
+        normalization=Normalization(
+            mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels,
+            std=(1 / LEGACY_SCALE,) * channels,
+            pixel_range=ORIGINAL_PIXEL_RANGE,
+        ),
         provenance={
             "source": str(path),
             "source_format": stored.source_format,

@@ -40,6 +40,8 @@ def run(options: Options) -> int:
 
 def describe(value: object) -> str:
     """Return a value in the notation of --set."""
+    if isinstance(value, tuple):
+        return ",".join(map(describe, value))
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -13,7 +13,7 @@ INFERENCE = "inference.json"  # metadata of FP8 weights for inference
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FOREIGN = (".metadata", WEIGHTS)  # written by torch.distributed.checkpoint and by diffusers
 CONVERTED = (f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors")  # files of a converted checkpoint
-KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files")
+KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files", "normalization")
 
 
 def find_checkpoint(name: str, *, or_older: bool = False) -> Path:
@@ -51,7 +51,7 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
-        return path, read_record(path / INFERENCE, "stage", "step", "dataset")
+        return path, read_record(path / INFERENCE, "stage", "step", "dataset", "normalization")
     path = find_checkpoint(name)
     return path, checkpoint_record(path)
 

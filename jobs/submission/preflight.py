@@ -7,6 +7,8 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
+from pixart.checkpoint.latent_space import check_latent_space, recorded_pixel_range
+from pixart.config.dataset import data_from_dict
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
@@ -135,9 +137,16 @@ def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: 
             f"the checkpoint reads text embeddings of width {config['text_dim']}, the dataset's have width "
             f"{manifest['text_dim']}"
         )
-    for kind, fingerprint in record["provenance"].get("models", {}).items():
-        if fingerprint != manifest["models"][kind]:
-            raise ValueError(
-                f"the checkpoint was trained on data of another {kind.replace('_', ' ')}: fingerprint {fingerprint}, "
-                f"and the dataset's is {manifest['models'][kind]}"
-            )
+    check_latents("the checkpoint", record, recipe.data.path, manifest)
+
+
+def check_latents(checkpoint: str, record: Record, dataset: str, manifest: dict[str, Any]) -> None:
+    """Check that the latents of a checkpoint are of the same pixel range and models as those of a dataset."""
+    check_latent_space(
+        checkpoint,
+        recorded_pixel_range(record),
+        record.get("provenance", {}).get("models", {}),
+        dataset,
+        data_from_dict(manifest["data"]).pixel_range,
+        manifest["models"],
+    )

@@ -134,4 +134,4 @@ def encoded(manifest, items, table, vae):
     images_ahead = prefetch_map(prepare, wanted())
     while batch := list(islice(images_ahead, BATCH)):
         rows, images = zip(*batch, strict=True)
-        yield list(rows), encode(vae, np.stack(images))
+        yield list(rows), encode(vae, np.stack(images), manifest.data.pixel_range)

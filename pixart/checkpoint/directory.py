@@ -35,6 +35,7 @@ import torch
 
 from pixart.checkpoint import integrity
 from pixart.checkpoint.dcp_reader import lazy_groups
+from pixart.checkpoint.latent_space import recorded_pixel_range
 from pixart.checkpoint.lazy_tensors import State
 from pixart.checkpoint.normalization import Normalization
 from pixart.checkpoint.safetensors_stream import load_tensors, save_tensors
@@ -167,7 +168,8 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
 
 def normalization_of(metadata: dict[str, Any]) -> Normalization:
     """Return the normalization in a checkpoint's metadata."""
-    return Normalization(**{key: tuple(values) for key, values in metadata["normalization"].items()})
+    recorded = {key: tuple(values) for key, values in metadata["normalization"].items()}
+    return Normalization(**{**recorded, "pixel_range": recorded_pixel_range(metadata)})
 
 
 def load(directory: str | Path) -> Checkpoint:

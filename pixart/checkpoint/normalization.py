@@ -1,4 +1,4 @@
-"""Normalization of latents, which a checkpoint stores."""
+"""Normalization of latents, which a checkpoint stores with the pixel range that the latents were encoded from."""
 
 import functools
 from dataclasses import dataclass
@@ -15,10 +15,14 @@ def per_channel(values: tuple[float, ...], device: torch.device | str) -> Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normalization:
-    """Normalization (latent - mean) / std, per channel, of the model's input."""
+    """Normalization (latent - mean) / std, per channel, of the model's input.
+
+    `pixel_range` is the range of pixel values that the VAE encoded the latents from, see `pixart.data.encoders.vae`.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pixel_range: tuple[int, int] = (-1, 1)
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, each (1, C, 1, 1)."""

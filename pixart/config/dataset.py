@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pixart.config.limits import require_at_least
 from pixart.config.renamed_keys import rename_data
 
+PIXEL_RANGES = ((-1, 1), (0, 1))
 MAX_SHARDS = 1_000_000  # each shard is a file or two in one folder
 
 
@@ -72,6 +73,9 @@ class DataConfig:
     vae: str = "demo"
     """VAE that encodes the images: `demo`, or a folder or hub name of a diffusers AutoencoderKL."""
 
+    pixel_range: tuple[int, int] = (-1, 1)
+    """Range of the pixel values that the VAE encodes: -1,1, which published VAEs were trained with, or 0,1."""
+
     normalization: Literal["channel", "scalar"] = "channel"
     """Normalization of latents: `channel` by the mean and standard deviation of each channel, `scalar` by those of all
     channels together."""
@@ -108,6 +112,8 @@ class DataConfig:
         if self.max_images is not None:
             require_at_least(1, max_images=self.max_images)
         require_at_least(0, seed=self.seed, text_scale=self.text_scale)
+        if self.pixel_range not in PIXEL_RANGES:
+            raise ValueError(f"pixel_range={self.pixel_range}: must be -1,1 or 0,1")
         if self.num_shards > MAX_SHARDS:
             raise ValueError(f"num_shards={self.num_shards}: must be at most {MAX_SHARDS}")
 
@@ -123,4 +129,6 @@ def data_from_dict(values: Mapping[str, Any]) -> DataConfig:
     Raises TypeError or KeyError for a record with other fields, and ValueError for a value out of range.
     """
     values = rename_data(values)
+    if "pixel_range" in values:
+        values["pixel_range"] = tuple(values["pixel_range"])
     return DataConfig(**{**values, "screening": ScreeningConfig(**values["screening"])})

@@ -58,4 +58,6 @@ def allowed_values(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         *first, last = get_args(annotation)
         return f"{', '.join(first)} or {last}"
+    if get_origin(annotation) is tuple:
+        return f"{len(get_args(annotation))} whole numbers, separated by commas"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[annotation]

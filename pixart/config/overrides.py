@@ -78,6 +78,9 @@ def parse_value(annotation: Any, text: str) -> Any:
         return None if text.lower() == NONE else parse_value(kind, text)
     if get_origin(annotation) is Literal:
         return _one_of({choice: choice for choice in get_args(annotation)}, text)
+    if get_origin(annotation) is tuple:
+        kinds, parts = get_args(annotation), text.strip().removeprefix("[").removesuffix("]").split(",")
+        return tuple(parse_value(kind, part.strip()) for kind, part in zip(kinds, parts, strict=True))
     if annotation is bool:
         return _one_of({"true": True, "false": False}, text.lower())
     if annotation is int:

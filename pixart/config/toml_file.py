@@ -107,5 +107,7 @@ def _flatten(key: str, value: Any) -> Iterator[str]:
         yield f"{key}={str(value).lower()}"
     elif isinstance(value, str | int | float):
         yield f"{key}={value}"
+    elif isinstance(value, list) and all(type(item) in (str, int, float) for item in value):
+        yield f"{key}={','.join(map(str, value))}"
     else:
-        raise ValueError(f"{key}={value!r}: must be a string, a number or a boolean")
+        raise ValueError(f"{key}={value!r}: must be a string, a number, a boolean or an array of these")

@@ -19,8 +19,10 @@ from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
 from pixart.data.storage import read_file
 
-FORMAT = 3
+FORMAT = 4
 LEGACY_FORMAT = 2  # the format of version 0.1, whose `data` has other keys
+FORMATS = (LEGACY_FORMAT, 3, FORMAT)  # that can be read
+ADDED_KEYS = {"pixel_range": 4}  # keys of `data`, by the first format that records them
 FILE = "manifest.json"
 ROW_COUNTS_FILE = "source-files.json"  # number of rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
@@ -68,7 +70,9 @@ class Manifest:
     def values(self) -> dict[str, Any]:
         """Return the manifest as JSON values, with the keys of its format."""
         values = dataclasses.asdict(self)
-        if values.pop("format") == LEGACY_FORMAT:
+        version = values.pop("format")
+        values["data"] = {key: value for key, value in values["data"].items() if ADDED_KEYS.get(key, 0) <= version}
+        if version == LEGACY_FORMAT:
             values["data"] = original_data(values["data"])
         return values
 
@@ -173,10 +177,9 @@ def read(path: str | Path) -> Manifest:
         record: dict[str, Any] = json.loads(read_file(str(path), FILE) or b"")
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a dataset; it has no readable {FILE}") from error
-    if record.get("format") not in (LEGACY_FORMAT, FORMAT):
-        raise ValueError(
-            f"{path}/{FILE} has format {record.get('format')!r}; supported are {LEGACY_FORMAT} and {FORMAT}"
-        )
+    if record.get("format") not in FORMATS:
+        supported = f"{', '.join(map(str, FORMATS[:-1]))} and {FORMATS[-1]}"
+        raise ValueError(f"{path}/{FILE} has format {record.get('format')!r}; supported are {supported}")
     try:
         manifest = Manifest(
             data=data_from_dict({**record["data"], "path": str(path)}),

@@ -11,14 +11,15 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixart.model.layers import Block, PositionEmbedding, TimeEmbedding, layer_norm, modulate
+from pixart.model.layers import Block, PositionEmbedding, QKNorm, TimeEmbedding, layer_norm, modulate
 
 
 class DiT(ModelMixin, ConfigMixin):
     """Diffusion transformer that predicts the velocity of rectified flow from a noised latent.
 
     Stage 1 is selected by `num_classes` (DiT with adaLN-zero), stage 2 by `text_dim` (adaLN-single and
-    cross-attention, PixArt-alpha section 2.3). The last class index is the null class, "no class".
+    cross-attention, PixArt-alpha section 2.3). The last class index is the null class, "no class". `qk_norm_eps` and
+    `qk_norm_bias` are the variant of the norm of queries and keys (`layers.QKNorm`) that a checkpoint was trained with.
 
     Raises ValueError unless exactly one of `num_classes` and `text_dim` is passed.
     """
@@ -39,6 +40,8 @@ class DiT(ModelMixin, ConfigMixin):
         base_image_size: int = 32,
         num_classes: int | None = None,
         text_dim: int | None = None,
+        qk_norm_eps: float | None = None,
+        qk_norm_bias: bool = False,
     ) -> None:
         super().__init__()
         if (num_classes is None) == (text_dim is None):
@@ -49,7 +52,8 @@ class DiT(ModelMixin, ConfigMixin):
         self.time_proj = TimeEmbedding(cond_dim)
         block_cond_dim = cond_dim if text_dim is None else None
         self.dit_blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, block_cond_dim, text_dim) for _ in range(num_blocks)
+            Block(dim, num_heads, mlp_ratio, block_cond_dim, text_dim, QKNorm(eps=qk_norm_eps, bias=qk_norm_bias))
+            for _ in range(num_blocks)
         )
         self.linear_out = nn.Linear(dim, patch_size**2 * in_dim)
         self.pos_embed = PositionEmbedding(dim, base_grid=base_image_size // patch_size)

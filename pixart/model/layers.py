@@ -7,6 +7,7 @@ contract with existing checkpoints; the order of definition is the order of thei
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,21 +73,44 @@ def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:  # (B, N, D), (B
     return x * (1 + gamma[:, None]) + beta[:, None]
 
 
+class BiasedRMSNorm(nn.RMSNorm):
+    """RMSNorm followed by the addition of a learned bias, as Equinox's RMSNorm does."""
+
+    def __init__(self, size: int, eps: float | None = None) -> None:
+        super().__init__(size, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QKNorm:
+    """Variant of the RMSNorm of queries and keys.
+
+    A bias of the keys' norm would add the same value to all logits of a query, which softmax ignores; only the norm of
+    the queries can have one. `eps` is None for the smallest number of the input's dtype, PyTorch's default.
+    """
+
+    eps: float | None = None
+    bias: bool = False
+
+
 class Attention(nn.Module):
     """Multi-head attention with biases and a per-head RMSNorm of queries and keys."""
 
     fused_projections = False  # one GEMM for several linears; their hooks are not called
     kernel = AttentionKernel()
 
-    def __init__(self, dim: int, num_heads: int, kv_dim: int) -> None:
+    def __init__(self, dim: int, num_heads: int, kv_dim: int, qk_norm: QKNorm) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(kv_dim, dim)
         self.v_proj = nn.Linear(kv_dim, dim)
         self.out_proj = nn.Linear(dim, dim)
-        self.q_norm = nn.RMSNorm(dim // num_heads)
-        self.k_norm = nn.RMSNorm(dim // num_heads)
+        self.q_norm = (BiasedRMSNorm if qk_norm.bias else nn.RMSNorm)(dim // num_heads, eps=qk_norm.eps)
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=qk_norm.eps)
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the attention (B, N, D) of query (B, N, D) over context (B, L, kv_dim).
@@ -116,9 +140,9 @@ class Attention(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention with adaLN: x + alpha * attention(modulate(LN(x)))."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, qk_norm: QKNorm) -> None:
         super().__init__()
-        self.attention = Attention(dim, num_heads, kv_dim=dim)
+        self.attention = Attention(dim, num_heads, kv_dim=dim, qk_norm=qk_norm)
 
     def forward(self, x: Tensor, gamma: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
         modulated = modulate(layer_norm(x), gamma, beta)
@@ -145,11 +169,19 @@ class Block(nn.Module):
     a modulation that all blocks share (adaLN-single, PixArt-alpha section 2.3) and attends to the text.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, cond_dim: int | None, text_dim: int | None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: int,
+        cond_dim: int | None,
+        text_dim: int | None,
+        qk_norm: QKNorm = QKNorm(),
+    ) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, num_heads)
+        self.attention = SelfAttention(dim, num_heads, qk_norm)
         if text_dim is not None:
-            self.cross_attention = Attention(dim, num_heads, kv_dim=text_dim)
+            self.cross_attention = Attention(dim, num_heads, kv_dim=text_dim, qk_norm=qk_norm)
             self.adaLNembed = nn.Parameter(torch.zeros(6 * dim))
         self.mlp = FeedForward(dim, mlp_ratio)
         if cond_dim is not None:

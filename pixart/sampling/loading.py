@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import WEIGHTS
+from pixart.checkpoint.latent_space import check_latent_space
 from pixart.checkpoint.safetensors_stream import load_tensors
 from pixart.data.encoders.text_encoder import Encoder, load_text_model
 from pixart.data.encoders.vae import load_vae
@@ -54,6 +55,8 @@ def load_pipeline(
     """
     model, record = load(directory, weights)
     normalization, data = checkpoints.normalization_of(record), dataset.data
+    models = record.get("provenance", {}).get("models", {})
+    check_latent_space(str(directory), normalization.pixel_range, models, data.path, data.pixel_range, dataset.models)
     tokenizer, text_model = load_text_model(data.text_encoder) if model.stage == 2 else (None, None)
     if model.stage == 2 and not keep_text_decoder:
         text_model = Encoder(tokenizer, text_model, max_tokens=data.max_text_tokens, scale=data.text_scale).model
@@ -65,6 +68,7 @@ def load_pipeline(
         tokenizer=tokenizer,
         latents_mean=normalization.mean,
         latents_std=normalization.std,
+        pixel_range=normalization.pixel_range,
         sample_size=dataset.latent_shape[1],
         text_tokens=data.max_text_tokens,
         text_scale=data.text_scale,

@@ -37,7 +37,8 @@ class PixArtPipeline(DiffusionPipeline):
 
     `latents_mean` and `latents_std`, one value per channel, are the normalization that the transformer was trained
     with. `sample_size` is the height and width of the latents. Prompts are padded to `text_tokens` tokens, and
-    `text_scale` multiplies the text encoder's hidden states. `id2label` maps class indices to names.
+    `text_scale` multiplies the text encoder's hidden states. `id2label` maps class indices to names. `pixel_range` is
+    the range of pixel values that the VAE encoded the training images from.
     """
 
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - declared like this in diffusers
@@ -55,6 +56,7 @@ class PixArtPipeline(DiffusionPipeline):
         text_tokens: int = 120,
         text_scale: float = 1.0,
         id2label: dict[str, str] | None = None,
+        pixel_range: Sequence[int] = (-1, 1),
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -67,6 +69,7 @@ class PixArtPipeline(DiffusionPipeline):
             text_tokens=text_tokens,
             text_scale=text_scale,
             id2label=id2label or {},
+            pixel_range=list(pixel_range),
         )
 
     @torch.no_grad()
@@ -104,13 +107,16 @@ class PixArtPipeline(DiffusionPipeline):
         )
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
-        images = decode(self.vae, self.normalization.undo(latents))
+        images = decode(self.vae, self.normalization.undo(latents), self.normalization.pixel_range)
         return ImagePipelineOutput(images=[Image.fromarray(image) for image in images])
 
     @property
     def normalization(self) -> Normalization:
         """The normalization of the latents."""
-        return Normalization(mean=tuple(self.config.latents_mean), std=tuple(self.config.latents_std))
+        low, high = self.config.pixel_range
+        return Normalization(
+            mean=tuple(self.config.latents_mean), std=tuple(self.config.latents_std), pixel_range=(low, high)
+        )
 
     def conditioning(
         self, prompt: Prompts | None, class_labels: Classes | None, images_per_prompt: int

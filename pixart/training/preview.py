@@ -76,7 +76,8 @@ class PreviewSampler:
             for index, latent, prompt in zip(indices.tolist(), latents, prompts, strict=True)
         }
         latents = torch.stack([samples[index][0] for index in range(self.num_images)])
-        images = [Image.fromarray(image) for image in decode(load_vae(self.trainer.dataset.data.vae), latents)]
+        vae, pixel_range = load_vae(self.trainer.dataset.data.vae), self.trainer.normalization.pixel_range
+        images = [Image.fromarray(image) for image in decode(vae, latents, pixel_range)]
         file.parent.mkdir(exist_ok=True)
         partial = file.with_suffix(".part")
         contact_sheet(images, [samples[index][1] for index in range(self.num_images)]).save(partial, format="png")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.latent_space import check_latent_space
 from pixart.checkpoint.normalization import Normalization
 from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig, resolve_fp8_backend
@@ -58,6 +59,15 @@ class Trainer:
         else:
             self.model = new_model(stage, model, self.dataset).to(ranks.device)
         check_model_fits_dataset(self.model, self.dataset, stage)
+        if start:
+            check_latent_space(
+                "the checkpoint",
+                start.normalization.pixel_range,
+                start.provenance.get("models", {}),
+                self.dataset.data.path,
+                self.dataset.data.pixel_range,
+                self.dataset.models,
+            )
         self.model.train()
         self.model.fuse_projections()
         if config.attention_backend == "autotune" and ranks.device.type == "cuda":
@@ -230,7 +240,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 def dataset_normalization(store: Store) -> Normalization:
     """Return the normalization with the dataset's per-channel statistics."""
     mean, std = store.statistics()
-    return Normalization(mean=mean, std=std)
+    return Normalization(mean=mean, std=std, pixel_range=store.manifest.data.pixel_range)
 
 
 def new_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:

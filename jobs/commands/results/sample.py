@@ -20,6 +20,7 @@ from jobs.state.checkpoint_names import INFERENCE, find_weights
 from jobs.state.prompts import read_prompts
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
+from jobs.submission.preflight import check_latents
 from jobs.submission.submit import describe_submission
 from jobs.submission.wait import dependencies
 from pixart.config.overrides import apply
@@ -94,6 +95,7 @@ def sample(launch: Launch, options: Options) -> str:
     manifest = open_training_dataset(launch, options, checkpoint, record)
     model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
     check_model(model, manifest, launch.dataset)
+    check_latents(str(checkpoint), record, launch.dataset, manifest)
     prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
     if options.recaption and not prompts:
         raise ValueError("--recaption rewrites prompts; give --prompt or --file")

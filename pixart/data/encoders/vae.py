@@ -1,6 +1,7 @@
 """Encoding of images to latents and decoding, with any diffusers autoencoder.
 
-This is the only module that knows the autoencoder's pixel range, [-1, 1].
+The pixel range is the range of values that uint8 images are mapped to before encoding, and that decoded values are
+clamped to: [-1, 1], which published autoencoders are trained with, or [0, 1].
 """
 
 import json
@@ -73,20 +74,22 @@ def load_vae(name: str):
     return vae.requires_grad_(False).eval().to(device)
 
 
-def encode(vae, images: np.ndarray) -> np.ndarray:
+def encode(vae, images: np.ndarray, pixel_range: tuple[int, int]) -> np.ndarray:
     """Encode uint8 images (B, H, W, 3) to latent means, float16 (B, C, h, w), without scaling factor."""
     import torch
 
+    low, high = pixel_range
     with torch.no_grad():
-        pixels = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        pixels = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / (255 / (high - low)) + low
         return vae.encode(pixels).latent_dist.mean.to(torch.float16).cpu().numpy()
 
 
-def decode(vae, latents) -> np.ndarray:
+def decode(vae, latents, pixel_range: tuple[int, int]) -> np.ndarray:
     """Decode latents (B, C, h, w), an array or a tensor without scaling factor, to uint8 images (B, H, W, 3)."""
     import torch
 
+    low, high = pixel_range
     with torch.no_grad():
         pixels = vae.decode(torch.as_tensor(latents).to(vae.device, vae.dtype)).sample
-        pixels = (pixels.float().clamp(-1, 1) + 1) * 127.5
+        pixels = (pixels.float().clamp(low, high) - low) * (255 / (high - low))
         return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -103,6 +103,6 @@ def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
     caption.run(data.path, [0])
     latents.run(data.path, [0])
     image = decode((tmp_path / "images/0.jpg").read_bytes(), data.screening)
-    whole = encode(load_vae(data.vae), np.array(resize_and_crop(image, data.image_size))[None])
+    whole = encode(load_vae(data.vae), np.array(resize_and_crop(image, data.image_size))[None], data.pixel_range)
     stored = Store(manifests.read(data.path)).read("latents", np.arange(1))
     assert np.abs(stored - whole).mean() < 0.02 * np.abs(whole).mean()

@@ -130,7 +130,7 @@ def test_a_manifest_of_today(tmp_path):
     manifest = dataclasses.replace(old, format=manifests.FORMAT)
     manifests.write(manifest)
     record = json.loads((tmp_path / "manifest.json").read_text())
-    assert record["format"] == manifests.FORMAT == 3
+    assert record["format"] == manifests.FORMAT == 4
     assert record["data"]["num_shards"] == 4
     assert manifests.read(tmp_path) == manifest
     assert record["hash"] == manifest.hash != old.hash
@@ -138,9 +138,9 @@ def test_a_manifest_of_today(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="was edited after the dataset was created"):
         manifests.read(tmp_path)
-    record["format"] = 4
+    record["format"] = 5
     (tmp_path / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="format 4; supported are 2 and 3"):
+    with pytest.raises(ValueError, match="format 5; supported are 2, 3 and 4"):
         manifests.read(tmp_path)
 
 
