@@ -62,7 +62,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
     In a process group every rank calls this function and calibrates on its share of the batches; rank 0 does everything
     else, and the other ranks return an empty report. Raises ValueError, with nothing written, for invalid input.
     """
-    source, options = Path(source), resolve_device(options or Options())
+    source, options = formats.locate(Path(source)), resolve_device(options or Options())
     output = Path(output) if output else default_output(source)
     with Progress(NUM_STEPS, enabled=is_rank_zero()) as progress, ThreadPoolExecutor(2) as background:
         progress.begin(f"reading {source}")
@@ -113,12 +113,19 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 "gradient_cosine_similarity": cosine,
                 "tensor_counts": {kind: list(provenance.values()).count(kind) for kind in (CARRIED, DERIVED, NEW)},
                 "tensor_provenance": provenance,
+                "dropped_tensors": dropped_tensors(start),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 "acceptance": acceptance.as_report(checks),
             }
             progress.begin(f"writing {output}")
             write(result, report, partial, options)
     return report
+
+
+def dropped_tensors(start: Checkpoint) -> dict[str, int]:
+    """Return the number of tensors of the source that reading it has dropped, by the reason."""
+    is_suite_checkpoint = start.provenance["source_format"] == formats.SUITE_FORMAT
+    return {} if is_suite_checkpoint else start.provenance.get("dropped_tensors", {})
 
 
 def is_rank_zero() -> bool:
@@ -189,10 +196,12 @@ def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Op
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
     """Return a text that describes what the conversion would do, as far as it is known without measurements."""
+    source = formats.locate(source)
     start, batches, dataset = prepare(source, output or default_output(source), options)
     plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
     lines = [
         f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
+        *(f"would drop {count} {reason}" for reason, count in dropped_tensors(start).items()),
         f"would calibrate on {dataset or 'synthetic data'}",
         f"would write {output or default_output(source)}: {len(plan.linears)} linears in FP8, recipe {plan.recipe}",
         *(f"would keep {name} in BF16: {reason}" for name, reason in plan.kept.items()),
@@ -207,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="Training checkpoint: .pt or safetensors file, checkpoint directory, or run folder.",
+        help="Training checkpoint: .pt or safetensors file, checkpoint directory, run folder, or folder of Orbax.",
     )
     parser.add_argument(
         "--output",

@@ -50,7 +50,6 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
     ema = strip_prefixes(stored.ema, f"{path}: model_ema") if stored.ema else model
     for name, state in (("model", model), ("model_ema", ema)):
         check_shapes(state, config, f"{path}: {name}")
-    channels = config["in_dim"]
     return Checkpoint(
         stage=1 if config.get("num_classes") else 2,
         step=stored.step + 1,
@@ -58,16 +57,21 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
         model=validated(model, f"{path}: model"),
         ema=validated(ema, f"{path}: model_ema"),
         optimizer=validated(name_moments(stored.moments, config, path), f"{path}: optimizer"),
-        normalization=Normalization(
-            mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels,
-            std=(1 / LEGACY_SCALE,) * channels,
-            pixel_range=ORIGINAL_PIXEL_RANGE,
-        ),
+        normalization=original_normalization(config["in_dim"]),
         provenance={
             "source": str(path),
             "source_format": stored.source_format,
             "source_config": "stored in the source" if stored.config else INFERRED,
         },
+    )
+
+
+def original_normalization(channels: int) -> Normalization:
+    """Return the normalization of the original training for latents of that many channels."""
+    return Normalization(
+        mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels,
+        std=(1 / LEGACY_SCALE,) * channels,
+        pixel_range=ORIGINAL_PIXEL_RANGE,
     )
 
 

@@ -24,6 +24,7 @@ def describe(report: Mapping[str, Any]) -> str:
         f"model       stage {report['stages'][1]}: {sizes} (configuration {origin})",
         f"data        {report['calibration_data']}",
         f"tensors     {counts}",
+        *(f"dropped     {count} {reason}" for reason, count in report["dropped_tensors"].items()),
     ]
     if report["calibration_data"].startswith(SYNTHETIC):
         lines.append(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.reading import orbax_metadata
 from jobs.state.json_record import read_record
 
 MARKER = "training.json"  # written last; marks the checkpoint complete
@@ -68,7 +69,7 @@ def acceptance(provenance: Mapping[str, Any]) -> str | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
-    return any((directory / name).exists() for name in FOREIGN)
+    return any((directory / name).exists() for name in FOREIGN) or orbax_metadata.find(directory) is not None
 
 
 def check_file(path: Path) -> None:
@@ -87,8 +88,11 @@ def check_file(path: Path) -> None:
 def check_lengths(directory: Path) -> None:
     """Check that a checkpoint's files exist and have the lengths that were recorded.
 
-    Raises ValueError for the first one that is missing, damaged or truncated.
+    Raises ValueError for the first one that is missing, damaged or truncated. Of an Orbax checkpoint, the metadata and
+    the roots of its databases are checked.
     """
+    if orbax := orbax_metadata.find(directory):
+        orbax_metadata.read_items(orbax)
     for file in sorted(directory.rglob("*.safetensors")):
         check_length(file)
     files = checkpoint_record(directory)["files"] if (directory / MARKER).exists() else {}
