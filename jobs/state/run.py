@@ -152,9 +152,9 @@ def stand(run: Run, job: str, is_done: bool, state: commands.JobState | None) ->
     """Return the state of one element from its data, and from the state of its job if Slurm knows the job."""
     if is_done:
         return Element(state="done", job=job)
-    if state is not None and state.waiting:
+    if state is not None and state.pending:
         return Element(state="pending", job=job, note=state.reason)
-    if state is not None and not state.over:
+    if state is not None and not state.ended:
         return Element(state="running", job=job)
     ended = f"{state.state.lower()}: " if state and state.state not in ("FAILED", "COMPLETED") else ""
     return Element(state="failed", job=job, note=ended + last_error(run, job))

@@ -14,7 +14,7 @@ PORTS = range(20_000, 32_768)  # below the default range of ephemeral ports, net
 def run(run_folder: str, *, stage: int, start: str | None) -> str:
     """Train on this rank and return the directory of the last checkpoint.
 
-    Raises Left after all ranks have saved, if Slurm has signalled that the job must end.
+    Raises TaskInterrupted after all ranks have saved, if Slurm has signalled that the job must end.
     """
     join_ranks()
 
@@ -28,7 +28,7 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
     )
 
     from pixart.training.loop import Stopped, train
-    from slurm.task import Left, stop_level
+    from slurm.task import TaskInterrupted, stop_level
 
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     try:
@@ -43,7 +43,7 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
             stop=stop_level,
         )
     except Stopped as stopped:
-        raise Left(stopped.level) from stopped
+        raise TaskInterrupted(stopped.level) from stopped
     return str(last)
 
 

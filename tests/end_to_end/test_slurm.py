@@ -503,8 +503,8 @@ def test_refusals_come_before_anything_is_written(dev_cluster, tmp_path, monkeyp
     before = {line.split()[0] for line in slurm("squeue", "--noheader").splitlines()}
     for text, message in (
         ('executor = "slurm"\npartition = "nowhere"\n', "no such partition"),
-        ('executor = "slurm"\npartition = "main"\ngpus_per_node = 9\n', "9 GPUs a node"),
-        ('executor = "slurm"\npartition = "main"\n[minutes]\ntrain = 2000\n', "2000 minutes"),
+        ('executor = "slurm"\npartition = "main"\ngpus_per_node = 9\n', "9 GPUs per node"),
+        ('executor = "slurm"\npartition = "main"\n[minutes]\ntrain = 2000\n', "minutes.train=2000"),
         ('executor = "slurm"\npartition = "main"\n', "5 nodes"),
     ):
         profile.write_text(text)

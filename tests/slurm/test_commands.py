@@ -14,9 +14,9 @@ def test_listings_are_read():
     )
     found = parse(listing)
     assert found["12_3"] == JobState(state="RUNNING")
-    assert {job for job, state in found.items() if state.waiting} == {"12_5", "12_6", "12_9"}
+    assert {job for job, state in found.items() if state.pending} == {"12_5", "12_6", "12_9"}
     assert found["12_9"].reason == "Resources"
-    assert {job for job, state in found.items() if state.over} == {"13", "14"}
+    assert {job for job, state in found.items() if state.ended} == {"13", "14"}
     assert found["13"].state == "CANCELLED"
 
 

@@ -56,8 +56,8 @@ def test_two_coexist_and_nothing_is_left(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["down"], "no cluster"),
-        (["status"], "no cluster"),
+        (["down"], "holds no cluster"),
+        (["status"], "holds no cluster"),
         (["up", "--folder", "with space"], "with space"),
         (["up", "--nodes", "0"], "--nodes"),
     ],

@@ -11,7 +11,7 @@ import submitit
 from slurm import commands
 from slurm import profile as profiles
 from slurm.executor import Cluster, environment
-from slurm.task import RESULT, Left, attempts, stop_level
+from slurm.task import RESULT, TaskInterrupted, attempts, stop_level
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -33,7 +33,7 @@ def until_asked() -> None:
     while not stop_level():
         time.sleep(0.05)
     (Path(os.environ["SUBMITIT_FOLDER"]).parent / "saved").touch()
-    raise Left(stop_level())
+    raise TaskInterrupted(stop_level())
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (tmp_path / RESULT).exists()
-    assert "left because the job is to end" in (tmp_path / "logs" / f"{job.job_id}_0_log.err").read_text()
+    assert "interrupted: the job is being terminated" in (tmp_path / "logs" / f"{job.job_id}_0_log.err").read_text()
     assert (tmp_path / "saved").exists() == cooperative
 
 

@@ -27,7 +27,7 @@ def test_environment_is_needed_by_name(monkeypatch):
         ('executor = "slurm"\narray_parallelism = -1', "array_parallelism = -1 must not be negative"),
         ('executor = "slurm"\nsetup = "module load"', "setup = 'module load' must be of type list"),
         ('executor = "slurm"\n[minutes]\ntrain = "1"', "minutes.train = '1' must be of type int"),
-        ('executor = "slurm"\n[minutes]\ntrian = 1', "minutes.trian is no job kind"),
+        ('executor = "slurm"\n[minutes]\ntrian = 1', "minutes.trian is not a job kind"),
         ('executor = "slurm"\nname = "x"', "unknown key 'name'"),
         ("partition = 'a'", "'executor' is missing"),
         ("executor = ", "profile"),
