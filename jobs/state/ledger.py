@@ -76,7 +76,7 @@ def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> 
     return {shard for shard, entry in own if (entry.manifest, entry.inputs) == (manifest, inputs.get(shard))}
 
 
-def forget_others(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
+def drop_stale_entries(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
     """Remove the entries of these shards that are not current, before the job processes the shards again."""
     for shard in set(shards) - current(dataset, job, shards, manifest):
         path(dataset, job, shard).unlink(missing_ok=True)

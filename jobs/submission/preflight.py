@@ -29,7 +29,7 @@ def find_start(start: str | None, resume: str | None) -> tuple[Path | None, Path
     folder = Path(resume).absolute()
     if (folder / run.RECORD).exists():
         elements = run.elements(run.load(folder))
-        if run.under_way(elements):
+        if run.is_active(elements):
             raise ValueError(f"--resume {resume}: the run is active as job {elements[0].job}; cancel it, or wait")
     return find_checkpoint(str(folder), or_older=True), folder
 

@@ -26,7 +26,7 @@ def wait_for_run(launch: Launch, run: Run, progress: Callable[[dict[int, Element
     try:
         with ProgressLine(run.kind, run.total) as line:
             synced = time.monotonic()
-            while runs.under_way(elements := runs.elements(run)):
+            while runs.is_active(elements := runs.elements(run)):
                 line.update(*progress(elements))
                 time.sleep(POLL_SECONDS[run.executor])
                 if time.monotonic() - synced > (RETRY_SECONDS if launch.mlflow_stale else SYNC_SECONDS):

@@ -47,7 +47,7 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
     return str(last)
 
 
-def quiet_port(number: int) -> int:
+def rendezvous_port(number: int) -> int:
     """Map the port that submitit draws, the same on every rank, to one outside of the ephemeral range.
 
     Most of submitit's ports are ephemeral, and on a busy machine a connection may already use such a port.
@@ -65,5 +65,5 @@ def join_ranks() -> None:
     found = TorchDistributedEnvironment()
     found.master_addr = os.environ.get("MASTER_ADDR", found.master_addr)
     if "MASTER_PORT" not in os.environ:
-        found.master_port = quiet_port(found.master_port)
+        found.master_port = rendezvous_port(found.master_port)
     found.export(set_cuda_visible_devices=False, overwrite=True)

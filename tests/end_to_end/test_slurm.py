@@ -83,11 +83,11 @@ def newest(home: Path, kind: str) -> Run:
     return runs.load(sorted(path for path in (home / "runs").iterdir() if f"-{kind}-" in path.name)[-1])
 
 
-def settle(run: Run, seconds: float = 600) -> dict[int, str]:
+def wait_for_end(run: Run, seconds: float = 600) -> dict[int, str]:
     """Wait for the end of a run and return the state of each element."""
 
     def ended() -> bool:
-        return not runs.under_way(runs.elements(run))
+        return not runs.is_active(runs.elements(run))
 
     wait_until(ended, seconds, f"the end of {run.folder.name}", interval=0.5)
     return {number: element.state for number, element in runs.elements(run).items()}
@@ -104,7 +104,7 @@ def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
     assert launch.main(["caption", "--array", "0-255"]) == 0
     run = newest(home, "caption")
     assert len(run.jobs) == 256
-    assert set(settle(run, 900).values()) == {"done"}
+    assert set(wait_for_end(run, 900).values()) == {"done"}
     assert ledger.shards(home / "datasets/demo", "caption") == set(range(256))
     assert {tuple(line["arguments"][0]) for line in attempts(run.folder)} == {(shard,) for shard in range(256)}
 
@@ -114,11 +114,11 @@ def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
     wait_until(lambda: runs.progress(run)[0] >= 20, what="step 20 of 300")
     check_ranks(run, per_node=1)
     assert launch.main(["cancel"]) == 0
-    assert settle(run) == {0: "failed"}
+    assert wait_for_end(run) == {0: "failed"}
 
     submit(home, "train", "--nodes", "4", "--gpus-per-node", "2", settings={"stage1.steps": 10})
     run = newest(home, "train")
-    assert settle(run, 900) == {0: "done"}, runs.elements(run)
+    assert wait_for_end(run, 900) == {0: "done"}, runs.elements(run)
     assert runs.progress(run)[0] == 10
     check_ranks(run, per_node=2)
 
@@ -174,7 +174,7 @@ def test_a_dry_run_says_just_what_is_submitted_then_of_a_copy_of_the_code(profil
     (copy,) = {Path(f"/proc/{pid}/cwd").resolve() for pid in task_processes(job)}
     assert copy == run.folder / "code-1"
     assert (copy / "jobs/launch.py").read_text() == Path(launch.__file__).read_text()
-    assert set(settle(run).values()) == {"done"}
+    assert set(wait_for_end(run).values()) == {"done"}
 
 
 PIPELINE = SMALL | {
@@ -198,7 +198,7 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
         "sample",
     ]
     last = newest(tmp_path, "sample")
-    assert settle(last, 600) == {0: "done"}
+    assert wait_for_end(last, 600) == {0: "done"}
     assert (last.folder / "samples.png").exists()
     started = sorted((path.parent for path in tmp_path.glob("runs/*/attempts.jsonl")), key=first_start)
     kinds = [folder.name.split("-")[2] for folder in started]
@@ -211,9 +211,9 @@ def test_a_pipeline_stops_where_an_element_fails(profile, tmp_path):
     submit(tmp_path, "init", "--cluster", str(profile), settings=settings)
     (tmp_path / "datasets/demo/captions/00003.parquet").mkdir(parents=True)  # blocks the output file of the element
     submit(tmp_path, "pipeline", "--cluster", str(profile), settings=settings)
-    assert settle(newest(tmp_path, "caption")) == {0: "done", 1: "done", 2: "done", 3: "failed"}
-    assert set(settle(newest(tmp_path, "latents")).values()) == {"failed"}
-    assert settle(newest(tmp_path, "sample")) == {0: "failed"}
+    assert wait_for_end(newest(tmp_path, "caption")) == {0: "done", 1: "done", 2: "done", 3: "failed"}
+    assert set(wait_for_end(newest(tmp_path, "latents")).values()) == {"failed"}
+    assert wait_for_end(newest(tmp_path, "sample")) == {0: "failed"}
     assert [path.parent.name.split("-")[2] for path in tmp_path.glob("runs/*/attempts.jsonl")] == ["caption"]
 
 
@@ -258,7 +258,7 @@ def job_under_way(run: Run) -> str:
 
 def kill_a_task(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
     os.kill(task_processes(job)[-1], signal.SIGKILL)
-    settle(run)
+    wait_for_end(run)
     bench.retry(run)
 
 
@@ -297,7 +297,7 @@ def preempt(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
 
 def cancel(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
     submit(bench.home, "cancel", run.folder.name)
-    assert "failed" in settle(run).values()
+    assert "failed" in wait_for_end(run).values()
     bench.retry(run)
 
 
@@ -378,7 +378,7 @@ def undisturbed(make_bench) -> Callable[[str], dict[str, object]]:
     def run_it(kind: str) -> dict[str, object]:
         bench = make_bench(kind)
         run = bench.begin()
-        assert set(settle(run).values()) == {"done"}, runs.elements(run)
+        assert set(wait_for_end(run).values()) == {"done"}, runs.elements(run)
         return contents(bench, run)
 
     return run_it
@@ -397,7 +397,7 @@ def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, record_pr
     begun = time.monotonic()
     fault(bench, run, job, dev_cluster)
     run = runs.load(run.folder)
-    states = settle(run)
+    states = wait_for_end(run)
     assert set(states.values()) == {"done"}, runs.elements(run)
     record_property(RECOVERY, (fault.__name__, kind, time.monotonic() - begun))
     found = contents(bench, run)
@@ -422,7 +422,7 @@ def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
     for line in running:
         os.kill(task_processes(line["job"])[-1], signal.SIGKILL)
     killed = sorted([line["arguments"][0][0] for line in running] + [40, 55, 63])
-    states = settle(run, 600)
+    states = wait_for_end(run, 600)
     assert sorted(shard for shard, state in states.items() if state == "failed") == killed
     capsys.readouterr()
     submit(tmp_path, "status", run.folder.name, code=1)
@@ -431,7 +431,7 @@ def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
     submit(tmp_path, "retry", run.folder.name)
     again = runs.load(run.folder)
     assert sorted(shard for _, shards in again.jobs[len(run.jobs) :] for shard in shards) == killed
-    assert set(settle(again).values()) == {"done"}
+    assert set(wait_for_end(again).values()) == {"done"}
     submit(tmp_path, "retry", run.folder.name)
     assert len(runs.load(run.folder).jobs) == len(again.jobs)
 

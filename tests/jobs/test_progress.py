@@ -3,7 +3,7 @@
 import pytest
 
 from jobs import progress
-from jobs.progress import ProgressLine, spoken
+from jobs.progress import ProgressLine, format_rate
 
 
 @pytest.fixture
@@ -38,4 +38,4 @@ def test_what_has_no_parts_says_how_long_it_has_run(clock, capsys):
 
 @pytest.mark.parametrize(("rate", "words"), [(8.25, "8.2/s"), (0.5, "0.5/s"), (0.1, "6.0/min"), (0.0, "0.0/s")])
 def test_a_rate_has_digits(rate, words):
-    assert spoken(rate) == words
+    assert format_rate(rate) == words

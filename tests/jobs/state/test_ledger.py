@@ -116,7 +116,7 @@ def test_only_what_was_made_of_what_is_there_now_counts(tmp_path):
     assert ledger.current(tmp_path, "caption", shards, "m") == {0, 1, 3, 4}
     assert ledger.current(tmp_path, "latents", shards, "m") == {0}
     assert ledger.shards(tmp_path, "latents") == {0, 1, 2, 3, 4}
-    ledger.forget_others(tmp_path, "latents", [0, 1, 4, 5], "m")
+    ledger.drop_stale_entries(tmp_path, "latents", [0, 1, 4, 5], "m")
     assert ledger.shards(tmp_path, "latents") == {0, 2, 3}
 
 

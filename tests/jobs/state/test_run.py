@@ -77,7 +77,7 @@ def test_each_state_of_an_element(tmp_path, process, capsys):
     found = runs.elements(run)
     assert [found[shard].state for shard in range(4)] == ["done", "running", "done", "failed"]
     assert found[3].note == "ValueError: no such image"
-    assert runs.under_way(found)
+    assert runs.is_active(found)
 
     assert status.run(RunOptions(home=str(tmp_path), run=None)) == 1
     told = capsys.readouterr().out

@@ -10,8 +10,8 @@ from PIL import Image
 
 from jobs.state.journal import Journal
 from jobs.state.run_metadata import add_tags, describe, set_status
-from jobs.tracking.mlflow_store import STATE, StoreError, Tracker, behind, run_id
-from jobs.tracking.sync import publish_in_background, try_publish
+from jobs.tracking.mlflow_store import STATE, StoreError, Tracker, needs_sync, run_id
+from jobs.tracking.sync import sync_in_background, try_sync
 from tests.support import reporting_tasks
 
 ROOT = Path(__file__).parents[3]
@@ -119,7 +119,7 @@ def test_tags_that_come_later_and_incidents(home):
     tracker.sync(run)
     tags = tracker.client.get_run(run_id(run)).data.tags
     assert (tags["pixart.jobs"], tags["pixart.last_incident"]) == ("17", "step 3: step left out")
-    assert not behind(run)
+    assert not needs_sync(run)
 
 
 def test_previews_are_pictures_of_their_steps(home):
@@ -226,7 +226,7 @@ def test_256_tasks_at_once_and_a_cold_embedded_store(home):
     """No run is lost, no point is stored twice, and runs with and without killed tasks have equal metrics."""
     tracker, calm = begin(home, "calm")
     _, disturbed = begin(home, "disturbed")
-    workers = [publish_in_background(home, [disturbed, calm]) for _ in range(2)]
+    workers = [sync_in_background(home, [disturbed, calm]) for _ in range(2)]
     report(disturbed, 256, 20, 50)
     report(calm, 256, 20, 0)
     assert [worker.wait() for worker in workers] == [0, 0], (disturbed / "tracking.log").read_text()
@@ -242,21 +242,21 @@ def test_256_tasks_at_once_and_a_cold_embedded_store(home):
 def test_256_tasks_and_a_server_that_is_down_for_a_while(home, monkeypatch, mlflow_server):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     tracker, run = begin(home, "served")
-    assert try_publish(tracker, run)
+    assert try_sync(tracker, run)
     worker = subprocess.Popen(
         [sys.executable, "-m", "tests.support.reporting_tasks", str(run), "256", "20", "50"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
-    try_publish(tracker, run)
+    try_sync(tracker, run)
     mlflow_server.stop()
-    assert not try_publish(tracker, run)
-    with pytest.raises(StoreError, match="does not take it"):
+    assert not try_sync(tracker, run)
+    with pytest.raises(StoreError, match="request failed"):
         tracker.sync(run)
     assert worker.wait() == 0
     mlflow_server.start()
     set_status(run, "FINISHED")
-    assert try_publish(tracker, run)
+    assert try_sync(tracker, run)
     assert stored_points(tracker, run) == expected_points(256, 20)
     assert tracker.client.get_run(run_id(run)).info.status == "FINISHED"
 
@@ -282,7 +282,7 @@ def test_a_cold_store_takes_many_processes_at_once(home):
     folders = [begin(home, f"run-{number}")[1] for number in range(4)]
     for folder in folders:
         Journal(folder).metrics(1, {"a": 1.0})
-    workers = [publish_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
+    workers = [sync_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
     assert [worker.wait() for worker in workers] == [0, 0, 0], (folders[0] / "tracking.log").read_text()
     tracker = Tracker(home)
     found = tracker.client.search_runs([tracker.experiment])

@@ -20,7 +20,7 @@ from jobs.state.run import Run
 from jobs.state.run_metadata import describe, read_description, set_status
 from jobs.tracking import node_agent
 from jobs.tracking.mlflow_store import Tracker, run_id
-from jobs.tracking.sync import gather, journal_shards, publish, settle
+from jobs.tracking.sync import journal_shards, set_final_status, sync_folder, update_folder
 from slurm.executor import Cluster, Shape
 from slurm.profile import load
 from slurm.task import ATTEMPTS
@@ -67,11 +67,11 @@ def test_shards_are_metrics_once(tmp_path):
 def test_no_run_is_left_running(tmp_path):
     """A run has its final status, whatever happened to the launcher and the tasks."""
     run = make_run(tmp_path, "caption", elements=(0, 1), total=2, jobs=(("999999991", (0, 1)),))
-    settle(run, runs.elements(run))
+    set_final_status(run, runs.elements(run))
     assert read_description(run.folder)["status"] == "FAILED"
     for shard in (0, 1):
         record(run, shard, 5)
-    settle(run, runs.elements(run))
+    set_final_status(run, runs.elements(run))
     assert read_description(run.folder)["status"] == "FINISHED"
 
 
@@ -89,9 +89,9 @@ def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = make_run(tmp_path, "train", nodes=1)
     cluster = Cluster(load("local"), run.folder)
-    function = functools.partial(node_agent.accompanied, work, str(run.folder), fail=fail)
+    function = functools.partial(node_agent.with_node_agent, work, str(run.folder), fail=fail)
     run = run.added([cluster.submit_ranks(Shape(kind="train"), function)])
-    while runs.under_way(found := runs.elements(run)):
+    while runs.is_active(found := runs.elements(run)):
         time.sleep(0.1)
     assert found[0].state == ("failed" if fail else "done"), found
     assert read_description(run.folder)["status"] == ("FAILED" if fail else "FINISHED")
@@ -159,18 +159,18 @@ def test_a_summary_of_a_long_run_with_faults(tmp_path):
 def test_pages_of_every_kind_and_none_twice(tmp_path):
     """An unchanged page is neither written nor sent to MLflow again."""
     run = make_training(tmp_path, 3)
-    gather(run)
+    update_folder(run)
     assert not (run.folder / SUMMARY).exists()
     for _ in range(2):
-        gather(run, pages=True)
+        update_folder(run, pages=True)
     told = [line["artifact"] for line in read_journal(run.folder)[0] if "artifact" in line]
     assert told == [str(run.folder / SUMMARY), str(run.folder / LINEAGE)]
     set_status(run.folder, "FINISHED")
-    gather(run)
+    update_folder(run)
     assert len([line for line in read_journal(run.folder)[0] if "artifact" in line]) == 3
     assert main_page(run) == run.folder / SUMMARY
     empty = make_run(tmp_path / "other", "train")
-    gather(empty, pages=True)
+    update_folder(empty, pages=True)
     assert "No step has been reported" in (empty.folder / SUMMARY).read_text()
     assert main_page(make_run(tmp_path, "verify")).name == LINEAGE
 
@@ -180,21 +180,21 @@ def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlf
     """No launcher waits: a rank's node agent syncs, and of the elements of an array one per minute."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     training = make_run(tmp_path, "train", nodes=1)
-    function = functools.partial(node_agent.accompanied, work, str(training.folder), fail=False)
+    function = functools.partial(node_agent.with_node_agent, work, str(training.folder), fail=False)
     job = Cluster(load("local"), training.folder).submit_ranks(Shape(kind="train"), function)
     training = training.added([job])
-    while runs.under_way(runs.elements(training)):
+    while runs.is_active(runs.elements(training)):
         time.sleep(0.1)
     captions = make_run(tmp_path, "caption", elements=(0, 1), total=2)
     for shard in (0, 1):
-        node_agent.published(functools.partial(record, captions, shard), str(captions.folder), 10 + shard)
+        node_agent.with_sync(functools.partial(record, captions, shard), str(captions.folder), 10 + shard)
     tracker = Tracker(tmp_path)
     stored = tracker.client.get_run(run_id(training.folder))
     assert stored.info.status == "FINISHED"
     assert stored.data.metrics["train/loss"] == 1.0
     images = tracker.client.get_metric_history(run_id(captions.folder), "data/images")
     assert [(point.step, point.value) for point in images] == [(0, 10.0)]  # the second is sent with the next sync
-    publish(tracker, captions.folder)
+    sync_folder(tracker, captions.folder)
     stored = tracker.client.get_run(run_id(captions.folder))
     assert (stored.info.status, stored.data.metrics["data/images"]) == ("FINISHED", 11.0)
 
@@ -213,7 +213,7 @@ def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, ml
         try:
             os.close(opener)
             os.read(gate, 1)  # blocks until the parent closes the other end
-            node_agent.published(functools.partial(record, run, shard), str(run.folder), 10 + shard)
+            node_agent.with_sync(functools.partial(record, run, shard), str(run.folder), 10 + shard)
             os._exit(0)
         finally:
             os._exit(1)
@@ -221,7 +221,7 @@ def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, ml
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 256
     tracker = Tracker(tmp_path)
     assert tracker.client.get_metric_history(run_id(run.folder), "data/images")
-    publish(tracker, run.folder)
+    sync_folder(tracker, run.folder)
     images = tracker.client.get_metric_history(run_id(run.folder), "data/images")
     assert sorted((point.step, point.value) for point in images) == [(shard, 10.0 + shard) for shard in range(256)]
     assert tracker.client.get_run(run_id(run.folder)).info.status == "FINISHED"
