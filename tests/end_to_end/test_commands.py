@@ -231,7 +231,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch sync", "no runs"),
         ("python -m jobs.launch open nowhere", "no runs"),
         ("python -m jobs.launch lineage", "no runs"),
-        ("python -m jobs.launch lineage broken.pt", "no picture"),
+        ("python -m jobs.launch lineage broken.pt", "not an image"),
         ("python -m jobs.launch lineage damaged", "training.json is damaged"),
         ("python -m jobs.launch lineage other.png", "names no checkpoint"),
         ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),

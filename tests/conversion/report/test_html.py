@@ -257,7 +257,7 @@ def test_error_curves():
     report["reparameterization"]["output_error"]["paper"][0] = math.nan
     html = page(report)
     assert len(marks(plots(html)[0])) == 2 * len(T) - 1
-    assert "1 values are missing or not finite" in html
+    assert "1 missing or non-finite values are not drawn" in html
 
 
 def test_stage_that_is_kept():

@@ -171,7 +171,7 @@ def test_pages_of_every_kind_and_none_twice(tmp_path):
     assert main_page(run) == run.folder / SUMMARY
     empty = make_run(tmp_path / "other", "train")
     update_folder(empty, pages=True)
-    assert "No step has been reported" in (empty.folder / SUMMARY).read_text()
+    assert "No step has been logged" in (empty.folder / SUMMARY).read_text()
     assert main_page(make_run(tmp_path, "verify")).name == LINEAGE
 
 
