@@ -81,7 +81,9 @@ def home(named: str | None) -> Path:
     """
     name = named or os.environ.get("PIXART_HOME") or "outputs"
     if is_url(name) or any(letter in name for letter in URL_LETTERS):
-        raise ValueError(f"home {name}: must be a folder of a file system, without {' '.join(URL_LETTERS)} in its name")
+        raise ValueError(
+            f"--home {name}: must be a folder of a file system, without {' '.join(URL_LETTERS)} in its name"
+        )
     return Path(name).absolute()
 
 
@@ -90,7 +92,7 @@ def load(folder: Path) -> Run:
     try:
         record = read_record(folder / RECORD, "kind", "executor", "dataset", "total", "elements", "jobs")
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is no run folder") from None
+        raise ValueError(f"{folder}: no run folder; name a folder in HOME/runs") from None
     jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
     with of_this_version(folder / RECORD):
         return Run(**{**record, "folder": folder, "elements": tuple(record["elements"]), "jobs": jobs})
@@ -110,13 +112,13 @@ def find(home: Path, name: str | None) -> Run:
         return load(Path(name).absolute())
     known = folders(home)
     if not known:
-        raise ValueError(f"there are no runs in {home}")
+        raise ValueError(f"--home {home}: has no runs; run a job such as 'caption' first")
     if name is None:
         return load(known[-1])
     matches = [folder for folder in known if name in folder.name]
     exact = [folder for folder in matches if folder.name == name]
     if len(exact or matches) != 1:
-        raise ValueError(f"run {name!r}: {len(matches) or 'no'} runs of {home} have this in their name")
+        raise ValueError(f"run {name!r}: {len(matches) or 'no'} runs in {home} match; give a part of exactly one name")
     return load((exact or matches)[0])
 
 
@@ -189,7 +191,7 @@ def last_error(run: Run, job: str) -> str:
 
 
 def seconds_per_step(run: Run) -> float | None:
-    """Return the seconds per step that training logged last; None if it has not logged any."""
+    """Return the most recent seconds per step of training; None if none were logged."""
     metrics = [line["metrics"] for line in read_tail(run.folder) if "train/seconds_per_step" in line.get("metrics", {})]
     return metrics[-1]["train/seconds_per_step"] if metrics else None
 
@@ -197,7 +199,7 @@ def seconds_per_step(run: Run) -> float | None:
 def progress(run: Run) -> tuple[int, str]:
     """Return the number of finished steps and a note with the last loss, from the journal.
 
-    Journal lines that hold only a step serve this purpose.
+    Journal lines with only a step also count.
     """
     step, note = 0, ""
     for line in read_tail(run.folder):

@@ -62,8 +62,8 @@ def join_ranks() -> None:
     """
     from submitit.helpers import TorchDistributedEnvironment
 
-    found = TorchDistributedEnvironment()
-    found.master_addr = os.environ.get("MASTER_ADDR", found.master_addr)
+    distributed = TorchDistributedEnvironment()
+    distributed.master_addr = os.environ.get("MASTER_ADDR", distributed.master_addr)
     if "MASTER_PORT" not in os.environ:
-        found.master_port = rendezvous_port(found.master_port)
-    found.export(set_cuda_visible_devices=False, overwrite=True)
+        distributed.master_port = rendezvous_port(distributed.master_port)
+    distributed.export(set_cuda_visible_devices=False, overwrite=True)

@@ -23,7 +23,7 @@ def run(options: Options) -> int:
     home = runs.home(options.home)
     folders = [runs.find(home, options.run).folder] if options.run else runs.folders(home)
     if not folders:
-        raise ValueError(f"there are no runs in {home}")
+        raise ValueError(f"--home {home}: has no runs; run a job such as 'caption' first")
     tracker, sent = Tracker(home), 0
     for folder in folders:
         loaded = runs.load(folder)

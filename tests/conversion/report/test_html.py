@@ -285,7 +285,7 @@ def test_recipe_without_stored_scales():
     stateless(report)
     html = page(report)
     assert len(plots(html)) == 2
-    assert "there are no values" in html
+    assert "No values to plot" in html
     assert "orward only leaves" not in html
     assert "calibrated</li>" not in html
     assert "mxfp8</li>" in html

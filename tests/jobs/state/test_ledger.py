@@ -59,7 +59,7 @@ def test_captions_of_another_manifest_are_made_again(dataset):
 def test_changed_captions_are_noticed(dataset):
     caption.part_path(dataset, 3).write_bytes(caption.part_path(dataset, 2).read_bytes())
     ledger.path(dataset, "latents", 3).unlink()
-    with pytest.raises(ValueError, match="is not what the ledger says"):
+    with pytest.raises(ValueError, match="does not match the ledger"):
         latents.run(dataset, [3])
 
 

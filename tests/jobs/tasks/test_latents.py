@@ -77,8 +77,8 @@ def test_images_that_are_not_those_captioned_are_refused(photographs, change):
     expected = {
         "added": "has 7 items, but had 6 when",
         "removed": "has 5 items, but had 6 when",
-        "renamed": "row 0 was 0.png, now \\+.png: the source has changed since `caption`",
-        "replaced": "0.png is another image than the one that was captioned",
+        "renamed": "row 0 was 0.png, now \\+.png; the source changed since 'caption'",
+        "replaced": "0.png: the image changed since it was captioned",
     }
     with pytest.raises(ValueError, match=expected[change]):
         latents.run(photographs.path, [0, 1])
