@@ -50,9 +50,9 @@ def raise_first_failure(run: Run, elements: dict[int, Element]) -> None:
         name, _, message = RANK.sub("", element.note).partition(": ")
         if name == "ValueError":
             raise ValueError(message)
-        what = f"{run.kind} shard {number}" if run.elements else run.kind
+        subject = f"{run.kind} shard {number}" if run.elements else run.kind
         others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
-        raise JobFailedError(f"{what}{others} failed: {element.note}; its log is {run.log(element.job)}")
+        raise JobFailedError(f"{subject}{others} failed: {element.note}; its log is {run.log(element.job)}")
 
 
 def dependencies(launch: Launch, run: Run) -> list[str]:

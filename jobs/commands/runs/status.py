@@ -59,8 +59,8 @@ def print_status(run: Run, elements: dict[int, Element]) -> None:
         console.print(describe_steps(run, active=active), markup=False)
     failed = [(number, element) for number, element in elements.items() if element.state == "failed"]
     for number, element in failed[:MAX_FAILURES]:
-        what = f"shard {number}" if run.elements else run.kind
-        console.print(f"failed: {what}, job {element.job}: {element.note}", markup=False)
+        subject = f"shard {number}" if run.elements else run.kind
+        console.print(f"failed: {subject}, job {element.job}: {element.note}", markup=False)
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
     following = "retry" if failed else "status" if active else "open"

@@ -260,7 +260,7 @@ def test_error_curves():
     assert "1 missing or non-finite values are not drawn" in html
 
 
-def test_stage_that_is_kept():
+def test_conversion_keeps_the_stage_on_request():
     report = make_report()
     without_stage1(report)
     html = page(report)

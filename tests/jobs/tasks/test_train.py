@@ -6,7 +6,7 @@ from pathlib import Path
 from jobs.tasks.train import PORTS, rendezvous_port
 
 
-def test_the_first_rank_listens_where_no_connection_of_others_can_be():
+def test_rendezvous_port_is_outside_of_the_ephemeral_range():
     """The port is below the ephemeral range for every number that submitit draws, 20,000 to 60,000.
 
     Different jobs rarely have the same port.
