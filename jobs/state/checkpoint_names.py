@@ -60,7 +60,7 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
         return path, None
     if path.is_dir() and not (path / MARKER).exists() and is_foreign(path):
         check_lengths(path)
-        return path, None
+        return orbax_metadata.find(path) or path, None
     path = find_checkpoint(name)
     return path, checkpoint_record(path)
 

@@ -11,6 +11,9 @@ import tensorstore
 import torch
 from torch import Tensor
 
+from conversion.reading import formats
+from pixart.checkpoint.directory import Checkpoint
+
 SIZES: dict[str, Any] = {"channels": 16, "dim": 32, "cond_dim": 16, "heads": 2, "blocks": 2, "patch": 2, "classes": 5}
 BASE_LATENT_SIZE = 8
 BUFFERS = ("time_proj.emb", "pos_embed.emb")
@@ -171,3 +174,19 @@ def write_step(folder: Path, state: Arrays, ema: Arrays | None, **layout: bool) 
         write_item(folder / name, arrays, **layout)
     (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": dict.fromkeys(items, "Standard")}))
     return folder
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint of these sizes."""
+    return formats.read(path, base_latent_size=BASE_LATENT_SIZE)
+
+
+def tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+
+
+def check_output(actual: Tensor, expected: Tensor) -> None:
+    """Assert the largest and the RMS difference relative to the RMS of `expected`."""
+    rms = expected.square().mean().sqrt()
+    assert float((actual - expected).abs().max() / rms) < 1e-4
+    assert float((actual - expected).square().mean().sqrt() / rms) < 1e-5
