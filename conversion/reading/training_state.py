@@ -21,9 +21,9 @@ from conversion.reading import transformer_engine
 from conversion.reading.moments import name_moments, strip_prefix
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.integrity import check_shapes
-from pixart.checkpoint.latent_space import ORIGINAL_PIXEL_RANGE
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
+from pixart.config.latent_space import ORIGINAL_PIXEL_RANGE
 from pixart.model.dit import state_shapes
 from pixart.training.optimizer import MOMENTS
 
