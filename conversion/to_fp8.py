@@ -40,7 +40,7 @@ from conversion.progress import Progress
 from conversion.reading import formats
 from conversion.reading.training_state import INFERRED
 from conversion.report.html import page
-from conversion.report.text import PAGE, REPORT, SYNTHETIC, describe
+from conversion.report.text import PAGE, REPORT, SYNTHETIC, describe, describe_source
 from conversion.stage2 import strategies
 from conversion.stage2.reparameterize import CARRIED, DERIVED, NEW
 from conversion.verification import acceptance
@@ -96,7 +96,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 "source_sha256": digest.result(),
                 "config_inferred": start.provenance.get("source_config") == INFERRED,
                 "output": str(output),
-                "stages": [start.stage, result.stage],
+                **training_of_source(start, result.stage),
                 "step": start.step,
                 "config": result.config,
                 "calibration_data": dataset or f"{SYNTHETIC}: unit-variance latents and text",
@@ -115,7 +115,6 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 "gradient_cosine_similarity": cosine,
                 "tensor_counts": {kind: list(provenance.values()).count(kind) for kind in (CARRIED, DERIVED, NEW)},
                 "tensor_provenance": provenance,
-                "dropped_tensors": dropped_tensors(start),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 "acceptance": acceptance.as_report(checks),
             }
@@ -124,10 +123,16 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
     return report
 
 
-def dropped_tensors(start: Checkpoint) -> dict[str, int]:
-    """Return the number of tensors of the source that reading it has dropped, by the reason."""
+def training_of_source(start: Checkpoint, stage: int) -> dict[str, Any]:
+    """Return the part of the report about the training of `start`, which is converted to `stage`."""
     is_suite_checkpoint = start.provenance["source_format"] == formats.SUITE_FORMAT
-    return {} if is_suite_checkpoint else start.provenance.get("dropped_tensors", {})
+    return {
+        "stages": [start.stage, stage],
+        "skipped_extra_states": {} if is_suite_checkpoint else start.provenance.get("skipped_extra_states", {}),
+        "dropped_tensors": {} if is_suite_checkpoint else start.provenance.get("dropped_tensors", {}),
+        "cond_dropout_prob": start.provenance.get("cond_dropout_prob"),
+        "decay_qk_norm": start.provenance.get("decay_qk_norm", False),
+    }
 
 
 def is_rank_zero() -> bool:
@@ -212,7 +217,7 @@ def dry_run(source: Path, output: Path | None, options: Options) -> str:
     plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
     lines = [
         f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
-        *(f"would drop {count} {reason}" for reason, count in dropped_tensors(start).items()),
+        *describe_source(training_of_source(start, options.stage)),
         f"would calibrate on {dataset or 'synthetic data'}",
         f"would write {output or default_output(source)}: {len(plan.linears)} linears in FP8, recipe {plan.recipe}",
         *(f"would keep {name} in BF16: {reason}" for name, reason in plan.kept.items()),

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from conversion.options import BASE_LATENT_SIZE
 from conversion.reading import equinox
+from conversion.reading.moments import zeros
 from conversion.reading.orbax_metadata import Item, read_items
 from conversion.reading.training_state import (
     INFERRED,
+    LEGACY_COND_DROPOUT_PROB,
     check_config,
     infer_config,
     original_normalization,
     validated,
-    zeros,
 )
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.lazy_tensors import LazyTensors
@@ -74,6 +75,7 @@ def read(path: Path, base_latent_size: int | None) -> Checkpoint:
             "source": str(path),
             "source_format": SOURCE_FORMAT if COUNT in arrays else f"{SOURCE_FORMAT}, weights only",
             "source_config": INFERRED,
+            "cond_dropout_prob": LEGACY_COND_DROPOUT_PROB[1],
             "dropped_tensors": {equinox.DROPPED_REASON: dropped} if dropped else {},
         },
     )
