@@ -92,13 +92,9 @@ def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: boo
     shards = select_shards(launch, manifest["data"]["num_shards"])
     after: list[str] = []
     for job in ("caption", "latents"):
-        complete = ledger.current(launch.dataset, job, shards, manifest["hash"]) if "hash" in manifest else set()
-        missing = [shard for shard in shards if shard not in complete]
+        missing = ledger.missing_shards(launch.dataset, job, manifest) if "hash" in manifest else shards
         if missing and not any_source and launch.recipe.data.source != "demo":
-            raise ValueError(
-                f"dataset {launch.dataset} is incomplete: {len(missing)} of {len(shards)} shards have no {job}; "
-                f"run '{job}'"
-            )
+            raise ValueError(ledger.incomplete(launch.dataset, job, len(missing), len(shards)))
         if missing:
             print(f"running {job} first: {len(missing)} of {len(shards)} shards are missing", flush=True)
         if missing and not launch.dry_run:

@@ -11,7 +11,7 @@ from slurm import commands
 def run(options: RunOptions) -> int:
     cancelled = runs.find(runs.home(options.home), options.run)
     elements = runs.elements(cancelled).values()
-    active = {element.job for element in elements if element.state in ("pending", "running")}
+    active = {element.job for element in elements if element.state in runs.ACTIVE}
     commands.cancel(cancelled.executor, sorted({job.partition("_")[0] for job in active}))
     print(f"cancelled {len(active)} jobs of {cancelled.folder}")
     print(f"next: python -m jobs.launch retry {cancelled.folder.name}")

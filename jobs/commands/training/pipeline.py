@@ -50,14 +50,17 @@ def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     manifest = open_dataset(launch)
     check_dataset(launch.recipe, 1, manifest, None)
     after = prepare_dataset(launch, manifest, any_source=True)
-    if not options.accept_failed_audit:
+    audited = not options.accept_failed_audit
+    if audited:
         after = require_audit(launch, after, any_source=True)
-    stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
+    stage1 = submit_training(launch, 1, options.nodes, start=None, after=after, require_audit=audited)
     source = last_checkpoint(launch, 1, stage1)
     converted = default_output(source)
     conversion_options = ConversionOptions(batch_size=launch.recipe.stage2.global_batch_size)
     conversion = submit_conversion(launch, source, converted, conversion_options, dependencies(launch, stage1))
-    stage2 = submit_training(launch, 2, options.nodes, start=converted, after=dependencies(launch, conversion))
+    stage2 = submit_training(
+        launch, 2, options.nodes, start=converted, after=dependencies(launch, conversion), require_audit=audited
+    )
     samples = submit_sampling(
         launch, SamplingRequest(checkpoint=last_checkpoint(launch, 2, stage2)), after=dependencies(launch, stage2)
     )

@@ -120,7 +120,13 @@ def train(launch: Launch, options: Options) -> str:
     if not options.accept_failed_audit:
         after = require_audit(launch, after)
     submitted = submit_training(
-        launch, stage, options.nodes, start=None if resumed else start, folder=resumed, after=after
+        launch,
+        stage,
+        options.nodes,
+        start=None if resumed else start,
+        folder=resumed,
+        after=after,
+        require_audit=not options.accept_failed_audit,
     )
     if not launch.wait:
         return describe_submission(submitted)
@@ -135,15 +141,19 @@ def submit_training(
     nodes: int,
     *,
     start: Path | None,
+    require_audit: bool,
     folder: Path | None = None,
     after: Sequence[str] = (),
 ) -> Run:
-    """Submit a training job: a new run from the checkpoint `start`, or the next job of the run in `folder`."""
+    """Submit a training job: a new run from the checkpoint `start`, or the next job of the run in `folder`.
+
+    With `require_audit`, the job checks at its start that the dataset has passed its audit.
+    """
     config = launch.recipe.train(stage)
     return run_ranks(
         launch,
         training_shape(launch, nodes),
-        {"stage": stage, "start": str(start) if start else None},
+        {"stage": stage, "start": str(start) if start else None, "require_audit": require_audit},
         parameters={
             "stage": stage,
             "nodes": nodes,

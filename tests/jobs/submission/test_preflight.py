@@ -12,6 +12,7 @@ MANIFEST = {
     "images": 1000,
     "latent_shape": [16, 8, 8],
     "text_dim": 384,
+    "data": dataclasses.asdict(demo("").data),
     "models": {"vae": "aa", "text_encoder": "bb", "captioner": "cc"},
 }
 CONFIG = {"in_dim": 16, "dim": 32, "text_dim": 384}
@@ -20,16 +21,21 @@ CONFIG = {"in_dim": 16, "dim": 32, "text_dim": 384}
 def record(**changes):
     """Return the metadata of a checkpoint that fits the dataset, with changes."""
     provenance = {"models": {"vae": "aa", "text_encoder": "bb"}}
-    return {"config": CONFIG, "provenance": provenance, "plan": None, **changes}
+    normalization = {"mean": [0.0] * 16, "std": [1.0] * 16, "pixel_range": [-1, 1]}
+    values = {"config": CONFIG, "provenance": provenance, "plan": None, "dataset": None, "normalization": normalization}
+    return {**values, **changes}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"provenance": {"models": {"vae": "zz"}}}, "data of another vae: fingerprint zz"),
+        (
+            {"provenance": {"models": {"vae": "zz"}}},
+            r"another VAE \(fingerprint zz\) than that of .* aa\)",
+        ),
         (
             {"provenance": {"models": {"vae": "aa", "text_encoder": "zz"}}},
-            "data of another text encoder: fingerprint zz",
+            r"another text encoder \(fingerprint zz\)",
         ),
         ({"config": {**CONFIG, "in_dim": 4}}, "reads 4 latent channels, the dataset has 16"),
         ({"config": {**CONFIG, "text_dim": 2048}}, "width 2048, the dataset's have width 384"),
