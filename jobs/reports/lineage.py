@@ -15,7 +15,7 @@ from jobs.state.checkpoint_names import INFERENCE, MARKER, acceptance, checkpoin
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
-from pixart.config.dataset import is_url
+from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_stage
 
 LETTERS = 500  # longest text of a PNG that is shown; longer ones, such as the command, are not
@@ -210,13 +210,17 @@ class Walk:
 
 def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
     """Return the facts about a dataset's captioner: for a model also the instruction, whose hash ends `fingerprint`."""
-    from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
+    from pixart.data.captions.captioner import prompt_hash, sampling_settings
 
     if data["captioner"] != "vllm":
         return {"captioner": data["captioner"]}
-    own = fingerprint.endswith(f"-{prompt_hash(INSTRUCTION)}")
-    said = INSTRUCTION if own else "another version's, by its hash above"
-    return {"captioner": f"vllm, {data['caption_model']} ({fingerprint})", "instruction": said}
+    captions = data_from_dict(data).captions
+    is_recorded = fingerprint.endswith(f"-{prompt_hash(captions.image_instruction)}")
+    return {
+        "captioner": f"vllm, {data['caption_model']} ({fingerprint})",
+        "instruction": captions.image_instruction if is_recorded else "another version's, by its hash above",
+        "sampling": ", ".join(f"{name} {value}" for name, value in sampling_settings(captions).items()),
+    }
 
 
 def in_order(node: Node) -> list[Node]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pixart.config.captions import CaptionsConfig
 from pixart.config.limits import require_at_least
 from pixart.config.renamed_keys import rename_data
 
@@ -103,6 +104,8 @@ class DataConfig:
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"
     """Folder or hub name of the vision-language model that the captioner `vllm` runs."""
 
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 
     def __post_init__(self) -> None:
@@ -126,9 +129,14 @@ def is_url(path: str) -> bool:
 def data_from_dict(values: Mapping[str, Any]) -> DataConfig:
     """Build the configuration of a dataset from a manifest's or a run's record of it, also one by version 0.1.
 
+    A record without `captions` was made by the default instructions and sampling, which were constants before.
     Raises TypeError or KeyError for a record with other fields, and ValueError for a value out of range.
     """
     values = rename_data(values)
     if "pixel_range" in values:
         values["pixel_range"] = tuple(values["pixel_range"])
-    return DataConfig(**{**values, "screening": ScreeningConfig(**values["screening"])})
+    sections = {
+        "captions": CaptionsConfig(**values.get("captions", {})),
+        "screening": ScreeningConfig(**values["screening"]),
+    }
+    return DataConfig(**{**values, **sections})

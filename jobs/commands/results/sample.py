@@ -120,7 +120,7 @@ def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) 
     """Return the request with rewritten prompts, or with the file that a job writes them to and the job's id."""
     texts = [item["prompt"] for item in request.prompts]
     if options.server:
-        rewritten = rewrite_by_server(texts, options.server, options.model)
+        rewritten = rewrite_by_server(launch, texts, options.server, options.model)
         print_problems(rewritten)
         prompts = [{"prompt": item["text"], "request": item["request"]} for item in rewritten]
         return replace(request, prompts=prompts), []
