@@ -61,6 +61,7 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
         "stage": checkpoint.stage,
         "step": checkpoint.step,
         "dataset": checkpoint.dataset,
+        "provenance": checkpoint.provenance,
         "normalization": dataclasses.asdict(checkpoint.normalization),
     }
     checkpoints.write_file(folder / "inference" / INFERENCE_FILE, (json.dumps(record, indent=2) + "\n").encode())

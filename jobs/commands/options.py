@@ -92,7 +92,9 @@ class RecipeOptions(CommonOptions):
 
     TITLE: ClassVar[str] = "recipe"
 
-    recipe: str | None = option("--recipe", metavar="NAME", help="Recipe to start from: demo or xl (default: demo).")
+    recipe: str | None = option(
+        "--recipe", metavar="NAME", help="Recipe to start from: demo, xl or xl-mxfp8 (default: demo)."
+    )
     overrides: tuple[str, ...] = option(
         "--set",
         default=(),

@@ -5,6 +5,7 @@ the seed and how many captions of the dataset are sampled.
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,7 @@ def sample(launch: Launch, options: Options) -> str:
     model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
     check_model(model, manifest, launch.dataset)
     check_latents(str(checkpoint), record, launch.dataset, manifest)
+    warn_of_untrained_guidance(checkpoint, record, launch.recipe.sample.guidance)
     prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
     if options.recaption and not prompts:
         raise ValueError("--recaption rewrites prompts; give --prompt or --file")
@@ -114,6 +116,17 @@ def sample(launch: Launch, options: Options) -> str:
     if not launch.wait:
         return describe_submission(submitted)
     return f"{describe_samples(runs.result(submitted))}\nnext: python -m jobs.launch lineage {submitted.folder.name}"
+
+
+def warn_of_untrained_guidance(checkpoint: Path, record: dict[str, Any], guidance: float) -> None:
+    """Print a warning if a model that never saw the null condition in training is sampled with guidance against it."""
+    if guidance != 1 and record.get("provenance", {}).get("cond_dropout_prob") == 0:
+        print(
+            f"warning: guidance is untrained: {checkpoint} was trained with cond_dropout_prob=0, so sample.guidance="
+            f"{guidance:g} extrapolates from a null condition that it has not learned; --set sample.guidance=1 "
+            "samples without guidance",
+            file=sys.stderr,
+        )
 
 
 def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) -> tuple[SamplingRequest, list[str]]:

@@ -44,7 +44,7 @@ def pipeline(launch: Launch, options: TrainingOptions) -> str:
 def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     """Submit the jobs after the dataset is open; return the runs from stage 1 on."""
     shape = training_shape(launch, options.nodes)
-    check_pipeline(launch.recipe, shape.nodes * shape.ranks_per_node)
+    check_pipeline(launch.recipe, shape.nodes * shape.ranks_per_node, gpus=launch.profile.gpus_per_node > 0)
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options.nodes))
     manifest = open_dataset(launch)
@@ -55,7 +55,8 @@ def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
     source = last_checkpoint(launch, 1, stage1)
     converted = default_output(source)
-    conversion_options = ConversionOptions(batch_size=launch.recipe.stage2.global_batch_size)
+    config = launch.recipe.stage2
+    conversion_options = ConversionOptions(batch_size=config.global_batch_size, fp8_recipe=config.fp8_recipe)
     conversion = submit_conversion(launch, source, converted, conversion_options, dependencies(launch, stage1))
     stage2 = submit_training(launch, 2, options.nodes, start=converted, after=dependencies(launch, conversion))
     samples = submit_sampling(

@@ -133,7 +133,7 @@ if __name__ == "__main__":
     outputs = [engine.chat(each, sampling) for each in chats]
 
     captioner.captions = dataclasses.replace(captioner.captions, temperature=0.9, top_p=0.95, top_k=50)
-    sampled = captions(requests), captions(requests[::-1])[::-1]
+    sampled = captions(requests), captions(requests[::-1])
     captioner.captions = dataclasses.replace(captioner.captions, temperature=0.0, top_p=1.0, top_k=0)
 
     result = {
