@@ -6,9 +6,8 @@ Imports nothing heavy, so that the launcher can use it.
 import dataclasses
 from collections.abc import Callable
 
-from pixart.config.audit import AuditConfig
 from pixart.config.captions import visible_attributes
-from pixart.config.dataset import DataConfig
+from pixart.config.dataset import AuditConfig, DataConfig
 from pixart.config.model import ModelConfig
 from pixart.config.recipe import Recipe
 from pixart.config.sampling import SampleConfig

@@ -10,8 +10,7 @@ import pytest
 from jobs.state import ledger
 from pixart.checkpoint.directory import load_without_tensors
 from pixart.config import renamed_keys
-from pixart.config.audit import AuditConfig
-from pixart.config.dataset import DataConfig, ScreeningConfig
+from pixart.config.dataset import AuditConfig, DataConfig, ScreeningConfig
 from pixart.config.model import ModelConfig
 from pixart.config.recipe import from_json, to_json
 from pixart.config.sampling import SampleConfig
