@@ -1,14 +1,17 @@
 """The report of a conversion as text for a terminal; `html` renders it as HTML, and report.json holds the data."""
 
+import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.options import STATEFUL
+from conversion.options import STATEFUL, Options
 
 REPORT = "report.json"
 PAGE = "report.html"
+PLACEHOLDER = "DATASET"  # in a command, for the user's dataset
 SYNTHETIC = "synthetic"  # prefix of the report's calibration data if no dataset was used
 T_COLUMNS = (1, 3, 5, 6, 7, 9, 11)  # indices of the report's values of t that are shown
 
@@ -53,16 +56,36 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"{verdict}        {check['name']}: {check['value']} (limit {check['limit']})")
     lines.append(f"written     {report['output']}, with {PAGE}")
     if report["acceptance"]["passed"]:
-        lines.append(f"next        {next_command(report['stages'][1], report['output'])}")
+        lines.append(f"next        {report['next_command']}")
     else:
         lines.append("next        read the report; train accepts this checkpoint only with --accept-failed-conversion")
     return "\n".join(lines)
 
 
-def next_command(stage: int, output: str | Path) -> str:
-    """Return the command that trains the converted checkpoint in FP8; stage 1 trains in BF16 by default."""
-    command = f"python -m jobs.launch train --stage {stage} --from {output}"
-    return f"{command} --set stage1.fp8=true" if stage == 1 else command
+def training_words(options: Options, output: str | Path, dataset: str | None) -> list[str]:
+    """Return the options of `jobs.launch train` that train a converted checkpoint in FP8.
+
+    `dataset` is the dataset that the checkpoint was trained on; if there is none, it is the one that was calibrated on,
+    else a placeholder. Stage 1 trains in BF16 by default.
+    """
+    words = ["--stage", str(options.stage), "--from", str(output)]
+    if options.calibration_dataset or not dataset:
+        words += ["--dataset", options.calibration_dataset or PLACEHOLDER]
+    return [*words, "--set", "stage1.fp8=true"] if options.stage == 1 else words
+
+
+def next_command(options: Options, output: str | Path, dataset: str | None) -> str:
+    """Return the command that trains a converted checkpoint; the checkpoint's run, if any, has the recipe.
+
+    The run's home folder is named if it is not the default.
+    """
+    words = training_words(options, output, dataset)
+    run = Path(output).absolute().parent.parent  # of RUN/checkpoints/step-00000100.fp8
+    if run.parent.name == "runs" and (run / "config.json").exists():
+        home = run.parent.parent
+        if home != Path(os.environ.get("PIXART_HOME") or "outputs").absolute():
+            words += ["--home", str(home)]
+    return shlex.join(["python", "-m", "jobs.launch", "train", *words])
 
 
 def describe_strategies(errors: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.commands.data.recaption import print_problems, rewrite_by_server, submit_recaption
+from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, read_recipe, resolve_paths
 from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, argument, option, positive
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
@@ -22,7 +23,6 @@ from jobs.state.prompts import read_prompts
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
-from jobs.submission.submit import describe_submission
 from jobs.submission.wait import dependencies
 from pixart.config.dataset import DataConfig
 from pixart.config.overrides import apply
@@ -118,8 +118,9 @@ def sample(launch: Launch, options: Options) -> str:
         request, after = rewrite_prompts(launch, options, request)
     submitted = submit_sampling(launch, request, after=after)
     if not launch.wait:
-        return describe_submission(submitted)
-    return f"{describe_samples(runs.result(submitted))}\nnext: python -m jobs.launch lineage {submitted.folder.name}"
+        return describe_submission(options, submitted)
+    following = next_command(options, "lineage", submitted.folder.name)
+    return f"{describe_samples(runs.result(submitted))}\nnext: {following}"
 
 
 def make_request(launch: Launch, options: Options) -> SamplingRequest:

@@ -5,6 +5,7 @@ The state comes from the data, and from Slurm if there is no data yet. The exit 
 
 from collections import Counter
 
+from jobs.commands.hints import next_command
 from jobs.commands.options import Command, RunOptions
 from jobs.progress import spoken
 from jobs.state import ledger
@@ -23,7 +24,7 @@ def run(options: RunOptions) -> int:
     home = runs.home(options.home)
     shown = runs.find(home, options.run)
     elements = runs.elements(shown)
-    print_status(shown, elements)
+    print_status(options, shown, elements)
     if shown.writable and (shown.folder / METADATA_FILE).exists():
         settle(shown, elements)
         if behind(shown.folder):
@@ -31,7 +32,7 @@ def run(options: RunOptions) -> int:
     return 1 if any(element.state == "failed" for element in elements.values()) else 0
 
 
-def print_status(run: Run, elements: dict[int, Element]) -> None:
+def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) -> None:
     """Print a table of the states, the progress of training, the first failures and the next command."""
     from rich.console import Console
     from rich.table import Table
@@ -64,7 +65,7 @@ def print_status(run: Run, elements: dict[int, Element]) -> None:
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
     following = "retry" if failed else "status" if active else "open"
-    console.print(f"next: python -m jobs.launch {following} {run.folder.name}", markup=False)
+    console.print(f"next: {next_command(options, following, run.folder.name)}", markup=False)
 
 
 def describe_steps(run: Run, *, active: bool) -> str:

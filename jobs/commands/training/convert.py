@@ -10,7 +10,8 @@ from typing import Self
 
 from conversion.options import Options as ConversionOptions
 from conversion.options import add_options, default_output, from_arguments
-from conversion.report.text import PAGE, next_command
+from conversion.report.text import PAGE, training_words
+from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching
 from jobs.commands.options import Command, SubmissionOptions, argument, delegated, option
 from jobs.state import ledger
@@ -18,7 +19,7 @@ from jobs.state import run as runs
 from jobs.state.checkpoint_names import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
-from jobs.submission.submit import describe_submission, run_ranks
+from jobs.submission.submit import run_ranks
 from pixart.config.toml_file import RunFile
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.executor import Cluster
@@ -60,8 +61,10 @@ def convert(launch: Launch, options: Options) -> str:
         raise ValueError(f"{target} exists; give another --output, or --overwrite")
     submitted = submit_conversion(launch, source, target, options.conversion)
     if not launch.wait:
-        return describe_submission(submitted)
-    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {next_command(options.conversion.stage, target)}"
+        return describe_submission(options, submitted)
+    words = training_words(options.conversion, target, checkpoint_record(target)["dataset"])
+    following = next_command(options, "train", *words)
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following}"
 
 
 def check_source(source: Path, options: ConversionOptions) -> None:

@@ -9,6 +9,7 @@ import functools
 from conversion.options import Options as ConversionOptions
 from conversion.options import default_output
 from jobs.commands.data.dataset import prepare_dataset, require_audit
+from jobs.commands.hints import next_command
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
@@ -36,7 +37,7 @@ def pipeline(launch: Launch, options: TrainingOptions) -> str:
     """Submit the jobs, and describe them or, if the launcher waits, their results."""
     submitted = submit_pipeline(launch, options)
     if launch.wait:
-        return describe_results(launch, submitted)
+        return describe_results(launch, options, submitted)
     lines = [f"{item.kind:<8} {', '.join(item.job_ids):<12} {item.folder}" for item in submitted]
     return "\n".join(["submitted, each to start when the one before it has succeeded:", *lines])
 
@@ -65,12 +66,13 @@ def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     return [stage1, conversion, stage2, samples]
 
 
-def describe_results(launch: Launch, submitted: list[Run]) -> str:
+def describe_results(launch: Launch, options: TrainingOptions, submitted: list[Run]) -> str:
     """Return the lines about the samples, the last checkpoint and the pages of a finished pipeline."""
     _, _, stage2, samples = submitted
     return (
         f"{describe_samples(runs.result(samples))}\ncheckpoint: {last_checkpoint(launch, 2, stage2)}\n"
-        f"pages: python -m jobs.launch open {stage2.folder.name}, python -m jobs.launch lineage {samples.folder.name}\n"
+        f"pages: {next_command(options, 'open', stage2.folder.name)}, "
+        f"{next_command(options, 'lineage', samples.folder.name)}\n"
         f"runs: {describe_tracking(launch.tracker)}"
     )
 
