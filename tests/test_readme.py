@@ -48,20 +48,20 @@ def test_options(capsys):
     for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
         with pytest.raises(SystemExit):
             main(arguments)
-    there = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - there == FOREIGN
+    existing = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - existing == FOREIGN
 
 
 def test_keys():
     """Every key in the documentation exists and accepts the value given there, if any."""
-    named = re.findall(r"`(?:--set )?((?:data|stage1|stage2|sample|audit|model)\.[a-z_.]+)(=[^`]*)?`", README)
-    assert len(named) > 10
-    for key, value in named:
+    keys = re.findall(r"`(?:--set )?((?:data|stage1|stage2|sample|audit|model)\.[a-z_.]+)(=[^`]*)?`", README)
+    assert len(keys) > 10
+    for key, value in keys:
         if key == "audit.html":  # a file, not a key
             continue
-        found = RECIPES["demo"]("home")
+        value_of_key = RECIPES["demo"]("home")
         for part in key.split("."):
-            found = getattr(found, part)
+            value_of_key = getattr(value_of_key, part)
         if len(value) > 1:
             overrides.apply(RECIPES["demo"]("home"), [key + value])
 

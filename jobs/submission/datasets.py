@@ -70,7 +70,7 @@ def create_dataset(launch: Launch) -> None:
         job = cluster.submit_ranks(Shape(kind="init"), functools.partial(init_dataset.run, to_json(launch.recipe)))
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
         try:
-            while runs.under_way(elements := runs.elements(run)):
+            while runs.is_active(elements := runs.elements(run)):
                 time.sleep(POLL_SECONDS["local"] / 5)
         except KeyboardInterrupt:
             commands.cancel(run.executor, run.job_ids)

@@ -17,8 +17,8 @@ def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, s
     from pixart.data.captions.rewriting import rewrite, vllm_generator
 
     captions = from_json((Path(run_folder) / "config.json").read_text()).data.captions
-    found = [asdict(each) for each in rewrite(requests, captions, vllm_generator(model, captions))]
+    rewritten = [asdict(item) for item in rewrite(requests, captions, vllm_generator(model, captions))]
     path = Path(run_folder) / "rewritten.jsonl"
-    write_atomically(path, "".join(json.dumps(each) + "\n" for each in found))
+    write_atomically(path, "".join(json.dumps(item) + "\n" for item in rewritten))
     Journal(run_folder).artifact(path)
-    return found
+    return rewritten

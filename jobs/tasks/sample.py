@@ -45,27 +45,27 @@ def run(
     path, _ = find_weights(checkpoint)
     model, record = load_weights(path, weights, base_latent_size)
     pipeline, sources = open_pipeline(model, record, configuration, path, export=export is not None)
-    about = {**origin(folder, model.stage, record, path, weights), **sources}
+    provenance = {**origin(folder, model.stage, record, path, weights), **sources}
     check_requests(pipeline, prompts, classes, checkpoint)
     if rewritten:
         lines = [json.loads(line) for line in Path(rewritten).read_text().splitlines()]
         prompts = [{"prompt": line["text"], "request": line["request"]} for line in lines]
     if export:
-        write_export(pipeline, Path(export), about)
+        write_export(pipeline, Path(export), provenance)
         if not prompts and not classes:
             return {"export": export}
 
     scenes: list[Any] = []
-    asked: list[dict[str, Any]] = list(prompts)
+    requests: list[dict[str, Any]] = list(prompts)
     if pipeline.transformer.stage == 1:
-        asked = classes_of(pipeline, configuration, classes)
-    elif not asked and configuration.data.source == "demo":
-        scenes, asked = unseen_scenes(configuration)
-    elif not asked:
-        asked = [{"prompt": text} for text in dataset_captions(configuration.data.path, configuration.sample.count)]
-    if not asked:
-        raise ValueError(f"dataset {configuration.data.path} has no captions to sample: give --prompt")
-    painted = paint(folder, pipeline, configuration, asked, per_prompt, about, frames=frames)
+        requests = classes_of(pipeline, configuration, classes)
+    elif not requests and configuration.data.source == "demo":
+        scenes, requests = unseen_scenes(configuration)
+    elif not requests:
+        requests = [{"prompt": text} for text in dataset_captions(configuration.data.path, configuration.sample.count)]
+    if not requests:
+        raise ValueError(f"dataset {configuration.data.path} has no captions to sample; give --prompt")
+    painted = paint(folder, pipeline, configuration, requests, per_prompt, provenance, frames=frames)
     result = {**painted, "export": export}
     if scenes:
         repeated = [scene for scene in scenes for _ in range(per_prompt)]
@@ -104,7 +104,11 @@ def open_pipeline(model, record: dict[str, Any], configuration: Recipe, checkpoi
     else:
         pixel_range = recorded_pixel_range(record)
         components = loading.Components.of_config(replace(data, pixel_range=pixel_range), model.stage)
+        sizes = {"data.image_size": data.image_size, "model.base_latent_size": model.config.base_image_size}
+        if model.stage == 2:
+            sizes |= {"data.max_text_tokens": data.max_text_tokens, "data.text_scale": data.text_scale}
         sources = {"vae": data.vae, **({"text_encoder": data.text_encoder} if model.stage == 2 else {})}
+        sources["sizes"] = " ".join(f"{key}={value}" for key, value in sizes.items())
     return loading.build_pipeline(model, record, components, name=str(checkpoint), keep_text_decoder=export), sources
 
 
@@ -133,24 +137,24 @@ def check_requests(pipeline, prompts: list[dict[str, str]], classes: list[int], 
             raise ValueError(f"--class {unknown[0]}: the classes are 0 to {null - 1}, and none")
 
 
-def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
+def write_export(pipeline, target: Path, provenance: dict[str, str]) -> None:
     """Write the pipeline and its provenance to a folder, atomically."""
     from pixart.checkpoint.directory import atomic_directory
 
     with atomic_directory(target) as partial:
         pipeline.save_pretrained(partial)
-        write_atomically(partial / "origin.json", json.dumps(about, indent=2) + "\n")
+        write_atomically(partial / "origin.json", json.dumps(provenance, indent=2) + "\n")
 
 
 def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict[str, Any]]:
     """Return the labels and names of the given classes, else of the dataset's first, else of the null class."""
     from pixart.sampling.pipeline import NULL_CLASS
 
-    names, none = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
-    labels = [none if label == NULL_LABEL else label for label in classes]
-    labels = labels or list(range(len(names)))[: configuration.sample.count] or [none]
+    names, null_class = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
+    labels = [null_class if label == NULL_LABEL else label for label in classes]
+    labels = labels or list(range(len(names)))[: configuration.sample.count] or [null_class]
     return [
-        {"label": label, "class_name": NULL_CLASS if label == none else names.get(str(label), str(label))}
+        {"label": label, "class_name": NULL_CLASS if label == null_class else names.get(str(label), str(label))}
         for label in labels
     ]
 
@@ -168,13 +172,13 @@ def paint(
     folder: Path,
     pipeline,
     configuration: Recipe,
-    asked: list[dict[str, Any]],
-    each: int,
-    about: dict[str, str],
+    requests: list[dict[str, Any]],
+    per_prompt: int,
+    provenance: dict[str, str],
     *,
     frames: bool = False,
 ) -> dict[str, Any]:
-    """Generate and write the images, `each` of them per prompt, and the contact sheet.
+    """Generate and write the images, `per_prompt` of them per prompt, and the contact sheet.
 
     Image k of the run, counted from 0, has the seed `sample.seed` + k. With `frames`, the image of step s is
     `samples/0000/step-000.png`, and all of them are `samples/0000.gif`.
@@ -189,41 +193,43 @@ def paint(
         steps_of.setdefault(index, []).append(frame)
 
     steps_of: dict[int, list[Any]] = {}
-
     options, journal = configuration.sample, Journal(folder)
-    repeated = [item for item in asked for _ in range(each)]
+    repeated = [item for item in requests for _ in range(per_prompt)]
     pictures = [SampleRequest(seed=options.seed + index, **item) for index, item in enumerate(repeated)]
     pipeline.to(pipeline.vae.device)
     (folder / "samples").mkdir(exist_ok=True)
     images: list[Any] = []
     settings: list[dict[str, str]] = []
-    how = {"steps": str(options.steps), "guidance": str(options.guidance)}
+    sampling = {"steps": str(options.steps), "guidance": str(options.guidance)}
     on_frame = save_frame if frames else None
     for image in generate(pipeline, pictures, steps=options.steps, guidance=options.guidance, on_frame=on_frame):
-        own, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
-        whole = {**own, **how, "size": size, **about}
-        save_png(image, folder / "samples" / f"{len(images):04d}.png", {**whole, "command": command(whole)})
+        request_settings, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
+        metadata = {**request_settings, **sampling, "size": size, **provenance}
+        save_png(image, folder / "samples" / f"{len(images):04d}.png", {**metadata, "command": command(metadata)})
         if frames:
             save_frame(len(images), options.steps - 1, image)
             save_gif(steps_of.pop(len(images)), folder / "samples" / f"{len(images):04d}.gif")
         images.append(image)
-        settings.append(own)
+        settings.append(request_settings)
         journal.append({"step": len(images)})  # for the progress line
     sheet = folder / "samples.png"
     captions = [picture.caption for picture in pictures]
-    columns = each if 1 < each <= COLUMNS else COLUMNS
+    columns = per_prompt if 1 < per_prompt <= COLUMNS else COLUMNS
     save_png(
-        contact_sheet(images, captions, columns=columns), sheet, {**how, **about, "pictures": json.dumps(settings)}
+        contact_sheet(images, captions, columns=columns),
+        sheet,
+        {**sampling, **provenance, "pictures": json.dumps(settings)},
     )
     journal.artifact(sheet)
-    return {"sheet": str(sheet), "checkpoint": about["checkpoint"], "pictures": settings}
+    return {"sheet": str(sheet), "checkpoint": provenance["checkpoint"], "pictures": settings}
 
 
 def command(settings: dict[str, str]) -> str:
     """Return the command line that samples this single image again."""
-    what = ["--prompt", settings["prompt"]] if "prompt" in settings else ["--class", settings["class_index"]]
+    subject = ["--prompt", settings["prompt"]] if "prompt" in settings else ["--class", settings["class_index"]]
     values = [f"sample.{name}={settings[name]}" for name in ("seed", "steps", "guidance")]
-    words = ["python", "-m", "jobs.launch", "sample", settings["checkpoint"], *what]
+    values += settings.get("sizes", "").split()
+    words = ["python", "-m", "jobs.launch", "sample", settings["checkpoint"], *subject]
     for name in ("dataset", "vae", "text_encoder"):
         words += [f"--{name.replace('_', '-')}", settings[name]] if name in settings else []
     words += ["--weights", settings["weights"].split()[0], *(word for value in values for word in ("--set", value))]

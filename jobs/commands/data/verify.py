@@ -27,8 +27,8 @@ def verify(launch: Launch, options: DatasetOptions) -> str:
     altered = {job: shards for job, shards in runs.result(submitted).items() if shards}
     if not altered:
         return f"verified: every file of {launch.dataset} matches its ledger"
-    what = "; ".join(f"{job} {len(shards)} shards, such as {shards[0]}" for job, shards in altered.items())
-    return f"altered: {what}; they no longer count as done\nnext: {next_command(options, next(iter(altered)))}"
+    summary = "; ".join(f"{job} {len(shards)} shards, such as {shards[0]}" for job, shards in altered.items())
+    return f"altered: {summary}; they no longer count as done\nnext: {next_command(options, next(iter(altered)))}"
 
 
 COMMAND = Command(DatasetOptions, run)

@@ -54,8 +54,7 @@ def test_a_pt_file_of_stage_1_is_sampled_by_class_and_by_the_command_in_the_imag
     assert Image.open(null).text["class_index"] == "4"
 
     words = shlex.split(text["command"])[3:]
-    settings = [word for setting in SETTINGS[:2] for word in ("--set", setting)]
-    assert launch.main([*words, "--home", str(tmp_path / "again"), "--cluster", "local", *settings]) == 0
+    assert launch.main([*words, "--home", str(tmp_path / "again"), "--cluster", "local"]) == 0
     (again,) = samples(tmp_path / "again")
     assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(first)))
     capsys.readouterr()
