@@ -8,8 +8,12 @@ import pytest
 from jobs import launch
 from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.options import CommonOptions
+from jobs.commands.training.train import conversion_command
 from jobs.state.run import Run
+from jobs.submission.launch import Launch
 from pixart.config import toml_file
+from pixart.recipes import RECIPES
+from slurm import profile as profiles
 
 FILE = """
 recipe = "xl"
@@ -87,3 +91,22 @@ def test_a_submission_is_followed_by_its_status():
     assert text == (
         "submitted train as 7; run folder h/runs/a-train\nnext: python -m jobs.launch status a-train --home h"
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "expected"),
+    [
+        ("xl", [], "python -m conversion.to_fp8 'a b'"),
+        ("xl-mxfp8", [], "python -m conversion.to_fp8 'a b' --fp8-recipe mxfp8"),
+        (
+            "xl-mxfp8",
+            ["--cluster", "local", "--home", "there", "--set", "stage1.steps=7"],
+            "python -m jobs.launch convert 'a b' --fp8-recipe mxfp8 --home there --cluster local",
+        ),
+    ],
+)
+def test_stage_1_is_followed_by_a_conversion_with_the_recipe_of_stage_2(tmp_path, recipe, words, expected):
+    submission = Launch(
+        home=tmp_path, command="train", recipe=RECIPES[recipe](str(tmp_path)), profile=profiles.load("local")
+    )
+    assert conversion_command(submission, options_of("train", *words), "a b") == expected

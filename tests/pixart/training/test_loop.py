@@ -55,6 +55,7 @@ def run_stage(recipe, run, stage, config, start=None, reporter=None):
         model=recipe.model,
         config=config,
         dataset=recipe.data.path,
+        recipe=recipe.name,
         run=run,
         start=start,
         reporter=reporter,
@@ -93,6 +94,7 @@ def test_resume_is_exact(small_recipe, stage1, tmp_path):
     (tmp_path / "checkpoints" / first.name).symlink_to(first)
     last = run_stage(small_recipe, tmp_path, 1, small_recipe.stage1, reporter=reporter)
     assert reporter.losses == {step: losses[step] for step in (4, 5, 6)}
+    assert checkpoints.load(last).provenance["recipe"] == "demo"
     assert_equal(checkpoints.load(last), checkpoints.load(uninterrupted))
 
 
@@ -113,6 +115,7 @@ def test_training_without_clipping(small_recipe, stage1, tmp_path):
 
 def test_fp8_resume_is_exact_and_scales_move(small_recipe, converted, tmp_path):
     start = checkpoints.load(converted)
+    assert start.provenance["recipe"] == "demo"  # of the run that the conversion began with
     uninterrupted = run_stage(small_recipe, tmp_path / "uninterrupted", 2, small_recipe.stage2, start=converted)
     (tmp_path / "resumed/checkpoints").mkdir(parents=True)
     (tmp_path / "resumed/checkpoints/step-00000003").symlink_to(uninterrupted.parent / "step-00000003")
