@@ -14,7 +14,17 @@ from tests.support.environment import bare_environment
 pytestmark = pytest.mark.slow
 NEXT = re.compile(r"^next:? +(python -m .+)$", re.MULTILINE)
 STEPS = [f"stage{stage}.{value}" for stage in (1, 2) for value in ("steps=2", "global_batch_size=8", "log_every=1")]
-DEMO = [*STEPS, "data.num_shards=2", "data.max_images=48", "sample.count=2", "sample.steps=1"]
+DEMO = [
+    *STEPS,
+    "model.dim=32",
+    "model.cond_dim=32",
+    "model.num_heads=2",
+    "model.num_blocks=2",
+    "data.num_shards=2",
+    "data.max_images=48",
+    "sample.count=2",
+    "sample.steps=1",
+]
 DEMO += [f"stage{stage}.{value}" for stage in (1, 2) for value in ("validate_every=0", "preview_every=0")]
 XL = """
 recipe = "xl"
