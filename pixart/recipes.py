@@ -121,6 +121,7 @@ def xl_mxfp8(home: str) -> Recipe:
         global_batch_size=10_240,  # 320 x 4 micro-batches x 8 GPUs: stage2.yaml, stage2.slurm
         gradient_accumulation_steps=4,  # `grad_accum` of stage2.yaml
         cond_dropout_prob=0.0,  # train_stage2.py drops no captions
+        decay_qk_norm=True,  # te.RMSNorm of models_fp8 is no nn.RMSNorm, whose weights train_stage2.py exempts
         preview_every=1000,  # `every_n_image` of stage2.yaml
         fp8=True,
         fp8_recipe="mxfp8",  # MXFP8BlockScaling with E4M3, train_stage2.py

@@ -13,6 +13,13 @@ REPORT = "report.json"
 PAGE = "report.html"
 PLACEHOLDER = "DATASET"  # in a command, for the user's dataset
 SYNTHETIC = "synthetic"  # prefix of the report's calibration data if no dataset was used
+UNTRAINED_GUIDANCE = (
+    "The source was trained without dropping conditions, so guidance against the empty text is untrained; sample with "
+    "guidance 1, or continue training with stage2.cond_dropout_prob > 0."
+)
+DECAYED_QK_NORM = (
+    "The source was trained with weight decay of the norms of queries and keys; decay_qk_norm=true continues with it."
+)
 T_COLUMNS = (1, 3, 5, 6, 7, 9, 11)  # indices of the report's values of t that are shown
 
 
@@ -28,6 +35,7 @@ def describe(report: Mapping[str, Any]) -> str:
         f"data        {report['calibration_data']}",
         f"tensors     {counts}",
     ]
+    lines += describe_source(report)
     if report["calibration_data"].startswith(SYNTHETIC):
         lines.append(
             "WARNING     scales were calibrated on synthetic data; give --dataset to calibrate on the training data"
@@ -62,24 +70,51 @@ def describe(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def training_words(options: Options, output: str | Path, dataset: str | None) -> list[str]:
+def describe_source(report: Mapping[str, Any]) -> list[str]:
+    """Render what was skipped in the source, and what training must know about it, as lines of text."""
+    lines = []
+    if report["skipped_extra_states"]:
+        lines.append(f"skipped     {describe_extra_states(report['skipped_extra_states'])}")
+    if report["decay_qk_norm"]:
+        lines.append(f"optimizer   {DECAYED_QK_NORM}")
+    if is_guidance_untrained(report):
+        lines.append(f"guidance    {UNTRAINED_GUIDANCE}")
+    return lines
+
+
+def describe_extra_states(counts: Mapping[str, int]) -> str:
+    """Return a text about the extra states that were skipped, whose number is given by state dictionary."""
+    numbers = " and ".join(f"{count} in {name}" for name, count in counts.items())
+    return f"_extra_state entries of TransformerEngine, which hold no parameters and are never unpickled: {numbers}"
+
+
+def is_guidance_untrained(report: Mapping[str, Any]) -> bool:
+    """Return whether the result is a stage-2 model that is known to have never been trained on the null condition."""
+    return report["stages"][1] == 2 and report["cond_dropout_prob"] == 0
+
+
+def training_words(
+    options: Options, output: str | Path, dataset: str | None, *, decay_qk_norm: bool = False
+) -> list[str]:
     """Return the options of `jobs.launch train` that train a converted checkpoint in FP8.
 
     `dataset` is the dataset that the checkpoint was trained on; if there is none, it is the one that was calibrated on,
-    else a placeholder. Stage 1 trains in BF16 by default.
+    else a placeholder. `decay_qk_norm` is whether the source was trained with weight decay of the norms of queries and
+    keys. Stage 1 trains in BF16 by default.
     """
     words = ["--stage", str(options.stage), "--from", str(output)]
     if options.calibration_dataset or not dataset:
         words += ["--dataset", options.calibration_dataset or PLACEHOLDER]
-    return [*words, "--set", "stage1.fp8=true"] if options.stage == 1 else words
+    settings = ["stage1.fp8=true"] * (options.stage == 1) + [f"stage{options.stage}.decay_qk_norm=true"] * decay_qk_norm
+    return [*words, *(word for setting in settings for word in ("--set", setting))]
 
 
-def next_command(options: Options, output: str | Path, dataset: str | None) -> str:
+def next_command(options: Options, output: str | Path, dataset: str | None, *, decay_qk_norm: bool = False) -> str:
     """Return the command that trains a converted checkpoint; the checkpoint's run, if any, has the recipe.
 
     The run's home folder is named if it is not the default.
     """
-    words = training_words(options, output, dataset)
+    words = training_words(options, output, dataset, decay_qk_norm=decay_qk_norm)
     run = Path(output).absolute().parent.parent  # of RUN/checkpoints/step-00000100.fp8
     if run.parent.name == "runs" and (run / "config.json").exists():
         home = run.parent.parent

@@ -7,13 +7,13 @@ it was made from the dataset's manifest and from the present inputs.
 import json
 import os
 import re
-import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.state.json_record import of_this_version, parse_record
+from pixart.atomic import write_atomically
 from pixart.config.dataset import is_url
 from pixart.config.renamed_keys import rename_data
 
@@ -130,17 +130,3 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
         return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names
     except FileNotFoundError:
         return []
-
-
-def write_atomically(target: Path, content: str | bytes) -> None:
-    """Write a temporary file, fsync and rename it, so that a reader sees the complete content or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

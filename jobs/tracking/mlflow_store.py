@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.state import run_metadata
 from jobs.state.journal import points, read_journal
 from jobs.state.json_record import read_record
-from jobs.state.ledger import write_atomically
 from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
+from pixart.atomic import write_atomically
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -20,6 +20,7 @@ from jobs.state.run import Run
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.submit import run_ranks
+from pixart.atomic import write_atomically
 from slurm.executor import Cluster
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -82,7 +83,7 @@ def recaption(launch: Launch, options: Options) -> str:
         print(report(compare(captions, [item["text"] for item in rewritten])), file=sys.stderr)
     if output is None:
         return "\n".join(item["text"] for item in rewritten)
-    ledger.write_atomically(output, encode(rewritten, output.suffix))
+    write_atomically(output, encode(rewritten, output.suffix))
     return f"rewritten: {output}"
 
 

@@ -62,9 +62,10 @@ def convert(launch: Launch, options: Options) -> str:
     submitted = submit_conversion(launch, source, target, options.conversion)
     if not launch.wait:
         return describe_submission(options, submitted)
-    words = training_words(options.conversion, target, checkpoint_record(target)["dataset"])
-    following = next_command(options, "train", *words)
-    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {following}"
+    record = checkpoint_record(target)
+    decay_qk_norm = record["provenance"].get("decay_qk_norm", False)
+    words = training_words(options.conversion, target, record["dataset"], decay_qk_norm=decay_qk_norm)
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {next_command(options, 'train', *words)}"
 
 
 def check_source(source: Path, options: ConversionOptions) -> None:

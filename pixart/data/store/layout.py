@@ -7,7 +7,6 @@ followed by the shard index, so that the offset of every row is known in advance
 import errno
 import math
 import os
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from pixart.atomic import atomic_path
 from pixart.data.manifest import Manifest
 
 ZARR_FOLDER = "latents.zarr"
@@ -130,14 +130,9 @@ def write_shard_file(root: Path, column: Column, shard: int, values: np.ndarray)
     parts.append(column.index)
     target = root / column.file(shard)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            for start in range(0, len(parts), MAX_BUFFERS):
-                group = parts[start : start + MAX_BUFFERS]
-                if os.writev(file.fileno(), group) < sum(len(part) for part in group):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(target) as temporary, temporary.open("wb", buffering=0) as file:
+        for start in range(0, len(parts), MAX_BUFFERS):
+            group = parts[start : start + MAX_BUFFERS]
+            if os.writev(file.fileno(), group) < sum(len(part) for part in group):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        os.fsync(file.fileno())

@@ -25,6 +25,13 @@ def test_the_command_names_what_the_checkpoint_does_not_record(options, dataset,
     launch.parse_command(words[3:])
 
 
+def test_weight_decay_of_the_norms_of_queries_and_keys_goes_on():
+    command = next_command(Options(stage=1), "a.fp8", "data", decay_qk_norm=True)
+    assert command.endswith(" --set stage1.fp8=true --set stage1.decay_qk_norm=true")
+    command = next_command(Options(), "a.fp8", "data", decay_qk_norm=True)
+    assert command.endswith("--from a.fp8 --set stage2.decay_qk_norm=true")
+
+
 def test_the_home_of_the_run_is_named_unless_it_is_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PIXART_HOME", raising=False)

@@ -7,6 +7,7 @@ import pytest
 
 from jobs.state import ledger
 from jobs.tasks import caption, latents
+from pixart.atomic import write_atomically
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 
@@ -122,9 +123,9 @@ def test_only_entries_of_the_present_inputs_are_current(tmp_path):
 
 def test_write_atomically_leaves_no_temporary_file(tmp_path, monkeypatch):
     target = tmp_path / "file"
-    ledger.write_atomically(target, "one")
+    write_atomically(target, "one")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        ledger.write_atomically(target, "two")
+        write_atomically(target, "two")
     assert target.read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

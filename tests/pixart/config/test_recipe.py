@@ -43,6 +43,7 @@ def test_the_original_training():
     assert (recipe.stage1.steps, recipe.stage1.cond_dropout_prob, recipe.stage1.fp8) == (300_000, 0.1, False)
     stage2 = recipe.stage2
     assert (stage2.steps, stage2.cond_dropout_prob, stage2.fp8, stage2.fp8_recipe) == (150_000, 0, True, "mxfp8")
+    assert (recipe.stage1.decay_qk_norm, stage2.decay_qk_norm) == (False, True)
     assert stage2.global_batch_size == 320 * stage2.gradient_accumulation_steps * 8 == 10_240
     assert resolve_fp8_backend(stage2.fp8_backend, stage2.fp8_recipe) == "te"
     assert recipe.data.pixel_range == (0, 1)

@@ -8,6 +8,7 @@ import pytest
 
 from jobs import launch
 from jobs.commands.training.start_recipe import recipe_of_checkpoint
+from pixart import records
 from pixart.config import overrides
 from pixart.config.recipe import to_json
 from pixart.data import manifest as manifests
@@ -28,11 +29,11 @@ def save(folder: Path, model: str, *, pixel_range=(-1, 1), dataset: str | None =
         "provenance": provenance,
         "plan": None,
         "normalization": {"mean": [0.0], "std": [1.0], "pixel_range": list(pixel_range)},
-        "files": {"x": [1, 1]},
+        "files": {"state/x": [1, 1]},
     }
     (folder / "state").mkdir(parents=True)
     (folder / "state/x").write_text("x")
-    (folder / "training.json").write_text(json.dumps(record))
+    (folder / "training.json").write_bytes(records.dumps(record))
     return folder
 
 
@@ -99,7 +100,7 @@ def test_the_demo_recipe_is_refused_for_another_model(tmp_path, capsys, monkeypa
     path = save(tmp_path / "imported", "demo")
     record = json.loads((path / "training.json").read_text())
     record["config"]["dim"] = 64
-    (path / "training.json").write_text(json.dumps(record))
+    (path / "training.json").write_bytes(records.dumps(record))
     words = ["train", "--from", str(path), "--home", str(tmp_path / "home"), "--dry-run"]
     assert launch.main(words) == 2
     error = capsys.readouterr().err
