@@ -64,7 +64,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
     In a process group every rank calls this function and calibrates on its share of the batches; rank 0 does everything
     else, and the other ranks return an empty report. Raises ValueError, with nothing written, for invalid input.
     """
-    source, options = Path(source), resolve_device(options or Options())
+    source, options = formats.locate(Path(source)), resolve_device(options or Options())
     output = Path(output) if output else default_output(source)
     with Progress(NUM_STEPS, enabled=is_rank_zero()) as progress, ThreadPoolExecutor(2) as background:
         progress.begin(f"reading {source}")
@@ -135,6 +135,7 @@ def training_of_source(start: Checkpoint, stage: int) -> dict[str, Any]:
     return {
         "stages": [start.stage, stage],
         "skipped_extra_states": {} if is_suite_checkpoint else start.provenance.get("skipped_extra_states", {}),
+        "dropped_tensors": {} if is_suite_checkpoint else start.provenance.get("dropped_tensors", {}),
         "cond_dropout_prob": start.provenance.get("cond_dropout_prob"),
         "decay_qk_norm": start.provenance.get("decay_qk_norm", False),
     }
@@ -217,6 +218,7 @@ def write(
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
     """Return a text that describes what the conversion would do, as far as it is known without measurements."""
+    source = formats.locate(source)
     start, batches, dataset = prepare(source, output or default_output(source), options)
     plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
     lines = [
@@ -236,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="Training checkpoint: .pt or safetensors file, checkpoint directory, or run folder.",
+        help="Training checkpoint: .pt or safetensors file, checkpoint directory, run folder, or folder of Orbax.",
     )
     parser.add_argument(
         "--output",

@@ -1,4 +1,4 @@
-"""Atomic files and folders: a reader sees the complete content or none, also after a crash of the machine.
+"""Atomic files and folders, and locks: a reader sees the complete content or none, also after a crash of the machine.
 
 The content is written under a temporary name, flushed to disk and renamed. A temporary name tells whose it is,
 `.NAME.HOST-PID-RANDOM.partial`: what a killed process left is removed by the next writer of the same name, and what a
@@ -6,6 +6,7 @@ living one writes is not. A process of another host counts as dead after ABANDON
 """
 
 import glob
+import logging
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 SUFFIX = ".partial"
 OWNER = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<pid>[0-9]+)-[0-9a-f]{8}\.partial")
 ABANDONED_SECONDS = 7 * 24 * 3600
@@ -67,6 +69,30 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file, which is created if it does not exist, and yield whether it is held.
+
+    Without `wait`, it is not held if another process holds it. A file system without locks is a warning: there, the
+    lock counts as held.
+    """
+    from filelock import FileLock, Timeout  # imports asyncio, which the launcher's start would wait for
+
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = True
+    try:
+        lock.acquire()
+    except Timeout:
+        held = False
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s: the file system has no locks (%s); do not run the same job twice at once", path, error)
+    try:
+        yield held
+    finally:
+        lock.release()
 
 
 def temporary_path(target: Path) -> Path:

@@ -3,6 +3,7 @@
     a directory with training.json   checkpoint directory of this suite, or a run folder that has one
     a directory with .metadata       torch.distributed.checkpoint: {"model", "model_ema", "optimizer", "step"}
     a directory with config.json     weights only, as `DiT.save_pretrained` writes them
+    a directory with _METADATA       Orbax of the original JAX training: an item, its step, or the folder of all steps
     a zip archive                    `.pt` file of the original training: the same four entries, or weights only
     a safetensors file               weights only
 
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conversion.reading import orbax, orbax_metadata
 from conversion.reading.training_state import StoredState, assemble, validated
 from conversion.reading.transformer_engine import without_extra_states
 from pixart.checkpoint import dcp_reader
@@ -42,13 +44,15 @@ def read(path: str | Path, *, base_latent_size: int | None = None) -> Checkpoint
     if the shapes of its tensors do not make a model. A tensor with a value that is not finite raises ValueError when
     it is accessed.
     """
-    path = Path(path)
+    path = locate(Path(path))
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir() and (path / dcp_reader.METADATA).exists():
         stored = from_groups(dcp_reader.read_training_state(path), path, "torch.distributed.checkpoint")
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
         stored = read_diffusers(path)
+    elif orbax_metadata.find(path):
+        return orbax.read(path, base_latent_size)
     elif path.is_dir():
         if base_latent_size is not None:
             raise ValueError(
@@ -61,6 +65,11 @@ def read(path: str | Path, *, base_latent_size: int | None = None) -> Checkpoint
     else:
         stored = read_pt(path)
     return assemble(stored, path, base_latent_size)
+
+
+def locate(path: Path) -> Path:
+    """Return the newest step if `path` is a folder of Orbax checkpoints, and otherwise `path`."""
+    return orbax_metadata.find(path) or path
 
 
 def read_checkpoint_directory(path: Path) -> Checkpoint:

@@ -67,7 +67,6 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
     moments, decay_qk_norm = name_moments(stored.moments, stored.param_groups, config, path)
     if not stored.config and (has_extra_states or decay_qk_norm):
         config["qk_norm_eps"] = transformer_engine.QK_NORM_EPS
-    channels = config["in_dim"]
     stage = 1 if config.get("num_classes") else 2
     provenance: dict[str, Any] = {
         "source": str(path),
@@ -87,12 +86,17 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
         model=validated(model, f"{path}: model"),
         ema=validated(ema, f"{path}: model_ema"),
         optimizer=validated(moments, f"{path}: optimizer"),
-        normalization=Normalization(
-            mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels,
-            std=(1 / LEGACY_SCALE,) * channels,
-            pixel_range=ORIGINAL_PIXEL_RANGE,
-        ),
+        normalization=original_normalization(config["in_dim"]),
         provenance=provenance,
+    )
+
+
+def original_normalization(channels: int) -> Normalization:
+    """Return the normalization of the original training for latents of that many channels."""
+    return Normalization(
+        mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels,
+        std=(1 / LEGACY_SCALE,) * channels,
+        pixel_range=ORIGINAL_PIXEL_RANGE,
     )
 
 

@@ -248,9 +248,11 @@ def plan(report: Mapping[str, Any]) -> str:
 
 def tensor_provenance(report: Mapping[str, Any]) -> str:
     tensors = table(("tensor", "provenance"), report["tensor_provenance"].items())
+    reasons = "; ".join(f"{count} {reason}" for reason, count in report["dropped_tensors"].items())
+    dropped = f"<p>Dropped from the source: {text(reasons)}.</p>\n"
     return (
         "<h2>Tensor provenance</h2>\n<p>Carried tensors are bit-identical to the source, derived tensors are computed "
         "from it, and new tensors are initialized.</p>\n"
-        f"{table(('provenance', 'tensors'), report['tensor_counts'].items())}"
+        f"{table(('provenance', 'tensors'), report['tensor_counts'].items())}{dropped if reasons else ''}"
         f"<details><summary>All {len(report['tensor_provenance'])} tensors</summary>\n{tensors}</details>\n"
     )

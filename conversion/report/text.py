@@ -72,7 +72,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 def describe_source(report: Mapping[str, Any]) -> list[str]:
     """Render what was skipped in the source, and what training must know about it, as lines of text."""
-    lines = []
+    lines = [f"dropped     {count} {reason}" for reason, count in report["dropped_tensors"].items()]
     if report["skipped_extra_states"]:
         lines.append(f"skipped     {describe_extra_states(report['skipped_extra_states'])}")
     if report["decay_qk_norm"]:

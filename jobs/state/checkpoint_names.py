@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.reading import orbax_metadata
 from jobs.state.json_record import read_record
 from pixart import records
 
@@ -59,7 +60,7 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
         return path, None
     if path.is_dir() and not (path / MARKER).exists() and is_foreign(path):
         check_lengths(path)
-        return path, None
+        return orbax_metadata.find(path) or path, None
     path = find_checkpoint(name)
     return path, checkpoint_record(path)
 
@@ -84,7 +85,7 @@ def acceptance(provenance: Mapping[str, Any]) -> str | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
-    return any((directory / name).exists() for name in FOREIGN)
+    return any((directory / name).exists() for name in FOREIGN) or orbax_metadata.find(directory) is not None
 
 
 def check_file(path: Path) -> None:
@@ -103,8 +104,11 @@ def check_file(path: Path) -> None:
 def check_lengths(directory: Path) -> None:
     """Check that a checkpoint's files exist and have the lengths that were recorded.
 
-    Raises ValueError for the first one that is missing, damaged or truncated.
+    Raises ValueError for the first one that is missing, damaged or truncated. Of an Orbax checkpoint, the metadata and
+    the roots of its databases are checked.
     """
+    if orbax := orbax_metadata.find(directory):
+        orbax_metadata.read_items(orbax)
     for file in sorted(directory.rglob("*.safetensors")):
         check_length(file)
     files = checkpoint_record(directory)["files"] if (directory / MARKER).exists() else {}

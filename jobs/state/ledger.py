@@ -19,6 +19,7 @@ from pixart.config.renamed_keys import rename_data
 
 MANIFEST = "manifest.json"
 ARRAYS = "latents.zarr"  # a folder
+DATA_FOLDERS = {"caption": ("captions", ".parquet"), "latents": (f"{ARRAYS}/valid/c", "")}  # with the files' suffix
 NAME = re.compile(r"([0-9]+)\.json")
 
 
@@ -68,12 +69,24 @@ def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry
 
 
 def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> set[int]:
-    """Return the shards whose entry is current: it has the hash `manifest`, and was made from the present inputs."""
+    """Return the shards whose entry is current: it has the hash `manifest`, and was made from the present inputs.
+
+    An entry whose data no longer exists is not current.
+    """
     inputs = dict.fromkeys(shards, "")
     if job == "latents":
         inputs = {shard: entry.checksum for shard, entry in entries(dataset, "caption", shards).items()}
-    stored = entries(dataset, job, shards).items()
+    stored = entries(dataset, job, sorted(set(shards) & shards_with_data(dataset, job))).items()
     return {shard for shard, entry in stored if (entry.manifest, entry.inputs) == (manifest, inputs.get(shard))}
+
+
+def shards_with_data(dataset: str | Path, job: str) -> set[int]:
+    """Return the shards for which the file exists that the job writes last, by listing one folder."""
+    folder, suffix = DATA_FOLDERS[job]
+    if job == "latents" and read_files(dataset, [f"{ARRAYS}/zarr.json"]) == [None]:
+        return set()
+    names = (name.removesuffix(suffix) for name in list_files(dataset, folder) if name.endswith(suffix))
+    return {int(name) for name in names if name.isascii() and name.isdecimal()}
 
 
 def drop_stale_entries(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:

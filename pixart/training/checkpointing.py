@@ -7,19 +7,19 @@ import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pixart.atomic import file_lock
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.dcp_reader import RestrictedReader, WeightsOnlyPlanner, raise_value_error
 from pixart.checkpoint.directory import STATE, Checkpoint, write_metadata
@@ -130,26 +130,16 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
 
     Raises ValueError if another process trains the run. Without effect on a file system that has no locks.
     """
-    lock = FileLock(run / "checkpoints" / LOCK, timeout=0)
-    error = ""
-    if ranks.is_first:
-        lock_file = Path(lock.lock_file)
-        lock_file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-            (run / "checkpoints" / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        except Timeout:
-            owner = run / "checkpoints" / OWNER
-            by = owner.read_text().strip() if owner.exists() else "another process"
-            error = f"{run}: is being trained by {by}; wait for its end, or cancel it"
-        except (OSError, NotImplementedError) as problem:
-            logger.warning("%s: cannot be locked (%s); do not train this run twice at once", run, problem)
-    if error := ranks.broadcast_object(error):
-        raise ValueError(error)
-    try:
+    folder, error = run / "checkpoints", ""
+    with file_lock(folder / LOCK, wait=False) if ranks.is_first else nullcontext(True) as held:
+        if not held:
+            owner = (folder / OWNER).read_text().strip() if (folder / OWNER).exists() else "another process"
+            error = f"{run}: is being trained by {owner}; wait for its end, or cancel it"
+        elif ranks.is_first:
+            (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        if error := ranks.broadcast_object(error):
+            raise ValueError(error)
         yield
-    finally:
-        lock.release()
 
 
 def remove(directory: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Self
 
 from conversion.options import Options as ConversionOptions
 from conversion.options import add_options, default_output, from_arguments
+from conversion.reading import orbax_metadata
 from conversion.report.text import PAGE, training_words
 from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching
@@ -29,7 +30,7 @@ from slurm.executor import Cluster
 class Options(SubmissionOptions):
     """The options of `convert`."""
 
-    checkpoint: str = argument("CHECKPOINT", help="Checkpoint directory, run folder or .pt file.")
+    checkpoint: str = argument("CHECKPOINT", help="Checkpoint directory, run folder, .pt file or folder of Orbax.")
     output: str | None = option(
         "--output", metavar="FOLDER", help="Folder to write (default: CHECKPOINT.fp8, beside the checkpoint)."
     )
@@ -53,8 +54,8 @@ def convert(launch: Launch, options: Options) -> str:
     source = Path(options.checkpoint).absolute()
     if not source.is_file() and not source.is_dir():
         raise ValueError(f"checkpoint {options.checkpoint}: no such file or directory")
-    if source.is_dir() and not is_foreign(source):
-        source = find_checkpoint(str(source))
+    if source.is_dir():
+        source = orbax_metadata.find(source) or (source if is_foreign(source) else find_checkpoint(str(source)))
     target = Path(options.output).absolute() if options.output else default_output(source)
     check_source(source, options.conversion)
     if target.exists() and not options.conversion.overwrite:
