@@ -258,11 +258,3 @@ def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request:
         jobs=jobs,
         after=tuple(cluster.after),
     )
-
-
-def describe_submission(run: Run) -> str:
-    """Return the lines that the launcher prints after a submission."""
-    return (
-        f"submitted {run.kind} as {', '.join(run.job_ids)}; run folder {run.folder}\n"
-        f"next: python -m jobs.launch status {run.folder.name}"
-    )

@@ -44,6 +44,7 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
             model=recipe.model,
             config=recipe.train(stage),
             dataset=recipe.data.path,
+            recipe=recipe.name,
             run=run_folder,
             start=start,
             reporter=Journal(run_folder),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.commands.hints import next_command
 from jobs.commands.options import RecipeOptions, SubmissionOptions, option
 from jobs.state import ledger
 from jobs.state.run import Run
@@ -60,13 +61,15 @@ def select_shards(launch: Launch, count: int, shards: list[int] | None = None) -
     return shards
 
 
-def describe_shards(launch: Launch, job: str, shards: list[int], *, folder: str, following: str) -> str:
+def describe_shards(
+    launch: Launch, options: ArrayOptions, job: str, shards: list[int], *, folder: str, following: str
+) -> str:
     """Return what a finished data job reports, and the command that follows it."""
     entries = ledger.entries(launch.dataset, job, shards)
     rows, valid = sum(entry.rows for entry in entries.values()), sum(entry.valid for entry in entries.values())
     return (
         f"{job}: {len(shards)} shards, {valid} of {rows} images valid, in {launch.dataset}/{folder}\n"
-        f"next: python -m jobs.launch {following} --dataset {launch.dataset}"
+        f"next: {next_command(options, following)}"
     )
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 
+from jobs.commands.hints import next_command
 from jobs.commands.options import Command, RunOptions
 from jobs.progress import format_rate
 from jobs.state import ledger
@@ -34,7 +35,7 @@ def run(options: RunOptions) -> int:
     home = runs.home(options.home)
     shown = runs.find(home, options.run)
     elements = query(shown)
-    print_status(shown, elements)
+    print_status(options, shown, elements)
     if shown.writable and (shown.folder / METADATA_FILE).exists():
         set_final_status(shown, elements)
         if needs_sync(shown.folder):
@@ -57,7 +58,7 @@ def query(run: Run) -> dict[int, Element]:
     return runs.elements(run)
 
 
-def print_status(run: Run, elements: dict[int, Element]) -> None:
+def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) -> None:
     """Print a table of the states, the progress of training, the first failures and the next command."""
     from rich.console import Console
     from rich.table import Table
@@ -91,7 +92,7 @@ def print_status(run: Run, elements: dict[int, Element]) -> None:
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
     following = "retry" if failed or counts["cancelled"] else "status" if active else "open"
-    console.print(f"next: python -m jobs.launch {following} {run.folder.name}", markup=False)
+    console.print(f"next: {next_command(options, following, run.folder.name)}", markup=False)
 
 
 def describe_steps(run: Run, *, active: bool) -> str:

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from jobs.submission.preflight import check_configuration, check_dataset
+from jobs.submission.preflight import check_configuration, check_dataset, check_pipeline
+from pixart.config import overrides
 from pixart.recipes import demo
 
 MANIFEST = {
@@ -65,6 +66,16 @@ def test_backend_that_needs_gpus_is_refused_without_gpus():
     check_configuration(demo(""), 2, 1, mxfp8, gpus=True)
     with pytest.raises(ValueError, match="TransformerEngine needs GPUs"):
         check_configuration(demo(""), 2, 1, mxfp8, gpus=False)
+
+
+def test_a_pipeline_converts_by_the_recipe_of_stage_2():
+    recipe = overrides.apply(demo(""), ["stage2.fp8_recipe=mxfp8"])
+    check_pipeline(recipe, 1, gpus=True)
+    with pytest.raises(ValueError, match="TransformerEngine needs GPUs"):
+        check_pipeline(recipe, 1, gpus=False)
+    check_pipeline(overrides.apply(recipe, ["stage2.fp8=false"]), 1, gpus=False)
+    with pytest.raises(ValueError, match=r"^fp8_backend=native: .*mxfp8"):
+        check_pipeline(overrides.apply(recipe, ["stage2.fp8_backend=native"]), 1, gpus=True)
 
 
 def test_too_many_classes():
