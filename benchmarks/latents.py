@@ -60,7 +60,7 @@ def main() -> None:
         "| | images/s, median |",
         "|---|---|",
         f"| VAE alone | {statistics.median(alone):.1f} |",
-        f"| whole job: read, decode, resize, encode, tokenize, write, ledger | {statistics.median(job):.1f} |",
+        f"| complete job: read, decode, resize, encode, tokenize, write, ledger | {statistics.median(job):.1f} |",
         "",
         f"Ratio, median of {REPEATS} alternating repetitions: {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f}).",

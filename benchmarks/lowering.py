@@ -58,8 +58,8 @@ class Driver:
 
 def pretend() -> None:
     """Make torch and Triton report an H100 for the rest of this process."""
-    card = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
-    torch.cuda.get_device_properties = lambda *_: card
+    gpu = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
+    torch.cuda.get_device_properties = lambda *_: gpu
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.current_device = lambda: 0
     properties = DeviceProperties(type="cuda", index=0, cc=90, **HOPPER)
