@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = re.findall(r"^    python -m ([a-z0-9_.]+) ?(.*)$", README, re.MULTILINE)
-FOREIGN = {"--nproc-per-node", "--backend-store-uri", "--images", "--vae"}  # of torchrun, MLflow and benchmarks.gpu_day
+FOREIGN = {
+    "--nproc-per-node",
+    "--backend-store-uri",
+    "--images",
+}  # of torchrun, MLflow and benchmarks.gpu_day
 
 
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])

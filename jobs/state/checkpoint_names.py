@@ -43,15 +43,22 @@ def find_checkpoint(name: str, *, or_older: bool = False) -> Path:
     raise errors[0]
 
 
-def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
-    """Return the directory and metadata of weights to sample from: a checkpoint, or FP8 weights for inference.
+def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
+    """Return the path and metadata of weights to sample from: a checkpoint, or FP8 weights for inference.
 
-    Raises ValueError if `name` is neither, or is damaged.
+    The metadata of a checkpoint of another program is None: reading it needs torch. Raises ValueError if `name` is
+    neither, or is damaged.
     """
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
         return path, read_record(path / INFERENCE, "stage", "step", "dataset", "normalization")
+    if path.is_file():
+        check_file(path)
+        return path, None
+    if path.is_dir() and not (path / MARKER).exists() and is_foreign(path):
+        check_lengths(path)
+        return path, None
     path = find_checkpoint(name)
     return path, checkpoint_record(path)
 

@@ -7,8 +7,8 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
-from pixart.checkpoint.latent_space import check_latent_space, recorded_pixel_range
 from pixart.config.dataset import data_from_dict
+from pixart.config.latent_space import check_latent_space, recorded_pixel_range
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
