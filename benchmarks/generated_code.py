@@ -93,9 +93,9 @@ def add_call(work: Work, node: BaseSchedulerNode) -> None:
         precision = "fp8" if left.get_dtype() in FP8 else "bf16"
         work.operations[precision] += 2 * result_elements(kernel) * summed(name, kernel, left)
         if name == "tensor_core_gemm":
-            turn_left, turn_right = kernel.constant_args[:2]
-            for operand, turned in ((left, turn_left), (right, not turn_right)):
-                work.transposed_bytes += 2 * elements(operand) if turned else 0
+            transpose_left, transpose_right = kernel.constant_args[:2]
+            for operand, transposed in ((left, transpose_left), (right, not transpose_right)):
+                work.transposed_bytes += 2 * elements(operand) if transposed else 0
     elif "attention" in name:
         work.launches["attention"] += 1
         work.attentions += 1
@@ -125,5 +125,5 @@ def result_elements(kernel: ir.ExternKernel) -> int:
 def summed(name: str, kernel: ir.ExternKernel, left: ir.IRNode) -> int:
     """Return the size of a GEMM's reduction dimension."""
     sizes = [int(size) for size in left.get_size()]
-    turned = name == "tensor_core_gemm" and kernel.constant_args[0]
-    return sizes[0] if turned else sizes[-1]
+    transposed = name == "tensor_core_gemm" and kernel.constant_args[0]
+    return sizes[0] if transposed else sizes[-1]

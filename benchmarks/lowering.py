@@ -108,7 +108,9 @@ def lower_module(module: nn.Module, *inputs: Tensor) -> list[Lowered]:
         mock.patch.object(F, "scaled_dot_product_attention", attention_of_the_card),
     ):
         compiled = torch.compile(
-            module, fullgraph=True, backend=lambda graph, given: compile_fx(graph, given, inner_compile=compile_graph)
+            module,
+            fullgraph=True,
+            backend=lambda graph, example_inputs: compile_fx(graph, example_inputs, inner_compile=compile_graph),
         )
         result = compiled(*inputs)
         result.backward(torch.empty_like(result))

@@ -68,8 +68,8 @@ class Variant:
     """
 
     make: Callable[[argparse.Namespace, Ranks], nn.Module]
-    call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor] = lambda model, *given: model(
-        given[0], given[1], text=given[2], text_mask=given[3]
+    call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor] = lambda model, *inputs: model(
+        inputs[0], inputs[1], text=inputs[2], text_mask=inputs[3]
     )
     ema: Literal["", "after AdamW", "fused"] = ""
 
@@ -269,9 +269,9 @@ def roofline_seconds(result: dict[str, Any], rates: dict[str, float], blocks: in
     work = result["work"]
     if not work:
         return None
-    products = work["bf16"] / rates["BF16"] / 1e12 + (work["fp8"] / rates["FP8"] / 1e12 if work["fp8"] else 0)
-    moves = (blocks * work["bytes"] + PARAMETER_BYTES * result["parameters"]) / rates["GB/s"] / 1e9
-    return blocks * (products + batch * rates["attention, s/image"]) + moves
+    gemm_seconds = work["bf16"] / rates["BF16"] / 1e12 + (work["fp8"] / rates["FP8"] / 1e12 if work["fp8"] else 0)
+    memory_seconds = (blocks * work["bytes"] + PARAMETER_BYTES * result["parameters"]) / rates["GB/s"] / 1e9
+    return blocks * (gemm_seconds + batch * rates["attention, s/image"]) + memory_seconds
 
 
 def cells(name: str, result: dict[str, Any], rates: dict[str, float], options: argparse.Namespace) -> list[str]:

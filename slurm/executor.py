@@ -236,11 +236,11 @@ def slurm_parameters(
         ],
         "additional_parameters": {key: value for key, value in additional.items() if value},
     }
-    given = {key: value for key, value in parameters.items() if value is not None}
-    for key, value in given.items():
+    present = {key: value for key, value in parameters.items() if value is not None}
+    for key, value in present.items():
         if key != "setup":
             check_line(key, str(value))
-    return given
+    return present
 
 
 def check_line(name: str, value: str) -> None:

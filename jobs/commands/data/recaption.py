@@ -82,7 +82,7 @@ def recaption(launch: Launch, options: Options) -> str:
 
 
 def collect_prompts(options: Options) -> list[str]:
-    """Return the prompts of the command line and of --file, on one line each. Raises ValueError if there are none."""
+    """Return the prompts of the command line and of --file, on one line each. Raises ValueError without a prompt."""
     prompts = list(options.prompts)
     if options.file:
         prompts += [item["prompt"] for item in read_prompts(options.file)]
