@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.state.json_record import read_record
+from pixart import records
 
 MARKER = "training.json"  # written last; marks the checkpoint complete
 INFERENCE = "inference.json"  # metadata of FP8 weights for inference
@@ -64,8 +65,16 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
 
 
 def checkpoint_record(directory: Path) -> dict[str, Any]:
-    """Return the metadata of a checkpoint. Raises ValueError if it is damaged."""
-    return read_record(directory / MARKER, *KEYS)
+    """Return the metadata of a checkpoint, with files by their paths relative to it.
+
+    In format 1, of version 0.1, the metadata has no checksum and files are named relative to the folder `state`.
+    Raises ValueError if it is damaged.
+    """
+    record = read_record(directory / MARKER, *KEYS)
+    if record.get("format") == 1:
+        return {**record, "files": {f"state/{name}": values for name, values in (record["files"] or {}).items()}}
+    records.check(record, str(directory / MARKER))
+    return record
 
 
 def acceptance(provenance: Mapping[str, Any]) -> str | None:
@@ -104,8 +113,8 @@ def check_lengths(directory: Path) -> None:
             if not (directory / name).is_file():
                 raise ValueError(f"{directory / name} is missing; copy the complete checkpoint")
     for name, (length, _) in files.items():
-        file = directory / "state" / name
-        if not file.exists() or file.stat().st_size != length:
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != length:
             raise ValueError(f"{file}: missing, damaged or truncated; use another checkpoint")
 
 

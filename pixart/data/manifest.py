@@ -6,13 +6,12 @@ Row r of shard s is always source item `s * rows_per_shard + r`; an item that is
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pixart.atomic import write_atomically
 from pixart.config.dataset import DataConfig, data_from_dict, is_url
 from pixart.config.renamed_keys import original_data
 from pixart.data.sources.base import Source
@@ -157,15 +156,8 @@ def check_model(manifest: Manifest, kind: str) -> None:
 
 def write(manifest: Manifest) -> None:
     """Write the manifest atomically into the dataset's directory."""
-    path = Path(manifest.data.path) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"format": manifest.format, "hash": manifest.hash, **manifest.values()}
-    temporary = path.with_name(f".{FILE}.{uuid.uuid4().hex[:8]}")
-    with temporary.open("w") as file:
-        json.dump(record, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(Path(manifest.data.path) / FILE, json.dumps(record, indent=2))
 
 
 def read(path: str | Path) -> Manifest:

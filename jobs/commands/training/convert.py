@@ -61,7 +61,9 @@ def convert(launch: Launch, options: Options) -> str:
     submitted = submit_conversion(launch, source, target, options.conversion)
     if not launch.wait:
         return describe_submission(submitted)
-    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {next_command(options.conversion.stage, target)}"
+    decay_qk_norm = checkpoint_record(target)["provenance"].get("decay_qk_norm", False)
+    command = next_command(options.conversion.stage, target, decay_qk_norm=decay_qk_norm)
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {command}"
 
 
 def check_source(source: Path, options: ConversionOptions) -> None:

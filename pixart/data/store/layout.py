@@ -7,7 +7,6 @@ followed by the shard index, so that the offset of every row is known in advance
 import errno
 import math
 import os
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from pixart.atomic import atomic_path, file_lock
 from pixart.data.manifest import Manifest
 
 ZARR_FOLDER = "latents.zarr"
@@ -102,11 +102,20 @@ def columns_of(manifest: Manifest) -> dict[str, Column]:
 
 
 def create(manifest: Manifest) -> None:
-    """Create the empty Zarr arrays of a dataset; existing arrays are not changed."""
+    """Create the empty Zarr arrays of a dataset; existing arrays are not changed. Processes do so one at a time."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    group = zarr.open_group(Path(manifest.data.path) / ZARR_FOLDER, mode="a")
+    folder = Path(manifest.data.path) / ZARR_FOLDER
+    metadata = [folder / "zarr.json", *(folder / name / "zarr.json" for name in columns_of(manifest))]
+    if all(file.exists() for file in metadata):
+        return
+    with file_lock(Path(manifest.data.path) / ".create.lock"):
+        create_arrays(zarr.open_group(folder, mode="a"), manifest, Crc32cCodec())
+
+
+def create_arrays(group: Any, manifest: Manifest, checksum: Any) -> None:
+    """Create the arrays of a Zarr group that do not exist, with a codec that appends checksums."""
     for name, column in columns_of(manifest).items():
         if name not in group:
             group.create_array(
@@ -115,7 +124,7 @@ def create(manifest: Manifest) -> None:
                 dtype=column.dtype,
                 chunks=(column.chunk, *column.shape),
                 shards=(column.rows, *column.shape) if column.chunk < column.rows else None,
-                compressors=Crc32cCodec(),
+                compressors=checksum,
                 fill_value=0,
             )
 
@@ -130,14 +139,9 @@ def write_shard_file(root: Path, column: Column, shard: int, values: np.ndarray)
     parts.append(column.index)
     target = root / column.file(shard)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            for start in range(0, len(parts), MAX_BUFFERS):
-                group = parts[start : start + MAX_BUFFERS]
-                if os.writev(file.fileno(), group) < sum(len(part) for part in group):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(target) as temporary, temporary.open("wb", buffering=0) as file:
+        for start in range(0, len(parts), MAX_BUFFERS):
+            group = parts[start : start + MAX_BUFFERS]
+            if os.writev(file.fileno(), group) < sum(len(part) for part in group):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        os.fsync(file.fileno())

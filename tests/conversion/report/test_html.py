@@ -87,6 +87,9 @@ def make_report(blocks: int = 2) -> dict[str, Any]:
         "config_inferred": True,
         "output": "/runs/one/step_400000.fp8",
         "stages": [1, 2],
+        "skipped_extra_states": {},
+        "cond_dropout_prob": None,
+        "decay_qk_norm": False,
         "step": 400000,
         "config": {"dim": 1152, "text_dim": 2048, "num_classes": None},
         "calibration_data": "/data/photos",
@@ -134,6 +137,10 @@ def without_stage1(report: dict[str, Any]) -> None:
     report.update(stages=[2, 2], reparameterization=None)
 
 
+def from_transformer_engine(report: dict[str, Any]) -> None:
+    report.update(skipped_extra_states={"model": 453}, cond_dropout_prob=0.0, decay_qk_norm=True)
+
+
 def without_layers(report: dict[str, Any]) -> None:
     report.update(layers=[], num_fp8_linears=0, uncalibrated=[], kept_in_bf16={}, gradient_cosine_similarity=None)
 
@@ -162,7 +169,16 @@ def all_zero_errors(report: dict[str, Any]) -> None:
     report["reparameterization"]["output_error"] = {"paper": [0.0] * len(T), "fitted": [0.0] * len(T)}
 
 
-CHANGES = (failed, without_stage1, without_layers, stateless, without_values, broken_numbers, all_zero_errors)
+CHANGES = (
+    failed,
+    without_stage1,
+    from_transformer_engine,
+    without_layers,
+    stateless,
+    without_values,
+    broken_numbers,
+    all_zero_errors,
+)
 
 
 @pytest.mark.parametrize("change", [None, *CHANGES])
