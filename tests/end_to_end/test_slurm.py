@@ -131,8 +131,8 @@ def check_ranks(run: Run, *, per_node: int) -> None:
     words = [
         re.search(r"rank ([0-9]+) of ([0-9]+), local rank ([0-9]+) of ([0-9]+), master (.*)", log) for log in printed
     ]
-    found = [tuple(int(number) for number in match.groups()[:4]) for match in words]
-    assert found == [(rank, 4 * per_node, rank % per_node, per_node) for rank in range(4 * per_node)]
+    matches = [tuple(int(number) for number in match.groups()[:4]) for match in words]
+    assert matches == [(rank, 4 * per_node, rank % per_node, per_node) for rank in range(4 * per_node)]
     assert len({match[5] for match in words}) == 1
 
 
@@ -209,7 +209,7 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
     assert kinds == ["caption", "latents", "audit", "train", "convert", "train", "sample"]
 
 
-def test_a_pipeline_stops_where_an_element_fails(profile, tmp_path):
+def test_pipeline_stops_at_a_failed_element(profile, tmp_path):
     """Nothing is computed from an incomplete dataset: the jobs that follow are cancelled before they start."""
     settings = {"data.num_shards": SHARDS, "data.max_images": 64}
     submit(tmp_path, "init", "--cluster", str(profile), settings=settings)
