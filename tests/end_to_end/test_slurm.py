@@ -299,8 +299,8 @@ exec {shutil.which("squeue")} "$@"
     fast.write_text(PROFILE.replace("cpus_per_task", "poll_seconds = 1\ncpus_per_task"))
     monkeypatch.setenv("PATH", f"{broken}:{os.environ['PATH']}")
     words = ["caption", "--cluster", str(fast), "--dataset", str(tmp_path / "dataset"), "--wait"]
-    submit(tmp_path, *words, settings={"data.num_shards": 2, "data.max_images": 16})
-    assert "Socket timed out" in capsys.readouterr().err
+    submit(tmp_path, *words, settings={"data.num_shards": 2, "data.max_images": IMAGES["caption"]})
+    assert capsys.readouterr().err.count("Socket timed out") == 1
     assert int((tmp_path / "count").read_text()) >= 3
 
 
@@ -507,7 +507,6 @@ def test_retry_submits_only_missing_elements(profile, tmp_path, capsys):
     killed = sorted([line["arguments"][0][0] for line in running] + [40, 55, 63])
     states = wait_for_end(run, 600)
     assert sorted(shard for shard, state in states.items() if state in runs.UNFINISHED) == killed
-    assert {shard for shard, state in states.items() if state == "cancelled"} == {40, 55, 63}
     capsys.readouterr()
     submit(tmp_path, "status", run.folder.name, code=1)
     printed = capsys.readouterr().out
@@ -544,10 +543,9 @@ def test_status_agrees_with_slurm(dev_cluster, profile, tmp_path, tmp_path_facto
                 os.kill(task_processes(killed)[-1], signal.SIGKILL)
         assert {"pending", "running", "done"} <= seen
         states = {element.job: element.state for element in runs.elements(run).values()}
-        assert {job: state for job, state in states.items() if state in runs.UNFINISHED} == {
-            killed: "failed",
-            run.job_of()[5]: "cancelled",
-        }
+        # Some time after its end, and without accounting, Slurm no longer knows that a job was cancelled.
+        assert {job for job, state in states.items() if state in runs.UNFINISHED} == {killed, run.job_of()[5]}
+        assert states[killed] == "failed"
         if accounting:
             slurm("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
             completed = set(states) - {killed, run.job_of()[5]}
