@@ -20,6 +20,7 @@ CODE = Path(__file__).parents[1]
 # GOMP_SPINCOUNT: iterations that an OpenMP thread spins at a barrier before it sleeps. With GNU OpenMP's default,
 # training on processors that other jobs share takes 1.5 times as long; on idle processors there is no difference.
 SPINS = "1000"
+WITHOUT_GPU = ("adopt",)  # array jobs that use no GPU; a site may end a job whose GPU is idle
 LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes by default
 
 
@@ -58,8 +59,9 @@ class Cluster:
         return self.profile.executor == "slurm"
 
     def array_shape(self, kind: str, elements: Sequence[int]) -> Shape:
-        """Return the shape of an array, with one GPU per element if the nodes have GPUs."""
-        return Shape(kind=kind, elements=tuple(elements), gpus_per_node=min(1, self.profile.gpus_per_node))
+        """Return the shape of an array, with one GPU per element if the nodes have GPUs and the job uses them."""
+        gpus = 0 if kind in WITHOUT_GPU else min(1, self.profile.gpus_per_node)
+        return Shape(kind=kind, elements=tuple(elements), gpus_per_node=gpus)
 
     def ranks_shape(self, kind: str, nodes: int, ranks_per_node: int | None) -> Shape:
         """Return the shape of a job of ranks; the default is one rank per GPU, or one per node without GPUs."""

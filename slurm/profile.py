@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FOLDER = Path(__file__).parent / "profiles"
-JOB_KINDS = ("init", "caption", "latents", "audit", "verify", "train", "convert", "sample", "recaption")
+JOB_KINDS = ("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "recaption")
 VARIABLE = re.compile(r"\$([A-Z_][A-Z0-9_]*)")
 
 

@@ -12,7 +12,6 @@ memory-mapped, and converted to float32 when they are accessed. No code in a fil
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from conversion.reading.training_state import StoredState, assemble, validated
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
+from pixart.data.torch_archive import check_archive
 
 SUITE_FORMAT = "checkpoint directory"
 
@@ -106,7 +106,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_pt(path: Path) -> StoredState:
     """Read a file that `torch.save` wrote, memory-mapped."""
-    check_archive(path)
+    check_archive(path, "PyTorch checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises many types of exception for a damaged archive
@@ -116,21 +116,6 @@ def read_pt(path: Path) -> StoredState:
     if "model" not in content and content and all(isinstance(value, Tensor) for value in content.values()):
         return StoredState(source_format=".pt, weights only", model=content)
     return from_groups(content, path, ".pt of the original training")
-
-
-def check_archive(path: Path) -> None:
-    """Raise ValueError for a zip archive that `torch.save` cannot have written.
-
-    Such entries are compressed, or claim more bytes than the file has: a decompression bomb.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: it is not a PyTorch checkpoint, or it is truncated") from error
-    claimed_bytes = sum(entry.file_size for entry in entries)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or claimed_bytes > path.stat().st_size:
-        raise ValueError(f"{path} cannot be read: its entries are compressed or overlap, so it is not from torch.save")
 
 
 def from_groups(content: Mapping[str, Any], path: Path, source_format: str) -> StoredState:

@@ -193,14 +193,14 @@ class Walk:
         node = self.made(
             "dataset",
             path,
-            source=data["source"],
+            source=f"adopted from {data['source']}" if data["captioner"] == "adopted" else data["source"],
             images=f"{manifest['images']:,} of {data['image_size']} px in {data['num_shards']} shards",
             **captioner(data, models["captioner"]),
             VAE=f"{data['vae']} ({models['vae']})",
             text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",
             hash=manifest["hash"],
         )
-        for kind in ("caption", "latents", "audit"):
+        for kind in ("adopt", "caption", "latents", "audit"):
             names = {run.folder.name for run in self.known() if run.kind == kind and run.dataset == path}
             if names:
                 node.facts[kind] = ", ".join(sorted(names))
@@ -212,6 +212,8 @@ def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
     """Return the facts about a dataset's captioner: for a model also the instruction, whose hash ends `fingerprint`."""
     from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
 
+    if data["captioner"] == "adopted":
+        return {"captioner": f"adopted ({fingerprint})", "instruction": "adopted: the captions name none"}
     if data["captioner"] != "vllm":
         return {"captioner": data["captioner"]}
     own = fingerprint.endswith(f"-{prompt_hash(INSTRUCTION)}")

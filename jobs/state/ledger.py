@@ -19,6 +19,7 @@ from pixart.config.renamed_keys import rename_data
 
 MANIFEST = "manifest.json"
 ARRAYS = "latents.zarr"  # a folder
+ENTRIES_OF = {"adopt": ("caption", "latents")}  # entries that a job writes, where their names are not its own
 NAME = re.compile(r"([0-9]+)\.json")
 
 
@@ -78,8 +79,9 @@ def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> 
 
 def forget_others(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
     """Remove the entries of these shards that are not current, before the job processes the shards again."""
-    for shard in set(shards) - current(dataset, job, shards, manifest):
-        path(dataset, job, shard).unlink(missing_ok=True)
+    for name in ENTRIES_OF.get(job, (job,)):
+        for shard in set(shards) - current(dataset, name, shards, manifest):
+            path(dataset, name, shard).unlink(missing_ok=True)
 
 
 def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:

@@ -35,6 +35,9 @@ def run(run_folder: str) -> str:
     folder = Path(dataset) / FOLDER
     groups = [(kind, found[:OF_GROUP].tolist(), len(found)) for kind, found in spread(duplicates, GROUPS)]
     accepted = spread([row for rows in merged.valid_rows for row in rows.tolist()], ACCEPTED)
+    adopted = adopted_rows(manifest, accepted) if manifest.adopted else None
+    if adopted:
+        accepted = []
     picture = pictures(manifest, accepted + [row for _, rows, _ in groups for row in rows])
     html = page(
         dataset,
@@ -45,6 +48,7 @@ def run(run_folder: str) -> str:
         },
         [picture[row] for row in accepted],
         [(kind, count, [picture[row] for row in rows]) for kind, rows, count in groups],
+        adopted,
     )
     write_duplicates(folder / DUPLICATES, duplicates)
     ledger.write_atomically(folder / PAGE, html)
@@ -88,7 +92,7 @@ def merge(manifest):
     from jobs.tasks.caption import read_part
     from pixart.data.audit.statistics import Audit
 
-    merged = Audit()
+    merged = Audit(has_images=manifest.adopted is None)
     for shard in range(manifest.data.num_shards):
         merged.add(read_part(manifest.data.path, shard), manifest.shard_range(shard)[0])
     return merged
@@ -104,12 +108,28 @@ def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
     from pixart.data.images.screening import decode, thumbnail
     from pixart.data.manifest import open_images
 
+    if not rows:
+        return {}
     source = open_images(manifest)
     found = {}
     for row in rows:
         item = next(source.read(row, row + 1))
         found[row] = (item.id, thumbnail(decode(item.data, manifest.data.screening)))
     return found
+
+
+def adopted_rows(manifest, rows: list[int]):
+    """Return the origin of an adopted dataset, with the captions of these rows, for the audit's page."""
+    from jobs.tasks.caption import read_part
+    from pixart.data.audit.page import AdoptedRows
+
+    captions: list[tuple[str, str, str]] = []
+    for shard in sorted({row // manifest.rows_per_shard for row in rows}):
+        first = manifest.shard_range(shard)[0]
+        table = read_part(manifest.data.path, shard).select(["id", "caption", "short_caption"])
+        of_shard = [row - first for row in rows if row // manifest.rows_per_shard == shard]
+        captions += [tuple(line.values()) for line in table.take(of_shard).to_pylist()]
+    return AdoptedRows(source=manifest.data.source, form=manifest.adopted.form, captions=captions)
 
 
 def write_duplicates(path: Path, duplicates) -> None:

@@ -78,6 +78,7 @@ def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> 
     record = json.loads((directory / (INFERENCE_FILE if in_fp8 else MARKER)).read_text())
     git = folder / "git.txt"
     commit = {"commit": git.read_text().split(maxsplit=2)[1]} if git.exists() else {}
+    captions = {"captions": f"adopted from {dataset.data.source}"} if dataset.adopted else {}
     return {
         "checkpoint": str(directory),
         "step": str(record["step"]),
@@ -86,6 +87,7 @@ def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> 
         "run": str(folder),
         "dataset": dataset.data.path,
         "dataset_hash": dataset.hash,
+        **captions,
         **commit,
     }
 

@@ -117,6 +117,7 @@ def test_sbatch_texts_are_held_whole(monkeypatch, name: str):
     cluster = Cluster(profiles.load(name), Path("/home/user/my runs/RUN"), code=Path("/home/user/my runs/RUN/code-1"))
     after = Cluster(cluster.profile, cluster.run, code=cluster.code, after=["17", "18"])
     texts = {
+        "adopt": cluster.sbatch_text(cluster.array_shape("adopt", range(256))),
         "caption": cluster.sbatch_text(cluster.array_shape("caption", range(256))),
         "latents": after.sbatch_text(cluster.array_shape("latents", [3, 7, 9])),
         "train": cluster.sbatch_text(cluster.ranks_shape("train", 4, None)),

@@ -26,9 +26,10 @@ def audit(launch: Launch) -> str:
     submitted = submit_dataset_job(launch, "audit")
     if not launch.wait:
         return describe_submission(submitted)
+    stage = 1 if (manifest.get("adopted") or {}).get("form", "labels") == "labels" else 2
     return (
         f"audited: {launch.dataset}/{audit_files.FOLDER}/{audit_files.PAGE}\n"
-        f"next: python -m jobs.launch train --stage 1 --dataset {launch.dataset}"
+        f"next: python -m jobs.launch train --stage {stage} --dataset {launch.dataset}"
     )
 
 

@@ -49,6 +49,20 @@ def open_writable_dataset(launch: Launch, *, create: bool = False, shards: list[
     return open_dataset(launch)
 
 
+def is_adopted(manifest: dict[str, Any]) -> bool:
+    """Return whether a dataset was made from precomputed latents, by `adopt`."""
+    return manifest["data"]["captioner"] == "adopted"
+
+
+def refuse_adopted(launch: Launch, manifest: dict[str, Any]) -> None:
+    """Raise ValueError for an adopted dataset, whose images the command would need."""
+    if is_adopted(manifest):
+        raise ValueError(
+            f"{launch.command}: the dataset {launch.dataset} was adopted from {manifest['data']['source']} with its "
+            "captions and latents, and has no images; run 'adopt' for shards that are missing"
+        )
+
+
 def select_shards(launch: Launch, count: int, shards: list[int] | None = None) -> list[int]:
     """Return `shards`, in ascending order, or all shards. Raises ValueError for one beyond the dataset's `count`."""
     if shards is None:
@@ -94,6 +108,11 @@ def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: boo
     for job in ("caption", "latents"):
         complete = ledger.current(launch.dataset, job, shards, manifest["hash"]) if "hash" in manifest else set()
         missing = [shard for shard in shards if shard not in complete]
+        if missing and is_adopted(manifest):
+            raise ValueError(
+                f"dataset {launch.dataset} is incomplete: {len(missing)} of {len(shards)} shards are not adopted; run "
+                f"'adopt {launch.recipe.data.source}'"
+            )
         if missing and not any_source and launch.recipe.data.source != "demo":
             raise ValueError(
                 f"dataset {launch.dataset} is incomplete: {len(missing)} of {len(shards)} shards have no {job}; "

@@ -3,7 +3,9 @@
 Shards with altered files no longer count as done, so that the next run of their job writes them again.
 """
 
-from jobs.commands.data.dataset import DatasetOptions, open_writable_dataset, submit_dataset_job
+import shlex
+
+from jobs.commands.data.dataset import DatasetOptions, is_adopted, open_writable_dataset, submit_dataset_job
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
 from jobs.state import run as runs
@@ -20,7 +22,7 @@ def run(options: DatasetOptions) -> int:
 
 def verify(launch: Launch) -> str:
     """Submit the verification, and describe the altered shards."""
-    open_writable_dataset(launch)
+    manifest = open_writable_dataset(launch)
     submitted = submit_dataset_job(launch, "verify")
     if not launch.wait:
         return describe_submission(submitted)
@@ -28,9 +30,12 @@ def verify(launch: Launch) -> str:
     if not altered:
         return f"verified: every file of {launch.dataset} matches its ledger"
     what = "; ".join(f"{job} {len(shards)} shards, such as {shards[0]}" for job, shards in altered.items())
+    following = next(iter(altered))
+    if is_adopted(manifest):
+        following = f"adopt {shlex.quote(manifest['data']['source'])}"
     return (
         f"altered: {what}; they no longer count as done\n"
-        f"next: python -m jobs.launch {next(iter(altered))} --dataset {launch.dataset}"
+        f"next: python -m jobs.launch {following} --dataset {launch.dataset}"
     )
 
 
