@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixart.checkpoint.directory import Checkpoint
-from pixart.checkpoint.latent_space import check_latent_space
+from pixart.config.latent_space import check_latent_space
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.store.zarr_store import Store

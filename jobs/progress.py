@@ -43,7 +43,7 @@ class ProgressLine:
         if self.first is None:
             self.first = done
         if self.bar:
-            self.bar.update(self.task, completed=done, rate=spoken(self.rate(done)), note=note)
+            self.bar.update(self.task, completed=done, rate=format_rate(self.rate(done)), note=note)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
             print(self.plain(done, note), flush=True)
@@ -58,7 +58,9 @@ class ProgressLine:
         if not rate:
             return f"{self.name}: {done} of {self.total} after {time.monotonic() - self.begun:.0f} s"
         left = (self.total - done) / rate
-        return f"{self.name}: {done} of {self.total}, {spoken(rate)}, {left:.0f} s left{', ' if note else ''}{note}"
+        return (
+            f"{self.name}: {done} of {self.total}, {format_rate(rate)}, {left:.0f} s left{', ' if note else ''}{note}"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -69,6 +71,6 @@ class ProgressLine:
             print(f"{self.name}: done in {time.monotonic() - self.begun:.0f} s", flush=True)
 
 
-def spoken(rate: float) -> str:
+def format_rate(rate: float) -> str:
     """Format a rate in items per second; per minute if it is below 0.5 per second."""
     return f"{rate:.1f}/s" if rate >= 0.5 or not rate else f"{60 * rate:.1f}/min"

@@ -12,15 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 60  # timeout of a Slurm command
-# Terminal states of a job; a job in any other state is in the queue or on a node.
-OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED"}
-OVER |= {"SPECIAL_EXIT", "TIMEOUT"}
-WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}
+COMMAND_TIMEOUT_SECONDS = 60
+# A job in any other state is in the queue or on a node.
+TERMINAL_STATES = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED"}
+TERMINAL_STATES |= {"SPECIAL_EXIT", "TIMEOUT"}
+PENDING_STATES = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}
 
 
 class SlurmError(ValueError):
-    """A Slurm command failed; the message is that of the command."""
+    """A Slurm command failed; the message is the last line of its standard error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,14 +31,14 @@ class JobState:
     reason: str = ""
 
     @property
-    def waiting(self) -> bool:
+    def pending(self) -> bool:
         """Whether the job is in the queue or suspended."""
-        return self.state in WAITING
+        return self.state in PENDING_STATES
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         """Whether the job has ended."""
-        return self.state in OVER
+        return self.state in TERMINAL_STATES
 
 
 def command(*words: str) -> str:
@@ -47,15 +47,17 @@ def command(*words: str) -> str:
     Raises SlurmError, with the last line of its standard error, if it is missing, fails, or times out.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+        process = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS)
     except FileNotFoundError:
-        raise SlurmError(f"{words[0]}: this machine has no Slurm") from None
+        raise SlurmError(f"{words[0]}: no such command; this machine has no Slurm, choose another --cluster") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{words[0]} did not answer in {SECONDS} s") from None
-    if done.returncode:
-        complaint = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise SlurmError(f"{words[0]}: {complaint[-1]}")
-    return done.stdout
+        raise SlurmError(
+            f"{words[0]}: no answer within {COMMAND_TIMEOUT_SECONDS} s; check that slurmctld is up"
+        ) from None
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise SlurmError(f"{words[0]}: {lines[-1]}")
+    return process.stdout
 
 
 def states(executor: str, jobs: Sequence[str]) -> dict[str, JobState]:
@@ -65,16 +67,16 @@ def states(executor: str, jobs: Sequence[str]) -> dict[str, JobState]:
     """
     if executor == "local":
         return {job: JobState(state="RUNNING") for job in jobs if is_running(job)}
-    mains = sorted({job.partition("_")[0] for job in jobs})
-    if not mains:
+    array_ids = sorted({job.partition("_")[0] for job in jobs})
+    if not array_ids:
         return {}
-    found = parse(command("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "--me"))
-    if missing := sorted({job.partition("_")[0] for job in jobs if job not in found}):
+    states_by_job = parse(command("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", "--me"))
+    if missing := sorted({job.partition("_")[0] for job in jobs if job not in states_by_job}):
         with suppress(SlurmError):  # without accounting, only squeue knows of jobs
             listing = ["--noheader", "--allocations", "--parsable2", "--format=JobID,State,Reason"]
-            found = parse(command("sacct", *listing, f"--jobs={','.join(missing)}")) | found
+            states_by_job = parse(command("sacct", *listing, f"--jobs={','.join(missing)}")) | states_by_job
     wanted = set(jobs)
-    return {job: state for job, state in found.items() if job in wanted}
+    return {job: state for job, state in states_by_job.items() if job in wanted}
 
 
 def parse(listing: str) -> dict[str, JobState]:
@@ -82,12 +84,12 @@ def parse(listing: str) -> dict[str, JobState]:
 
     sacct writes the state of a cancelled job as `CANCELLED by 0`, and pending array elements as `12_[3-5%2]`.
     """
-    found = {}
+    states_by_job = {}
     for line in listing.splitlines():
         job, state, reason = line.split("|", 2)
         for name in expand(job):
-            found[name] = JobState(state=state.split(" ")[0], reason="" if reason == "None" else reason)
-    return found
+            states_by_job[name] = JobState(state=state.split(" ")[0], reason="" if reason == "None" else reason)
+    return states_by_job
 
 
 def expand(job: str) -> Iterable[str]:
@@ -143,12 +145,14 @@ def partition(name: str | None) -> Partition:
     rows = [line.split("|", 3) for line in listing.splitlines()]
     names = sorted({row[0].rstrip("*") for row in rows})
     if name is not None and name not in names:
-        raise SlurmError(f"partition {name!r}: the cluster has no such partition, it has {', '.join(names)}")
-    own = [row for row in rows if (row[0].rstrip("*") == name if name else row[0].endswith("*"))]
-    if not own:
-        raise SlurmError("the cluster has no default partition: set the profile's `partition`")
-    gpus = [sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:([0-9]+)", row[3])) for row in own]
-    return Partition(minutes=parse_minutes(own[0][1]), nodes=len({row[2] for row in own}), gpus_per_node=max(gpus))
+        raise SlurmError(f"partition {name!r}: no such partition on this cluster; it must be one of {', '.join(names)}")
+    matching = [row for row in rows if (row[0].rstrip("*") == name if name else row[0].endswith("*"))]
+    if not matching:
+        raise SlurmError("partition: the cluster has no default partition; set `partition` in the profile")
+    gpus = [sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:([0-9]+)", row[3])) for row in matching]
+    return Partition(
+        minutes=parse_minutes(matching[0][1]), nodes=len({row[2] for row in matching}), gpus_per_node=max(gpus)
+    )
 
 
 def parse_minutes(text: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Submission of callables to the cluster of a profile: arrays of tasks, or one job of several ranks."""
+"""Submission of callables to the cluster of a profile, as an array job or as a multi-rank job."""
 
 import os
 import shlex
@@ -16,17 +16,17 @@ from slurm import commands
 from slurm.profile import Profile
 from slurm.task import Task
 
-CODE = Path(__file__).parents[1]
+CODE_ROOT = Path(__file__).parents[1]
 # GOMP_SPINCOUNT: iterations that an OpenMP thread spins at a barrier before it sleeps. With GNU OpenMP's default,
 # training on processors that other jobs share takes 1.5 times as long; on idle processors there is no difference.
-SPINS = "1000"
+OPENMP_SPIN_COUNT = "1000"
 WITHOUT_GPU = ("adopt",)  # array jobs that use no GPU; a site may end a job whose GPU is idle
 LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes by default
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Size of a submission: the `elements` of an array, or the nodes and ranks of one job."""
+    """Size of a submission: the `elements` of an array job, or the nodes and ranks of a multi-rank job."""
 
     kind: str
     elements: tuple[int, ...] = ()
@@ -64,7 +64,7 @@ class Cluster:
         return Shape(kind=kind, elements=tuple(elements), gpus_per_node=gpus)
 
     def ranks_shape(self, kind: str, nodes: int, ranks_per_node: int | None) -> Shape:
-        """Return the shape of a job of ranks; the default is one rank per GPU, or one per node without GPUs."""
+        """Return the shape of a multi-rank job (default: one rank per GPU, or one per node without GPUs)."""
         ranks = ranks_per_node or max(1, self.profile.gpus_per_node)
         gpus = ranks if self.profile.gpus_per_node else 0
         return Shape(kind=kind, nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus)
@@ -80,13 +80,18 @@ class Cluster:
         name = profile.partition or "the default partition"
         minutes = profile.minutes.get(shape.kind)
         if minutes and allowed.minutes and minutes > allowed.minutes:
-            raise ValueError(f"{shape.kind}: {minutes} minutes, but {name} allows {allowed.minutes}")
+            raise ValueError(
+                f"minutes.{shape.kind}={minutes}: more than {name} allows; it must be at most {allowed.minutes}"
+            )
         if shape.gpus_per_node > allowed.gpus_per_node:
             raise ValueError(
-                f"{shape.kind}: {shape.gpus_per_node} GPUs a node, but the nodes of {name} have {allowed.gpus_per_node}"
+                f"{shape.kind}: {shape.gpus_per_node} GPUs per node exceed those of {name}; request at most "
+                f"{allowed.gpus_per_node}"
             )
         if shape.nodes > allowed.nodes:
-            raise ValueError(f"{shape.kind}: {shape.nodes} nodes, but {name} has {allowed.nodes}")
+            raise ValueError(
+                f"{shape.kind}: {shape.nodes} nodes exceed those of {name}; request at most {allowed.nodes}"
+            )
 
     def sbatch_text(self, shape: Shape) -> str:
         """Return the sbatch script as it is submitted; for an array that is submitted in parts, that of the first.
@@ -105,39 +110,45 @@ class Cluster:
         if self.is_slurm:
             return self.sbatch_text(shape)
         if shape.elements:
-            return f"{shape.kind}: {len(shape.elements)} shards in {self.lanes(shape)} processes on this machine"
+            return (
+                f"{shape.kind}: {len(shape.elements)} shards in {self.num_processes(shape)} processes on this machine"
+            )
         return f"{shape.kind}: {shape.nodes * shape.ranks_per_node} ranks on this machine"
 
-    def lanes(self, shape: Shape) -> int:
+    def num_processes(self, shape: Shape) -> int:
         """Return the number of local processes that share an array; with GPUs, at most one per GPU."""
-        most = self.profile.array_parallelism or os.cpu_count() or 1
-        return min(most, self.profile.gpus_per_node or most, len(shape.elements))
+        limit = self.profile.array_parallelism or os.cpu_count() or 1
+        return min(limit, self.profile.gpus_per_node or limit, len(shape.elements))
 
     def submit_array(self, shape: Shape, function: Callable[[list[int]], Any]) -> list[Submitted]:
-        """Submit one task per element on Slurm; on this machine, `lanes` processes that share the elements.
+        """Submit one task per element on Slurm; on this machine, `num_processes` processes that share the elements.
 
         An array beyond Slurm's MaxArraySize is submitted in parts. If the profile limits how many elements run at once,
         each part waits for the end of the part before.
         """
         elements, task = shape.elements, Task(function=function, run=str(self.run))
         if not self.is_slurm:
-            shares = [elements[lane :: self.lanes(shape)] for lane in range(self.lanes(shape))]
+            shares = [elements[index :: self.num_processes(shape)] for index in range(self.num_processes(shape))]
             gpus = range(self.profile.gpus_per_node)
             with environment(self.local_environment(processes=len(shares))):
                 return [
-                    Submitted(job=self.local_executor(shape, gpus[lane:][:1]).submit(task, list(share)), elements=share)
-                    for lane, share in enumerate(shares)
+                    Submitted(
+                        job=self.local_executor(shape, gpus[index:][:1]).submit(task, list(share)), elements=share
+                    )
+                    for index, share in enumerate(shares)
                 ]
         largest, submitted = commands.max_array_size(), list[Submitted]()
         for begin in range(0, len(elements), largest):
             part = elements[begin : begin + largest]
-            before = submitted[-1].job.job_id.partition("_")[0] if submitted and self.profile.array_parallelism else ""
-            jobs = self.slurm_executor(shape, before).map_array(task, [[element] for element in part])
+            previous_job = (
+                submitted[-1].job.job_id.partition("_")[0] if submitted and self.profile.array_parallelism else ""
+            )
+            jobs = self.slurm_executor(shape, previous_job).map_array(task, [[element] for element in part])
             submitted += [Submitted(job=job, elements=(element,)) for job, element in zip(jobs, part, strict=True)]
         return submitted
 
     def submit_ranks(self, shape: Shape, function: Callable[[], Any], *, cooperative: bool = False) -> Submitted:
-        """Submit one job of `nodes * ranks_per_node` ranks; on this machine, that many processes.
+        """Submit one job of `nodes * ranks_per_node` ranks; the local executor starts as many processes.
 
         `cooperative` is explained in `Task`.
         """
@@ -148,12 +159,14 @@ class Cluster:
             gpus = range(self.profile.gpus_per_node)
             return Submitted(job=self.local_executor(shape, gpus).submit(task), elements=())
 
-    def slurm_executor(self, shape: Shape, before: str = "") -> submitit.SlurmExecutor:
+    def slurm_executor(self, shape: Shape, previous_job: str = "") -> submitit.SlurmExecutor:
         """Return submitit's executor for a shape; its jobs start after job `before` has ended, failed or not."""
         executor = submitit.SlurmExecutor(folder=self.folder, python=self.profile.python.get(shape.kind))
         parameters = slurm_parameters(self.profile, shape, code=self.code, after=self.after)
-        if before:
-            parameters["dependency"] = ",".join(filter(None, [parameters.get("dependency"), f"afterany:{before}"]))
+        if previous_job:
+            parameters["dependency"] = ",".join(
+                filter(None, [parameters.get("dependency"), f"afterany:{previous_job}"])
+            )
         executor.update_parameters(**parameters)
         return executor
 
@@ -175,8 +188,8 @@ class Cluster:
         PYTHONPATH makes a Python interpreter of the profile import this code, as a job on Slurm does.
         """
         threads = max(1, (os.cpu_count() or 1) // processes)
-        wanted = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPINS, **self.profile.environment}
-        path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+        wanted = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": OPENMP_SPIN_COUNT, **self.profile.environment}
+        path = os.pathsep.join(filter(None, [str(CODE_ROOT), os.environ.get("PYTHONPATH")]))
         return {**{name: value for name, value in wanted.items() if name not in os.environ}, "PYTHONPATH": path}
 
 
@@ -225,17 +238,17 @@ def slurm_parameters(
         ],
         "additional_parameters": {key: value for key, value in additional.items() if value},
     }
-    found = {key: value for key, value in parameters.items() if value is not None}
-    for key, value in found.items():
+    given = {key: value for key, value in parameters.items() if value is not None}
+    for key, value in given.items():
         if key != "setup":
             check_line(key, str(value))
-    return found
+    return given
 
 
-def check_line(what: str, value: str) -> None:
-    """Raise ValueError, naming `what`, if a value has a control character."""
+def check_line(name: str, value: str) -> None:
+    """Check that a value has no control character. Raises ValueError, naming `name`, if it has one."""
     if not value.isprintable():
-        raise ValueError(f"{what} {value!r}: Slurm's scripts cannot hold a line break or another control character")
+        raise ValueError(f"{name} {value!r}: an sbatch script cannot contain control characters; remove them")
 
 
 @contextmanager

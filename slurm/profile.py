@@ -57,11 +57,13 @@ def default_name() -> str:
     if name := os.environ.get("PIXART_CLUSTER"):
         return name
     if shutil.which("sbatch"):
-        raise ValueError(f"this machine has Slurm: name the cluster by --cluster or PIXART_CLUSTER, {known()}")
+        raise ValueError(
+            f"PIXART_CLUSTER: not set on a machine with Slurm; set it, or give --cluster, to {allowed_names()}"
+        )
     return "local"
 
 
-def known() -> str:
+def allowed_names() -> str:
     """Return the part of an error message that lists the names of profiles."""
     return "one of " + ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml"))) + " or the path of a .toml file"
 
@@ -74,22 +76,24 @@ def load(name: str) -> Profile:
     is_path = name.endswith(".toml")
     path = Path(name) if is_path else FOLDER / f"{name}.toml"
     if not path.is_file():
-        raise ValueError(f"unknown cluster profile {name!r}: it must be {known()}")
+        raise ValueError(f"--cluster {name}: unknown cluster profile {name!r}; it must be {allowed_names()}")
     try:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"profile {path}: {error}") from error
+        raise ValueError(f"profile {path}: not a TOML file; {error}") from error
     hints = get_type_hints(Profile)
     for key, value in values.items():
         if key not in hints or key == "name":
             allowed = ", ".join(item.name for item in dataclasses.fields(Profile) if item.name != "name")
-            raise ValueError(f"profile {path}: unknown key {key!r}, allowed are {allowed}")
+            raise ValueError(f"profile {path}: unknown key {key!r}; it must be one of {allowed}")
         values[key] = expand(check(value, hints[key], key, path), key, path)
     if "executor" not in values:
-        raise ValueError(f"profile {path}: 'executor' is missing, it must be local or slurm")
+        raise ValueError(f"profile {path}: 'executor' is missing; it must be local or slurm")
     for key in ("minutes", "python"):
-        if odd := sorted(set(values.get(key, {})) - set(JOB_KINDS)):
-            raise ValueError(f"profile {path}: {key}.{odd[0]} is no job kind, they are {', '.join(JOB_KINDS)}")
+        if unknown := sorted(set(values.get(key, {})) - set(JOB_KINDS)):
+            raise ValueError(
+                f"profile {path}: {key}.{unknown[0]} is not a job kind; it must be one of {', '.join(JOB_KINDS)}"
+            )
     return Profile(name=path.stem, **values)
 
 
@@ -123,7 +127,7 @@ def expand(value: Any, key: str, path: Path) -> Any:
 
     def variable(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            raise ValueError(f"profile {path}: {key} needs the environment variable {match[1]}, which is not set")
+            raise ValueError(f"profile {path}: {key} needs the environment variable {match[1]}; export it")
         return os.environ[match[1]]
 
     return VARIABLE.sub(variable, value)

@@ -1,4 +1,4 @@
-"""Wrapper of every task on a node: it records attempts and handles the signals that precede the end of a job.
+"""Wrapper of every task on a node: it records attempts and handles the signals that Slurm sends before it ends a job.
 
 Slurm sends SIGUSR2 ahead of the time limit, and SIGTERM on preemption, cancellation and the loss of a node. A
 cooperative task polls `stop_level` and ends by itself; any other task is interrupted at once.
@@ -23,32 +23,34 @@ from slurm import commands
 
 ATTEMPTS = "attempts.jsonl"
 RESULT = "result.json"
-REQUEUES = 5  # limit for tasks that are not cooperative, since a shard may never fit into the time limit
-KILL_SECONDS = 120  # longest wait for Slurm to terminate a requeued task
-TERMINATED = 128 + signal.SIGTERM
-END, TIME_IS_UP = 1, 2
-LEVELS: dict[int, int] = {signal.SIGTERM: END, signal.SIGUSR2: TIME_IS_UP}
+MAX_REQUEUES = 5  # for tasks that are not cooperative, since a shard may never fit into the time limit
+REQUEUE_TIMEOUT_SECONDS = 120  # for Slurm to terminate a requeued task
+TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
+TERMINATE, TIME_LIMIT = 1, 2
+STOP_LEVELS: dict[int, int] = {signal.SIGTERM: TERMINATE, signal.SIGUSR2: TIME_LIMIT}
 
-_asked = 0
+_stop_level = 0
 
 
-class Left(BaseException):
+class TaskInterrupted(BaseException):
     """A task was interrupted by a signal of the cluster.
 
     Derives from BaseException, so that handlers of errors do not catch it.
     """
 
     def __init__(self, level: int) -> None:
-        super().__init__("left because " + ("the time is up" if level == TIME_IS_UP else "the job is to end"))
+        super().__init__(
+            "interrupted: " + ("the time limit is near" if level == TIME_LIMIT else "the job is being terminated")
+        )
         self.level = level
 
 
 def stop_level() -> int:
-    """Return what the last signal asked of this process: 0 for nothing, END or TIME_IS_UP.
+    """Return the stop level that the last signal requested: 0 (none), TERMINATE or TIME_LIMIT.
 
-    Ranks have to agree on the maximum of their levels, since a signal may reach them at different times.
+    Ranks must reduce their levels to the maximum, since a signal may reach them at different times.
     """
-    return _asked
+    return _stop_level
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class Task:
     """A callable that runs `function` on a node, for the run in folder `run`.
 
     With `ranks`, the result of rank 0 is written to the folder as JSON. With `cooperative`, the function polls
-    `stop_level` and raises Left after it has saved; otherwise a signal raises Left at once.
+    `stop_level` and raises TaskInterrupted after it has saved; otherwise a signal raises TaskInterrupted at once.
     """
 
     function: Callable[..., Any]
@@ -68,16 +70,16 @@ class Task:
         environment = submitit.JobEnvironment()
         environment.paths.result_pickle.unlink(missing_ok=True)  # left by an earlier attempt
         self.record(environment, arguments)
-        for number in LEVELS:
-            signal.signal(number, self.note if self.cooperative else self.leave)
+        for number in STOP_LEVELS:
+            signal.signal(number, self.set_stop_level if self.cooperative else self.interrupt)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         try:
             result = self.function(*arguments)
-        except Left as left:
-            print(left, file=sys.stderr, flush=True)
-            if left.level == TIME_IS_UP and "SLURM_JOB_ID" in os.environ:
-                self.come_back(environment)
-            sys.exit(TERMINATED)
+        except TaskInterrupted as interrupted:
+            print(interrupted, file=sys.stderr, flush=True)
+            if interrupted.level == TIME_LIMIT and "SLURM_JOB_ID" in os.environ:
+                self.requeue(environment)
+            sys.exit(TERMINATED_EXIT_CODE)
         if self.ranks and environment.global_rank == 0:
             target = Path(self.run) / RESULT
             temporary = target.with_suffix(".part")
@@ -98,28 +100,30 @@ class Task:
         with (Path(self.run) / ATTEMPTS).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def set_stop_level(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal of a cooperative task: set the stop level."""
-        global _asked
-        _asked = LEVELS[number]
+        global _stop_level
+        _stop_level = STOP_LEVELS[number]
 
-    def leave(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal of any other task: raise Left, and ignore further signals."""
-        self.note(number, frame)
-        for handled in LEVELS:
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal of any other task: raise TaskInterrupted, and ignore further signals."""
+        self.set_stop_level(number, frame)
+        for handled in STOP_LEVELS:
             signal.signal(handled, signal.SIG_IGN)
-        raise Left(_asked)
+        raise TaskInterrupted(_stop_level)
 
-    def come_back(self, environment: submitit.JobEnvironment) -> None:
+    def requeue(self, environment: submitit.JobEnvironment) -> None:
         """Requeue this job by rank 0, and wait on all ranks: with --kill-on-bad-exit a rank that exits ends the others.
 
         Raises RuntimeError if the time limit was reached too often.
         """
-        if not self.cooperative and restart_count() >= REQUEUES:
-            raise RuntimeError(f"the time limit was reached {REQUEUES + 1} times: give the job more, or smaller shards")
+        if not self.cooperative and restart_count() >= MAX_REQUEUES:
+            raise RuntimeError(
+                f"the time limit was reached {MAX_REQUEUES + 1} times; raise `minutes` in the profile, or split shards"
+            )
         if environment.global_rank == 0:
             commands.requeue(environment.job_id)
-        time.sleep(KILL_SECONDS)
+        time.sleep(REQUEUE_TIMEOUT_SECONDS)
 
 
 def restart_count() -> int:
@@ -128,13 +132,13 @@ def restart_count() -> int:
 
 
 def attempts(run: str | Path) -> list[dict[str, Any]]:
-    """Return the records of all starts of all ranks, in order, without lines that a network file system has damaged."""
+    """Return the records of all starts of all ranks in order; lines damaged by a network file system are skipped."""
     try:
         lines = (Path(run) / ATTEMPTS).read_text().splitlines()
     except FileNotFoundError:
         return []
-    found = []
+    records = []
     for line in lines:
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            records.append(json.loads(line))
+    return records

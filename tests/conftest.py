@@ -8,7 +8,7 @@ import pytest
 from pixart.config.recipe import Recipe, to_json
 from pixart.recipes import demo
 from tests.support import recovery_times
-from tests.support.browser_fixture import browser, look  # noqa: F401 - fixtures
+from tests.support.browser_fixture import browser, open_page  # noqa: F401 - fixtures
 from tests.support.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
 from tests.support.cluster_fixture import dev_cluster, running_cluster  # noqa: F401 - fixtures
 from tests.support.demo_fixture import small_demo  # noqa: F401 - a fixture
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    lines = recovery_times.table(each for report in reports for each in report.user_properties)
+    lines = recovery_times.table(item for report in reports for item in report.user_properties)
     if lines:
         terminalreporter.section("seconds from a fault until all of the data is there")
         terminalreporter.write("\n".join(lines) + "\n")

@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = re.findall(r"^    python -m ([a-z0-9_.]+) ?(.*)$", README, re.MULTILINE)
-FOREIGN = {"--nproc-per-node", "--backend-store-uri", "--images", "--vae"}  # of torchrun, MLflow and benchmarks.gpu_day
+FOREIGN = {
+    "--nproc-per-node",
+    "--backend-store-uri",
+    "--images",
+}  # of torchrun, MLflow and benchmarks.gpu_day
 
 
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
@@ -44,20 +48,20 @@ def test_options(capsys):
     for main, arguments in (*helps, *((other.main, ["--help"]) for other in (to_fp8, to_bf16, devcluster))):
         with pytest.raises(SystemExit):
             main(arguments)
-    there = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - there == FOREIGN
+    existing = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - existing == FOREIGN
 
 
 def test_keys():
     """Every key in the documentation exists and accepts the value given there, if any."""
-    named = re.findall(r"`(?:--set )?((?:data|stage1|stage2|sample|audit|model)\.[a-z_.]+)(=[^`]*)?`", README)
-    assert len(named) > 10
-    for key, value in named:
+    keys = re.findall(r"`(?:--set )?((?:data|stage1|stage2|sample|audit|model)\.[a-z_.]+)(=[^`]*)?`", README)
+    assert len(keys) > 10
+    for key, value in keys:
         if key == "audit.html":  # a file, not a key
             continue
-        found = RECIPES["demo"]("home")
+        value_of_key = RECIPES["demo"]("home")
         for part in key.split("."):
-            found = getattr(found, part)
+            value_of_key = getattr(value_of_key, part)
         if len(value) > 1:
             overrides.apply(RECIPES["demo"]("home"), [key + value])
 

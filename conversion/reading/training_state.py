@@ -15,9 +15,9 @@ from torch import Tensor
 from conversion.options import BASE_LATENT_SIZE
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.integrity import check_shapes
-from pixart.checkpoint.latent_space import ORIGINAL_PIXEL_RANGE
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
+from pixart.config.latent_space import ORIGINAL_PIXEL_RANGE
 from pixart.model.dit import DiT, parameter_groups, state_shapes
 from pixart.training.optimizer import MOMENTS
 

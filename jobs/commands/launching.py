@@ -1,4 +1,4 @@
-"""Common part of the commands that submit jobs: reading the recipe and the profile, and publishing the runs.
+"""Common part of the commands that submit jobs: reading the recipe and the profile, and synchronizing the runs.
 
 Imports no torch; only the jobs do.
 """
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
 from jobs.submission.launch import Launch, NothingSubmitted
-from jobs.tracking.sync import publish_in_background
+from jobs.tracking.sync import sync_in_background
 from pixart.config.dataset import is_url
 from pixart.config.overrides import apply
 from pixart.config.recipe import Recipe, from_json
@@ -58,7 +58,7 @@ def launching(
         print(plan)
     finally:
         if launch.folders and not launch.wait:
-            publish_in_background(launch.home, launch.folders)
+            sync_in_background(launch.home, launch.folders)
         if launch.mlflow_stale:
             print(f"MLflow at {launch.tracker.uri} did not answer\nnext: python -m jobs.launch sync", file=sys.stderr)
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from jobs.reports.lineage import Node, in_order
+from jobs.reports.lineage import Node, topological_order
 from pixart.html.page import Html, document, text
 
 WIDTH, LEFT = 1120, 190  # pixels; the area left of LEFT is for arrows that pass other cards
 LINE, GAP, PAD = 19, 34, 12
 LANE = 26  # pixels between two of these arrows
-LETTERS = 104  # characters that fit on a line of a card
+MAX_LINE_LENGTH = 104  # characters that fit on a line of a card
 STYLE = """
 .card { fill: var(--panel); stroke: var(--rule); } .first .card { stroke: var(--c0); stroke-width: 2; }
 .arrow { fill: none; stroke: var(--soft); stroke-width: 1.5; } .head { fill: var(--soft); }
@@ -25,7 +25,7 @@ def page(node: Node, folder: Path) -> str:
 
     Links are relative to `folder`, where the page is written, so that they work in a copied home folder.
     """
-    nodes = in_order(node)
+    nodes = topological_order(node)
     tops, top = {}, 2
     for one in nodes:
         tops[one.name] = top
@@ -34,7 +34,7 @@ def page(node: Node, folder: Path) -> str:
     parts += [card(one, tops[one.name], folder, first=one is node) for one in nodes]
     words = f"{node.kind} {Path(node.name).name}"
     body = (
-        f"<h1>Lineage of {text(words)}</h1>\n<p>From the top to the bottom: what was made, and what from.</p>\n"
+        f"<h1>Lineage of {text(words)}</h1>\n<p>Ancestors are above their descendants.</p>\n"
         f'<figure><div class="scroll"><svg class="graph" viewBox="0 0 {WIDTH} {top - GAP + 4}" role="img">\n'
         f"{chr(10).join(parts)}\n</svg></div></figure>\n"
     )
@@ -48,7 +48,7 @@ def height(node: Node) -> int:
 
 def lines(node: Node) -> list[tuple[str, str]]:
     """Return the lines of a node's card as keys and values."""
-    return [("at", node.name.removesuffix(" (conversion)")), *node.facts.items()]
+    return [("path", node.name.removesuffix(" (conversion)")), *node.facts.items()]
 
 
 def card(node: Node, top: int, folder: Path, *, first: bool) -> str:
@@ -58,11 +58,11 @@ def card(node: Node, top: int, folder: Path, *, first: bool) -> str:
         f'width="{WIDTH - LEFT - 4}" height="{height(node)}"/>',
         f'<text class="kind" x="{LEFT + PAD}" y="{top + PAD + 12}">{text(node.kind)}</text>',
     ]
-    there = {name: path for name, path in node.pages.items() if path.exists()}
-    for index, (name, path) in enumerate(there.items()):
+    existing = {name: path for name, path in node.pages.items() if path.exists()}
+    for index, (name, path) in enumerate(existing.items()):
         target = quote(os.path.relpath(path, folder))
-        place = f'x="{WIDTH - PAD - 8 - 130 * index}" y="{top + PAD + 12}" text-anchor="end"'
-        parts.append(f'<a href="{target}"><text {place}>{text(name)}</text></a>')
+        position = f'x="{WIDTH - PAD - 8 - 130 * index}" y="{top + PAD + 12}" text-anchor="end"'
+        parts.append(f'<a href="{target}"><text {position}>{text(name)}</text></a>')
     for index, (key, value) in enumerate(lines(node)):
         y = top + PAD + LINE * (index + 1) + 12
         parts.append(f'<text class="key" x="{LEFT + PAD}" y="{y}">{text(key)}</text>')
@@ -75,14 +75,14 @@ def clipped(value: str) -> Html:
 
     A path loses its beginning, which is less informative than its end.
     """
-    if len(value) <= LETTERS:
+    if len(value) <= MAX_LINE_LENGTH:
         return Html(text(value))
-    short = f"…{value[1 - LETTERS :]}" if value.startswith("/") else f"{value[: LETTERS - 1]}…"
+    short = f"…{value[1 - MAX_LINE_LENGTH :]}" if value.startswith("/") else f"{value[: MAX_LINE_LENGTH - 1]}…"
     return Html(f"{text(short)}<title>{text(value)}</title>")
 
 
 def arrow(parent: Node, child: Node, nodes: Sequence[Node], tops: dict[str, int]) -> str:
-    """Straight between neighbours; else around those that lie between, in a lane of its own for each distance."""
+    """Return the SVG of an arrow: straight between neighbours, else in a lane beside the cards, one per distance."""
     names = [one.name for one in nodes]
     distance = names.index(child.name) - names.index(parent.name)
     begin, end = tops[parent.name] + height(parent), tops[child.name]

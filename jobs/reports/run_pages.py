@@ -1,7 +1,8 @@
-"""HTML pages of a run folder: their generation, and the one that `open` shows."""
+"""HTML pages of a run folder: their generation, and the page that `open` shows."""
 
 import re
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 
 from conversion.report.text import PAGE as REPORT_PAGE
@@ -35,12 +36,12 @@ def write(run: Run, name: str, content: str) -> None:
 
 def main_page(run: Run) -> Path:
     """Return the path of the page to show first: the result of the run, else its lineage."""
-    own = {
+    pages = {
         "train": run.folder / SUMMARY,
         "convert": Path(run.request.get("output", run.folder)) / REPORT_PAGE,
         "audit": Path(run.dataset) / audit_files.FOLDER / audit_files.PAGE,
     }
-    path = own.get(run.kind, run.folder / LINEAGE)
+    path = pages.get(run.kind, run.folder / LINEAGE)
     return path if path.exists() else run.folder / LINEAGE
 
 
@@ -60,21 +61,21 @@ def summary(run: Run) -> str:
         **training.headline(curves),
         "ranks": f"{run.ranks} on {run.nodes} node{'s' * (run.nodes > 1)}",
         **{key: value for key, value in description["parameters"].items() if key not in ("steps", "nodes")},
-        "began from": description["tags"].get("pixart.parent_checkpoint"),
+        "initial checkpoint": description["tags"].get("pixart.parent_checkpoint"),
         "submitted": moment(description["begun"]),
         "jobs": ", ".join(run.job_ids),
         "commit": description["tags"].get("pixart.commit"),
         "folder": str(run.folder),
     }
-    shown = {key: str(value) for key, value in facts.items() if value is not None}
+    present = {key: str(value) for key, value in facts.items() if value is not None}
     previews = sorted(path for path in run.folder.glob("previews/step-*.png") if PREVIEW.fullmatch(path.name))
-    return training.page(f"Training {run.folder.name}", shown, curves, incidents(run, lines), previews)
+    return training.page(f"Training {run.folder.name}", present, curves, incidents(run, lines), previews)
 
 
 def incidents(run: Run, lines: list[dict]) -> list[Incident]:
     """Return the incidents in the journal and the restarts of rank 0, in order of time."""
-    told = [
-        (line["time"], Incident(step=line["step"], what=line["incident"], when=moment(line["time"])))
+    events = [
+        (line["time"], Incident(step=line["step"], description=line["incident"], when=moment(line["time"])))
         for line in lines
         if "incident" in line
     ]
@@ -83,9 +84,13 @@ def incidents(run: Run, lines: list[dict]) -> list[Incident]:
     for line in starts[1:]:
         when = datetime.fromisoformat(line["time"]).timestamp()
         step = max((step for at, step in reported if at < when), default=None)
-        how = f"requeued, attempt {line['restart'] + 1}" if line["restart"] else f"submitted again as job {line['job']}"
-        told.append((when, Incident(step=step, what=f"{how}, on {line['node']}", when=line["time"].replace("T", " "))))
-    return [one for _, one in sorted(told, key=lambda each: each[0])]
+        cause = (
+            f"requeued, attempt {line['restart'] + 1}" if line["restart"] else f"submitted again as job {line['job']}"
+        )
+        events.append(
+            (when, Incident(step=step, description=f"{cause}, on {line['node']}", when=line["time"].replace("T", " ")))
+        )
+    return [one for _, one in sorted(events, key=itemgetter(0))]
 
 
 def moment(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoint directories, identified by file names and sizes, without importing torch."""
+"""Identification of checkpoint directories by file names and sizes, without importing torch."""
 
 import json
 import zipfile
@@ -23,35 +23,42 @@ def find_checkpoint(name: str, *, or_older: bool = False) -> Path:
     of a run is returned. Raises ValueError if there is no checkpoint, or if every checkpoint considered is damaged.
     """
     path = Path(name).absolute()
-    found = (
+    candidates = (
         [path]
         if (path / MARKER).exists()
         else sorted(item.parent for item in path.glob(f"checkpoints/step-{8 * '[0-9]'}/{MARKER}"))
     )
     if not path.exists():
-        raise ValueError(f"checkpoint {name}: no such file or directory")
-    if not found:
-        hint = "; a .pt file goes through `python -m conversion.to_fp8` first" if path.is_file() else ""
-        raise ValueError(f"{name} is no checkpoint directory and no run with one{hint}")
-    faults = []
-    for directory in reversed(found if or_older else found[-1:]):
+        raise ValueError(f"checkpoint {name}: no such file or directory; name a checkpoint directory or a run folder")
+    if not candidates:
+        hint = "; convert a .pt file by `python -m conversion.to_fp8`" if path.is_file() else ""
+        raise ValueError(f"{name}: no checkpoint directory and no run with a checkpoint{hint}")
+    errors = []
+    for directory in reversed(candidates if or_older else candidates[-1:]):
         try:
             check_lengths(directory)
             return directory
         except ValueError as error:
-            faults.append(error)
-    raise faults[0]
+            errors.append(error)
+    raise errors[0]
 
 
-def find_weights(name: str) -> tuple[Path, dict[str, Any]]:
-    """Return the directory and metadata of weights to sample from: a checkpoint, or FP8 weights for inference.
+def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
+    """Return the path and metadata of weights to sample from: a checkpoint, or FP8 weights for inference.
 
-    Raises ValueError if `name` is neither, or is damaged.
+    The metadata of a checkpoint of another program is None: reading it needs torch. Raises ValueError if `name` is
+    neither, or is damaged.
     """
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
         return path, read_record(path / INFERENCE, "stage", "step", "dataset", "normalization")
+    if path.is_file():
+        check_file(path)
+        return path, None
+    if path.is_dir() and not (path / MARKER).exists() and is_foreign(path):
+        check_lengths(path)
+        return path, None
     path = find_checkpoint(name)
     return path, checkpoint_record(path)
 
@@ -80,7 +87,7 @@ def check_file(path: Path) -> None:
         return
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":
-            raise ValueError(f"{path} cannot be read: it is no PyTorch checkpoint, or a truncated one")
+            raise ValueError(f"{path}: no PyTorch checkpoint, or truncated; use a .pt or .safetensors file")
     check_length(path)
 
 
@@ -95,11 +102,11 @@ def check_lengths(directory: Path) -> None:
     if (directory / MARKER).exists() and not files:
         for name in CONVERTED:
             if not (directory / name).is_file():
-                raise ValueError(f"{directory / name} is missing: the checkpoint was not copied whole")
+                raise ValueError(f"{directory / name} is missing; copy the complete checkpoint")
     for name, (length, _) in files.items():
         file = directory / "state" / name
         if not file.exists() or file.stat().st_size != length:
-            raise ValueError(f"{file} is missing, damaged or truncated")
+            raise ValueError(f"{file}: missing, damaged or truncated; use another checkpoint")
 
 
 def check_length(file: Path) -> None:
@@ -113,4 +120,4 @@ def check_length(file: Path) -> None:
         except (ValueError, AttributeError, TypeError, LookupError):
             end = -1
     if length != 8 + header_length + end:
-        raise ValueError(f"{file} is damaged or truncated")
+        raise ValueError(f"{file}: damaged or truncated; use another checkpoint")

@@ -103,9 +103,9 @@ def read_journal(
         with path.open("rb") as file:
             file.seek(first)
             content = file.read(length)
-        whole = content[: content.rfind(b"\n") + 1]
-        lines += parsed(whole)
-        ends[path.name] = first + len(whole)
+        complete = content[: content.rfind(b"\n") + 1]
+        lines += parsed(complete)
+        ends[path.name] = first + len(complete)
     return lines, ends
 
 
@@ -123,9 +123,9 @@ def parsed(content: bytes) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of the lines; lines that cannot be parsed are skipped."""
     for line in content.splitlines():
         with suppress(ValueError):
-            found = json.loads(line)
-            if isinstance(found, dict):  # the end of a line cut at its beginning may parse as a number
-                yield found
+            value = json.loads(line)
+            if isinstance(value, dict):  # the end of a line cut at its beginning may parse as a number
+                yield value
 
 
 def points(lines: list[dict[str, Any]], seen: set[tuple[str, int]]) -> Iterator[tuple[str, float, float, int]]:

@@ -16,7 +16,7 @@ def of_this_version(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (TypeError, LookupError) as error:
-        raise ValueError(f"{path} is of another version: {error}") from None
+        raise ValueError(f"{path} is of another version; {error}") from None
 
 
 def read_record(path: Path, *keys: str) -> dict[str, Any]:
@@ -28,11 +28,11 @@ def read_record(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def parse_record(text: bytes, name: str, *keys: str) -> dict[str, Any]:
-    """Return the JSON object in a text. Raises ValueError, naming `name`, if it is none or lacks one of `keys`."""
+    """Return the JSON object in a text. Raises ValueError, naming `name`, for other text or a missing key."""
     try:
         record = json.loads(text)
     except ValueError:
         record = None
     if not isinstance(record, dict) or any(key not in record for key in keys):
-        raise ValueError(f"{name} is damaged, or of another program")
+        raise ValueError(f"{name} is damaged, or was written by another program; restore it")
     return record

@@ -54,18 +54,18 @@ def read(dataset: str | Path, job: str, shard: int) -> Entry | None:
 def shards(dataset: str | Path, job: str) -> set[int]:
     """Return the shards that have an entry. Lists the folder once and reads no entry."""
     names = list_files(dataset, f"ledger/{job}")
-    return {int(found[1]) for name in names if (found := NAME.fullmatch(name))}
+    return {int(match[1]) for name in names if (match := NAME.fullmatch(name))}
 
 
 def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry]:
     """Return the entries by shard, without those that are missing or damaged."""
-    found = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
-    whole = {}
-    for shard, text in zip(shards, found, strict=True):
+    texts = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
+    entries_by_shard = {}
+    for shard, text in zip(shards, texts, strict=True):
         with suppress(ValueError, TypeError):
             if text is not None:
-                whole[shard] = Entry(**json.loads(text))
-    return whole
+                entries_by_shard[shard] = Entry(**json.loads(text))
+    return entries_by_shard
 
 
 def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> set[int]:
@@ -73,11 +73,11 @@ def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> 
     inputs = dict.fromkeys(shards, "")
     if job == "latents":
         inputs = {shard: entry.checksum for shard, entry in entries(dataset, "caption", shards).items()}
-    own = entries(dataset, job, shards).items()
-    return {shard for shard, entry in own if (entry.manifest, entry.inputs) == (manifest, inputs.get(shard))}
+    stored = entries(dataset, job, shards).items()
+    return {shard for shard, entry in stored if (entry.manifest, entry.inputs) == (manifest, inputs.get(shard))}
 
 
-def forget_others(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
+def drop_stale_entries(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
     """Remove the entries of these shards that are not current, before the job processes the shards again."""
     for name in ENTRIES_OF.get(job, (job,)):
         for shard in set(shards) - current(dataset, name, shards, manifest):
@@ -86,12 +86,12 @@ def forget_others(dataset: str | Path, job: str, shards: list[int], manifest: st
 
 def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:
     """Return the caption job's entries of all these shards. Raises ValueError if some are missing."""
-    there = entries(dataset, "caption", shards)
-    if missing := [shard for shard in shards if shard not in there]:
+    available = entries(dataset, "caption", shards)
+    if missing := [shard for shard in shards if shard not in available]:
         raise ValueError(
-            f"{len(missing)} of {len(shards)} shards have no captions yet, such as {missing[0]}: run caption first"
+            f"{len(missing)} of {len(shards)} shards have no captions yet, such as {missing[0]}; run 'caption' first"
         )
-    return there
+    return available
 
 
 def manifest(dataset: str | Path) -> dict[str, Any] | None:

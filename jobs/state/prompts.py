@@ -23,37 +23,39 @@ def read_prompts(file: str) -> list[dict[str, str]]:
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     suffix = Path(file).suffix.lower()
     if suffix in (".json", ".csv", ".parquet"):
-        raise ValueError(f"--file {file}: prompts are read from text, one a line, or from .jsonl")
+        raise ValueError(
+            f"--file {file}: unsupported format; use a text file with one prompt per line, or a .jsonl file"
+        )
     if suffix == ".jsonl":
-        found = [read_line(line, f"--file {file}: line {number}") for number, line in numbered]
+        prompts = [read_line(line, f"--file {file}: line {number}") for number, line in numbered]
     else:
-        found = [{"prompt": line} for _, line in numbered]
-    if not found:
-        raise ValueError(f"--file {file}: there is nothing in it")
-    return found
+        prompts = [{"prompt": line} for _, line in numbered]
+    if not prompts:
+        raise ValueError(f"--file {file}: is empty; write one prompt per line")
+    return prompts
 
 
 def read_line(line: str, name: str) -> dict[str, str]:
-    """Return the prompt of one line of a .jsonl file. Raises ValueError, naming `name`, if it has none."""
+    """Return the prompt of one line of a .jsonl file. Raises ValueError, naming `name`, if the line has no prompt."""
     try:
         value = json.loads(line)
     except ValueError:
         value = None
     if not isinstance(value, dict) or not any(isinstance(value.get(key), str) for key in KEYS):
-        raise ValueError(f'{name} is no JSON object with "text" or "prompt"')
-    found = {"prompt": next(value[key] for key in KEYS if isinstance(value.get(key), str))}
-    return {**found, "request": value["request"]} if isinstance(value.get("request"), str) else found
+        raise ValueError(f'{name}: must be a JSON object with "text" or "prompt"')
+    prompt = {"prompt": next(value[key] for key in KEYS if isinstance(value.get(key), str))}
+    return {**prompt, "request": value["request"]} if isinstance(value.get("request"), str) else prompt
 
 
 def dataset_captions(dataset: str, limit: int) -> list[str]:
-    """Return the captions of the first `limit` valid rows, from the parts that are written."""
+    """Return the captions of the first `limit` valid rows, from the caption parts that exist."""
     import pyarrow.parquet as pq
 
-    found: list[str] = []
+    captions: list[str] = []
     for shard in sorted(ledger.shards(dataset, "caption")):
         (part,) = ledger.read_files(dataset, [f"captions/{shard:05d}.parquet"])
         rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(part or b""), columns=["caption", "valid"]).to_pylist()
-        found += [row["caption"] for row in rows if row["valid"]]
-        if len(found) >= limit:
+        captions += [row["caption"] for row in rows if row["valid"]]
+        if len(captions) >= limit:
             break
-    return found[:limit]
+    return captions[:limit]

@@ -81,7 +81,9 @@ def home(named: str | None) -> Path:
     """
     name = named or os.environ.get("PIXART_HOME") or "outputs"
     if is_url(name) or any(letter in name for letter in URL_LETTERS):
-        raise ValueError(f"home {name}: must be a folder of a file system, without {' '.join(URL_LETTERS)} in its name")
+        raise ValueError(
+            f"--home {name}: must be a folder of a file system, without {' '.join(URL_LETTERS)} in its name"
+        )
     return Path(name).absolute()
 
 
@@ -90,7 +92,7 @@ def load(folder: Path) -> Run:
     try:
         record = read_record(folder / RECORD, "kind", "executor", "dataset", "total", "elements", "jobs")
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is no run folder") from None
+        raise ValueError(f"{folder}: no run folder; name a folder in HOME/runs") from None
     jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
     with of_this_version(folder / RECORD):
         return Run(**{**record, "folder": folder, "elements": tuple(record["elements"]), "jobs": jobs})
@@ -110,14 +112,14 @@ def find(home: Path, name: str | None) -> Run:
         return load(Path(name).absolute())
     known = folders(home)
     if not known:
-        raise ValueError(f"there are no runs in {home}")
+        raise ValueError(f"--home {home}: has no runs; run a job such as 'caption' first")
     if name is None:
         return load(known[-1])
-    found = [folder for folder in known if name in folder.name]
-    exact = [folder for folder in found if folder.name == name]
-    if len(exact or found) != 1:
-        raise ValueError(f"run {name!r}: {len(found) or 'no'} runs of {home} have this in their name")
-    return load((exact or found)[0])
+    matches = [folder for folder in known if name in folder.name]
+    exact = [folder for folder in matches if folder.name == name]
+    if len(exact or matches) != 1:
+        raise ValueError(f"run {name!r}: {len(matches) or 'no'} runs in {home} match; give a part of exactly one name")
+    return load((exact or matches)[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,24 +139,27 @@ def elements(run: Run) -> dict[int, Element]:
 
     Raises SlurmError if Slurm does not answer.
     """
-    job_of, there = run.job_of(), done(run)
-    states = commands.states(run.executor, [job for element, job in job_of.items() if element not in there])
-    there = done(run)  # an element that finished before Slurm answered has not failed
-    return {element: stand(run, job, element in there, states.get(job)) for element, job in sorted(job_of.items())}
+    job_of, finished = run.job_of(), done(run)
+    states = commands.states(run.executor, [job for element, job in job_of.items() if element not in finished])
+    finished = done(run)  # an element that finished before Slurm answered has not failed
+    return {
+        element: element_state(run, job, element in finished, states.get(job))
+        for element, job in sorted(job_of.items())
+    }
 
 
-def under_way(found: dict[int, Element]) -> bool:
+def is_active(elements: dict[int, Element]) -> bool:
     """Return whether any element is pending or running."""
-    return any(element.state in ("pending", "running") for element in found.values())
+    return any(element.state in ("pending", "running") for element in elements.values())
 
 
-def stand(run: Run, job: str, is_done: bool, state: commands.JobState | None) -> Element:
+def element_state(run: Run, job: str, is_done: bool, state: commands.JobState | None) -> Element:
     """Return the state of one element from its data, and from the state of its job if Slurm knows the job."""
     if is_done:
         return Element(state="done", job=job)
-    if state is not None and state.waiting:
+    if state is not None and state.pending:
         return Element(state="pending", job=job, note=state.reason)
-    if state is not None and not state.over:
+    if state is not None and not state.ended:
         return Element(state="running", job=job)
     ended = f"{state.state.lower()}: " if state and state.state not in ("FAILED", "COMPLETED") else ""
     return Element(state="failed", job=job, note=ended + last_error(run, job))
@@ -178,22 +183,23 @@ def last_error(run: Run, job: str) -> str:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-        own = [line for line in lines if line and not line.startswith(("submitit ", "srun:", "slurmstepd"))]
-        if told := own or [line for line in lines if line]:
-            return told[-1]
-    return f"no word in {run.log(job)}"
+        nonempty = [line for line in lines if line]
+        of_task = [line for line in nonempty if not line.startswith(("submitit ", "srun:", "slurmstepd"))]
+        if nonempty:
+            return (of_task or nonempty)[-1]
+    return f"no error message in {run.log(job)}"
 
 
 def seconds_per_step(run: Run) -> float | None:
-    """Return the seconds per step that training logged last; None if it has not logged any."""
-    told = [line["metrics"] for line in read_tail(run.folder) if "train/seconds_per_step" in line.get("metrics", {})]
-    return told[-1]["train/seconds_per_step"] if told else None
+    """Return the most recent seconds per step of training; None if none were logged."""
+    metrics = [line["metrics"] for line in read_tail(run.folder) if "train/seconds_per_step" in line.get("metrics", {})]
+    return metrics[-1]["train/seconds_per_step"] if metrics else None
 
 
 def progress(run: Run) -> tuple[int, str]:
     """Return the number of finished steps and a note with the last loss, from the journal.
 
-    Journal lines that hold only a step serve this purpose.
+    Journal lines with only a step also count.
     """
     step, note = 0, ""
     for line in read_tail(run.folder):

@@ -25,7 +25,7 @@ def describe(
     if (run / FILE).exists():
         set_status(run, "RUNNING")
         return
-    about = {
+    metadata = {
         "key": secrets.token_hex(8),
         "begun": time.time(),
         "parameters": parameters,
@@ -34,7 +34,7 @@ def describe(
         "children": [],
         "status": "RUNNING",
     }
-    write_atomically(run / FILE, json.dumps(about) + "\n")
+    write_atomically(run / FILE, json.dumps(metadata) + "\n")
     if parent:
         change(parent, children=[*read_description(parent)["children"], str(run)])
 

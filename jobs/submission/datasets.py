@@ -72,7 +72,7 @@ def create_dataset(launch: Launch, create: Callable[[], None]) -> None:
         job = cluster.submit_ranks(Shape(kind="init"), create)
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
         try:
-            while runs.under_way(elements := runs.elements(run)):
+            while runs.is_active(elements := runs.elements(run)):
                 time.sleep(POLL_SECONDS["local"] / 5)
         except KeyboardInterrupt:
             commands.cancel(run.executor, run.job_ids)

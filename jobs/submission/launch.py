@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.tracking.mlflow_store import Tracker
-from jobs.tracking.sync import try_publish
+from jobs.tracking.sync import try_sync
 from pixart.config.recipe import Recipe
 from slurm.profile import Profile
 
@@ -45,4 +45,4 @@ class Launch:
 def sync_run(launch: Launch, folder: Path) -> None:
     """Send a run to MLflow if the launcher waits for it; otherwise a background process does."""
     if launch.wait:
-        launch.mlflow_stale = not try_publish(launch.tracker, folder)
+        launch.mlflow_stale = not try_sync(launch.tracker, folder)

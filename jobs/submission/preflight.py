@@ -7,8 +7,8 @@ from typing import Any
 from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
-from pixart.checkpoint.latent_space import check_latent_space, recorded_pixel_range
 from pixart.config.dataset import data_from_dict
+from pixart.config.latent_space import check_latent_space, recorded_pixel_range
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
@@ -29,7 +29,7 @@ def find_start(start: str | None, resume: str | None) -> tuple[Path | None, Path
     folder = Path(resume).absolute()
     if (folder / run.RECORD).exists():
         elements = run.elements(run.load(folder))
-        if run.under_way(elements):
+        if run.is_active(elements):
             raise ValueError(f"--resume {resume}: the run is active as job {elements[0].job}; cancel it, or wait")
     return find_checkpoint(str(folder), or_older=True), folder
 
@@ -107,9 +107,9 @@ def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:
         )
     if stage == 1 and config.short_caption_prob > 0:
         raise ValueError(f"stage1.short_caption_prob={config.short_caption_prob}: stage 1 reads no captions")
-    for divisor, what in ((model.num_heads, "heads"), (4, "sines and cosines of two axes")):
+    for divisor, parts in ((model.num_heads, "heads"), (4, "sines and cosines of two axes")):
         if model.dim % divisor:
-            raise ValueError(f"model.dim={model.dim}: does not divide into {divisor} {what}")
+            raise ValueError(f"model.dim={model.dim}: does not divide into {divisor} {parts}")
     if model.cond_dim % 2:
         raise ValueError(f"model.cond_dim={model.cond_dim}: must be even")
 

@@ -22,7 +22,7 @@ from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
 from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
-from jobs.tracking.node_agent import accompanied, published
+from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
 from slurm.executor import Cluster, Shape, Submitted
 from slurm.task import RESULT
@@ -153,7 +153,7 @@ def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | Non
     cluster = start_run(launch, shape, parameters, after=after)
     manifest = ledger.manifest(launch.dataset)
     assert manifest is not None  # open_dataset has created it
-    ledger.forget_others(launch.dataset, kind, list(shards), manifest["hash"])
+    ledger.drop_stale_entries(launch.dataset, kind, list(shards), manifest["hash"])
     run = new_run(launch, cluster, shape, total=len(shards))
     return submit_array(launch, cluster, shape, run)
 
@@ -162,7 +162,7 @@ def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     """Submit the array, and wait for its end if the launch waits."""
     function = functools.partial(ARRAY_JOBS[run.kind], run.dataset)
     if run.executor == "slurm":
-        function = functools.partial(published, function, str(run.folder))
+        function = functools.partial(with_sync, function, str(run.folder))
     run = add_jobs(run, cluster.submit_array(shape, function))
     if launch.wait:
         wait_for_run(launch, run, lambda elements: (sum(item.state == "done" for item in elements.values()), ""))
@@ -189,7 +189,7 @@ def run_ranks(
 def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
     """Submit the job of ranks, and wait for its end if the launch waits."""
     (run.folder / RESULT).unlink(missing_ok=True)
-    function = functools.partial(accompanied, RANK_JOBS[run.kind], str(run.folder), **run.request)
+    function = functools.partial(with_node_agent, RANK_JOBS[run.kind], str(run.folder), **run.request)
     run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
     if launch.wait:
         wait_for_run(launch, run, lambda elements: runs.progress(run))

@@ -26,7 +26,7 @@ def wait_for_run(launch: Launch, run: Run, progress: Callable[[dict[int, Element
     try:
         with ProgressLine(run.kind, run.total) as line:
             synced = time.monotonic()
-            while runs.under_way(elements := runs.elements(run)):
+            while runs.is_active(elements := runs.elements(run)):
                 line.update(*progress(elements))
                 time.sleep(POLL_SECONDS[run.executor])
                 if time.monotonic() - synced > (RETRY_SECONDS if launch.mlflow_stale else SYNC_SECONDS):
@@ -50,9 +50,9 @@ def raise_first_failure(run: Run, elements: dict[int, Element]) -> None:
         name, _, message = RANK.sub("", element.note).partition(": ")
         if name == "ValueError":
             raise ValueError(message)
-        what = f"{run.kind} shard {number}" if run.elements else run.kind
+        subject = f"{run.kind} shard {number}" if run.elements else run.kind
         others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
-        raise JobFailedError(f"{what}{others} failed: {element.note}; its log is {run.log(element.job)}")
+        raise JobFailedError(f"{subject}{others} failed: {element.note}; its log is {run.log(element.job)}")
 
 
 def dependencies(launch: Launch, run: Run) -> list[str]:

@@ -27,13 +27,13 @@ def run(run_folder: str) -> str:
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     dataset = recipe.data.path
     manifest = manifests.read(dataset)
-    made_of = captions_digest(dataset, manifest.data.num_shards)
+    captions_hash = captions_digest(dataset, manifest.data.num_shards)
     merged = merge(manifest)
     duplicates = merged.duplicates()
-    summary = {"manifest": manifest.hash, "captions": made_of, **audits.summary(merged, duplicates, recipe.audit)}
+    summary = {"manifest": manifest.hash, "captions": captions_hash, **audits.summary(merged, duplicates, recipe.audit)}
 
     folder = Path(dataset) / FOLDER
-    groups = [(kind, found[:OF_GROUP].tolist(), len(found)) for kind, found in spread(duplicates, GROUPS)]
+    groups = [(kind, members[:OF_GROUP].tolist(), len(members)) for kind, members in spread(duplicates, GROUPS)]
     accepted = spread([row for rows in merged.valid_rows for row in rows.tolist()], ACCEPTED)
     adopted = adopted_rows(manifest, accepted) if manifest.adopted else None
     if adopted:
@@ -56,8 +56,8 @@ def run(run_folder: str) -> str:
     report(run_folder, folder, summary)
     failed = [check for check in summary["checks"] if not check["passed"]]
     if failed:
-        what = "; ".join(f"{check['name']} {check['value']:.4g}, limit {check['limit']}" for check in failed)
-        raise ValueError(f"the dataset does not pass its audit: {what} (see {folder / PAGE})")
+        failures = "; ".join(f"{check['name']} {check['value']:.4g}, limit {check['limit']}" for check in failed)
+        raise ValueError(f"dataset {dataset}: failed its audit, {failures}; see {folder / PAGE}")
     return str(folder / PAGE)
 
 
@@ -72,19 +72,19 @@ def captions_digest(dataset: str | Path, shards: int) -> str:
 
 def require(dataset: str | Path) -> None:
     """Check that the dataset in its present state has passed its audit. Raises ValueError if it has not."""
-    told = f"run `python -m jobs.launch audit --dataset {dataset}`, or give --accept-failed-audit"
+    hint = f"run `python -m jobs.launch audit --dataset {dataset}`, or give --accept-failed-audit"
     manifest = ledger.manifest(dataset)
     assert manifest is not None
     (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
     if text is None:
-        raise ValueError(f"dataset {dataset} has not been audited: {told}")
+        raise ValueError(f"dataset {dataset} has not been audited; {hint}")
     summary = parse_record(text, f"{dataset}/{FOLDER}/{SUMMARY}", "manifest", "captions", "passed", "checks")
     now = captions_digest(dataset, manifest["data"]["num_shards"])
     if (summary["manifest"], summary["captions"]) != (manifest["hash"], now):
-        raise ValueError(f"dataset {dataset} has changed since its audit: {told}")
+        raise ValueError(f"dataset {dataset} has changed since its audit; {hint}")
     if not summary["passed"]:
         failed = ", ".join(check["name"] for check in summary["checks"] if not check["passed"])
-        raise ValueError(f"dataset {dataset} has failed its audit ({failed}, see its {FOLDER}/{PAGE}): {told}")
+        raise ValueError(f"dataset {dataset} has failed its audit ({failed}, see its {FOLDER}/{PAGE}); {hint}")
 
 
 def merge(manifest):
@@ -111,11 +111,11 @@ def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
     if not rows:
         return {}
     source = open_images(manifest)
-    found = {}
+    images = {}
     for row in rows:
         item = next(source.read(row, row + 1))
-        found[row] = (item.id, thumbnail(decode(item.data, manifest.data.screening)))
-    return found
+        images[row] = (item.id, thumbnail(decode(item.data, manifest.data.screening)))
+    return images
 
 
 def adopted_rows(manifest, rows: list[int]):

@@ -71,7 +71,7 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
     table = make_part(source.read(start, stop), captioner, manifest.data.screening)
     if len(table) != stop - start:
         raise ValueError(
-            f"shard {shard}: the source gave {len(table)} of {stop - start} items; it has changed since `init`"
+            f"shard {shard}: the source has {len(table)} of {stop - start} items and changed since 'init'; restore it"
         )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -109,7 +109,7 @@ def read_part(dataset: str | Path, shard: int):
         table = None
     if entry is None or table is None or content_digest(table) != entry.checksum:
         raise ValueError(
-            f"{path} is not what the ledger says: `python -m jobs.launch verify --dataset {dataset}` finds all that "
-            "was altered, and caption makes it again"
+            f"{path}: does not match the ledger; run `python -m jobs.launch verify --dataset {dataset}`, which drops "
+            "altered shards, then 'caption'"
         )
     return table

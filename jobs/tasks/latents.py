@@ -44,7 +44,7 @@ def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
     """
     captions, latents = (ledger.read(dataset, job, shard) for job in ("caption", "latents"))
     if captions is None:
-        raise ValueError(f"shard {shard} has no captions yet: run the caption job first")
+        raise ValueError(f"shard {shard} has no captions yet; run 'caption' first")
     return latents is not None and latents.manifest == manifest_hash and latents.inputs == captions.checksum
 
 
@@ -85,7 +85,7 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
             columns[f"{prefix}text_states"][rows] = states.to(torch.float16).cpu().numpy()
     for name in columns:
         if columns[name].dtype == np.float16 and not np.isfinite(columns[name]).all():
-            raise ValueError(f"shard {shard}: {name} do not fit into float16")
+            raise ValueError(f"shard {shard}: {name} exceed the range of float16")
 
     write_shard(manifest, shard, columns)
     ledger.record(
@@ -120,14 +120,16 @@ def encoded(manifest, items, table, vae):
     def wanted():
         for row, (item, id) in enumerate(zip_longest(items, table["id"])):
             if item is None or item.id != id:
-                raise ValueError(f"row {row} was {id}, now {item and item.id}: the source has changed since `caption`")
+                raise ValueError(
+                    f"row {row} was {id}, now {item and item.id}; the source changed since 'caption', restore it"
+                )
             if table["valid"][row]:
                 yield row, item
 
     def prepare(numbered):
         row, item = numbered
         if digest(item.data) != table["digest"][row]:
-            raise ValueError(f"{item.id} is another image than the one that was captioned")
+            raise ValueError(f"{item.id}: the image changed since it was captioned; restore it, or run 'caption' again")
         image, _ = decode_downscaled(item.data, manifest.data.screening, lambda *sides: FINER * size / min(sides))
         return row, np.asarray(resize_and_crop(image, size))
 

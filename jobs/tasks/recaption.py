@@ -12,8 +12,8 @@ def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, s
     """Rewrite the requests, and return the request, text and problem of each, in the order of the requests."""
     from pixart.data.captions.rewriting import rewrite, vllm_generator
 
-    found = [asdict(each) for each in rewrite(requests, vllm_generator(model))]
+    rewritten = [asdict(item) for item in rewrite(requests, vllm_generator(model))]
     path = Path(run_folder) / "rewritten.jsonl"
-    write_atomically(path, "".join(json.dumps(each) + "\n" for each in found))
+    write_atomically(path, "".join(json.dumps(item) + "\n" for item in rewritten))
     Journal(run_folder).artifact(path)
-    return found
+    return rewritten

@@ -2,15 +2,19 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jobs.state.checkpoint_names import INFERENCE, MARKER, find_weights
 from jobs.state.journal import Journal
 from jobs.state.ledger import write_atomically
 from jobs.state.prompts import dataset_captions
+from pixart.config.latent_space import recorded_pixel_range
 from pixart.config.recipe import Recipe, from_json
 
 UNSEEN = 1  # added to the dataset's seed, for demo scenes that are not in the training data
+NULL_LABEL = -1  # stands for the null class in a request whose number of classes is not known
 COLUMNS = 8  # of the contact sheet
 
 
@@ -24,44 +28,45 @@ def run(
     per_prompt: int = 1,
     rewritten: str | None = None,
     export: str | None = None,
+    base_latent_size: int | None = None,
+    frames: bool = False,
 ) -> dict[str, Any]:
     """Sample `per_prompt` images of each prompt or class, and write the export if a folder is given.
 
     Without prompts and classes, those of the dataset are taken; `rewritten` is the file of a recaption job that
-    replaces the prompts. Returns the path of the contact sheet and, for the demo's scenes, the accuracy of color and
-    shape; with an export alone, only its folder. Raises ValueError if the dataset's VAE or text encoder is not the one
-    that it was created with.
+    replaces the prompts. With `frames`, also writes the image of each step and a GIF of them. A recipe without a
+    dataset (`data.path` is empty) names the VAE and the text encoder itself. `base_latent_size` is for a checkpoint of
+    another program, which may not record it. Returns the path of the contact sheet
+    and, for the demo's scenes, the accuracy of color and shape; with an export alone, only its folder. Raises
+    ValueError if the checkpoint cannot be read, or does not fit the VAE, the text encoder, or the prompts or classes.
     """
-    from pixart.data import manifest as manifests
-    from pixart.sampling import loading
-
     folder = Path(run_folder)
     configuration = from_json((folder / "config.json").read_text())
-    dataset = manifests.read(configuration.data.path)
-    directory = loading.find(checkpoint)
-    for kind in ("vae", "text_encoder"):
-        manifests.check_model(dataset, kind)
-    pipeline = loading.load_pipeline(directory, weights, dataset, keep_text_decoder=export is not None)
-    about = origin(folder, pipeline.transformer.stage, directory, weights, dataset)
+    path, _ = find_weights(checkpoint)
+    model, record = load_weights(path, weights, base_latent_size)
+    pipeline, sources = open_pipeline(model, record, configuration, path, export=export is not None)
+    provenance = {**origin(folder, model.stage, record, path, weights), **sources}
+    check_requests(pipeline, prompts, classes, checkpoint)
     if rewritten:
         lines = [json.loads(line) for line in Path(rewritten).read_text().splitlines()]
         prompts = [{"prompt": line["text"], "request": line["request"]} for line in lines]
     if export:
-        write_export(pipeline, Path(export), about)
+        write_export(pipeline, Path(export), provenance)
         if not prompts and not classes:
             return {"export": export}
 
     scenes: list[Any] = []
-    asked: list[dict[str, Any]] = list(prompts)
+    requests: list[dict[str, Any]] = list(prompts)
     if pipeline.transformer.stage == 1:
-        asked = classes_of(pipeline, configuration, classes)
-    elif not asked and configuration.data.source == "demo":
-        scenes, asked = unseen_scenes(configuration)
-    elif not asked:
-        asked = [{"prompt": text} for text in dataset_captions(dataset.data.path, configuration.sample.count)]
-    if not asked:
-        raise ValueError(f"dataset {dataset.data.path} has no captions to sample: give --prompt")
-    result = {**paint(folder, pipeline, configuration, asked, per_prompt, about), "export": export}
+        requests = classes_of(pipeline, configuration, classes)
+    elif not requests and configuration.data.source == "demo":
+        scenes, requests = unseen_scenes(configuration)
+    elif not requests:
+        requests = [{"prompt": text} for text in dataset_captions(configuration.data.path, configuration.sample.count)]
+    if not requests:
+        raise ValueError(f"dataset {configuration.data.path} has no captions to sample; give --prompt")
+    painted = paint(folder, pipeline, configuration, requests, per_prompt, provenance, frames=frames)
+    result = {**painted, "export": export}
     if scenes:
         repeated = [scene for scene in scenes for _ in range(per_prompt)]
         result |= count_right(folder, repeated)
@@ -69,46 +74,89 @@ def run(
     return result
 
 
-def origin(folder: Path, stage: int, directory: Path, weights: str, dataset) -> dict[str, str]:
-    """Return the provenance that is written into every image of the run."""
-    from pixart.checkpoint.directory import MARKER
-    from pixart.sampling.loading import INFERENCE_FILE
+def load_weights(checkpoint: Path, weights: str, base_latent_size: int | None):
+    """Return the model of a checkpoint and its record, which `pixart.sampling.loading.load` describes.
 
-    in_fp8 = (directory / INFERENCE_FILE).exists()
-    record = json.loads((directory / (INFERENCE_FILE if in_fp8 else MARKER)).read_text())
+    The checkpoint is one of this suite, FP8 weights for inference, or any other that the conversion can read.
+    """
+    from conversion.reading import formats
+    from pixart.checkpoint.directory import record_of
+    from pixart.model.dit import load_model
+    from pixart.sampling import loading
+
+    if (checkpoint / INFERENCE).exists() or (checkpoint / MARKER).exists():
+        return loading.load(checkpoint, weights)
+    start = formats.read(checkpoint, base_latent_size=base_latent_size)
+    return load_model(start.config, start.ema if weights == "ema" else start.model).eval(), record_of(start)
+
+
+def open_pipeline(model, record: dict[str, Any], configuration: Recipe, checkpoint: Path, *, export: bool):
+    """Return the pipeline of a model, and the names of what it was completed from, for the images' provenance."""
+    from pixart.data import manifest as manifests
+    from pixart.sampling import loading
+
+    data = configuration.data
+    if dataset := manifests.read(data.path) if data.path else None:
+        for kind in ("vae", "text_encoder"):
+            manifests.check_model(dataset, kind)
+        components = loading.Components.of_dataset(dataset)
+        sources = {"dataset": data.path, "dataset_hash": dataset.hash}
+        if dataset.adopted:
+            sources["captions"] = f"adopted from {dataset.data.source}"
+    else:
+        pixel_range = recorded_pixel_range(record)
+        components = loading.Components.of_config(replace(data, pixel_range=pixel_range), model.stage)
+        sizes = {"data.image_size": data.image_size, "model.base_latent_size": model.config.base_image_size}
+        if model.stage == 2:
+            sizes |= {"data.max_text_tokens": data.max_text_tokens, "data.text_scale": data.text_scale}
+        sources = {"vae": data.vae, **({"text_encoder": data.text_encoder} if model.stage == 2 else {})}
+        sources["sizes"] = " ".join(f"{key}={value}" for key, value in sizes.items())
+    return loading.build_pipeline(model, record, components, name=str(checkpoint), keep_text_decoder=export), sources
+
+
+def origin(folder: Path, stage: int, record: dict[str, Any], checkpoint: Path, weights: str) -> dict[str, str]:
+    """Return the provenance that is written into every image of the run, apart from its VAE and text encoder."""
     git = folder / "git.txt"
-    commit = {"commit": git.read_text().split(maxsplit=2)[1]} if git.exists() else {}
-    captions = {"captions": f"adopted from {dataset.data.source}"} if dataset.adopted else {}
     return {
-        "checkpoint": str(directory),
+        "checkpoint": str(checkpoint),
         "step": str(record["step"]),
         "stage": str(stage),
-        "weights": f"{weights} in FP8" if in_fp8 else weights,
+        "weights": f"{weights} in FP8" if (checkpoint / INFERENCE).exists() else weights,
         "run": str(folder),
-        "dataset": dataset.data.path,
-        "dataset_hash": dataset.hash,
-        **captions,
-        **commit,
+        **({"commit": git.read_text().split(maxsplit=2)[1]} if git.exists() else {}),
     }
 
 
-def write_export(pipeline, target: Path, about: dict[str, str]) -> None:
+def check_requests(pipeline, prompts: list[dict[str, str]], classes: list[int], checkpoint: str) -> None:
+    """Check that prompts are given for a model of stage 2 only, and existing classes for one of stage 1."""
+    if pipeline.transformer.stage == 2 and classes:
+        raise ValueError(f"--class: {checkpoint} is a checkpoint of stage 2, which samples prompts; give --prompt")
+    if pipeline.transformer.stage == 1:
+        if prompts:
+            raise ValueError(f"--prompt: {checkpoint} is a checkpoint of stage 1, which samples classes; give --class")
+        null = pipeline.transformer.config.num_classes - 1
+        if unknown := [label for label in classes if label > null]:
+            raise ValueError(f"--class {unknown[0]}: the classes are 0 to {null - 1}, and none")
+
+
+def write_export(pipeline, target: Path, provenance: dict[str, str]) -> None:
     """Write the pipeline and its provenance to a folder, atomically."""
     from pixart.checkpoint.directory import atomic_directory
 
     with atomic_directory(target) as partial:
         pipeline.save_pretrained(partial)
-        write_atomically(partial / "origin.json", json.dumps(about, indent=2) + "\n")
+        write_atomically(partial / "origin.json", json.dumps(provenance, indent=2) + "\n")
 
 
 def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict[str, Any]]:
     """Return the labels and names of the given classes, else of the dataset's first, else of the null class."""
     from pixart.sampling.pipeline import NULL_CLASS
 
-    names, none = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
-    labels = classes or list(range(len(names)))[: configuration.sample.count] or [none]
+    names, null_class = pipeline.config.id2label, pipeline.transformer.config.num_classes - 1
+    labels = [null_class if label == NULL_LABEL else label for label in classes]
+    labels = labels or list(range(len(names)))[: configuration.sample.count] or [null_class]
     return [
-        {"label": label, "class_name": NULL_CLASS if label == none else names.get(str(label), str(label))}
+        {"label": label, "class_name": NULL_CLASS if label == null_class else names.get(str(label), str(label))}
         for label in labels
     ]
 
@@ -123,45 +171,69 @@ def unseen_scenes(configuration: Recipe) -> tuple[list, list[dict[str, Any]]]:
 
 
 def paint(
-    folder: Path, pipeline, configuration: Recipe, asked: list[dict[str, Any]], each: int, about: dict[str, str]
+    folder: Path,
+    pipeline,
+    configuration: Recipe,
+    requests: list[dict[str, Any]],
+    per_prompt: int,
+    provenance: dict[str, str],
+    *,
+    frames: bool = False,
 ) -> dict[str, Any]:
-    """Generate and write the images, `each` of them per prompt, and the contact sheet.
+    """Generate and write the images, `per_prompt` of them per prompt, and the contact sheet.
 
-    Image k of the run, counted from 0, has the seed `sample.seed` + k.
+    Image k of the run, counted from 0, has the seed `sample.seed` + k. With `frames`, the image of step s is
+    `samples/0000/step-000.png`, and all of them are `samples/0000.gif`.
     """
     from pixart.sampling.contact_sheet import contact_sheet
-    from pixart.sampling.images import SampleRequest, generate, save_png
+    from pixart.sampling.images import SampleRequest, generate, save_gif, save_png
 
+    def save_frame(index: int, step: int, frame: Any) -> None:
+        target = folder / "samples" / f"{index:04d}"
+        target.mkdir(exist_ok=True)
+        frame.save(target / f"step-{step:03d}.png")
+        steps_of.setdefault(index, []).append(frame)
+
+    steps_of: dict[int, list[Any]] = {}
     options, journal = configuration.sample, Journal(folder)
-    repeated = [item for item in asked for _ in range(each)]
+    repeated = [item for item in requests for _ in range(per_prompt)]
     pictures = [SampleRequest(seed=options.seed + index, **item) for index, item in enumerate(repeated)]
     pipeline.to(pipeline.vae.device)
     (folder / "samples").mkdir(exist_ok=True)
     images: list[Any] = []
     settings: list[dict[str, str]] = []
-    how = {"steps": str(options.steps), "guidance": str(options.guidance)}
-    for image in generate(pipeline, pictures, steps=options.steps, guidance=options.guidance):
-        own, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
-        whole = {**own, **how, "size": size, **about}
-        save_png(image, folder / "samples" / f"{len(images):04d}.png", {**whole, "command": command(whole)})
+    sampling = {"steps": str(options.steps), "guidance": str(options.guidance)}
+    on_frame = save_frame if frames else None
+    for image in generate(pipeline, pictures, steps=options.steps, guidance=options.guidance, on_frame=on_frame):
+        request_settings, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
+        metadata = {**request_settings, **sampling, "size": size, **provenance}
+        save_png(image, folder / "samples" / f"{len(images):04d}.png", {**metadata, "command": command(metadata)})
+        if frames:
+            save_frame(len(images), options.steps - 1, image)
+            save_gif(steps_of.pop(len(images)), folder / "samples" / f"{len(images):04d}.gif")
         images.append(image)
-        settings.append(own)
+        settings.append(request_settings)
         journal.append({"step": len(images)})  # for the progress line
     sheet = folder / "samples.png"
     captions = [picture.caption for picture in pictures]
-    columns = each if 1 < each <= COLUMNS else COLUMNS
+    columns = per_prompt if 1 < per_prompt <= COLUMNS else COLUMNS
     save_png(
-        contact_sheet(images, captions, columns=columns), sheet, {**how, **about, "pictures": json.dumps(settings)}
+        contact_sheet(images, captions, columns=columns),
+        sheet,
+        {**sampling, **provenance, "pictures": json.dumps(settings)},
     )
     journal.artifact(sheet)
-    return {"sheet": str(sheet), "checkpoint": about["checkpoint"], "pictures": settings}
+    return {"sheet": str(sheet), "checkpoint": provenance["checkpoint"], "pictures": settings}
 
 
 def command(settings: dict[str, str]) -> str:
     """Return the command line that samples this single image again."""
-    what = ["--prompt", settings["prompt"]] if "prompt" in settings else ["--class", settings["class_index"]]
+    subject = ["--prompt", settings["prompt"]] if "prompt" in settings else ["--class", settings["class_index"]]
     values = [f"sample.{name}={settings[name]}" for name in ("seed", "steps", "guidance")]
-    words = ["python", "-m", "jobs.launch", "sample", settings["checkpoint"], *what, "--dataset", settings["dataset"]]
+    values += settings.get("sizes", "").split()
+    words = ["python", "-m", "jobs.launch", "sample", settings["checkpoint"], *subject]
+    for name in ("dataset", "vae", "text_encoder"):
+        words += [f"--{name.replace('_', '-')}", settings[name]] if name in settings else []
     words += ["--weights", settings["weights"].split()[0], *(word for value in values for word in ("--set", value))]
     return shlex.join(words)
 

@@ -14,7 +14,7 @@ PORTS = range(20_000, 32_768)  # below the default range of ephemeral ports, net
 def run(run_folder: str, *, stage: int, start: str | None) -> str:
     """Train on this rank and return the directory of the last checkpoint.
 
-    Raises Left after all ranks have saved, if Slurm has signalled that the job must end.
+    Raises TaskInterrupted after all ranks have saved, if Slurm has signalled that the job must end.
     """
     join_ranks()
 
@@ -28,7 +28,7 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
     )
 
     from pixart.training.loop import Stopped, train
-    from slurm.task import Left, stop_level
+    from slurm.task import TaskInterrupted, stop_level
 
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     try:
@@ -43,11 +43,11 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
             stop=stop_level,
         )
     except Stopped as stopped:
-        raise Left(stopped.level) from stopped
+        raise TaskInterrupted(stopped.level) from stopped
     return str(last)
 
 
-def quiet_port(number: int) -> int:
+def rendezvous_port(number: int) -> int:
     """Map the port that submitit draws, the same on every rank, to one outside of the ephemeral range.
 
     Most of submitit's ports are ephemeral, and on a busy machine a connection may already use such a port.
@@ -62,8 +62,8 @@ def join_ranks() -> None:
     """
     from submitit.helpers import TorchDistributedEnvironment
 
-    found = TorchDistributedEnvironment()
-    found.master_addr = os.environ.get("MASTER_ADDR", found.master_addr)
+    distributed = TorchDistributedEnvironment()
+    distributed.master_addr = os.environ.get("MASTER_ADDR", distributed.master_addr)
     if "MASTER_PORT" not in os.environ:
-        found.master_port = quiet_port(found.master_port)
-    found.export(set_cuda_visible_devices=False, overwrite=True)
+        distributed.master_port = rendezvous_port(distributed.master_port)
+    distributed.export(set_cuda_visible_devices=False, overwrite=True)

@@ -22,9 +22,9 @@ def run(run_folder: str) -> dict[str, list[int]]:
     altered: dict[str, list[int]] = {"caption": [], "latents": []}
     with ProgressLine("verify", manifest.data.num_shards) as line:
         for shard in range(manifest.data.num_shards):
-            if not captions_whole(dataset, shard):
+            if not captions_match(dataset, shard):
                 altered["caption"].append(shard)
-            if store and not latents_whole(store, shard):
+            if store and not latents_match(store, shard):
                 altered["latents"].append(shard)
             line.update(shard + 1, "")
     for job, shards in altered.items():
@@ -33,7 +33,7 @@ def run(run_folder: str) -> dict[str, list[int]]:
     return altered
 
 
-def captions_whole(dataset: str, shard: int) -> bool:
+def captions_match(dataset: str, shard: int) -> bool:
     """Return whether the captions of a shard match the ledger; true if the ledger has no entry."""
     from jobs.tasks.caption import read_part
 
@@ -46,7 +46,7 @@ def captions_whole(dataset: str, shard: int) -> bool:
     return True
 
 
-def latents_whole(store, shard: int) -> bool:
+def latents_match(store, shard: int) -> bool:
     """Return whether the arrays of a shard match the ledger; true if the ledger has no entry."""
     import numpy as np
 

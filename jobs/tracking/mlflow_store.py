@@ -15,7 +15,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,25 +28,29 @@ from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-STATE = "mlflow.json"  # how far the run is synchronized
+STATE = "mlflow.json"  # synchronization state of a run
 LOG = "tracking.log"
 LOCK = ".mlflow.lock"
 EXPERIMENT = "pixart"
-MOMENT = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # time in the name of a run folder; MLflow has a column for it
-BATCH = 1000  # metrics per request, MLflow's limit
+TIMESTAMP = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # in the name of a run folder; MLflow has a column for it
+MAX_BATCH_SIZE = 1000  # metrics per request, MLflow's limit
 PREVIEW = re.compile(r"step-([0-9]+)\.png")
-SMALL = 256  # pixels per side of the thumbnails on MLflow's page
+THUMBNAIL_PIXELS = 256  # longest side of the thumbnails on MLflow's page
 # A failed request is repeated by the next synchronization; MLflow's default of eight tries would block a progress line
 # for minutes.
-CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "1"}
+CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_DISABLE_TELEMETRY": "1",
+}
 
 
 class StoreError(Exception):
     """MLflow cannot be reached or rejects a request; the message is one line."""
 
 
-def behind(run: Path) -> bool:
-    """Return whether a run has data that was not sent to MLflow yet, from the saved state alone."""
+def needs_sync(run: Path) -> bool:
+    """Return whether a run has data that was not sent to MLflow yet; reads the saved state, not MLflow."""
     if not (run / run_metadata.FILE).exists():
         return False
     if not (run / STATE).exists():
@@ -65,7 +69,7 @@ class Tracker:
 
     @functools.cached_property
     def client(self) -> "MlflowClient":
-        for name, value in CLIENT.items():
+        for name, value in CLIENT_SETTINGS.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
@@ -75,38 +79,38 @@ class Tracker:
 
     @functools.cached_property
     def experiment(self) -> str:
-        found = self.client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return found.experiment_id
+        experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            return experiment.experiment_id
         location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
         return self.client.create_experiment(EXPERIMENT, artifact_location=location)
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def converted_errors(self) -> Iterator[None]:
         """Convert the errors of MLflow to StoreError.
 
-        An embedded store is locked meanwhile, because the first process creates and migrates it.
+        Hold a lock on an embedded store meanwhile, because the first process creates and migrates it.
         """
         embedded = not self.uri.startswith("http")
         try:
-            with locked(self.home) if embedded else nothing():
+            with locked(self.home) if embedded else nullcontext():
                 yield
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("mlflow", "requests", "sqlalchemy", "urllib3"):
                 raise
-            said = " ".join(str(error).split())
-            raise StoreError(f"MLflow at {self.uri} does not take it: {said[:300]}") from error
+            message = " ".join(str(error).split())
+            raise StoreError(f"MLflow at {self.uri}: request failed; {message[:300]}") from error
 
     def sync(self, run: Path) -> None:
-        """Send what MLflow lacks of a run and of its parent submission. Raises StoreError."""
-        with self.opened():
+        """Send the unsent data of a run and of its parent submission. Raises StoreError if MLflow rejects it."""
+        with self.converted_errors():
             parent = read_description(run)["parent"]
             if parent and (Path(parent) / run_metadata.FILE).exists():
-                self.bring(Path(parent))
-            self.bring(run)
+                self.sync_run(Path(parent))
+            self.sync_run(run)
 
-    def bring(self, run: Path) -> None:
-        """Send the new journal lines, tags and status of one run, and save how far it is synchronized."""
+    def sync_run(self, run: Path) -> None:
+        """Send the new journal lines, tags and status of one run, and save the synchronization state."""
         with locked(run):
             state = self.state(run)
             if state is None:
@@ -130,16 +134,16 @@ class Tracker:
         """
         if (run / STATE).exists():
             state = read_state(run)
-            stage = self.stage(state["run_id"]) if state["uri"] == self.uri else None
-            if stage == "deleted":
+            lifecycle_stage = self.lifecycle_stage(state["run_id"]) if state["uri"] == self.uri else None
+            if lifecycle_stage == "deleted":
                 return None
-            if stage == "active":
+            if lifecycle_stage == "active":
                 return state
         state = {"uri": self.uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
         save(run, {**state, "status": "RUNNING"})
         return {**state, "status": "RUNNING"}
 
-    def stage(self, identifier: str) -> str | None:
+    def lifecycle_stage(self, identifier: str) -> str | None:
         """Return MLflow's lifecycle stage, "active" or "deleted"; None if the store does not have the run."""
         from mlflow.exceptions import MlflowException
 
@@ -157,18 +161,18 @@ class Tracker:
         """
         from mlflow.entities import Param
 
-        about = read_description(run)
-        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{about['key']}'", max_results=1)
-        if found:
-            identifier = found[0].info.run_id
+        metadata = read_description(run)
+        matches = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{metadata['key']}'", max_results=1)
+        if matches:
+            identifier = matches[0].info.run_id
         else:
-            tags = {KEY: about["key"]}
-            if about["parent"] and (parent := run_id(about["parent"])):
+            tags = {KEY: metadata["key"]}
+            if metadata["parent"] and (parent := run_id(metadata["parent"])):
                 tags["mlflow.parentRunId"] = parent
             identifier = self.client.create_run(
-                self.experiment, run_name=MOMENT.sub("", run.name), tags=tags
+                self.experiment, run_name=TIMESTAMP.sub("", run.name), tags=tags
             ).info.run_id
-        parameters = [Param(key, str(value)) for key, value in about["parameters"].items()]
+        parameters = [Param(key, str(value)) for key, value in metadata["parameters"].items()]
         self.client.log_batch(identifier, params=parameters)
         return identifier
 
@@ -201,8 +205,8 @@ class Tracker:
             seen = set()
             list(points(read_journal(run, None, state["offsets"])[0], seen))
         metrics = [Metric(key, value, int(moment * 1000), step) for key, value, moment, step in points(lines, seen)]
-        for begin in range(0, len(metrics), BATCH):
-            self.client.log_batch(identifier, metrics=metrics[begin : begin + BATCH])
+        for begin in range(0, len(metrics), MAX_BATCH_SIZE):
+            self.client.log_batch(identifier, metrics=metrics[begin : begin + MAX_BATCH_SIZE])
         for line in lines:
             for key, value in line.get("tags", {}).items():
                 self.client.set_tag(identifier, key, value)
@@ -217,21 +221,21 @@ class Tracker:
 
         The names are deterministic, so that a repeated upload replaces the first.
         """
-        found = PREVIEW.fullmatch(file.name)
-        if not found:
+        match = PREVIEW.fullmatch(file.name)
+        if not match:
             self.client.log_artifact(identifier, str(file))
             return
         from PIL import Image
 
         identity = uuid.uuid5(uuid.NAMESPACE_URL, file.name)
-        name = f"preview+step+{int(found[1])}+timestamp+{int(moment * 1000)}+{identity}"
+        name = f"preview+step+{int(match[1])}+timestamp+{int(moment * 1000)}+{identity}"
         with tempfile.TemporaryDirectory() as folder, Image.open(file) as picture:
-            whole, small = Path(folder) / f"{name}.png", Path(folder) / f"{name}+compressed.webp"
-            picture.save(whole)
-            picture.thumbnail((SMALL, SMALL))
-            picture.save(small)
-            for each in (whole, small):
-                self.client.log_artifact(identifier, str(each), "images")
+            full, thumbnail = Path(folder) / f"{name}.png", Path(folder) / f"{name}+compressed.webp"
+            picture.save(full)
+            picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+            picture.save(thumbnail)
+            for image in (full, thumbnail):
+                self.client.log_artifact(identifier, str(image), "images")
         self.client.set_tag(identifier, "mlflow.loggedImages", "True")
 
 
@@ -247,11 +251,6 @@ def read_state(run: Path) -> dict[str, Any]:
 
 def save(run: Path, state: dict[str, Any]) -> None:
     write_atomically(run / STATE, json.dumps(state))
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from jobs.state import run as runs
 from jobs.state.checkpoint_names import acceptance, checkpoint_record, find_checkpoint
 from jobs.state.ledger import write_atomically
 from jobs.tracking.mlflow_store import Tracker, run_id
-from jobs.tracking.sync import publish
+from jobs.tracking.sync import sync_folder
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ALIAS = "newest"
@@ -25,21 +25,21 @@ def release(home: Path, name: str, model: str) -> str:
     training run, StoreError if MLflow rejects the version.
     """
     if not NAME.fullmatch(model):
-        raise ValueError(f"--name {model!r}: may have letters, digits, dots, dashes and underscores")
+        raise ValueError(f"--name {model!r}: must consist of letters, digits, dots, dashes and underscores")
     checkpoint = find_checkpoint(name)
     run = checkpoint.parents[1]
     if not (run / runs.RECORD).exists():
-        raise ValueError(f"{checkpoint} lies in no run folder: what is released comes from a training run")
+        raise ValueError(f"{checkpoint}: not in a run folder; release a checkpoint of a training run")
     record = checkpoint_record(checkpoint)
     tracker = Tracker(run.parents[1])
     page = checkpoint.parent / f"{checkpoint.name}.lineage.html"
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "ema"
-        words = [sys.executable, "-m", "jobs.tracking.model_registry", str(checkpoint), str(weights)]
-        done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise ValueError(f"{checkpoint} cannot be released: {done.stderr.strip().rpartition(chr(10))[2]}")
-        publish(tracker, run)
+        command = [sys.executable, "-m", "jobs.tracking.model_registry", str(checkpoint), str(weights)]
+        process = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if process.returncode:
+            raise ValueError(f"{checkpoint}: cannot be released; {process.stderr.strip().rpartition(chr(10))[2]}")
+        sync_folder(tracker, run)
         write_atomically(page, lineage_page.page(lineage.trace(home, str(checkpoint)), page.parent))
         tags = {
             "sha256": file_hash(next(weights.glob("*.safetensors"))),
@@ -51,9 +51,11 @@ def release(home: Path, name: str, model: str) -> str:
             "converted_from": str(record["provenance"].get("converted_from")),
             "acceptance": str(acceptance(record["provenance"])),
         }
-        with tracker.opened():
+        with tracker.converted_errors():
             version = register(tracker, model, run, weights, page, tags)
-    return f"released: {model} version {version}, the average of {checkpoint}\nlineage: {page}\nMLflow: {tracker.uri}"
+    return (
+        f"released: {model} version {version}, the EMA weights of {checkpoint}\nlineage: {page}\nMLflow: {tracker.uri}"
+    )
 
 
 def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path, tags: dict[str, str]) -> str:
@@ -61,7 +63,7 @@ def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path,
     from mlflow.exceptions import MlflowException
 
     client, identifier = tracker.client, run_id(run)
-    assert identifier  # publish has created the MLflow run
+    assert identifier  # sync_folder has created the MLflow run
     try:
         client.get_registered_model(model)
     except MlflowException as error:
@@ -89,8 +91,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     """Write the EMA weights as a diffusers folder. Runs in a separate process, as the launcher imports no torch."""
     from pixart.checkpoint import directory as checkpoints
 
-    found = checkpoints.load(checkpoint)
-    checkpoints.save_weights(found.ema, found.config, folder)
+    loaded = checkpoints.load(checkpoint)
+    checkpoints.save_weights(loaded.ema, loaded.config, folder)
 
 
 if __name__ == "__main__":

@@ -20,50 +20,50 @@ from typing import Any
 from jobs.state.journal import Journal
 from jobs.state.run_metadata import read_description, set_status
 from jobs.tracking.mlflow_store import Tracker, store_uri
-from jobs.tracking.sync import try_publish
+from jobs.tracking.sync import try_sync
 
-SECONDS = 15.0  # between two samples of the system metrics
-LAST_SECONDS = 60.0  # longest wait of a finished rank for its last metrics to be sent
+SAMPLE_SECONDS = 15.0  # between two samples of the system metrics
+SHUTDOWN_SECONDS = 60.0  # timeout for sending the last metrics of a finished rank
 ROOT = Path(__file__).parents[2]
 MEGABYTE = 1e6  # bytes, the unit of MLflow's system metrics
-LOCK = ".published"  # its modification time is that of the last synchronization
-PAUSE_SECONDS = 60.0
+LOCK = ".node_sync.lock"  # modified by each synchronization
+SYNC_SECONDS = 60.0  # shortest interval between two synchronizations by array elements
 
 
-def accompanied(function: Callable[..., Any], run: str, *arguments: Any, **request: Any) -> Any:
+def with_node_agent(function: Callable[..., Any], run: str, *arguments: Any, **request: Any) -> Any:
     """Call `function(run, ...)`, with a node agent if this is the first rank of a node.
 
     Global rank 0 sets the run's status when the function ends.
     """
     import submitit
 
-    place = submitit.JobEnvironment()
-    if place.local_rank:
+    environment = submitit.JobEnvironment()
+    if environment.local_rank:
         return function(run, *arguments, **request)
-    words = [sys.executable, "-m", "jobs.tracking.node_agent", run, str(place.node)]
-    companion = subprocess.Popen(words, stdin=subprocess.PIPE, cwd=ROOT)
-    assert companion.stdin
+    command = [sys.executable, "-m", "jobs.tracking.node_agent", run, str(environment.node)]
+    agent = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT)
+    assert agent.stdin
     try:
         result = function(run, *arguments, **request)
-        if place.global_rank == 0:
+        if environment.global_rank == 0:
             set_status(Path(run), "FINISHED")
         return result
     except Exception:
-        if place.global_rank == 0:
+        if environment.global_rank == 0:
             set_status(Path(run), "FAILED")
         raise
     finally:
-        companion.stdin.close()
+        agent.stdin.close()
         try:
-            companion.wait(LAST_SECONDS)
+            agent.wait(SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
-            companion.kill()
+            agent.kill()
 
 
-def published(function: Callable[..., Any], run: str, *arguments: Any) -> None:
+def with_sync(function: Callable[..., Any], run: str, *arguments: Any) -> None:
     """Call `function(...)` for an array element, then synchronize the run with an MLflow server.
 
-    Only one element at a time does so, at most once per minute. Without a server the launcher does it.
+    Only one element at a time synchronizes, at most once per minute. Without a server, the launcher does.
     """
     function(*arguments)
     home = Path(run).parents[1]
@@ -72,12 +72,12 @@ def published(function: Callable[..., Any], run: str, *arguments: Any) -> None:
     with (Path(run) / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another element synchronizes; or there are no locks, and the launcher does it
+        except OSError:  # another element synchronizes, or the file system has no locks
             return
-        if time.time() - os.fstat(file.fileno()).st_mtime > PAUSE_SECONDS or not file.tell():
-            words = [sys.executable, "-m", "jobs.tracking.sync", str(home), run]
+        if time.time() - os.fstat(file.fileno()).st_mtime > SYNC_SECONDS or not file.tell():
+            command = [sys.executable, "-m", "jobs.tracking.sync", str(home), run]
             with suppress(subprocess.TimeoutExpired):
-                subprocess.run(words, cwd=ROOT, timeout=LAST_SECONDS)
+                subprocess.run(command, cwd=ROOT, timeout=SHUTDOWN_SECONDS)
             file.write(".")
 
 
@@ -88,34 +88,34 @@ def main(run: str, node: str) -> None:
     folder, journal = Path(run), Journal(run)
     begun = read_description(folder)["begun"]
     tracker = Tracker(folder.parents[1])
-    busy = processor_times()
+    ticks = processor_times()
     while True:
-        ended = bool(select.select([sys.stdin], [], [], SECONDS)[0])
-        before, busy = busy, processor_times()
-        figures = node_figures(folder, before, busy)
+        ended = bool(select.select([sys.stdin], [], [], SAMPLE_SECONDS)[0])
+        previous, ticks = ticks, processor_times()
+        values = node_metrics(folder, previous, ticks)
         journal.metrics(
-            int(time.time() - begun), {f"system/node_{node}/{name}": value for name, value in figures.items()}
+            int(time.time() - begun), {f"system/node_{node}/{name}": value for name, value in values.items()}
         )
         if node == "0" and tracker.uri.startswith("http"):
-            try_publish(tracker, folder)
+            try_sync(tracker, folder)
         if ended:
             return
 
 
-def node_figures(folder: Path, before: tuple[int, int], after: tuple[int, int]) -> dict[str, float]:
+def node_metrics(folder: Path, before: tuple[int, int], after: tuple[int, int]) -> dict[str, float]:
     """Return the utilization of the node's CPUs, memory, disk and GPUs, under the names of MLflow's system metrics.
 
     `before` and `after` are results of `processor_times`; the disk is that of `folder`.
     """
-    passed = max(1, after[1] - before[1])
+    elapsed = max(1, after[1] - before[1])
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     used = sum(sign * int(memory[name].split()[0]) for name, sign in (("MemTotal", 1), ("MemAvailable", -1)))
-    found = {
-        "cpu_utilization_percentage": 100 * (after[0] - before[0]) / passed,
+    metrics = {
+        "cpu_utilization_percentage": 100 * (after[0] - before[0]) / elapsed,
         "system_memory_usage_megabytes": used * 1024 / MEGABYTE,
         "disk_available_megabytes": shutil.disk_usage(folder).free / MEGABYTE,
     }
-    return found | gpu_figures()
+    return metrics | gpu_metrics()
 
 
 def processor_times() -> tuple[int, int]:
@@ -124,14 +124,14 @@ def processor_times() -> tuple[int, int]:
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
-def gpu_figures() -> dict[str, float]:
+def gpu_metrics() -> dict[str, float]:
     """Return metrics of nvidia-smi, as means over the node's GPUs; empty without GPUs."""
     if not shutil.which("nvidia-smi"):
         return {}
-    words = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,power.draw", "--format=csv,noheader,nounits"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    rows = [[float(cell) for cell in line.split(",")] for line in done.stdout.splitlines() if "N/A" not in line]
-    if done.returncode or not rows:
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,power.draw", "--format=csv,noheader,nounits"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    rows = [[float(cell) for cell in line.split(",")] for line in process.stdout.splitlines() if "N/A" not in line]
+    if process.returncode or not rows:
         return {}
     use, memory, power = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     return {

@@ -14,17 +14,17 @@ from jobs.state.run import Element, Run
 from jobs.state.run_metadata import set_status, status_of
 from jobs.tracking.mlflow_store import LOG, StoreError, Tracker, locked
 
-TURN = ".publishing"  # lock of the background process
+BACKGROUND_LOCK = ".sync.lock"
 SHARDS = "shards"  # name of the journal file with the metrics of the ledger's shards
 
 
-def settle(run: Run, found: dict[int, Element]) -> None:
+def set_final_status(run: Run, elements: dict[int, Element]) -> None:
     """Set the final status of a run whose elements have all ended.
 
-    The status follows from the data and from Slurm, so that it is right even if the launcher was killed.
+    The status is derived from the data and from Slurm, so that it is correct even if the launcher was killed.
     """
-    if not runs.under_way(found):
-        set_status(run.folder, "FINISHED" if all(item.state == "done" for item in found.values()) else "FAILED")
+    if not runs.is_active(elements):
+        set_status(run.folder, "FINISHED" if all(item.state == "done" for item in elements.values()) else "FAILED")
 
 
 def journal_shards(run: Run) -> None:
@@ -33,8 +33,8 @@ def journal_shards(run: Run) -> None:
     Tasks do not log them, since a killed task would lose them.
     """
     path = run.folder / "journal" / f"{SHARDS}.jsonl"
-    told = {line["step"] for line in parsed(path.read_bytes())} if path.exists() else set()
-    new = sorted((ledger.shards(run.dataset, run.kind) & set(run.elements)) - told)
+    recorded = {line["step"] for line in parsed(path.read_bytes())} if path.exists() else set()
+    new = sorted((ledger.shards(run.dataset, run.kind) & set(run.elements)) - recorded)
     journal = Journal(run.folder, SHARDS)
     for shard, entry in ledger.entries(run.dataset, run.kind, new).items():
         values = {
@@ -47,17 +47,17 @@ def journal_shards(run: Run) -> None:
         journal.append({"time": written, "step": shard, "metrics": values})
 
 
-def publish(tracker: Tracker, folder: Path) -> None:
+def sync_folder(tracker: Tracker, folder: Path) -> None:
     """Update a run folder and send it to MLflow.
 
     Raises StoreError if MLflow rejects it; the next call sends what is missing then.
     """
     if (folder / runs.RECORD).exists():  # the folder of a submission has no record
-        gather(runs.load(folder))
+        update_folder(runs.load(folder))
     tracker.sync(folder)
 
 
-def gather(run: Run, *, pages: bool = False) -> None:
+def update_folder(run: Run, *, pages: bool = False) -> None:
     """Add shard metrics and the status to a run folder, and the pages if the run has ended or `pages` is set."""
     with locked(run.folder):
         if run.elements:
@@ -68,10 +68,10 @@ def gather(run: Run, *, pages: bool = False) -> None:
             write_pages(run)
 
 
-def try_publish(tracker: Tracker, folder: Path) -> bool:
-    """Publish a run and return whether it succeeded; an error goes to the run's tracking log, and fails no job."""
+def try_sync(tracker: Tracker, folder: Path) -> bool:
+    """Synchronize a run and return whether it succeeded; errors go to the run's tracking log and fail no job."""
     try:
-        publish(tracker, folder)
+        sync_folder(tracker, folder)
     except StoreError as error:
         with (folder / LOG).open("a") as log:
             log.write(f"{error}\n")
@@ -79,8 +79,8 @@ def try_publish(tracker: Tracker, folder: Path) -> bool:
     return True
 
 
-def publish_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Popen[bytes]:
-    """Publish runs from a process that outlives this one, since importing MLflow takes longer than a submission."""
+def sync_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Popen[bytes]:
+    """Synchronize runs in a process that outlives this one, since importing MLflow takes longer than a submission."""
     with (folders[0] / LOG).open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "jobs.tracking.sync", str(home), *map(str, folders)],
@@ -92,18 +92,18 @@ def publish_in_background(home: Path, folders: Sequence[Path]) -> subprocess.Pop
 
 
 def main(home: str, *folders: str) -> int:
-    """Publish the folders, except those that another process is publishing. Returns 0, or 1 if one failed."""
-    tracker, done = Tracker(home), True
+    """Synchronize folders, except those that another process synchronizes. Returns 0, or 1 if one failed."""
+    tracker, succeeded = Tracker(home), True
     for folder in map(Path, folders):
-        with (folder / TURN).open("w") as turn:
+        with (folder / BACKGROUND_LOCK).open("w") as lock:
             try:
-                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             except OSError:  # the file system has no locks
                 pass
-            done = try_publish(tracker, folder) and done
-    return 0 if done else 1
+            succeeded = try_sync(tracker, folder) and succeeded
+    return 0 if succeeded else 1
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ import torch
 
 from pixart.checkpoint import integrity
 from pixart.checkpoint.dcp_reader import lazy_groups
-from pixart.checkpoint.latent_space import recorded_pixel_range
 from pixart.checkpoint.lazy_tensors import State
 from pixart.checkpoint.normalization import Normalization
 from pixart.checkpoint.safetensors_stream import load_tensors, save_tensors
+from pixart.config.latent_space import recorded_pixel_range
 from pixart.model.dit import DiT, public_config
 from pixart.model.fp8.plan import Plan
 
@@ -105,8 +105,13 @@ def write_metadata(checkpoint: Checkpoint, partial: Path, files: Mapping[str, Se
     """
     if checkpoint.plan is not None and files is None:
         save_tensors(checkpoint.scales, partial / SCALES)
-    metadata = {
-        "format": FORMAT,
+    metadata = {"format": FORMAT, **record_of(checkpoint), "files": files or {}}
+    write_file(partial / MARKER, (json.dumps(metadata, indent=2) + "\n").encode())
+
+
+def record_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the metadata of a checkpoint as JSON values."""
+    return {
         "stage": checkpoint.stage,
         "step": checkpoint.step,
         "config": checkpoint.config,
@@ -114,9 +119,7 @@ def write_metadata(checkpoint: Checkpoint, partial: Path, files: Mapping[str, Se
         "plan": None if checkpoint.plan is None else dataclasses.asdict(checkpoint.plan),
         "dataset": checkpoint.dataset,
         "provenance": checkpoint.provenance,
-        "files": files or {},
     }
-    write_file(partial / MARKER, (json.dumps(metadata, indent=2) + "\n").encode())
 
 
 @contextmanager
@@ -166,7 +169,7 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def normalization_of(metadata: dict[str, Any]) -> Normalization:
+def normalization_of(metadata: Mapping[str, Any]) -> Normalization:
     """Return the normalization in a checkpoint's metadata."""
     recorded = {key: tuple(values) for key, values in metadata["normalization"].items()}
     return Normalization(**{**recorded, "pixel_range": recorded_pixel_range(metadata)})

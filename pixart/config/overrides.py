@@ -45,7 +45,7 @@ def find(key: str) -> Field:
     fields = fields_by_key()
     if key in fields:
         return fields[key]
-    if within := [each for each in fields if each.startswith(f"{key}.")]:
+    if within := [name for name in fields if name.startswith(f"{key}.")]:
         raise ValueError(f"{key}: is a section, not a key; set one of {', '.join(within)}")
     raise ValueError(f"{key}: unknown key; {suggestion(key)}")
 
@@ -57,11 +57,11 @@ def suggestion(key: str) -> str:
     """
     keys = list(fields_by_key())
     section, _, name = key.rpartition(".")
-    neighbours = [each for each in keys if section and each.startswith(f"{section}.")]
-    names = [each.removeprefix(f"{section}.") for each in neighbours]
-    near = [each for each in keys if each.rpartition(".")[2] == name]
-    near = near or [f"{section}.{each}" for each in difflib.get_close_matches(name, names, n=1)]
-    near = near or [f"{section}.{each}" for each in names if len(name) > 2 and name in each]
+    neighbours = [known for known in keys if section and known.startswith(f"{section}.")]
+    names = [known.removeprefix(f"{section}.") for known in neighbours]
+    near = [known for known in keys if known.rpartition(".")[2] == name]
+    near = near or [f"{section}.{known}" for known in difflib.get_close_matches(name, names, n=1)]
+    near = near or [f"{section}.{known}" for known in names if len(name) > 2 and name in known]
     if not neighbours:
         near = near or difflib.get_close_matches(key, keys, n=1)
     if near:
@@ -84,11 +84,11 @@ def parse_value(annotation: Any, text: str) -> Any:
     if annotation is bool:
         return _one_of({"true": True, "false": False}, text.lower())
     if annotation is int:
-        return parse_whole_number(text)
+        return parse_integer(text)
     return annotation(text)
 
 
-def parse_whole_number(text: str) -> int:
+def parse_integer(text: str) -> int:
     """Return the integer that `text` stands for. Raises ValueError for a fraction, infinity or NaN."""
     try:
         return int(text)
@@ -112,7 +112,7 @@ def _replace(config: Config, changes: dict[str, Any], prefix: str) -> Config:
         key = f"{prefix}{field.name}"
         if key in changes:
             values[field.name] = changes[key]
-        elif any(each.startswith(f"{key}.") for each in changes):
+        elif any(changed.startswith(f"{key}.") for changed in changes):
             values[field.name] = _replace(getattr(config, field.name), changes, f"{key}.")
     try:
         return dataclasses.replace(config, **values)  # type: ignore[type-var]

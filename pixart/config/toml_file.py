@@ -99,7 +99,7 @@ def _flatten(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         if key in fields_by_key():
             raise ValueError(f"{key}: is a key, not a section; write {key.rpartition('.')[2]} = VALUE in its section")
-        if not any(each.startswith(f"{key}.") for each in fields_by_key()):
+        if not any(known.startswith(f"{key}.") for known in fields_by_key()):
             overrides.find(key)  # raises that it is unknown
         for name, inner in value.items():
             yield from _flatten(f"{key}.{name}", inner)

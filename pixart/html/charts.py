@@ -8,7 +8,7 @@ from typing import TypeGuard
 from pixart.html.page import text
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1120, 78, 1090, 10, 250  # pixels: width of a chart, edges of its frame
-SAME = 1e-9  # relative difference below which values count as equal
+RELATIVE_TOLERANCE = 1e-9  # relative difference below which values count as equal
 MARKS = {
     "dot": "M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0",
     "ring": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
@@ -59,7 +59,7 @@ def linear_axis(label: str, series: Iterable[Series], *shown: float) -> Axis:
     """Return an axis between round numbers that covers every value of the series and of `shown`."""
     values = [*(value for one in series for value in one.y if drawable(value)), *shown] or [0.0]
     span, size = max(values) - min(values), max(map(abs, values))
-    span = span if span > SAME * size else size or 1.0
+    span = span if span > RELATIVE_TOLERANCE * size else size or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power * 6 >= span)
     low, high = math.floor(min(values) / step), max(math.ceil(max(values) / step), math.floor(min(values) / step) + 1)
@@ -92,7 +92,7 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis, events: Sequ
         return BOTTOM - (BOTTOM - TOP) * y.share(value)
 
     if not any(drawable(value) for one in series for value in one.y):
-        return "<p>Nothing to draw: there are no values.</p>\n"
+        return "<p>No values to plot.</p>\n"
     parts = []
     for value, name in y.ticks:
         style = "zero" if name == "0" else "grid"
@@ -123,11 +123,13 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis, events: Sequ
                 path += " "
                 continue
             path += f"{'L' if path and path[-1] != ' ' else 'M'}{across(at):.1f} {down(height):.1f}"
-            where = f'transform="translate({across(at):.1f} {down(height):.1f})"'
-            marks.append(f'<path class="{one.mark}" d="{PATHS[one.mark]}" {where}><title>{text(title)}</title></path>')
+            transform = f'transform="translate({across(at):.1f} {down(height):.1f})"'
+            marks.append(
+                f'<path class="{one.mark}" d="{PATHS[one.mark]}" {transform}><title>{text(title)}</title></path>'
+            )
         line = f'<path class="line" d="{path.strip()}"/>' if marks else ""
         parts.append(f'<g class="series" style="color: {one.color}">{line}{"".join(marks)}</g>')
-    more = f" {missing} values are missing or not finite, and so not drawn." if missing else ""
+    more = f" {missing} missing or non-finite values are not drawn." if missing else ""
     return (
         f'<figure><ul class="legend">{legend(series)}</ul><div class="scroll"><svg viewBox="0 0 {WIDTH} {label + 4}" '
         f'role="img">\n{chr(10).join(parts)}\n</svg></div><figcaption>{text(caption + more)}</figcaption></figure>\n'
@@ -140,7 +142,7 @@ def legend(series: Iterable[Series]) -> str:
     for one in series:
         colors.setdefault((one.name, one.mark), set()).add(one.color)
     return "".join(
-        f'<li><svg viewBox="-7 -6 14 12" style="color: {own.pop() if len(own) == 1 else "currentColor"}">'
+        f'<li><svg viewBox="-7 -6 14 12" style="color: {names.pop() if len(names) == 1 else "currentColor"}">'
         f'<path class="{mark}" d="{PATHS[mark]}"/></svg> {text(name)}</li>'
-        for (name, mark), own in colors.items()
+        for (name, mark), names in colors.items()
     )

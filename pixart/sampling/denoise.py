@@ -1,5 +1,6 @@
 """Sampling with classifier-free guidance and the flow-match Euler scheduler of diffusers."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,10 +43,12 @@ def denoise(
     steps: int,
     guidance: float,
     scheduler: "FlowMatchEulerDiscreteScheduler | None" = None,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Denoise noise (B, C, H, W) to normalized latents (B, C, H, W).
 
-    `guidance` is the scale of classifier-free guidance; with 1, the unconditional model is not evaluated.
+    `guidance` is the scale of classifier-free guidance; with 1, the unconditional model is not evaluated. `on_step` is
+    called after each step with its index, the scheduler's timestep () and the latents.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler  # imports SciPy, which takes a second; few ranks sample
 
@@ -57,7 +60,7 @@ def denoise(
     # t = 1 - sigma and the opposite sign.
     scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+    for step, (timestep, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True)):
         t = torch.full((count,), 1 - sigma.item(), device=device)
         if guidance == 1:
             velocity = model(latents, t, **conditioning)
@@ -65,4 +68,6 @@ def denoise(
             conditional, unconditional = model(latents.repeat(2, 1, 1, 1), t.repeat(2), **both).chunk(2)
             velocity = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(-velocity.float(), timestep, latents).prev_sample
+        if on_step:
+            on_step(step, timestep, latents)
     return latents

@@ -1,16 +1,18 @@
 """Image generation from a list of requests, and PNG files that contain their settings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from pixart.sampling.pipeline import PixArtPipeline
 
 BATCH_SIZE = 16
+FRAME_MS, LAST_FRAME_MS = 80, 1500  # display time of the frames of a GIF, in milliseconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,19 +41,43 @@ class SampleRequest:
 
 
 def generate(
-    pipeline: PixArtPipeline, requests: Sequence[SampleRequest], *, steps: int, guidance: float
+    pipeline: PixArtPipeline,
+    requests: Sequence[SampleRequest],
+    *,
+    steps: int,
+    guidance: float,
+    on_frame: Callable[[int, int, Image.Image], None] | None = None,
 ) -> Iterator[Image.Image]:
-    """Yield the image of each request in order. An image does not depend on the others of its batch."""
+    """Yield the image of each request in order. An image does not depend on the others of its batch.
+
+    `on_frame` receives the index of the request, the step and the decoded latents of each step but the last, whose
+    frame is the image itself.
+    """
     for begin in range(0, len(requests), BATCH_SIZE):
         batch = requests[begin : begin + BATCH_SIZE]
         labels = [request.label for request in batch if request.label is not None]
+
+        def decode_frames(
+            pipeline: PixArtPipeline, step: int, _: Tensor, values: dict[str, Tensor], first: int = begin
+        ) -> None:
+            if on_frame and step < steps - 1:
+                for index, frame in enumerate(pipeline.decode_latents(values["latents"])):
+                    on_frame(first + index, step, frame)
+
         yield from pipeline(
             None if labels else [request.prompt for request in batch],
             class_labels=labels or None,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(request.seed) for request in batch],
+            callback_on_step_end=decode_frames,
         ).images
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
+    """Save frames as a GIF that repeats, and shows the last one for LAST_FRAME_MS."""
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, str]) -> None:

@@ -1,18 +1,21 @@
 """Loading of models for sampling: EMA or master weights of a checkpoint, or FP8 weights with calibrated scales."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import WEIGHTS
-from pixart.checkpoint.latent_space import check_latent_space
 from pixart.checkpoint.safetensors_stream import load_tensors
-from pixart.data.encoders.text_encoder import Encoder, load_text_model
-from pixart.data.encoders.vae import load_vae
+from pixart.config.dataset import DataConfig
+from pixart.config.latent_space import check_latent_space
+from pixart.data.encoders.fingerprint import fingerprint
+from pixart.data.encoders.text_encoder import Encoder, encoder_path, load_text_model, text_dim
+from pixart.data.encoders.vae import latent_shape, load_vae, vae_path
 from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT, load_model, public_config
 from pixart.model.fp8 import linear
@@ -45,18 +48,69 @@ def load(directory: Path, weights: str = "ema") -> tuple[DiT, dict[str, Any]]:
     return load_model(checkpoint.config, state).eval(), checkpoints.read_metadata(directory)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Components:
+    """What a pipeline needs beside the transformer: of a dataset, or of a configuration without a dataset."""
+
+    data: DataConfig  # names the VAE and the text encoder, with its number of tokens and scale
+    latent_size: int
+    models: Mapping[str, str]  # fingerprints of the VAE and the text encoder
+    class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def of_dataset(cls, dataset: Manifest) -> Self:
+        """Return the components of a dataset."""
+        return cls(
+            data=dataset.data,
+            latent_size=dataset.latent_shape[1],
+            models=dataset.models,
+            class_names=dataset.class_names,
+        )
+
+    @classmethod
+    def of_config(cls, data: DataConfig, stage: int) -> Self:
+        """Return the components that a configuration names for a stage. Raises ValueError for an unknown model."""
+        models = {"vae": fingerprint(vae_path(data.vae))}
+        if stage == 2:
+            models["text_encoder"] = fingerprint(encoder_path(data.text_encoder))
+        return cls(data=data, latent_size=latent_shape(data.vae, data.image_size)[1], models=models)
+
+
 def load_pipeline(
     directory: Path, weights: str, dataset: Manifest, *, keep_text_decoder: bool = False
 ) -> PixArtPipeline:
-    """Load a pipeline of a model with the VAE, the text encoder and the class names of a dataset.
-
-    The VAE is on the GPU if there is one, everything else on the CPU. `keep_text_decoder` keeps the decoder of an
-    encoder-decoder text model, which transformers needs to save it.
-    """
+    """Load a pipeline of a checkpoint, or of FP8 weights, with the components of a dataset."""
     model, record = load(directory, weights)
-    normalization, data = checkpoints.normalization_of(record), dataset.data
-    models = record.get("provenance", {}).get("models", {})
-    check_latent_space(str(directory), normalization.pixel_range, models, data.path, data.pixel_range, dataset.models)
+    return build_pipeline(
+        model, record, Components.of_dataset(dataset), name=str(directory), keep_text_decoder=keep_text_decoder
+    )
+
+
+def build_pipeline(
+    model: DiT, record: Mapping[str, Any], components: Components, *, name: str, keep_text_decoder: bool = False
+) -> PixArtPipeline:
+    """Return a pipeline of a model and its record, which `load` returns, with the given components.
+
+    The VAE is on the GPU if there is one, everything else on the CPU. `name` is the checkpoint's, for errors.
+    `keep_text_decoder` keeps the decoder of an encoder-decoder text model, which transformers needs to save it. Raises
+    ValueError if the components are of another pixel range, VAE or text encoder than those of the training data.
+    """
+    data, normalization = components.data, checkpoints.normalization_of(record)
+    check_latent_space(
+        name,
+        normalization.pixel_range,
+        record.get("provenance", {}).get("models", {}),
+        data.path,
+        data.pixel_range,
+        components.models,
+    )
+    if (channels := latent_shape(data.vae, data.image_size)[0]) != model.config.in_dim:
+        raise ValueError(f"data.vae={data.vae}: has {channels} latent channels; {name} reads {model.config.in_dim}")
+    if model.stage == 2 and (width := text_dim(data.text_encoder)) != model.config.text_dim:
+        raise ValueError(
+            f"data.text_encoder={data.text_encoder}: has embeddings of width {width}; {name} reads "
+            f"{model.config.text_dim}"
+        )
     tokenizer, text_model = load_text_model(data.text_encoder) if model.stage == 2 else (None, None)
     if model.stage == 2 and not keep_text_decoder:
         text_model = Encoder(tokenizer, text_model, max_tokens=data.max_text_tokens, scale=data.text_scale).model
@@ -69,10 +123,10 @@ def load_pipeline(
         latents_mean=normalization.mean,
         latents_std=normalization.std,
         pixel_range=normalization.pixel_range,
-        sample_size=dataset.latent_shape[1],
+        sample_size=components.latent_size,
         text_tokens=data.max_text_tokens,
         text_scale=data.text_scale,
-        id2label={str(index): name for index, name in enumerate(dataset.class_names)} if model.stage == 1 else None,
+        id2label={str(index): name for index, name in enumerate(components.class_names)} if model.stage == 1 else None,
     )
 
 

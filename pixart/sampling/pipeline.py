@@ -8,7 +8,7 @@ An exported folder contains a `pipeline.py` that imports the class from this mod
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -83,11 +83,14 @@ class PixArtPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
+        callback_on_step_end: Callable[["PixArtPipeline", int, Tensor, dict[str, Tensor]], object] | None = None,
     ) -> ImagePipelineOutput:
         """Generate PIL images, or with `output_type="latent"` normalized latents (B, C, sample_size, sample_size).
 
         Stage 2 takes prompts; stage 1 takes classes by index, by name or `none`. With a list of one generator per
-        image, an image depends on its own generator only. Raises ValueError if an argument is invalid.
+        image, an image depends on its own generator only. `callback_on_step_end` is called, as in diffusers, with the
+        pipeline, the step, the timestep and `{"latents": latents}`, of normalized latents that it cannot replace.
+        Raises ValueError if an argument is invalid.
         """
         if output_type not in ("pil", "latent"):
             raise ValueError(f"output_type={output_type!r}: must be pil or latent")
@@ -95,6 +98,11 @@ class PixArtPipeline(DiffusionPipeline):
         count = len(next(iter(conditioning.values())))
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"generator: {len(generator)} generators for {count} images; pass one per image")
+
+        def on_step(step: int, timestep: Tensor, latents: Tensor) -> None:
+            if callback_on_step_end:
+                callback_on_step_end(self, step, timestep, {"latents": latents})
+
         size, channels = self.config.sample_size, self.transformer.config.in_dim
         latents = denoise(
             self.transformer,
@@ -104,11 +112,14 @@ class PixArtPipeline(DiffusionPipeline):
             steps=num_inference_steps,
             guidance=guidance_scale,
             scheduler=self.scheduler,
+            on_step=on_step,
         )
-        if output_type == "latent":
-            return ImagePipelineOutput(images=latents)
+        return ImagePipelineOutput(images=latents if output_type == "latent" else self.decode_latents(latents))
+
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """Decode normalized latents (B, C, h, w) to images."""
         images = decode(self.vae, self.normalization.undo(latents), self.normalization.pixel_range)
-        return ImagePipelineOutput(images=[Image.fromarray(image) for image in images])
+        return [Image.fromarray(image) for image in images]
 
     @property
     def normalization(self) -> Normalization:

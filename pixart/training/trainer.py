@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pixart.checkpoint.directory import Checkpoint
-from pixart.checkpoint.latent_space import check_latent_space
 from pixart.checkpoint.normalization import Normalization
+from pixart.config.latent_space import check_latent_space
 from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig, resolve_fp8_backend
 from pixart.data.loading.loader import Batch

@@ -1,6 +1,6 @@
 """Development cluster: a real Slurm on one machine, by `python -m slurm.devcluster up`, `status`, `down`.
 
-It serves tests, and shows how a job behaves in a queue. It runs munge, slurmctld and one slurmd per node, with device
+It is used by tests and for trying out jobs in a queue. It runs munge, slurmctld and one slurmd per node, with device
 files in place of GPUs, and on request accounting by slurmdbd and MariaDB. A cluster keeps its files in one folder and
 listens on separate ports, so that several can run side by side. It needs root on Debian or Ubuntu, and installs the
 packages that are missing.
@@ -26,11 +26,23 @@ def describe(cluster: DevCluster) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m slurm.devcluster", description=__doc__)
-    parser.add_argument("command", choices=("up", "down", "status"))
-    parser.add_argument("--folder", type=Path, default=Path(DEFAULT_FOLDER), help=f"(default: {DEFAULT_FOLDER})")
-    parser.add_argument("--nodes", type=int, default=4, help="slurmd processes (default: 4)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs that are only files (default: 8)")
-    parser.add_argument("--accounting", action="store_true", help="with slurmdbd and a MariaDB of its own")
+    parser.add_argument("command", choices=("up", "down", "status"), help="Start, stop or show the cluster.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(DEFAULT_FOLDER),
+        metavar="FOLDER",
+        help=f"Folder of the cluster's files (default: {DEFAULT_FOLDER}).",
+    )
+    parser.add_argument(
+        "--nodes", type=int, default=4, metavar="N", help="Number of nodes, each a slurmd process (default: 4)."
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="Number of simulated GPUs per node (default: 8)."
+    )
+    parser.add_argument(
+        "--accounting", action="store_true", help="Run slurmdbd with a separate MariaDB (default: no accounting)."
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "up":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 30  # longest wait for a daemon to answer
+START_TIMEOUT_SECONDS = 30  # of a daemon
 PATH = "/usr/sbin:/sbin:/usr/bin:/bin:" + os.environ.get("PATH", "")
 
 
@@ -37,12 +37,12 @@ class DevCluster:
 
         Raises ValueError, with the program's standard error, if it fails.
         """
-        done = subprocess.run(
+        process = subprocess.run(
             words, capture_output=True, text=True, env={**os.environ, **self.environment, "PATH": PATH}
         )
-        if done.returncode:
-            raise ValueError(f"{words[0]} failed: {done.stderr.strip()}")
-        return done.stdout
+        if process.returncode:
+            raise ValueError(f"{words[0]} failed: {process.stderr.strip()}")
+        return process.stdout
 
     def start(self, name: str, *words: str) -> None:
         """Start a daemon that outlives this process; its output goes to logs/NAME.out."""
@@ -73,16 +73,18 @@ class DevCluster:
     def start_node(self, name: str) -> None:
         self.start(f"slurmd-{name}", "slurmd", "-D", "-N", name)
 
-    def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
-        """Poll `ready` until it is true. Raises ValueError, naming `what`, after SECONDS."""
-        deadline = time.monotonic() + SECONDS
-        answer = "no answer"
+    def wait_for(self, name: str, ready: Callable[[], bool]) -> None:
+        """Poll `ready` until it is true. Raises ValueError, naming `name`, after START_TIMEOUT_SECONDS."""
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        last_error = "no answer"
         while True:
             try:
                 if ready():
                     return
             except (ValueError, OSError) as error:
-                answer = str(error)
+                last_error = str(error)
             if time.monotonic() > deadline:
-                raise ValueError(f"{what} did not come up in {SECONDS} s ({answer}); logs are in {self.folder}/logs")
+                raise ValueError(
+                    f"{name}: not ready after {START_TIMEOUT_SECONDS} s ({last_error}); see {self.folder}/logs"
+                )
             time.sleep(0.1)

@@ -15,7 +15,7 @@ SlurmUser=root
 SlurmctldPort={ports[controller]}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
-# Jobs of clusters side by side have different numbers: the ranks of a job draw the port at which they meet from it.
+# The job ids of two clusters differ, since the rendezvous port of a job's ranks is derived from its id.
 FirstJobId={ports[controller]}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n

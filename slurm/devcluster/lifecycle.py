@@ -24,9 +24,11 @@ def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = 
     """
     folder = folder.absolute()
     if nodes < 1 or gpus_per_node < 0:
-        raise ValueError(f"--nodes {nodes} --gpus-per-node {gpus_per_node}: a cluster has a node at least")
+        raise ValueError(f"--nodes {nodes} --gpus-per-node {gpus_per_node}: must be at least 1 node and 0 GPUs")
     if (folder / "cluster.json").exists():
-        raise ValueError(f"there is a cluster in {folder} already: `python -m slurm.devcluster down` ends it")
+        raise ValueError(
+            f"--folder {folder}: already holds a cluster; run `python -m slurm.devcluster down` to stop it"
+        )
     check_path(folder)
     packages.install({**PACKAGES, **(ACCOUNTING_PACKAGES if accounting else {})})
     for name in ("state", "spool", "logs", "devices"):
@@ -56,15 +58,17 @@ def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = 
 def check_path(folder: Path) -> None:
     """Check that this user can run a cluster in the folder. Raises ValueError otherwise."""
     if os.geteuid() != 0:
-        raise ValueError("the dev cluster's daemons need root: try sudo, or a container")
+        raise ValueError("slurm.devcluster: its daemons need root; use sudo or a container")
     if any(character.isspace() or character in ",=%#\\" for character in str(folder)):
-        raise ValueError(f"--folder {str(folder)!r}: Slurm's configuration has no way to write this path")
+        raise ValueError(
+            f"--folder {str(folder)!r}: Slurm allows no whitespace and none of ,=%#\\ in this path; rename it"
+        )
     if len(str(folder)) > 80:
-        raise ValueError(f"--folder {folder}: too long, a socket's path has 107 characters at most")
+        raise ValueError(f"--folder {folder}: too long for the path of a socket; use at most 80 characters")
 
 
 def free_ports(count: int) -> list[int]:
-    """Return distinct ports that nothing listens on at present."""
+    """Return distinct ports on which no process listens at present."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for item in sockets:
@@ -81,14 +85,14 @@ def start_munge(cluster: DevCluster) -> None:
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))
-    places = {
+    paths = {
         "socket": folder / "munge.socket",
         "key-file": key,
         "pid-file": folder / "munged.pid",
         "log-file": folder / "logs" / "munged.log",
         "seed-file": folder / "munge.seed",
     }
-    options = [f"--{name}={path}" for name, path in places.items()]
+    options = [f"--{name}={path}" for name, path in paths.items()]
     cluster.start("munged", "munged", "--foreground", "--force", *options)
     cluster.wait_for("munged", lambda: bool(cluster.command("munge", "-n", "-S", str(folder / "munge.socket"))))
 
@@ -107,12 +111,12 @@ def start_accounting(cluster: DevCluster) -> None:
     cluster.command(*client, "-e", grant)
     # slurmdbd reads slurmdbd.conf from the folder of SLURM_CONF.
     cluster.start("slurmdbd", "slurmdbd", "-D")
-    cluster.wait_for("slurmdbd", lambda: answers(cluster.ports["accounting"]))
+    cluster.wait_for("slurmdbd", lambda: is_listening(cluster.ports["accounting"]))
     name = f"dev{cluster.ports['controller']}"
     cluster.wait_for("accounting", lambda: bool(cluster.command("sacctmgr", "-i", "add", "cluster", name)))
 
 
-def answers(port: int) -> bool:
+def is_listening(port: int) -> bool:
     """Return True if a local port accepts connections. Raises OSError otherwise."""
     with socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
@@ -123,7 +127,9 @@ def load(folder: Path) -> DevCluster:
     try:
         values = json.loads((folder.absolute() / "cluster.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"there is no cluster in {folder}: `python -m slurm.devcluster up` starts one") from None
+        raise ValueError(
+            f"--folder {folder}: holds no cluster; run `python -m slurm.devcluster up` to start one"
+        ) from None
     return DevCluster(**{**values, "folder": Path(values["folder"])})
 
 
@@ -135,8 +141,8 @@ def down(folder: Path, *, keep: bool = False) -> None:
     cluster = load(folder)
     for number, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 10)):  # slurmstepd ends only on SIGKILL
         deadline = time.monotonic() + seconds
-        while found := processes(cluster):
-            for pid in found:
+        while pids := processes(cluster):
+            for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             if time.monotonic() > deadline:
@@ -152,9 +158,9 @@ def processes(cluster: DevCluster) -> list[int]:
 
     They are recognized by the SLURM_CONF in their environment.
     """
-    mark = f"SLURM_CONF={cluster.folder}/slurm.conf".encode()
+    marker = f"SLURM_CONF={cluster.folder}/slurm.conf".encode()
     daemons = {b"munged", b"slurmctld", b"slurmd", b"slurmdbd", b"mariadbd", b"slurmstepd", b"slurmstepd:"}
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             variables = (path / "environ").read_bytes().split(b"\0")
@@ -162,6 +168,6 @@ def processes(cluster: DevCluster) -> list[int]:
         except OSError:
             continue  # the process has ended
         in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
-        if mark in variables and (in_job or program in daemons) and int(path.name) != os.getpid():
-            found.append(int(path.name))
-    return found
+        if marker in variables and (in_job or program in daemons) and int(path.name) != os.getpid():
+            pids.append(int(path.name))
+    return pids

@@ -14,9 +14,9 @@ LOCK = Path(tempfile.gettempdir()) / "pixart-apt-get.lock"
 
 
 def install(packages: Mapping[str, str]) -> None:
-    """Install packages, whose names are separated by spaces and given by program, where the program is missing.
+    """Install the packages of missing programs; `packages` maps a program to package names separated by spaces.
 
-    Processes that install at the same time take turns. Raises ValueError if a package cannot be installed.
+    A lock serializes processes that install at the same time. Raises ValueError if a package cannot be installed.
     """
     if not missing(packages):
         return
@@ -26,13 +26,15 @@ def install(packages: Mapping[str, str]) -> None:
         if not needed:
             return
         if not shutil.which("apt-get"):
-            raise ValueError(f"missing Debian packages: {', '.join(needed)}; there is no apt-get to install them with")
+            raise ValueError(
+                f"Debian packages {', '.join(needed)}: not installed; install them, since this system has no apt-get"
+            )
         print(f"installing {' '.join(needed)}", flush=True)
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for words in (["update"], ["install", "-y", "--no-install-recommends", *needed]):
-            done = subprocess.run(["apt-get", *words], capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise ValueError(f"apt-get could not install {' '.join(needed)}: {done.stderr.strip()}")
+            process = subprocess.run(["apt-get", *words], capture_output=True, text=True, env=environment)
+        if process.returncode:
+            raise ValueError(f"apt-get: cannot install {' '.join(needed)}; {' '.join(process.stderr.split())}")
 
 
 def missing(packages: Mapping[str, str]) -> list[str]:

@@ -43,15 +43,15 @@ def test_attention_is_counted_apart():
     assert [work.attentions for work in works] == [1, 1]
 
 
-def test_the_floor_adds_products_attention_and_bytes_at_the_rates_of_the_card():
-    found = {"work": {"fp8": 4e12, "bf16": 1e12, "bytes": 3e9}, "parameters": 1_000_000_000}
+def test_roofline_adds_gemm_attention_and_memory_time():
+    measured = {"work": {"fp8": 4e12, "bf16": 1e12, "bytes": 3e9}, "parameters": 1_000_000_000}
     rates = {"FP8": 2.0, "BF16": 1.0, "GB/s": 1000.0, "attention, s an image": 0.5}
     seconds = 2 * (4 / 2 + 1 / 1 + 8 * 0.5) + (2 * 3e9 + PARAMETER_BYTES * 1e9) / 1e12
-    assert floor_of(found, rates, blocks=2, batch=8) == pytest.approx(seconds)
-    assert floor_of({**found, "work": None}, rates, blocks=2, batch=8) is None
+    assert floor_of(measured, rates, blocks=2, batch=8) == pytest.approx(seconds)
+    assert floor_of({**measured, "work": None}, rates, blocks=2, batch=8) is None
 
 
-def test_works_add_up():
+def test_operation_counts_add_up():
     one = Work(generated_bytes=1, attentions=2)
     one.operations["fp8"] = 3
     assert total([one, one]).operations["fp8"] == 6

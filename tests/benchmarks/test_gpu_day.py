@@ -16,7 +16,7 @@ def script(text: str) -> list[str]:
     return ["-c", text]
 
 
-def test_a_step_that_fails_or_takes_too_long_leaves_the_others(monkeypatch, tmp_path):
+def test_failed_or_hanging_step_does_not_stop_the_others(monkeypatch, tmp_path):
     ends = script("print('measured')")
     steps = [
         Step(name="first", limit=30, words=ends, writes=False),
@@ -56,7 +56,7 @@ def pruned(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_carried_encoder_gives_the_states_of_the_whole_one(pruned):
+def test_bundled_encoder_equals_the_complete_encoder(pruned):
     texts = ["a tabby cat on a table", ""]
     exact, mask = TextEncoder("minilm", max_tokens=12, scale=1.0).encode(texts)
     states, same_mask = TextEncoder(str(pruned), max_tokens=12, scale=1.0).encode(texts)
@@ -65,7 +65,7 @@ def test_the_carried_encoder_gives_the_states_of_the_whole_one(pruned):
     assert sum(file.stat().st_size for file in pruned.rglob("*")) < 24 << 20
 
 
-def test_without_what_is_carried_a_part_says_what_to_run(monkeypatch, tmp_path):
+def test_step_without_prepared_files_names_the_command_to_run(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_day, "SITE", tmp_path / "site")
     monkeypatch.setattr(gpu_day, "WHEELS", tmp_path)
     with pytest.raises(SystemExit, match="gpu_day prepare"):

@@ -38,10 +38,10 @@ def rows(page: Path) -> dict[str, list[str]]:
 
 
 def test_train_step(page):
-    ways = ["BF16 eager", "FP8 native, an average in one pass with AdamW", "TransformerEngine delayed"]
+    variants = ["BF16 eager", "FP8 native, an average in one pass with AdamW", "TransformerEngine delayed"]
     sizes = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256"]
-    table = page(train_step, *sizes, "--only", *ways)
-    assert list(table) == ways
+    table = page(train_step, *sizes, "--only", *variants)
+    assert list(table) == variants
     assert table.pop("TransformerEngine delayed")[0].startswith("fp8_backend=te: this machine has no GPU")
     eager, compiled = (dict(zip(train_step.COLUMNS[1:], cells, strict=True)) for cells in table.values())
     assert float(eager["images/s"]) > 0
@@ -50,7 +50,7 @@ def test_train_step(page):
     assert int(compiled["launches a block"]) > 20  # its GEMMs alone
 
 
-def test_a_way_that_memory_is_too_small_for_is_measured_at_a_smaller_batch(monkeypatch):
+def test_variant_out_of_memory_is_measured_at_a_smaller_batch(monkeypatch):
     tried: list[int] = []
 
     def in_a_process(name, options, batch, kernels):
@@ -71,12 +71,12 @@ def test_a_way_that_memory_is_too_small_for_is_measured_at_a_smaller_batch(monke
 
 
 def test_gemm(page):
-    found = page(gemm, "--batch", "1", "--dim", "32", "--repeats", "1")
-    assert len(found) == 5 * 3  # linears, GEMMs of each
-    assert all(float(cell) > 0 for cells in found.values() for cell in cells)
+    table = page(gemm, "--batch", "1", "--dim", "32", "--repeats", "1")
+    assert len(table) == 5 * 3  # linears, GEMMs of each
+    assert all(float(cell) > 0 for cells in table.values() for cell in cells)
 
 
 def test_attention(page):
-    found = page(attention, "--batch", "1")
-    assert {"torch's default", "flash, heads padded to 80", "math"} <= found.keys()
-    assert all(float(cell) > 0 for cells in found.values() for cell in cells)
+    table = page(attention, "--batch", "1")
+    assert {"torch's default", "flash, heads padded to 80", "math"} <= table.keys()
+    assert all(float(cell) > 0 for cells in table.values() for cell in cells)

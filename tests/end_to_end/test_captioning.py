@@ -34,8 +34,8 @@ def source(shared_data, tmp_path_factory) -> Path:
     classes = sorted(path for path in folder.iterdir())
     photos = sorted(folder.glob("*/*.jpg"))
     for index in range(DAMAGED["truncated"]):
-        whole = photos[10 * index].read_bytes()
-        (classes[9 * index] / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+        content = photos[10 * index].read_bytes()
+        (classes[9 * index] / "truncated.jpg").write_bytes(content[: len(content) // 2])
     for index in range(DAMAGED["unreadable"]):
         (classes[20 + index] / "unreadable.jpg").write_bytes(random.Random(index).randbytes(3000))
     from PIL import Image
@@ -91,10 +91,10 @@ class Captioning:
         killed = 0
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                found = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes()
+                belongs = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if found:
+            if belongs:
                 os.kill(int(folder.name), signal.SIGKILL)
                 killed += 1
         return killed
@@ -111,8 +111,8 @@ def undisturbed(tmp_path_factory, source, tiny_qwen, profile) -> tuple[list[dict
     bench = Captioning(tmp_path_factory.mktemp("undisturbed"), source, tiny_qwen, profile)
     begun = time.monotonic()
     process = bench.start()
-    told = process.communicate()[0]
-    assert process.returncode == 0, told
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     assert not list(bench.temporary.iterdir())
     return bench.rows(), time.monotonic() - begun
 

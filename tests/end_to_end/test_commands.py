@@ -75,8 +75,8 @@ def test_the_three_commands_as_written(folder, shared_data):
     logs = list((Path(last).parents[1] / "logs").glob("*_log.out"))
     assert len(logs) == 4  # one per rank
     lines, _ = read_journal(Path(last).parents[1])
-    told = [line["step"] for line in lines if "train/loss" in line.get("metrics", {})]
-    assert told == list(range(1, steps + 1))  # only rank 0 logs metrics
+    logged = [line["step"] for line in lines if "train/loss" in line.get("metrics", {})]
+    assert logged == list(range(1, steps + 1))  # only rank 0 logs metrics
 
 
 def tree(folder: Path) -> list[str]:
@@ -141,7 +141,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from broken.pt", "no checkpoint directory"),
         ("python -m jobs.launch train --from truncated", "truncated"),
         ("python -m jobs.launch train --from half", "ema/diffusion_pytorch_model.safetensors is missing"),
-        ("python -m jobs.launch sample text --file prompts.CSV", "one a line, or from .jsonl"),
+        ("python -m jobs.launch sample text --file prompts.CSV", "one prompt per line, or a .jsonl file"),
         ("python -m jobs.launch train --from damaged", "training.json is damaged"),
         ("python -m jobs.launch train --set model.num_blocks=0", "model.num_blocks=0"),
         ("python -m jobs.launch train --set stage1.lr=inf", "stage1.lr=inf"),
@@ -223,22 +223,22 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch recaption dog --compare nowhere", "--compare nowhere"),
         ("python -m jobs.launch recaption dog --compare broken.pt", "Not a directory"),
         ("python -m jobs.launch recaption dog --server http://127.0.0.1:9/v1", "127.0.0.1:9"),
-        ("python -m jobs.launch status", "no runs"),
-        ("python -m jobs.launch status nowhere", "no runs"),
+        ("python -m jobs.launch status", "has no runs"),
+        ("python -m jobs.launch status nowhere", "has no runs"),
         ("python -m jobs.launch status --home damaged", "run.json is damaged"),
-        ("python -m jobs.launch retry", "no runs"),
+        ("python -m jobs.launch retry", "has no runs"),
         ("python -m jobs.launch logs --shard x", "'x'"),
-        ("python -m jobs.launch sync", "no runs"),
-        ("python -m jobs.launch open nowhere", "no runs"),
-        ("python -m jobs.launch lineage", "no runs"),
-        ("python -m jobs.launch lineage broken.pt", "no picture"),
+        ("python -m jobs.launch sync", "has no runs"),
+        ("python -m jobs.launch open nowhere", "has no runs"),
+        ("python -m jobs.launch lineage", "has no runs"),
+        ("python -m jobs.launch lineage broken.pt", "not an image"),
         ("python -m jobs.launch lineage damaged", "training.json is damaged"),
         ("python -m jobs.launch lineage other.png", "names no checkpoint"),
         ("python -m jobs.launch lineage done --html nowhere/page.html", "nowhere"),
         ("python -m jobs.launch lineage done --html damaged", "--html damaged"),
         ("python -m jobs.launch lineage done --html done/training.json", "is not an HTML page"),
         ("python -m jobs.launch release nowhere", "nowhere"),
-        ("python -m jobs.launch release done", "no run folder"),
+        ("python -m jobs.launch release done", "not in a run folder"),
         ("python -m jobs.launch release done --name a/b", "'a/b'"),
         ("python -m conversion.to_fp8 nowhere.pt", "nowhere.pt"),
         ("python -m conversion.to_fp8 broken.pt", "broken.pt"),
@@ -262,8 +262,8 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
         checkpoints.save(stage1, tmp_path / name)
     for name, key in (("failed", "acceptance"), ("failed-earlier", "gate")):  # the key of an earlier version
         checkpoints.save(dataclasses.replace(stage1, provenance={key: "FAIL"}), tmp_path / name)
-    save_what_can_be_sampled(stage1, tmp_path)
-    save_what_is_damaged(tmp_path)
+    save_samplable_checkpoints(stage1, tmp_path)
+    save_damaged_files(tmp_path)
     save_runs(tmp_path)
     before = tree(tmp_path)
     module, *arguments = command.removeprefix("python -m ").split(" ")
@@ -279,15 +279,15 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     assert tree(tmp_path) == before
 
 
-def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, capsys):
+def test_resumed_run_keeps_its_configuration(tmp_path, monkeypatch, stage1, capsys):
     """If the newest checkpoint is truncated, the previous one is used."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIXART_CLUSTER", "local")
-    own = overrides.apply(
+    configuration = overrides.apply(
         demo(str(tmp_path)), ["stage1.global_batch_size=8", "stage1.lr=0.5", "stage1.steps=20", "model.dim=64"]
     )
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.json").write_text(to_json(own))
+    (tmp_path / "run/config.json").write_text(to_json(configuration))
     for step in (3, 9):
         saved = checkpoints.save(dataclasses.replace(stage1, step=step), tmp_path / f"run/checkpoints/step-{step:08d}")
     arguments = ["train", "--resume", "run", "--set", "stage1.lr=0.25", "--accept-failed-audit", "--dry-run"]
@@ -302,7 +302,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, monkeypatch, stage1, caps
         weights.write_bytes(weights.read_bytes()[:-10])
 
 
-def test_going_on_without_fp8_from_a_checkpoint_in_fp8_is_told(tmp_path, monkeypatch, stage1, capsys):
+def test_continuing_an_fp8_checkpoint_in_bf16_is_reported(tmp_path, monkeypatch, stage1, capsys):
     monkeypatch.setenv("PIXART_CLUSTER", "local")
     checkpoints.save(dataclasses.replace(stage1, plan=Plan(linears=())), tmp_path / "start")
     words = ["train", "--from", str(tmp_path / "start"), "--home", str(tmp_path), "--accept-failed-audit", "--dry-run"]
@@ -312,7 +312,7 @@ def test_going_on_without_fp8_from_a_checkpoint_in_fp8_is_told(tmp_path, monkeyp
     assert not capsys.readouterr().err
 
 
-def test_a_run_that_is_under_way_is_not_resumed(tmp_path, monkeypatch, stage1, capsys):
+def test_active_run_is_not_resumed(tmp_path, monkeypatch, stage1, capsys):
     monkeypatch.setenv("PIXART_CLUSTER", "local")
     folder = tmp_path / "runs/20260101-000000-train-abcd"
     checkpoints.save(dataclasses.replace(stage1, step=3), folder / "checkpoints/step-00000003")
@@ -325,7 +325,7 @@ def test_a_run_that_is_under_way_is_not_resumed(tmp_path, monkeypatch, stage1, c
         process.kill()
 
 
-def test_names_of_files_are_taken_from_where_the_command_is_given(tmp_path, monkeypatch, capsys):
+def test_paths_are_relative_to_the_working_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIXART_CLUSTER", "local")
     (tmp_path / "photos").mkdir()
@@ -348,7 +348,7 @@ def test_the_convert_job_takes_checkpoints_of_other_kinds(tmp_path, monkeypatch,
     assert "damaged or truncated" in capsys.readouterr().err
 
 
-def save_what_is_damaged(folder: Path) -> None:
+def save_damaged_files(folder: Path) -> None:
     """Write truncated, unknown and binary files in place of those that commands read first, and a FIFO."""
     run = folder / "damaged/runs/20260101-000000-train-abcd"
     run.mkdir(parents=True)
@@ -375,7 +375,7 @@ def save_runs(folder: Path) -> None:
     save_file({"weight": torch.zeros(2)}, folder / "unknown" / checkpoints.WEIGHTS)
 
 
-def save_what_can_be_sampled(stage1: Checkpoint, folder: Path) -> None:
+def save_samplable_checkpoints(stage1: Checkpoint, folder: Path) -> None:
     """Write a dataset, checkpoints of both stages, an FP8 export, and prompt files."""
     data = DataConfig(path=str(folder / "data"))
     sizes = {"images": 4, "rows_per_shard": 2, "latent_shape": (4, 8, 8), "text_dim": 9}
@@ -417,7 +417,7 @@ def test_demo_links_its_runs_and_ends_with_a_picture(small_demo):
     history = client.get_metric_history(jobs["caption"].info.run_id, "data/images")
     assert sorted((point.step, point.value) for point in history) == [(shard, 16) for shard in range(4)]
     artifacts = {run.data.tags["pixart.job"]: client.list_artifacts(run.info.run_id) for run in stored}
-    pages = {job: {file.path for file in found} for job, found in artifacts.items()}
+    pages = {job: {file.path for file in files} for job, files in artifacts.items()}
     assert {"summary.html", "lineage.html"} <= pages["train"]
     assert {"report.html", "lineage.html"} <= pages["convert"]
     assert {"audit.html", "lineage.html"} <= pages["audit"]

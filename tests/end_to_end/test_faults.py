@@ -47,10 +47,10 @@ def test_full_disk(small_disk, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "No space left on device" in line or "ENOSPC" in line]
     assert line.startswith("failed: latents shard")
-    whole = ledger.shards(dataset, "latents")
-    assert len(whole) < 4
+    complete = ledger.shards(dataset, "latents")
+    assert len(complete) < 4
     store = Store(manifests.read(dataset))
-    assert {row // store.manifest.rows_per_shard for row in store.valid_rows()} == whole
+    assert {row // store.manifest.rows_per_shard for row in store.valid_rows()} == complete
 
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
     done = launch(tmp_path, "retry")
@@ -98,8 +98,8 @@ def test_half_written_part_and_altered_chunk(tmp_path):
     for job in ("caption", "latents"):
         assert launch(tmp_path, job, settings=SMALL).returncode == 0
     part = caption.part_path(dataset, 2)
-    whole = part.read_bytes()
-    part.write_bytes(whole[: len(whole) // 2])
+    content = part.read_bytes()
+    part.write_bytes(content[: len(content) // 2])
     chunk = next(path for path in (dataset / "latents.zarr/latents/c/1").rglob("*") if path.is_file())
     altered = bytearray(chunk.read_bytes())
     altered[5000] ^= 4

@@ -15,7 +15,7 @@ from tests.support.mlflow_fixture import MlflowServer
 pytestmark = pytest.mark.slow
 SCHEMES = ("light", "dark")
 # Errors of MLflow 3.17's page: it requests a user although there are no accounts, and observes sizes.
-MLFLOW_SAYS = ("mlflow/users/current", "ResizeObserver")
+MLFLOW_ERRORS = ("mlflow/users/current", "ResizeObserver")
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +64,17 @@ def wide(page) -> bool:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["train", "convert", "audit", "sample"])
-def test_the_page_of_each_kind_of_run(demo, look, kind, scheme):
+def test_page_by_kind_of_run(demo, open_page, kind, scheme):
     path = opened(demo, kind)
-    with look(path.as_uri(), scheme, f"page-{kind}") as page:
+    with open_page(path.as_uri(), scheme, f"page-{kind}") as page:
         check_drawings(page)
         assert not wide(page)
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-def test_a_training_page_tells_of_the_run(demo, look):
-    with look(opened(demo, "train").as_uri(), "light", "training") as page:
+def test_training_page_summarizes_the_run(demo, open_page):
+    with open_page(opened(demo, "train").as_uri(), "light", "training") as page:
         words = page.inner_text("body")
         assert f"{STEPS} of {STEPS}" in words
         assert "step left out: the gradient was not finite" in words
@@ -96,7 +96,7 @@ def test_a_training_page_tells_of_the_run(demo, look):
         assert "optimizer step" in losses.inner_text()
 
 
-def test_lineage_of_a_picture_alone(demo, look, tmp_path):
+def test_lineage_of_a_copied_png(demo, open_page, tmp_path):
     """A copy of the PNG suffices, and every link of the page leads to an existing file."""
     picture = next(iter(sorted((demo.runs("sample")[-1] / "samples").glob("*.png"))))
     shutil.copy(picture, tmp_path / "picture.png")
@@ -104,14 +104,14 @@ def test_lineage_of_a_picture_alone(demo, look, tmp_path):
     assert done.returncode == 0, done.stderr
     prompt = json.loads((demo.runs("sample")[-1] / "samples.json").read_text())["pictures"][0]["prompt"]
     stage1, stage2 = demo.runs("train")
-    told = done.stdout
-    for what in (prompt, stage1, stage2, f"{stage1}/checkpoints/step-{STEPS:08d}.fp8", demo.runs("sample")[-1]):
-        assert str(what) in told, what
-    for what in (f"{stage2}/checkpoints/step-{STEPS:08d}", demo.home / "datasets/demo", "captioner", "labels"):
-        assert str(what) in told, what
+    printed = done.stdout
+    for name in (prompt, stage1, stage2, f"{stage1}/checkpoints/step-{STEPS:08d}.fp8", demo.runs("sample")[-1]):
+        assert str(name) in printed, name
+    for name in (f"{stage2}/checkpoints/step-{STEPS:08d}", demo.home / "datasets/demo", "captioner", "labels"):
+        assert str(name) in printed, name
     for kind in ("convert", "caption", "latents", "audit"):
-        assert demo.runs(kind)[-1].name in told, kind
-    with look((tmp_path / "lineage.html").as_uri(), "light", "lineage") as page:
+        assert demo.runs(kind)[-1].name in printed, kind
+    with open_page((tmp_path / "lineage.html").as_uri(), "light", "lineage") as page:
         links = [link.get_attribute("href") for link in page.query_selector_all("svg a")]
         assert len(links) >= 4
         for link in links:
@@ -121,13 +121,13 @@ def test_lineage_of_a_picture_alone(demo, look, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_mlflow_shows_runs_curves_pictures_and_pages(demo, look, mlflow_page, scheme):
+def test_mlflow_shows_runs_curves_images_and_pages(demo, open_page, mlflow_page, scheme):
     run = run_id(demo.runs("train")[-1])
     at = f"{mlflow_page}/#/experiments/1"
-    with look(f"{at}/runs", scheme, "mlflow-runs", says=MLFLOW_SAYS) as page:
+    with open_page(f"{at}/runs", scheme, "mlflow-runs", expected_errors=MLFLOW_ERRORS) as page:
         page.wait_for_selector("text=8 matching runs")
         page.wait_for_selector("a:has-text('demo-')")
-    with look(f"{at}/runs/{run}/model-metrics", scheme, "mlflow-metrics", says=MLFLOW_SAYS) as page:
+    with open_page(f"{at}/runs/{run}/model-metrics", scheme, "mlflow-metrics", expected_errors=MLFLOW_ERRORS) as page:
         page.set_viewport_size({"width": 1280, "height": 5000})  # charts outside the viewport are not drawn
         for name in ("loss", "grad_norm", "lr", "images_per_second"):
             page.wait_for_selector(f"text={name}")
@@ -137,12 +137,14 @@ def test_mlflow_shows_runs_curves_pictures_and_pages(demo, look, mlflow_page, sc
         page.keyboard.press("ArrowRight")  # moves the slider to the first image
         picture = page.wait_for_selector("img[src*='preview%2Bstep%2B4%2B']")
         page.wait_for_function("picture => picture.complete && picture.naturalWidth > 0", arg=picture)
-    with look(f"{at}/runs/{run}/system-metrics", scheme, "mlflow-system", says=MLFLOW_SAYS) as page:
+    with open_page(f"{at}/runs/{run}/system-metrics", scheme, "mlflow-system", expected_errors=MLFLOW_ERRORS) as page:
         page.wait_for_selector("text=cpu_utilization_percentage")
-    with look(f"{at}/runs/{run}/artifacts/summary.html", scheme, "mlflow-page", says=MLFLOW_SAYS) as page:
+    with open_page(
+        f"{at}/runs/{run}/artifacts/summary.html", scheme, "mlflow-page", expected_errors=MLFLOW_ERRORS
+    ) as page:
         frame = page.wait_for_selector("iframe").content_frame()
         frame.wait_for_selector("h2:text-is('Gradient norm')")
-    with look(f"{mlflow_page}/#/models/pixart", scheme, "mlflow-model", says=MLFLOW_SAYS) as page:
+    with open_page(f"{mlflow_page}/#/models/pixart", scheme, "mlflow-model", expected_errors=MLFLOW_ERRORS) as page:
         page.wait_for_selector("text=Version 1", state="attached")
 
 

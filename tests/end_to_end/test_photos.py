@@ -117,11 +117,11 @@ def test_stored_latents_decode_to_the_photos(home, shared_data):
         pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
         exact = decode_latents(vae, vae.encode(pixels).latent_dist.mean)
     stored = decode_latents(vae, store.read("latents", rows).astype(np.float32))
-    own = np.mean([psnr(a, b) for a, b in zip(images[rows], exact, strict=True)])
-    read = np.mean([psnr(a, b) for a, b in zip(images[rows], stored, strict=True)])
-    print(f"PSNR of the VAE {own:.2f} dB, of stored latents {read:.2f} dB")
-    assert own > 20
-    assert abs(own - read) < 0.1
+    direct_psnr = np.mean([psnr(a, b) for a, b in zip(images[rows], exact, strict=True)])
+    stored_psnr = np.mean([psnr(a, b) for a, b in zip(images[rows], stored, strict=True)])
+    print(f"PSNR of the VAE {direct_psnr:.2f} dB, of stored latents {stored_psnr:.2f} dB")
+    assert direct_psnr > 20
+    assert abs(direct_psnr - stored_psnr) < 0.1
     assert np.mean([psnr(a, b) for a, b in zip(direct, stored, strict=True)]) > 50  # other batches round differently
 
 
@@ -134,7 +134,7 @@ def test_both_losses_fall(home):
     assert np.mean(stage2[-20:]) < np.mean(stage2[:20])
 
 
-def test_conversion_goes_on_where_stage1_stopped(home):
+def test_conversion_continues_at_the_stage1_loss(home):
     """The loss of stage 2 in FP8 is within 1 % of stage 1's on the same batches.
 
     The error of its output is at most a quarter of that of the paper's method, which uses a single t.
@@ -166,7 +166,7 @@ def test_fp8_training_kept_its_plan_and_moved_its_scales(home):
     assert last.provenance["source_sha256"] == first.provenance["source_sha256"]
 
 
-def test_pictures_are_there_and_say_where_they_come_from(home):
+def test_sampled_images_exist_with_provenance(home):
     run = runs(home, "sample")[0]
     pictures = sorted((run / "samples").glob("*.png"))
     assert len(pictures) == 8
@@ -178,7 +178,7 @@ def test_pictures_are_there_and_say_where_they_come_from(home):
     assert Image.open(run / "samples.png").width > 8 * 100
 
 
-def test_fp8_weights_give_pictures(home):
+def test_fp8_weights_generate_images(home):
     """Images of the FP8 weights differ from those of the EMA weights only by the effect of rounding."""
     converted = Path(f"{checkpoints.find(runs(home, 'train')[0])}.fp8")
     pictures = []
@@ -198,9 +198,9 @@ def test_runs_are_in_mlflow(home):
 
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     for kind, count in (("caption", 1), ("latents", 1), ("train", 2), ("convert", 1), ("sample", 3)):
-        found = runs(home, kind)
-        assert len(found) == count
-        for run in found:
+        run_folders = runs(home, kind)
+        assert len(run_folders) == count
+        for run in run_folders:
             stored = client.get_run(run_id(run))
             assert stored.info.status == "FINISHED"
             assert stored.data.tags["pixart.job"] == kind

@@ -42,7 +42,7 @@ def vllm_profile(folder: Path) -> Path:
     return profile
 
 
-def test_as_a_job(tmp_path, tiny_qwen):
+def test_recaption_as_a_job(tmp_path, tiny_qwen):
     """A random model does not answer with text: each request is rewritten, or kept and logged as unchanged."""
     profile = vllm_profile(tmp_path)
     (tmp_path / "requests.txt").write_text("\n".join(REQUESTS[1:]) + "\n\n")
@@ -55,13 +55,13 @@ def test_as_a_job(tmp_path, tiny_qwen):
     check(pq.read_table(tmp_path / "out.parquet").to_pylist(), done.stderr)
 
 
-def check(found: list[dict[str, str]], told: str) -> None:
+def check(rows: list[dict[str, str]], log: str) -> None:
     """Assert that each request was rewritten, or kept with a problem that is logged."""
-    assert [each["request"] for each in found] == REQUESTS
-    assert found[1]["problem"] == "not answered"
-    for each in found:
-        assert (each["text"] == each["request"]) == bool(each["problem"])
-        assert (f"unchanged ({each['problem']}): {each['request']}" in told) == bool(each["problem"])
+    assert [row["request"] for row in rows] == REQUESTS
+    assert rows[1]["problem"] == "not answered"
+    for row in rows:
+        assert (row["text"] == row["request"]) == bool(row["problem"])
+        assert (f"unchanged ({row['problem']}): {row['request']}" in log) == bool(row["problem"])
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def server(tiny_qwen) -> Iterator[str]:
     process.wait(60)
 
 
-def test_by_a_server(tmp_path, server):
+def test_recaption_by_a_server(tmp_path, server):
     (tmp_path / "requests.txt").write_text("\n".join(REQUESTS))
     done = recaption(tmp_path, "--file", "requests.txt", "--output", "out.jsonl", "--server", server)
     assert done.returncode == 0, done.stdout + done.stderr

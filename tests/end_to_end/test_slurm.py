@@ -27,7 +27,7 @@ from slurm.devcluster import lifecycle
 from slurm.devcluster.cluster import DevCluster
 from slurm.devcluster.files import URGENT
 from slurm.task import ATTEMPTS, attempts
-from tests.support.cluster_fixture import accepted, slurm, task_processes, wait_until, was_told
+from tests.support.cluster_fixture import accepted, has_pending_signal, slurm, task_processes, wait_until
 from tests.support.recovery_times import RECOVERY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -83,11 +83,11 @@ def newest(home: Path, kind: str) -> Run:
     return runs.load(sorted(path for path in (home / "runs").iterdir() if f"-{kind}-" in path.name)[-1])
 
 
-def settle(run: Run, seconds: float = 600) -> dict[int, str]:
+def wait_for_end(run: Run, seconds: float = 600) -> dict[int, str]:
     """Wait for the end of a run and return the state of each element."""
 
     def ended() -> bool:
-        return not runs.under_way(runs.elements(run))
+        return not runs.is_active(runs.elements(run))
 
     wait_until(ended, seconds, f"the end of {run.folder.name}", interval=0.5)
     return {number: element.state for number, element in runs.elements(run).items()}
@@ -104,21 +104,21 @@ def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
     assert launch.main(["caption", "--array", "0-255"]) == 0
     run = newest(home, "caption")
     assert len(run.jobs) == 256
-    assert set(settle(run, 900).values()) == {"done"}
+    assert set(wait_for_end(run, 900).values()) == {"done"}
     assert ledger.shards(home / "datasets/demo", "caption") == set(range(256))
     assert {tuple(line["arguments"][0]) for line in attempts(run.folder)} == {(shard,) for shard in range(256)}
 
     assert launch.main(["latents", "--cluster", "local"]) == 0
     assert launch.main(["train", "--nodes", "4"]) == 0
     run = newest(home, "train")
-    wait_until(lambda: runs.progress(run)[0] >= 20, what="step 20 of 300")
+    wait_until(lambda: runs.progress(run)[0] >= 20, description="step 20 of 300")
     check_ranks(run, per_node=1)
     assert launch.main(["cancel"]) == 0
-    assert settle(run) == {0: "failed"}
+    assert wait_for_end(run) == {0: "failed"}
 
     submit(home, "train", "--nodes", "4", "--gpus-per-node", "2", settings={"stage1.steps": 10})
     run = newest(home, "train")
-    assert settle(run, 900) == {0: "done"}, runs.elements(run)
+    assert wait_for_end(run, 900) == {0: "done"}, runs.elements(run)
     assert runs.progress(run)[0] == 10
     check_ranks(run, per_node=2)
 
@@ -127,8 +127,10 @@ def check_ranks(run: Run, *, per_node: int) -> None:
     """Assert that the ranks of four nodes are on their nodes, in one group with one master."""
     nodes = {line["rank"]: line["node"] for line in attempts(run.folder)}
     assert nodes == {rank: f"n{rank // per_node + 1}" for rank in range(4 * per_node)}
-    told = [log.read_text() for log in run.logs(run.job_ids[0], "out")]
-    words = [re.search(r"rank ([0-9]+) of ([0-9]+), local rank ([0-9]+) of ([0-9]+), master (.*)", log) for log in told]
+    printed = [log.read_text() for log in run.logs(run.job_ids[0], "out")]
+    words = [
+        re.search(r"rank ([0-9]+) of ([0-9]+), local rank ([0-9]+) of ([0-9]+), master (.*)", log) for log in printed
+    ]
     found = [tuple(int(number) for number in match.groups()[:4]) for match in words]
     assert found == [(rank, 4 * per_node, rank % per_node, per_node) for rank in range(4 * per_node)]
     assert len({match[5] for match in words}) == 1
@@ -149,32 +151,34 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
     assert {number: element.state for number, element in runs.elements(run).items()} == dict.fromkeys(
         (1, 3, 4, 6, 7), "done"
     )
-    told = capsys.readouterr().out
-    assert "caption: begun\n" in told
-    assert "caption: done in" in told
-    assert "caption: 5 shards, 40 of 40 images valid" in told
+    printed = capsys.readouterr().out
+    assert "caption: begun\n" in printed
+    assert "caption: done in" in printed
+    assert "caption: 5 shards, 40 of 40 images valid" in printed
     starts = attempts(run.folder)
-    assert [(line["job"], line["arguments"]) for line in starts] == [(job, [list(own)]) for job, own in run.jobs]
+    assert [(line["job"], line["arguments"]) for line in starts] == [
+        (job, [list(elements)]) for job, elements in run.jobs
+    ]
 
 
-def test_a_dry_run_says_just_what_is_submitted_then_of_a_copy_of_the_code(profile, tmp_path, capsys):
+def test_dry_run_prints_the_later_submission_which_runs_a_code_snapshot(profile, tmp_path, capsys):
     words, settings = (
         ("caption", "--cluster", str(profile), "--array", "0,2"),
         {"data.num_shards": 4, "data.max_images": 16_000},
     )
     submit(tmp_path, *words, "--dry-run", settings=settings)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     submit(tmp_path, *words, settings=settings)
     run = newest(tmp_path, "caption")
     files = {name: (run.folder / name).read_text() for name in ("sbatch.txt", "config.json", "profile.json", "git.txt")}
-    assert told.replace("runs/RUN", f"runs/{run.folder.name}") == f"{files['sbatch.txt']}\n{files['config.json']}"
+    assert printed.replace("runs/RUN", f"runs/{run.folder.name}") == f"{files['sbatch.txt']}\n{files['config.json']}"
     job = run.job_of()[0]
-    wait_until(lambda: bool(task_processes(job)), what="a task")
+    wait_until(lambda: bool(task_processes(job)), description="a task")
     (copy,) = {Path(f"/proc/{pid}/cwd").resolve() for pid in task_processes(job)}
     assert copy == run.folder / "code-1"
     assert (copy / "jobs/launch.py").read_text() == Path(launch.__file__).read_text()
-    assert set(settle(run).values()) == {"done"}
+    assert set(wait_for_end(run).values()) == {"done"}
 
 
 PIPELINE = SMALL | {
@@ -198,7 +202,7 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
         "sample",
     ]
     last = newest(tmp_path, "sample")
-    assert settle(last, 600) == {0: "done"}
+    assert wait_for_end(last, 600) == {0: "done"}
     assert (last.folder / "samples.png").exists()
     started = sorted((path.parent for path in tmp_path.glob("runs/*/attempts.jsonl")), key=first_start)
     kinds = [folder.name.split("-")[2] for folder in started]
@@ -211,9 +215,9 @@ def test_a_pipeline_stops_where_an_element_fails(profile, tmp_path):
     submit(tmp_path, "init", "--cluster", str(profile), settings=settings)
     (tmp_path / "datasets/demo/captions/00003.parquet").mkdir(parents=True)  # blocks the output file of the element
     submit(tmp_path, "pipeline", "--cluster", str(profile), settings=settings)
-    assert settle(newest(tmp_path, "caption")) == {0: "done", 1: "done", 2: "done", 3: "failed"}
-    assert set(settle(newest(tmp_path, "latents")).values()) == {"failed"}
-    assert settle(newest(tmp_path, "sample")) == {0: "failed"}
+    assert wait_for_end(newest(tmp_path, "caption")) == {0: "done", 1: "done", 2: "done", 3: "failed"}
+    assert set(wait_for_end(newest(tmp_path, "latents")).values()) == {"failed"}
+    assert wait_for_end(newest(tmp_path, "sample")) == {0: "failed"}
     assert [path.parent.name.split("-")[2] for path in tmp_path.glob("runs/*/attempts.jsonl")] == ["caption"]
 
 
@@ -245,20 +249,20 @@ class Bench:
         submit(self.home, "retry", run.folder.name)
 
 
-def job_under_way(run: Run) -> str:
+def wait_for_active_job(run: Run) -> str:
     """Wait until the work itself has started, not only its imports, and return the job ID."""
     job = run.jobs[-1][0]
     if run.kind == "train":
-        wait_until(lambda: runs.progress(run)[0] >= 25, what="step 25")
+        wait_until(lambda: runs.progress(run)[0] >= 25, description="step 25")
         return job
-    wait_until(lambda: any(line["job"] == job for line in attempts(run.folder)), what="the first task")
+    wait_until(lambda: any(line["job"] == job for line in attempts(run.folder)), description="the first task")
     time.sleep(1.5 if run.kind == "caption" else 4)  # some seconds of the work of its shard
     return job
 
 
 def kill_a_task(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
     os.kill(task_processes(job)[-1], signal.SIGKILL)
-    settle(run)
+    wait_for_end(run)
     bench.retry(run)
 
 
@@ -283,7 +287,7 @@ def time_limit(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
     pids = task_processes(job)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: all(was_told(pid, signal.SIGUSR2) for pid in pids), 90, "the signal")
+    wait_until(lambda: all(has_pending_signal(pid, signal.SIGUSR2) for pid in pids), 90, "the signal")
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
@@ -297,7 +301,7 @@ def preempt(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
 
 def cancel(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
     submit(bench.home, "cancel", run.folder.name)
-    assert "failed" in settle(run).values()
+    assert "failed" in wait_for_end(run).values()
     bench.retry(run)
 
 
@@ -308,7 +312,7 @@ def restart_controller(bench: Bench, run: Run, job: str, cluster: DevCluster) ->
     the job.
     """
     begun = (run.folder / ATTEMPTS).stat().st_mtime
-    wait_until(lambda: (cluster.folder / "state/job_state").stat().st_mtime > begun, what="a saved state")
+    wait_until(lambda: (cluster.folder / "state/job_state").stat().st_mtime > begun, description="a saved state")
     cluster.restart_controller()
 
 
@@ -378,7 +382,7 @@ def undisturbed(make_bench) -> Callable[[str], dict[str, object]]:
     def run_it(kind: str) -> dict[str, object]:
         bench = make_bench(kind)
         run = bench.begin()
-        assert set(settle(run).values()) == {"done"}, runs.elements(run)
+        assert set(wait_for_end(run).values()) == {"done"}, runs.elements(run)
         return contents(bench, run)
 
     return run_it
@@ -393,16 +397,16 @@ def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, record_pr
     expected = undisturbed(kind)
     bench = make_bench(kind)
     run = bench.begin()
-    job = job_under_way(run)
+    job = wait_for_active_job(run)
     begun = time.monotonic()
     fault(bench, run, job, dev_cluster)
     run = runs.load(run.folder)
-    states = settle(run)
+    states = wait_for_end(run)
     assert set(states.values()) == {"done"}, runs.elements(run)
     record_property(RECOVERY, (fault.__name__, kind, time.monotonic() - begun))
-    found = contents(bench, run)
-    assert found.keys() == expected.keys()
-    assert all(found[name] == expected[name] for name in expected)
+    actual = contents(bench, run)
+    assert actual.keys() == expected.keys()
+    assert all(actual[name] == expected[name] for name in expected)
     assert not list(bench.dataset.rglob(".*"))
     if fault not in (kill_a_task, cancel, restart_controller):
         assert max(line["restart"] for line in attempts(run.folder)) >= 1
@@ -411,33 +415,33 @@ def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, record_pr
 # Retry and status
 
 
-def test_retry_submits_just_what_is_missing(profile, tmp_path, capsys):
+def test_retry_submits_only_missing_elements(profile, tmp_path, capsys):
     """Five of 64 elements are killed, two of them while running; status names the five, and retry submits them."""
     words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
     submit(tmp_path, *words, "--array", "0-63%4", settings={"data.num_shards": 64, "data.max_images": 16_000})
     run = newest(tmp_path, "caption")
     slurm("scancel", *(run.job_of()[shard] for shard in (40, 55, 63)))
-    wait_until(lambda: len(attempts(run.folder)) >= 2, what="two tasks")
+    wait_until(lambda: len(attempts(run.folder)) >= 2, description="two tasks")
     running = [line for line in attempts(run.folder)][:2]
     for line in running:
         os.kill(task_processes(line["job"])[-1], signal.SIGKILL)
     killed = sorted([line["arguments"][0][0] for line in running] + [40, 55, 63])
-    states = settle(run, 600)
+    states = wait_for_end(run, 600)
     assert sorted(shard for shard, state in states.items() if state == "failed") == killed
     capsys.readouterr()
     submit(tmp_path, "status", run.folder.name, code=1)
-    told = capsys.readouterr().out
-    assert re.findall("failed: shard ([0-9]+)", told) == [str(shard) for shard in killed]
+    printed = capsys.readouterr().out
+    assert re.findall("failed: shard ([0-9]+)", printed) == [str(shard) for shard in killed]
     submit(tmp_path, "retry", run.folder.name)
     again = runs.load(run.folder)
     assert sorted(shard for _, shards in again.jobs[len(run.jobs) :] for shard in shards) == killed
-    assert set(settle(again).values()) == {"done"}
+    assert set(wait_for_end(again).values()) == {"done"}
     submit(tmp_path, "retry", run.folder.name)
     assert len(runs.load(run.folder).jobs) == len(again.jobs)
 
 
 @pytest.mark.parametrize("accounting", [False, True])
-def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, tmp_path_factory, monkeypatch, accounting: bool):
+def test_status_agrees_with_slurm(dev_cluster, profile, tmp_path, tmp_path_factory, monkeypatch, accounting: bool):
     """While an array waits, runs, fails and ends, states equal those of squeue and, if available, of sacct."""
     cluster = dev_cluster
     if accounting:
@@ -452,9 +456,9 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, tmp_path_fact
         run = newest(tmp_path, "caption")
         slurm("scancel", run.job_of()[5])
         killed, seen = "", set[str]()
-        while (found := look(run))[1] or not killed:
-            told, _ = found
-            seen |= set(told.values())
+        while (observation := compare_states_with_squeue(run))[1] or not killed:
+            states, _ = observation
+            seen |= set(states.values())
             if not killed and attempts(run.folder):
                 killed = attempts(run.folder)[0]["job"]
                 os.kill(task_processes(killed)[-1], signal.SIGKILL)
@@ -465,7 +469,9 @@ def test_status_is_what_slurm_says(dev_cluster, profile, tmp_path, tmp_path_fact
             slurm("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
             completed = set(states) - {killed, run.job_of()[5]}
             # The accounting database is updated some time after squeue.
-            wait_until(lambda: completed_by_sacct(run) == completed, what=f"sacct to say COMPLETED of {completed}")
+            wait_until(
+                lambda: completed_by_sacct(run) == completed, description=f"sacct to say COMPLETED of {completed}"
+            )
     finally:
         if accounting:
             lifecycle.down(cluster.folder)
@@ -476,7 +482,7 @@ def completed_by_sacct(run: Run) -> set[str]:
     return {job for job, word in (line.split("|") for line in lines) if word == "COMPLETED"}
 
 
-def look(run: Run) -> tuple[dict[str, str], bool]:
+def compare_states_with_squeue(run: Run) -> tuple[dict[str, str], bool]:
     """Return the suite's states by job, and whether jobs are active, after comparing the states with squeue's.
 
     They are compared only if the output of squeue has not changed in the meantime.
@@ -488,23 +494,23 @@ def look(run: Run) -> tuple[dict[str, str], bool]:
         return {job: words[state] for job, state in (line.split() for line in lines) if job in run.job_of().values()}
 
     before = listed()
-    told = {element.job: element.state for element in runs.elements(run).values()}
+    states = {element.job: element.state for element in runs.elements(run).values()}
     if before == listed():
-        for job, state in told.items():
+        for job, state in states.items():
             # A job whose data is complete may still have a process that is exiting.
-            assert state == before.get(job, state) or (state == "done" and before[job] == "running"), (told, before)
+            assert state == before.get(job, state) or (state == "done" and before[job] == "running"), (states, before)
             assert job in before or state in ("done", "failed")
-    return told, bool(before)
+    return states, bool(before)
 
 
-def test_refusals_come_before_anything_is_written(dev_cluster, tmp_path, monkeypatch, capfd):
+def test_shapes_beyond_the_partition_are_refused_with_nothing_written(dev_cluster, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     profile = tmp_path / "odd.toml"
     before = {line.split()[0] for line in slurm("squeue", "--noheader").splitlines()}
     for text, message in (
         ('executor = "slurm"\npartition = "nowhere"\n', "no such partition"),
-        ('executor = "slurm"\npartition = "main"\ngpus_per_node = 9\n', "9 GPUs a node"),
-        ('executor = "slurm"\npartition = "main"\n[minutes]\ntrain = 2000\n', "2000 minutes"),
+        ('executor = "slurm"\npartition = "main"\ngpus_per_node = 9\n', "9 GPUs per node"),
+        ('executor = "slurm"\npartition = "main"\n[minutes]\ntrain = 2000\n', "minutes.train=2000"),
         ('executor = "slurm"\npartition = "main"\n', "5 nodes"),
     ):
         profile.write_text(text)

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs import progress
-from jobs.progress import ProgressLine, spoken
+from jobs.progress import ProgressLine, format_rate
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_line_now_and_then(clock, capsys):
+def test_plain_lines_are_printed_at_intervals(clock, capsys):
     with ProgressLine("caption", 40) as line:
         line.update(8)  # work done earlier does not count towards the rate
         for seconds, done in ((105, 10), (110, 18), (115, 20), (120, 28)):
@@ -28,7 +28,7 @@ def test_a_line_now_and_then(clock, capsys):
     ]
 
 
-def test_what_has_no_parts_says_how_long_it_has_run(clock, capsys):
+def test_line_without_progress_has_the_elapsed_time(clock, capsys):
     with ProgressLine("convert", 1) as line:
         line.update(0)
         clock[0] = 130.0
@@ -37,5 +37,5 @@ def test_what_has_no_parts_says_how_long_it_has_run(clock, capsys):
 
 
 @pytest.mark.parametrize(("rate", "words"), [(8.25, "8.2/s"), (0.5, "0.5/s"), (0.1, "6.0/min"), (0.0, "0.0/s")])
-def test_a_rate_has_digits(rate, words):
-    assert spoken(rate) == words
+def test_rate_format(rate, words):
+    assert format_rate(rate) == words

@@ -9,7 +9,7 @@ from tests.jobs.state.test_journal import steps
 MOST_SECONDS = 50e-6  # 1 % of a step of 5 ms
 
 
-def test_a_report_takes_less_than_a_hundredth_of_a_step(tmp_path):
+def test_journal_line_takes_less_than_a_hundredth_of_a_step(tmp_path):
     journal, values = Journal(tmp_path), {f"train/metric_{index}": index / 7 for index in range(8)}
     seconds = []
     for step in range(5000):

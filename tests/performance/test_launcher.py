@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_help_is_quick():
+def test_help_is_fast():
     """The fastest of three runs counts, because other processes may slow down the machine."""
     seconds = []
     for _ in range(3):

@@ -6,7 +6,7 @@ from pixart.model.dit import DiT
 from tests.pixart.training.test_loop import RecordingReporter, run_stage
 
 
-def test_the_loop_itself_is_quick(small_recipe, tmp_path, monkeypatch):
+def test_loop_overhead_is_small(small_recipe, tmp_path, monkeypatch):
     """At least 200 steps/s with a model that does nothing and with all metrics logged.
 
     The fastest of many intervals counts, because other processes also use this machine.

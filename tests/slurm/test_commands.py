@@ -8,16 +8,16 @@ from slurm import commands
 from slurm.commands import JobState, expand, parse, parse_minutes
 
 
-def test_listings_are_read():
+def test_parse_squeue_listing():
     listing = (
         "12_3|RUNNING|None\n12_[5-6,9%4]|PENDING|Resources\n13|CANCELLED by 1000|None\n14|FAILED|NonZeroExitCode\n"
     )
-    found = parse(listing)
-    assert found["12_3"] == JobState(state="RUNNING")
-    assert {job for job, state in found.items() if state.waiting} == {"12_5", "12_6", "12_9"}
-    assert found["12_9"].reason == "Resources"
-    assert {job for job, state in found.items() if state.over} == {"13", "14"}
-    assert found["13"].state == "CANCELLED"
+    states = parse(listing)
+    assert states["12_3"] == JobState(state="RUNNING")
+    assert {job for job, state in states.items() if state.pending} == {"12_5", "12_6", "12_9"}
+    assert states["12_9"].reason == "Resources"
+    assert {job for job, state in states.items() if state.ended} == {"13", "14"}
+    assert states["13"].state == "CANCELLED"
 
 
 def test_elements_of_an_array():
@@ -47,7 +47,7 @@ def test_local_jobs_are_processes_of_submitit():
         job.kill()
 
 
-def test_a_machine_without_slurm_is_named(monkeypatch):
+def test_error_without_slurm(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="no Slurm"):
         commands.states("slurm", ["1"])

@@ -17,7 +17,7 @@ def run(cluster: DevCluster, *words: str) -> str:
     return cluster.command(*words)
 
 
-def test_two_coexist_and_nothing_is_left(tmp_path):
+def test_two_clusters_coexist_and_leave_no_files(tmp_path):
     one = lifecycle.up(tmp_path / "one", nodes=2, gpus_per_node=8)
     try:
         other = lifecycle.up(tmp_path / "other", nodes=1, gpus_per_node=0, accounting=True)
@@ -56,8 +56,8 @@ def test_two_coexist_and_nothing_is_left(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["down"], "no cluster"),
-        (["status"], "no cluster"),
+        (["down"], "holds no cluster"),
+        (["status"], "holds no cluster"),
         (["up", "--folder", "with space"], "with space"),
         (["up", "--nodes", "0"], "--nodes"),
     ],

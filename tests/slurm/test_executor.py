@@ -11,7 +11,7 @@ import submitit
 from slurm import commands
 from slurm import profile as profiles
 from slurm.executor import Cluster, environment
-from slurm.task import RESULT, Left, attempts, stop_level
+from slurm.task import RESULT, TaskInterrupted, attempts, stop_level
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -21,19 +21,19 @@ def squares(elements: list[int]) -> list[tuple[int, int, str]]:
 
 
 def rank() -> tuple[int, int, str]:
-    found = submitit.JobEnvironment()
-    return found.global_rank, found.num_tasks, os.environ.get("MALLOC_TOP_PAD_", "")
+    environment = submitit.JobEnvironment()
+    return environment.global_rank, environment.num_tasks, os.environ.get("MALLOC_TOP_PAD_", "")
 
 
 def sleep() -> None:
     time.sleep(60)
 
 
-def until_asked() -> None:
+def until_signalled() -> None:
     while not stop_level():
         time.sleep(0.05)
     (Path(os.environ["SUBMITIT_FOLDER"]).parent / "saved").touch()
-    raise Left(stop_level())
+    raise TaskInterrupted(stop_level())
 
 
 @pytest.fixture
@@ -56,13 +56,13 @@ def gpus(elements: list[int]) -> str:
     return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def test_processes_of_an_array_have_a_gpu_each(local, tmp_path: Path):
+def test_array_processes_have_one_gpu_per_process(local, tmp_path: Path):
     cluster = Cluster(dataclasses.replace(local, array_parallelism=0, gpus_per_node=2), tmp_path)
     submitted = cluster.submit_array(cluster.array_shape("caption", range(6)), gpus)
     assert [(item.elements, item.job.result()) for item in submitted] == [((0, 2, 4), "0"), ((1, 3, 5), "1")]
 
 
-def test_ranks_of_nodes_are_processes_here(local, tmp_path: Path):
+def test_local_ranks_are_processes(local, tmp_path: Path):
     cluster = Cluster(local, tmp_path)
     job = cluster.submit_ranks(cluster.ranks_shape("train", 4, None), rank).job
     assert sorted(job.results()) == [(index, 4, "67108864") for index in range(4)]
@@ -75,7 +75,7 @@ def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
     """A cooperative task, which checks for the signal, saves before it ends; any other task is interrupted."""
     cluster = Cluster(local, tmp_path)
     shape = cluster.ranks_shape("train", 1, None)
-    job = cluster.submit_ranks(shape, until_asked if cooperative else sleep, cooperative=cooperative).job
+    job = cluster.submit_ranks(shape, until_signalled if cooperative else sleep, cooperative=cooperative).job
     while not attempts(tmp_path):
         time.sleep(0.05)
     time.sleep(0.5)
@@ -85,11 +85,11 @@ def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (tmp_path / RESULT).exists()
-    assert "left because the job is to end" in (tmp_path / "logs" / f"{job.job_id}_0_log.err").read_text()
+    assert "interrupted: the job is being terminated" in (tmp_path / "logs" / f"{job.job_id}_0_log.err").read_text()
     assert (tmp_path / "saved").exists() == cooperative
 
 
-def test_environment_is_put_back(monkeypatch):
+def test_environment_is_restored(monkeypatch):
     monkeypatch.setenv("PIXART_A", "mine")
     with environment({"PIXART_A": "theirs", "PIXART_B": "theirs"}):
         assert (os.environ["PIXART_A"], os.environ["PIXART_B"]) == ("theirs", "theirs")
@@ -97,16 +97,16 @@ def test_environment_is_put_back(monkeypatch):
     assert "PIXART_B" not in os.environ
 
 
-def test_what_is_set_already_stays_and_another_python_finds_this_code(monkeypatch, tmp_path):
+def test_local_environment_keeps_set_variables_and_adds_the_code_to_pythonpath(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    found = Cluster(profiles.load("local"), tmp_path).local_environment(processes=1)
-    assert "OMP_NUM_THREADS" not in found
-    assert found["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/elsewhere"
+    variables = Cluster(profiles.load("local"), tmp_path).local_environment(processes=1)
+    assert "OMP_NUM_THREADS" not in variables
+    assert variables["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/elsewhere"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in profiles.FOLDER.glob("*.toml") if path.stem != "local"))
-def test_sbatch_texts_are_held_whole(monkeypatch, name: str):
+def test_sbatch_scripts_equal_the_golden_files(monkeypatch, name: str):
     """The text passed to sbatch equals the golden file for each job of a profile.
 
     `REWRITE_GOLDEN=1` rewrites the golden files.
@@ -134,32 +134,32 @@ def test_sbatch_texts_are_held_whole(monkeypatch, name: str):
         assert text + "\n" == golden.read_text()
 
 
-def test_hostile_values_are_never_run(tmp_path: Path):
+def test_hostile_values_are_not_executed(tmp_path: Path):
     """The text runs in a shell with no-op srun and module, which print the values as literal arguments."""
-    nasty = f"$(touch {tmp_path}/ran) `touch {tmp_path}/ran` '\";touch {tmp_path}/ran;"
+    hostile = f"$(touch {tmp_path}/ran) `touch {tmp_path}/ran` '\";touch {tmp_path}/ran;"
     profile = dataclasses.replace(
         profiles.load("dev"),
-        environment={"VALUE": nasty},
-        modules=[nasty],
-        srun_args=[nasty],
-        partition=nasty,
-        container=nasty,
+        environment={"VALUE": hostile},
+        modules=[hostile],
+        srun_args=[hostile],
+        partition=hostile,
+        container=hostile,
     )
-    cluster = Cluster(profile, tmp_path / nasty.replace("/", "_"))
+    cluster = Cluster(profile, tmp_path / hostile.replace("/", "_"))
     text = cluster.sbatch_text(cluster.ranks_shape("train", 1, 1))
     stubs = 'srun() { printf "%s\\n" "$@"; }; module() { :; };\n'
     done = subprocess.run(["bash", "-c", stubs + text + '\nprintf "%s" "$VALUE"'], capture_output=True, text=True)
-    assert done.stdout.endswith(nasty), done
-    assert nasty in done.stdout.splitlines()
+    assert done.stdout.endswith(hostile), done
+    assert hostile in done.stdout.splitlines()
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("odd", ["line\nbreak", "nul\0"])
-def test_a_line_break_is_refused(odd: str, tmp_path: Path):
+@pytest.mark.parametrize("name", ["line\nbreak", "nul\0"])
+def test_a_line_break_is_refused(name: str, tmp_path: Path):
     """Directives are parsed line by line by sbatch, where quoting a line break has no effect."""
-    cluster = Cluster(dataclasses.replace(profiles.load("dev"), account=odd), tmp_path)
+    cluster = Cluster(dataclasses.replace(profiles.load("dev"), account=name), tmp_path)
     with pytest.raises(ValueError, match="account"):
         cluster.sbatch_text(cluster.ranks_shape("train", 1, 1))
-    cluster = Cluster(profiles.load("dev"), tmp_path / odd)
+    cluster = Cluster(profiles.load("dev"), tmp_path / name)
     with pytest.raises(ValueError, match="folder"):
         cluster.sbatch_text(cluster.ranks_shape("train", 1, 1))

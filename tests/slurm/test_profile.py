@@ -11,7 +11,7 @@ def test_shipped_profiles_load(monkeypatch):
     assert (b200.gpus_per_node, b200.gpu_type, b200.account) == (8, "b200", "group")
 
 
-def test_environment_is_needed_by_name(monkeypatch):
+def test_missing_environment_variable_is_named(monkeypatch):
     monkeypatch.delenv("SLURM_ACCOUNT", raising=False)
     with pytest.raises(ValueError, match="account needs the environment variable SLURM_ACCOUNT"):
         profiles.load("hpg-b200")
@@ -27,13 +27,13 @@ def test_environment_is_needed_by_name(monkeypatch):
         ('executor = "slurm"\narray_parallelism = -1', "array_parallelism = -1 must not be negative"),
         ('executor = "slurm"\nsetup = "module load"', "setup = 'module load' must be of type list"),
         ('executor = "slurm"\n[minutes]\ntrain = "1"', "minutes.train = '1' must be of type int"),
-        ('executor = "slurm"\n[minutes]\ntrian = 1', "minutes.trian is no job kind"),
+        ('executor = "slurm"\n[minutes]\ntrian = 1', "minutes.trian is not a job kind"),
         ('executor = "slurm"\nname = "x"', "unknown key 'name'"),
         ("partition = 'a'", "'executor' is missing"),
         ("executor = ", "profile"),
     ],
 )
-def test_mistakes_name_the_key(tmp_path, text, message):
+def test_errors_name_the_key(tmp_path, text, message):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
@@ -41,7 +41,7 @@ def test_mistakes_name_the_key(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_profile_names_those_there_are():
+def test_unknown_profile_error_lists_the_profiles():
     with pytest.raises(ValueError, match=r"'nowhere'.*hpg-b200, local"):
         profiles.load("nowhere")
 

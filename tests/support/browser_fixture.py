@@ -13,7 +13,7 @@ from slurm.devcluster import packages
 
 PACKAGES = {"chromium": "chromium fonts-dejavu-core"}
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-LAPTOP = {"width": 1280, "height": 800}
+VIEWPORT = {"width": 1280, "height": 800}
 
 
 def chromium() -> str:
@@ -37,37 +37,40 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def look(browser) -> Callable:
+def open_page(browser) -> Callable:
     """Context manager that opens a page and yields it.
 
-    `with look(url, "light", "name") as page:` has the viewport of a laptop. At the end a screenshot is saved, and an
-    error of the page fails the test unless it contains one of `says`.
+    `with open_page(url, "light", "name") as page:` has the viewport of a laptop. At the end a screenshot is saved, and
+    an error of the page fails the test unless it contains one of `expected_errors`.
     """
 
     @contextmanager
-    def look(url: str, scheme: str, name: str, says: Sequence[str] = ()) -> Iterator:
-        own = urlparse(url).netloc
-        context = browser.new_context(color_scheme=scheme, viewport=LAPTOP)
-        page, wrong = context.new_page(), []
-        page.on("console", lambda said: wrong.append(complaint(said)) if said.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda asked: wrong.append(f"asks for {asked.url}") if foreign(asked.url, own) else None)
+    def open_page(url: str, scheme: str, name: str, expected_errors: Sequence[str] = ()) -> Iterator:
+        host = urlparse(url).netloc
+        context = browser.new_context(color_scheme=scheme, viewport=VIEWPORT)
+        page, errors = context.new_page(), []
+        page.on("console", lambda message: errors.append(format_message(message)) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "request",
+            lambda request: errors.append(f"asks for {request.url}") if is_foreign(request.url, host) else None,
+        )
         page.goto(url)
         yield page
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / f"{name}-{scheme}.png", full_page=True)
         context.close()
-        assert [what for what in wrong if not any(known in what for known in says)] == []
+        assert [error for error in errors if not any(known in error for known in expected_errors)] == []
 
-    return look
+    return open_page
 
 
-def complaint(said) -> str:
+def format_message(message) -> str:
     """Return a console message with its URL, because the text does not name a missing file."""
-    return f"{said.text} ({said.location['url']})"
+    return f"{message.text} ({message.location['url']})"
 
 
-def foreign(url: str, own: str) -> bool:
+def is_foreign(url: str, host: str) -> bool:
     """Return whether a URL refers to another host."""
-    found = urlparse(url)
-    return found.scheme not in ("data", "blob", "about") and found.netloc != own
+    parsed = urlparse(url)
+    return parsed.scheme not in ("data", "blob", "about") and parsed.netloc != host

@@ -36,7 +36,7 @@ def dev_cluster(running_cluster: DevCluster) -> Iterator[DevCluster]:
 
 
 def wait_until(
-    condition: Callable[[], bool], seconds: float = 300, what: str = "the condition", *, interval: float = 0.1
+    condition: Callable[[], bool], seconds: float = 300, description: str = "the condition", *, interval: float = 0.1
 ) -> float:
     """Wait for a condition, which is checked every `interval` seconds, and return the seconds waited.
 
@@ -44,7 +44,7 @@ def wait_until(
     """
     begun = time.monotonic()
     while not condition():
-        assert time.monotonic() - begun < seconds, f"{what} did not come true in {seconds} s"
+        assert time.monotonic() - begun < seconds, f"{description} did not come true in {seconds} s"
         time.sleep(interval)
     return time.monotonic() - begun
 
@@ -53,18 +53,18 @@ def task_processes(job: str) -> list[int]:
     """Return the IDs of a job's Python processes on the current cluster, oldest first; a job is `12` or `12_3`."""
     main, _, element = job.partition("_")
     cluster = f"SLURM_CONF={os.environ['SLURM_CONF']}"
-    marks = [f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={element}"] if element else [f"SLURM_JOB_ID={main}"]
-    found = []
+    markers = [f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={element}"] if element else [f"SLURM_JOB_ID={main}"]
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
             words = (path / "cmdline").read_bytes().split(b"\0")
-            if b"submitit.core._submit" in words and b"srun" not in words[0] and {cluster, *marks} <= set(variables):
-                found.append(int(path.name))
-    return sorted(found)
+            if b"submitit.core._submit" in words and b"srun" not in words[0] and {cluster, *markers} <= set(variables):
+                pids.append(int(path.name))
+    return sorted(pids)
 
 
-def was_told(pid: int, number: signal.Signals) -> bool:
+def has_pending_signal(pid: int, number: signal.Signals) -> bool:
     """Return whether a stopped process has a signal pending, or has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -35,16 +35,16 @@ class MlflowServer:
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
         deadline = time.monotonic() + START_SECONDS
-        while not self.answers():
+        while not self.is_ready():
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
             assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
             time.sleep(0.1)
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         """Return whether the server responds."""
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-                return answer.status == 200
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as response:
+                return response.status == 200
         except OSError:
             return False
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from jobs.state.journal import Journal, read_journal
 
-SAVED = 5  # steps between two checkpoints
-PAUSE = 0.1  # seconds per step
+CHECKPOINT_STEPS = 5  # steps between two checkpoints
+STEP_SECONDS = 0.1  # seconds per step
 
 
 def metrics(task: int, step: int) -> dict[str, float]:
@@ -43,37 +43,37 @@ def work(run: Path, task: int, steps: int, begin: int) -> None:
     journal = Journal(run)
     for step in range(begin, steps):
         journal.metrics(point_step(task, step), metrics(task, step))
-        time.sleep(PAUSE)
+        time.sleep(STEP_SECONDS)
 
 
 def last_step(run: Path, task: int) -> int:
     """Return the last step that a task has reported, or 0."""
     lines, _ = read_journal(run)
-    own = [line["step"] % 1000 for line in lines if line["step"] // 1000 == task]
-    return max(own, default=0)
+    steps = [line["step"] % 1000 for line in lines if line["step"] // 1000 == task]
+    return max(steps, default=0)
 
 
-def start(run: Path, task: int, steps: int, gate: tuple[int, int] | None = None) -> int:
+def start(run: Path, task: int, steps: int, barrier: tuple[int, int] | None = None) -> int:
     """Fork a task and return its process ID; with the pipe `gate`, it waits until the parent closes the pipe."""
     child = os.fork()
     if not child:
-        if gate:
-            os.close(gate[1])
-            os.read(gate[0], 1)  # blocks until the parent closes the other end
-        work(run, task, steps, 0 if gate else last_step(run, task) // SAVED * SAVED)
+        if barrier:
+            os.close(barrier[1])
+            os.read(barrier[0], 1)  # blocks until the parent closes the other end
+        work(run, task, steps, 0 if barrier else last_step(run, task) // CHECKPOINT_STEPS * CHECKPOINT_STEPS)
         os._exit(0)
     return child
 
 
 def main(run: Path, tasks: int, steps: int, kills: int) -> None:
-    chance, gate = random.Random(0), os.pipe()
-    children = {start(run, task, steps, gate): task for task in range(tasks)}
-    os.close(gate[1])
+    chance, barrier = random.Random(0), os.pipe()
+    children = {start(run, task, steps, barrier): task for task in range(tasks)}
+    os.close(barrier[1])
     killed = 0
     while children:
         chosen = -1
         if killed < kills:
-            time.sleep(chance.uniform(0, PAUSE / 4))
+            time.sleep(chance.uniform(0, STEP_SECONDS / 4))
             chosen = chance.choice(list(children))
             os.kill(chosen, signal.SIGKILL)
         child, status = os.waitpid(chosen, 0)

@@ -29,12 +29,12 @@ def verify(launch: Launch) -> str:
     altered = {job: shards for job, shards in runs.result(submitted).items() if shards}
     if not altered:
         return f"verified: every file of {launch.dataset} matches its ledger"
-    what = "; ".join(f"{job} {len(shards)} shards, such as {shards[0]}" for job, shards in altered.items())
+    summary = "; ".join(f"{job} {len(shards)} shards, such as {shards[0]}" for job, shards in altered.items())
     following = next(iter(altered))
     if is_adopted(manifest):
         following = f"adopt {shlex.quote(manifest['data']['source'])}"
     return (
-        f"altered: {what}; they no longer count as done\n"
+        f"altered: {summary}; they no longer count as done\n"
         f"next: python -m jobs.launch {following} --dataset {launch.dataset}"
     )
 

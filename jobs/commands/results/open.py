@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jobs.commands.options import Command, RunOptions, option
 from jobs.reports import run_pages
 from jobs.state import run as runs
-from jobs.tracking.sync import gather
+from jobs.tracking.sync import update_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Options(RunOptions):
 def run(options: Options) -> int:
     opened = runs.find(runs.home(options.home), options.run)
     if opened.writable:
-        gather(opened, pages=True)
+        update_folder(opened, pages=True)
     path = run_pages.main_page(opened)
     print(path)
     if not options.print_only and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

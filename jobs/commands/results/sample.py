@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.commands.data.recaption import print_problems, rewrite_by_server, submit_recaption
-from jobs.commands.launching import launching, read_recipe
+from jobs.commands.launching import launching, read_recipe, resolve_paths
 from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, argument, option, positive
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
 from jobs.commands.results.sampling_checks import check_model, class_index
@@ -23,14 +23,31 @@ from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
 from jobs.submission.submit import describe_submission
 from jobs.submission.wait import dependencies
+from pixart.config.dataset import DataConfig
 from pixart.config.overrides import apply
+from pixart.config.recipe import Recipe
+
+BASE_LATENT_SIZE = "model.base_latent_size="  # read for files that do not record it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RecipeOptions, SubmissionOptions):
     """The options of `sample`."""
 
-    checkpoint: str = argument("CHECKPOINT", help="Checkpoint directory, run folder, or FP8 export (inference/).")
+    checkpoint: str = argument(
+        "CHECKPOINT",
+        help="Checkpoint directory, run folder, FP8 export (inference/), or any checkpoint that `convert` reads.",
+    )
+    vae: str | None = option(
+        "--vae",
+        metavar="MODEL",
+        help="VAE by folder or hub name, to sample without a dataset (default: the dataset's).",
+    )
+    text_encoder: str | None = option(
+        "--text-encoder",
+        metavar="MODEL",
+        help="Text encoder by folder or hub name, to sample without a dataset (default: the dataset's).",
+    )
     prompts: tuple[str, ...] = option(
         "--prompt",
         metavar="TEXT",
@@ -73,6 +90,11 @@ class Options(RecipeOptions, SubmissionOptions):
         metavar="MODEL",
         help="Model for --recaption, by folder or hub name (default: the recipe's captioner, or the server's).",
     )
+    frames: bool = option(
+        "--frames",
+        default=False,
+        help="Also write the image of each step and a GIF of them (default: only the final images).",
+    )
     export_pipeline: str | None = option(
         "--export-pipeline",
         metavar="FOLDER",
@@ -89,24 +111,7 @@ def run(options: Options) -> int:
 
 def sample(launch: Launch, options: Options) -> str:
     """Check the options against the checkpoint and the dataset, and submit the sampling."""
-    checkpoint, record = find_weights(options.checkpoint)
-    is_inference = (checkpoint / INFERENCE).exists()
-    check_options(options, checkpoint, record["stage"], is_inference)
-    manifest = open_training_dataset(launch, options, checkpoint, record)
-    model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
-    check_model(model, manifest, launch.dataset)
-    check_latents(str(checkpoint), record, launch.dataset, manifest)
-    prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
-    if options.recaption and not prompts:
-        raise ValueError("--recaption rewrites prompts; give --prompt or --file")
-    request = SamplingRequest(
-        checkpoint=checkpoint,
-        prompts=prompts,
-        classes=[class_index(name, manifest["class_names"], model["num_classes"]) for name in options.classes],
-        images_per_prompt=options.images_per_prompt,
-        weights=options.weights,
-        export=Path(options.export_pipeline).absolute() if options.export_pipeline else None,
-    )
+    request = make_request(launch, options)
     after: list[str] = []
     if options.recaption and not launch.dry_run:
         request, after = rewrite_prompts(launch, options, request)
@@ -114,6 +119,43 @@ def sample(launch: Launch, options: Options) -> str:
     if not launch.wait:
         return describe_submission(submitted)
     return f"{describe_samples(runs.result(submitted))}\nnext: python -m jobs.launch lineage {submitted.folder.name}"
+
+
+def make_request(launch: Launch, options: Options) -> SamplingRequest:
+    """Return what to sample, and set the recipe's `data` to the dataset, or to the models that the options name.
+
+    Raises ValueError if the options do not fit each other, the checkpoint or the dataset, as far as that can be checked
+    without torch.
+    """
+    checkpoint, record = find_weights(options.checkpoint)
+    is_inference = (checkpoint / INFERENCE).exists()
+    check_options(options, checkpoint, record["stage"] if record else None, is_inference)
+    class_names: list[str] = []
+    num_classes = None
+    if options.vae or options.text_encoder:
+        launch.recipe = without_dataset(launch.recipe, options)
+    else:
+        manifest = open_training_dataset(launch, options, checkpoint, record)
+        class_names = manifest["class_names"]
+        if record:
+            model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
+            check_model(model, manifest, launch.dataset)
+            check_latents(str(checkpoint), record, launch.dataset, manifest)
+            num_classes = model.get("num_classes")
+    prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
+    if options.recaption and not prompts:
+        raise ValueError("--recaption rewrites prompts; give --prompt or --file")
+    names_size = any(item.startswith(BASE_LATENT_SIZE) for item in options.overrides)
+    return SamplingRequest(
+        checkpoint=checkpoint,
+        prompts=prompts,
+        classes=[class_index(name, class_names, num_classes) for name in options.classes],
+        images_per_prompt=options.images_per_prompt,
+        weights=options.weights,
+        base_latent_size=launch.recipe.model.base_latent_size if names_size else None,
+        frames=options.frames,
+        export=Path(options.export_pipeline).absolute() if options.export_pipeline else None,
+    )
 
 
 def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) -> tuple[SamplingRequest, list[str]]:
@@ -130,8 +172,28 @@ def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) 
     return replace(request, rewritten=job.folder / "rewritten.jsonl"), dependencies(launch, job)
 
 
-def check_options(options: Options, checkpoint: Path, stage: int, is_inference: bool) -> None:
-    """Check the options. Raises ValueError if some exclude each other or do not fit the checkpoint."""
+def without_dataset(recipe: Recipe, options: Options) -> Recipe:
+    """Return the recipe with the VAE and the text encoder of the options, and an empty path of the dataset.
+
+    The other keys of `data` have their defaults, and not the recipe's, unless an override sets them. Raises ValueError
+    if the options name a dataset too, or do not name the VAE.
+    """
+    if options.names_dataset:
+        raise ValueError("--vae and --text-encoder replace the dataset; give either these or --dataset")
+    if not options.vae:
+        raise ValueError("--text-encoder: without a dataset, the VAE is needed too; give --vae")
+    overrides = [item for item in options.overrides if item.startswith("data.")]
+    data = DataConfig(path="", vae=options.vae)
+    if options.text_encoder:
+        data = replace(data, text_encoder=options.text_encoder)
+    return resolve_paths(apply(replace(recipe, data=data), overrides))
+
+
+def check_options(options: Options, checkpoint: Path, stage: int | None, is_inference: bool) -> None:
+    """Check the options; the stage is None if it is not known.
+
+    Raises ValueError if some exclude each other or do not fit the checkpoint.
+    """
     by_text = {"--prompt": options.prompts, "--file": options.file, "--recaption": options.recaption}
     text_flag = next((flag for flag, value in by_text.items() if value), None)
     if stage == 1 and text_flag:
@@ -159,17 +221,25 @@ def check_export(folder: str, checkpoint: Path, is_inference: bool) -> None:
         raise ValueError(f"--export-pipeline {folder}: lies below a file; name a new folder")
 
 
-def open_training_dataset(launch: Launch, options: Options, checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
+def open_training_dataset(
+    launch: Launch, options: Options, checkpoint: Path, record: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return the manifest of the dataset that the options name, else of the one that the checkpoint was trained on.
 
     Sampling needs it for the VAE and the text encoder. Raises ValueError if the dataset is unknown or does not exist.
     """
     if not options.names_dataset:
-        if not record["dataset"]:
-            raise ValueError(f"{checkpoint} names no dataset, which says the VAE and the text encoder; give --dataset")
+        if not record or not record["dataset"]:
+            raise ValueError(
+                f"{checkpoint}: names no dataset, whose VAE and text encoder are needed; give --dataset, or --vae and, "
+                "for stage 2, --text-encoder"
+            )
         launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
     if ledger.manifest(launch.dataset) is None:
-        raise ValueError(f"dataset {launch.dataset} does not exist; give its present place by --dataset")
+        raise ValueError(
+            f"dataset {launch.dataset} does not exist; give its present path by --dataset, or --vae and, for stage 2, "
+            "--text-encoder"
+        )
     return open_dataset(launch)
 
 

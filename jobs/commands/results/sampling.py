@@ -22,6 +22,8 @@ class SamplingRequest:
     weights: str = "ema"
     rewritten: Path | None = None  # file that an earlier job writes the prompts to
     export: Path | None = None  # folder of a diffusers pipeline
+    base_latent_size: int | None = None  # of a checkpoint that does not record it
+    frames: bool = False  # whether to write the image of each step
 
 
 def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[str] = ()) -> Run:
@@ -38,6 +40,8 @@ def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[st
             "weights": request.weights,
             "rewritten": str(request.rewritten) if request.rewritten else None,
             "export": str(request.export) if request.export else None,
+            "base_latent_size": request.base_latent_size,
+            "frames": request.frames,
         },
         parameters={
             "checkpoint": str(request.checkpoint),

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jobs.tasks.sample import NULL_LABEL
+
 NULL_CLASS = "none"
 MAX_LISTED = 8  # class names listed in an error
 
@@ -22,12 +24,20 @@ def check_model(model: dict[str, Any], manifest: dict[str, Any], dataset: str) -
         )
 
 
-def class_index(name: str, class_names: Sequence[str], num_classes: int) -> int:
-    """Return the index of a class by its name, its index or `none`. Raises ValueError for an unknown class."""
+def class_index(name: str, class_names: Sequence[str], num_classes: int | None) -> int:
+    """Return the index of a class by its name, its index or `none`.
+
+    Where `num_classes` is not known, `none` is NULL_LABEL, and the job checks the index. Raises ValueError for an
+    unknown class.
+    """
     if name in class_names:
         return list(class_names).index(name)
     if name == NULL_CLASS:
-        return num_classes - 1
+        return NULL_LABEL if num_classes is None else num_classes - 1
+    if num_classes is None:
+        if not (name.isascii() and name.isdecimal()):
+            raise ValueError(f"--class {name}: without a dataset, a class is given by its index, or is {NULL_CLASS}")
+        return int(name)
     last = (len(class_names) or num_classes - 1) - 1
     if name.isascii() and name.isdecimal() and int(name) <= last:
         return int(name)

@@ -41,7 +41,7 @@ def run(options: Options) -> int:
     jobs = sorted(set(job_of.values())) if options.shard is None else [job_of[options.shard]]
     ends = print_new(find_logs(shown, jobs), {})
     try:
-        while options.follow and runs.under_way(runs.elements(shown)):
+        while options.follow and runs.is_active(runs.elements(shown)):
             time.sleep(FOLLOW_SECONDS)
             ends = print_new(find_logs(shown, jobs), ends)
     except KeyboardInterrupt:

@@ -33,10 +33,10 @@ def retry(launch: Launch, failed: Run) -> str:
     resubmitted, elements = resubmit(launch, failed)
     if not elements:
         return f"nothing to do: every element of {failed.folder.name} is done or active"
-    what = f"{len(elements)} of {resubmitted.total} shards" if resubmitted.elements else resubmitted.kind
+    subject = f"{len(elements)} of {resubmitted.total} shards" if resubmitted.elements else resubmitted.kind
     if launch.wait:
-        return f"{what} done"
-    return f"submitted {what} again as {resubmitted.jobs[-1][0].partition('_')[0]}"
+        return f"{subject} done"
+    return f"submitted {subject} again as {resubmitted.jobs[-1][0].partition('_')[0]}"
 
 
 COMMAND = Command(Options, run)

@@ -6,13 +6,13 @@ The state comes from the data, and from Slurm if there is no data yet. The exit 
 from collections import Counter
 
 from jobs.commands.options import Command, RunOptions
-from jobs.progress import spoken
+from jobs.progress import format_rate
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
-from jobs.tracking.mlflow_store import behind
-from jobs.tracking.sync import publish_in_background, settle
+from jobs.tracking.mlflow_store import needs_sync
+from jobs.tracking.sync import set_final_status, sync_in_background
 from slurm.task import attempts
 
 MAX_FAILURES = 10  # failed elements that are listed
@@ -25,9 +25,9 @@ def run(options: RunOptions) -> int:
     elements = runs.elements(shown)
     print_status(shown, elements)
     if shown.writable and (shown.folder / METADATA_FILE).exists():
-        settle(shown, elements)
-        if behind(shown.folder):
-            publish_in_background(home, [shown.folder])
+        set_final_status(shown, elements)
+        if needs_sync(shown.folder):
+            sync_in_background(home, [shown.folder])
     return 1 if any(element.state == "failed" for element in elements.values()) else 0
 
 
@@ -54,13 +54,13 @@ def print_status(run: Run, elements: dict[int, Element]) -> None:
         if counts[state]:
             table.add_row(Text(state, style), str(counts[state]), Text(notes.get(state, "")))
     console.print(table)
-    active = runs.under_way(elements)
+    active = runs.is_active(elements)
     if run.kind == "train":
         console.print(describe_steps(run, active=active), markup=False)
     failed = [(number, element) for number, element in elements.items() if element.state == "failed"]
     for number, element in failed[:MAX_FAILURES]:
-        what = f"shard {number}" if run.elements else run.kind
-        console.print(f"failed: {what}, job {element.job}: {element.note}", markup=False)
+        subject = f"shard {number}" if run.elements else run.kind
+        console.print(f"failed: {subject}, job {element.job}: {element.note}", markup=False)
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
     following = "retry" if failed else "status" if active else "open"
@@ -72,7 +72,7 @@ def describe_steps(run: Run, *, active: bool) -> str:
     step, note = runs.progress(run)
     parts = [f"step {step} of {run.total}", note]
     if active and (seconds := runs.seconds_per_step(run)):
-        parts.append(f"{spoken(1 / seconds)}, {(run.total - step) * seconds / 60:.1f} minutes left")
+        parts.append(f"{format_rate(1 / seconds)}, {(run.total - step) * seconds / 60:.1f} minutes left")
     return ", ".join(filter(None, parts))
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from jobs.commands.options import Command, CommonOptions, argument
 from jobs.state import run as runs
-from jobs.tracking.mlflow_store import Tracker, behind
-from jobs.tracking.sync import publish, settle
+from jobs.tracking.mlflow_store import Tracker, needs_sync
+from jobs.tracking.sync import set_final_status, sync_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,13 @@ def run(options: Options) -> int:
     home = runs.home(options.home)
     folders = [runs.find(home, options.run).folder] if options.run else runs.folders(home)
     if not folders:
-        raise ValueError(f"there are no runs in {home}")
+        raise ValueError(f"--home {home}: has no runs; run a job such as 'caption' first")
     tracker, sent = Tracker(home), 0
     for folder in folders:
         loaded = runs.load(folder)
-        settle(loaded, runs.elements(loaded))
-        if options.run or behind(folder):
-            publish(tracker, folder)
+        set_final_status(loaded, runs.elements(loaded))
+        if options.run or needs_sync(folder):
+            sync_folder(tracker, folder)
             sent += 1
     print(f"synchronized {sent} of {len(folders)} runs with {tracker.uri}; the others were up to date")
     return 0

@@ -175,7 +175,7 @@ class VllmCaptioner:
             if in_flight:  # the consumer stopped early: the next stream must not receive these outputs
                 with suppress(Exception):  # a dead engine must not hide the exception that ended the stream
                     self._engine.llm_engine.abort_request(
-                        [each.engine_id for each in in_flight.values()], internal=True
+                        [pending.engine_id for pending in in_flight.values()], internal=True
                     )
 
     def _enqueue(self, request: CaptionRequest, attempt: int, in_flight: "dict[str, InFlight]") -> None:

@@ -257,10 +257,10 @@ def test_error_curves():
     report["reparameterization"]["output_error"]["paper"][0] = math.nan
     html = page(report)
     assert len(marks(plots(html)[0])) == 2 * len(T) - 1
-    assert "1 values are missing or not finite" in html
+    assert "1 missing or non-finite values are not drawn" in html
 
 
-def test_stage_that_is_kept():
+def test_conversion_keeps_the_stage_on_request():
     report = make_report()
     without_stage1(report)
     html = page(report)
@@ -285,7 +285,7 @@ def test_recipe_without_stored_scales():
     stateless(report)
     html = page(report)
     assert len(plots(html)) == 2
-    assert "there are no values" in html
+    assert "No values to plot" in html
     assert "orward only leaves" not in html
     assert "calibrated</li>" not in html
     assert "mxfp8</li>" in html

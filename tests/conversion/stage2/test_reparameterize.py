@@ -66,7 +66,7 @@ def test_paper_strategy_is_exact_at_its_t_for_any_text(stage1, latents):
 
 
 @pytest.mark.slow
-def test_each_strategy_improves_on_the_one_before(stage1, latents):
+def test_strategies_improve_in_order(stage1, latents):
     """The output error under the training distribution of t falls by a factor each time, the samples' error too."""
     model = load_model(stage1.config, stage1.model)
     modulations, _ = find_modulations(stage1, model, "distilled", latents)

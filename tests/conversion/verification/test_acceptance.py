@@ -31,7 +31,7 @@ def test_gradient_cosine():
 
 
 @pytest.mark.parametrize(("tokens_per_pass", "batches_in_pass"), [(1, 1), (32, 2), (4096, 3)])
-def test_results_do_not_depend_on_how_batches_share_passes(monkeypatch, stage1, tokens_per_pass, batches_in_pass):
+def test_results_do_not_depend_on_the_batches_per_pass(monkeypatch, stage1, tokens_per_pass, batches_in_pass):
     batches = synthetic_batches(stage1.config, 48, 3, 1)  # 16 tokens each
     model, copy = (load_model(stage1.config, stage1.model) for _ in range(2))
     plan = Plan(linears=LINEARS, history=4)

@@ -47,7 +47,7 @@ def dry_run(capsys, *words):
     return from_json(capsys.readouterr().out)
 
 
-def test_a_file_sets_what_the_command_line_leaves_out(folder, capsys):
+def test_file_sets_options_missing_on_the_command_line(folder, capsys):
     recipe = dry_run(capsys)
     assert (recipe.name, recipe.data.path) == ("xl", str(folder / "from-file"))
     assert (recipe.stage1.steps, recipe.stage1.lr, recipe.sample.steps) == (70, 0.5, 3)
@@ -122,7 +122,7 @@ def test_convert_calibrates_on_the_dataset_of_the_file():
     ],
 )
 @pytest.mark.parametrize("command", ["train", "status"])
-def test_a_wrong_file_is_one_line_exit_2_and_nothing_written(folder, capsys, command, text, message):
+def test_invalid_file_is_refused_in_one_line_with_nothing_written(folder, capsys, command, text, message):
     (folder / "run.toml").write_text(text or TEXT)
     before = sorted(folder.rglob("*"))
     assert launch.main([command, "--config", "run.toml" if text else "nowhere.toml"]) == 2

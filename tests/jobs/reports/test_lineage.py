@@ -10,7 +10,7 @@ from pixart.data.manifest import Manifest
 
 
 @pytest.mark.parametrize(
-    ("prompt", "instruction"), [(prompt_hash(INSTRUCTION), INSTRUCTION), ("00000000", "another version's")]
+    ("prompt", "instruction"), [(prompt_hash(INSTRUCTION), INSTRUCTION), ("00000000", "of another version")]
 )
 def test_the_captioner_and_its_prompt(tmp_path, prompt, instruction):
     data = DataConfig(path=str(tmp_path / "data"), captioner="vllm", caption_model="some/model")

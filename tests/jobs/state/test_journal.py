@@ -17,7 +17,7 @@ def steps(run: Path) -> list[int]:
     return [line["step"] for line in read_journal(run)[0]]
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
+def test_line_truncated_by_a_kill_is_skipped(tmp_path):
     """A partial line is skipped while it is being written and after the next attempt has opened its journal."""
     for name in (None, "shared"):
         run = tmp_path / str(name)
@@ -32,17 +32,17 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
         assert steps(run) == [1, 2]
 
 
-def test_cut_lines_at_every_byte(tmp_path):
+def test_line_truncated_at_every_byte(tmp_path):
     """A partial line is never read, whichever part of it remains after a crash of the node."""
     line = b'{"time": 17.5, "step": 3, "metrics": {"a": 1.5}}\n'
-    whole = b'{"time": 18.5, "step": 4, "metrics": {"a": 2.5}}\n'
+    complete = b'{"time": 18.5, "step": 4, "metrics": {"a": 2.5}}\n'
     for cut in range(len(line)):
         run = tmp_path / str(cut)
         (run / "journal").mkdir(parents=True)
-        (run / "journal/1.jsonl").write_bytes(whole + line[:cut])
-        (run / "journal/2.jsonl").write_bytes(line[cut:] + b"\0" * 7 + b"\n" + whole)
-        found = list(points(read_journal(run)[0], set()))
-        assert found == [("a", 2.5, 18.5, 4)] if cut else [("a", 2.5, 18.5, 4), ("a", 1.5, 17.5, 3)]
+        (run / "journal/1.jsonl").write_bytes(complete + line[:cut])
+        (run / "journal/2.jsonl").write_bytes(line[cut:] + b"\0" * 7 + b"\n" + complete)
+        read = list(points(read_journal(run)[0], set()))
+        assert read == [("a", 2.5, 18.5, 4)] if cut else [("a", 2.5, 18.5, 4), ("a", 1.5, 17.5, 3)]
 
 
 def test_lines_are_read_between_two_ends(tmp_path):
@@ -61,7 +61,11 @@ def test_lines_are_read_between_two_ends(tmp_path):
 def test_fp8_metrics_are_summarized_by_their_extremes():
     """Headroom is critical where it is low, saturation where it is high."""
     names = [f"dit_blocks.{block}.mlp.linear1.input" for block in range(3)]
-    metrics = {f"fp8/{what}/{name}": float(value) for what in ("headroom", "scale") for value, name in enumerate(names)}
+    metrics = {
+        f"fp8/{description}/{name}": float(value)
+        for description in ("headroom", "scale")
+        for value, name in enumerate(names)
+    }
     assert summarized({"train/loss": 0.5, **metrics, "fp8/saturation_rate/a.grad_output": 0.25}) == {
         "train/loss": 0.5,
         "fp8/headroom/input_min": 0.0,
@@ -96,6 +100,6 @@ def test_256_tasks_at_once_of_which_50_are_killed(tmp_path):
     words = [sys.executable, "-m", "tests.support.reporting_tasks", str(tmp_path), "256", "20", "50"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "256 tasks done, 50 kills\n"), done.stderr
-    found = {(key, step): value for key, value, _, step in points(read_journal(tmp_path)[0], set())}
-    assert found == reporting_tasks.expected(256, 20)
-    assert len(list(points(read_journal(tmp_path)[0], set()))) == len(found)
+    read = {(key, step): value for key, value, _, step in points(read_journal(tmp_path)[0], set())}
+    assert read == reporting_tasks.expected(256, 20)
+    assert len(list(points(read_journal(tmp_path)[0], set()))) == len(read)

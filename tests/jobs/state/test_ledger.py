@@ -18,7 +18,7 @@ def dataset(small_recipe, tmp_path) -> str:
     return str(tmp_path / "dataset")
 
 
-def test_entries_say_what_is_there(dataset):
+def test_entries_record_the_finished_shards(dataset):
     entries = ledger.entries(dataset, "latents", [0, 1, 2, 3, 9])
     assert sorted(entries) == [0, 1, 2, 3]
     assert all((entry.rows, entry.valid) == (16, 16) for entry in entries.values())
@@ -27,7 +27,7 @@ def test_entries_say_what_is_there(dataset):
     assert entries[0].inputs == captions.checksum
 
 
-def test_what_is_done_is_left_alone(dataset):
+def test_finished_shards_are_skipped(dataset):
     part = caption.part_path(dataset, 1)
     before = part.stat().st_mtime_ns, ledger.path(dataset, "latents", 1).stat().st_mtime_ns
     caption.run(dataset, [1])
@@ -48,7 +48,7 @@ def test_a_retry_gives_the_same_bytes(dataset):
         assert dataclasses.replace(again, seconds=0) == dataclasses.replace(entry, seconds=0)
 
 
-def test_captions_of_another_manifest_are_made_again(dataset):
+def test_captions_of_another_manifest_are_recreated(dataset):
     entry = ledger.read(dataset, "caption", 0)
     ledger.record(dataset, "caption", 0, dataclasses.replace(entry, manifest="other"))
     assert not caption.complete(dataset, manifests.read(dataset).hash, 0)
@@ -59,11 +59,11 @@ def test_captions_of_another_manifest_are_made_again(dataset):
 def test_changed_captions_are_noticed(dataset):
     caption.part_path(dataset, 3).write_bytes(caption.part_path(dataset, 2).read_bytes())
     ledger.path(dataset, "latents", 3).unlink()
-    with pytest.raises(ValueError, match="is not what the ledger says"):
+    with pytest.raises(ValueError, match="does not match the ledger"):
         latents.run(dataset, [3])
 
 
-def test_one_bad_shard_does_not_keep_the_others(dataset):
+def test_failed_shard_does_not_stop_the_others(dataset):
     for shard in range(4):
         ledger.path(dataset, "latents", shard).unlink()
     caption.part_path(dataset, 1).write_bytes(b"")
@@ -102,7 +102,7 @@ def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
     assert ledger.read(data.path, "latents", 1).valid == 2
 
 
-def test_only_what_was_made_of_what_is_there_now_counts(tmp_path):
+def test_only_entries_of_the_present_inputs_are_current(tmp_path):
     entry = ledger.Entry(manifest="m", inputs="", rows=2, valid=2, checksum="a", seconds=1.0, versions={})
     for shard in range(5):
         ledger.record(tmp_path, "caption", shard, entry)
@@ -116,11 +116,11 @@ def test_only_what_was_made_of_what_is_there_now_counts(tmp_path):
     assert ledger.current(tmp_path, "caption", shards, "m") == {0, 1, 3, 4}
     assert ledger.current(tmp_path, "latents", shards, "m") == {0}
     assert ledger.shards(tmp_path, "latents") == {0, 1, 2, 3, 4}
-    ledger.forget_others(tmp_path, "latents", [0, 1, 4, 5], "m")
+    ledger.drop_stale_entries(tmp_path, "latents", [0, 1, 4, 5], "m")
     assert ledger.shards(tmp_path, "latents") == {0, 2, 3}
 
 
-def test_write_atomically_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_write_atomically_leaves_no_temporary_file(tmp_path, monkeypatch):
     target = tmp_path / "file"
     ledger.write_atomically(target, "one")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))

@@ -56,7 +56,7 @@ def test_a_run_is_read_as_it_was_saved(tmp_path):
     assert run.job_ids == ["12", "13"]
 
 
-def test_runs_are_found_by_parts_of_their_names(tmp_path):
+def test_find_run_by_part_of_its_name(tmp_path):
     with pytest.raises(ValueError, match="no runs"):
         runs.find(tmp_path, None)
     for name in ("1-caption-aa", "2-latents-bb", "3-latents-cc"):
@@ -69,21 +69,21 @@ def test_runs_are_found_by_parts_of_their_names(tmp_path):
             runs.find(tmp_path, name)
 
 
-def test_each_state_of_an_element(tmp_path, process, capsys):
+def test_states_of_an_element(tmp_path, process, capsys):
     run = make_run(tmp_path, jobs=[(process, (0, 1)), ("999999991", (2, 3))])
     for shard in (0, 2):
         ledger.record(run.dataset, "caption", shard, ENTRY)
     run.log("999999991").write_text("submitit INFO begun\nTraceback:\nValueError: no such image\n\nsrun: error: n1\n")
-    found = runs.elements(run)
-    assert [found[shard].state for shard in range(4)] == ["done", "running", "done", "failed"]
-    assert found[3].note == "ValueError: no such image"
-    assert runs.under_way(found)
+    elements = runs.elements(run)
+    assert [elements[shard].state for shard in range(4)] == ["done", "running", "done", "failed"]
+    assert elements[3].note == "ValueError: no such image"
+    assert runs.is_active(elements)
 
     assert status.run(RunOptions(home=str(tmp_path), run=None)) == 1
-    told = capsys.readouterr().out
-    assert "failed: shard 3, job 999999991: ValueError: no such image" in told
-    assert "retry 1-caption-a" in told
-    rows = {line.split()[0]: line.split()[1] for line in told.splitlines() if line.split()[0] in status.STYLES}
+    printed = capsys.readouterr().out
+    assert "failed: shard 3, job 999999991: ValueError: no such image" in printed
+    assert "retry 1-caption-a" in printed
+    rows = {line.split()[0]: line.split()[1] for line in printed.splitlines() if line.split()[0] in status.STYLES}
     assert rows == {"done": "2", "running": "1", "failed": "1"}
 
 
@@ -124,7 +124,7 @@ def test_cancel_ends_what_runs(tmp_path, process, capsys):
     os.waitpid(int(process), 0)
 
 
-def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys):
+def test_status_of_active_training_has_rate_and_remaining_time(tmp_path, process, capsys):
     """The rate is that of the last report; a run that has ended has none."""
     make_run(tmp_path, jobs=[(process, (0, 1))])
     folder = tmp_path / "runs/2-train-b"
@@ -141,7 +141,7 @@ def test_training_under_way_says_how_fast_and_how_long(tmp_path, process, capsys
     assert "step 2 of 100, loss 0.5000\n" in capsys.readouterr().out
 
 
-def test_what_the_user_can_mend_comes_out_of_a_rank_as_one_line(tmp_path):
+def test_user_error_in_a_rank_is_one_line(tmp_path):
     """The rank that torch prepends to traceback lines of several ranks is removed."""
     run = make_run(tmp_path)
     for last in ("[rank3]: ValueError: batch=5: odd", "ValueError: batch=5: odd"):

@@ -54,7 +54,7 @@ def test_a_backend_that_does_not_implement_the_fp8_recipe(recipe, backend):
         check_configuration(with_backend(backend), 2, 1, record(plan={"recipe": recipe}), gpus=True)
 
 
-def test_a_backend_that_needs_gpus_where_there_are_none():
+def test_backend_that_needs_gpus_is_refused_without_gpus():
     mxfp8 = record(plan={"recipe": "mxfp8"})
     check_configuration(demo(""), 2, 1, mxfp8, gpus=True)
     with pytest.raises(ValueError, match="TransformerEngine needs GPUs"):

@@ -10,7 +10,7 @@ from pixart.recipes import demo
 from tests.pixart.data.sources.test_sources import ROWS, make_tars
 
 
-def test_what_is_found_out_of_large_files_is_kept_for_the_tasks(tmp_path):
+def test_file_index_of_large_files_is_kept_for_the_tasks(tmp_path):
     make_tars(f"{tmp_path}/images")
     recipe = demo(str(tmp_path))
     data = dataclasses.replace(recipe.data, source=f"{tmp_path}/images", max_images=None)
@@ -20,7 +20,7 @@ def test_what_is_found_out_of_large_files_is_kept_for_the_tasks(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["source", "vae", "text_encoder", "caption_model"])
-def test_nothing_is_written_where_something_is_not_there(tmp_path, wrong):
+def test_missing_inputs_leave_nothing_written(tmp_path, wrong):
     make_tars(f"{tmp_path}/images")
     recipe = demo(str(tmp_path))
     changes = {"source": f"{tmp_path}/images", "max_images": None, wrong: f"{tmp_path}/nowhere"}

@@ -51,7 +51,7 @@ def photographs(tmp_path) -> DataConfig:
     return data
 
 
-def test_text_encoder_is_loaded_only_where_its_states_are_stored(photographs, tmp_path, monkeypatch):
+def test_text_encoder_is_loaded_only_to_store_embeddings(photographs, tmp_path, monkeypatch):
     data = dataclasses.replace(photographs, path=str(tmp_path / "other"), store_text_embeddings=False)
     init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0, 1])
@@ -77,8 +77,8 @@ def test_images_that_are_not_those_captioned_are_refused(photographs, change):
     expected = {
         "added": "has 7 items, but had 6 when",
         "removed": "has 5 items, but had 6 when",
-        "renamed": "row 0 was 0.png, now \\+.png: the source has changed since `caption`",
-        "replaced": "0.png is another image than the one that was captioned",
+        "renamed": "row 0 was 0.png, now \\+.png; the source changed since 'caption'",
+        "replaced": "0.png: the image changed since it was captioned",
     }
     with pytest.raises(ValueError, match=expected[change]):
         latents.run(photographs.path, [0, 1])
@@ -103,6 +103,6 @@ def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
     caption.run(data.path, [0])
     latents.run(data.path, [0])
     image = decode((tmp_path / "images/0.jpg").read_bytes(), data.screening)
-    whole = encode(load_vae(data.vae), np.array(resize_and_crop(image, data.image_size))[None], data.pixel_range)
+    full = encode(load_vae(data.vae), np.array(resize_and_crop(image, data.image_size))[None], data.pixel_range)
     stored = Store(manifests.read(data.path)).read("latents", np.arange(1))
-    assert np.abs(stored - whole).mean() < 0.02 * np.abs(whole).mean()
+    assert np.abs(stored - full).mean() < 0.02 * np.abs(full).mean()

@@ -84,13 +84,13 @@ def pictures(folder: Path) -> list[Image.Image]:
     return [Image.open(file) for file in sorted((folder / "samples").glob("*.png"))]
 
 
-def test_a_picture_says_all_of_its_settings_and_is_made_again_from_them(paint, saved, small_recipe):
+def test_png_metadata_reproduces_the_image(paint, saved, small_recipe):
     prompts = [{"prompt": "a red circle"}, {"prompt": "ein grüner Stern ★", "request": "Stern"}]
     folder, result = paint(saved[2], prompts=prompts, per_prompt=2)
-    found = pictures(folder)
-    assert [image.text["seed"] for image in found] == ["40", "41", "42", "43"]
-    assert [image.text.get("request") for image in found] == [None, None, "Stern", "Stern"]
-    own = {"prompt": "ein grüner Stern ★", "request": "Stern", "seed": "43"}
+    images = pictures(folder)
+    assert [image.text["seed"] for image in images] == ["40", "41", "42", "43"]
+    assert [image.text.get("request") for image in images] == [None, None, "Stern", "Stern"]
+    request = {"prompt": "ein grüner Stern ★", "request": "Stern", "seed": "43"}
     shared = {
         "steps": "2",
         "guidance": "2.0",
@@ -103,12 +103,12 @@ def test_a_picture_says_all_of_its_settings_and_is_made_again_from_them(paint, s
         "dataset_hash": manifests.read(small_recipe.data.path).hash,
         "commit": COMMIT,
     }
-    command = found[3].text["command"]
-    assert found[3].text == {**own, **shared, "size": "64x64", "command": command}
+    command = images[3].text["command"]
+    assert images[3].text == {**request, **shared, "size": "64x64", "command": command}
     sheet = Image.open(result["sheet"]).text
     assert {name: sheet[name] for name in shared} == shared
-    assert json.loads(sheet["pictures"])[3] == own
-    assert json.loads((folder / "samples.json").read_text())["pictures"][3] == own
+    assert json.loads(sheet["pictures"])[3] == request
+    assert json.loads((folder / "samples.json").read_text())["pictures"][3] == request
 
     _, options = launch.parse_command(shlex.split(command)[3:])
     assert isinstance(options, Options)
@@ -119,17 +119,17 @@ def test_a_picture_says_all_of_its_settings_and_is_made_again_from_them(paint, s
         weights=options.weights,
         prompts=[{"prompt": text} for text in options.prompts],
     )
-    (alone,) = pictures(again)
-    difference = np.abs(np.asarray(alone).astype(int) - np.asarray(found[3]))
+    (single,) = pictures(again)
+    difference = np.abs(np.asarray(single).astype(int) - np.asarray(images[3]))
     assert difference.max() <= 1  # another batch size rounds differently
-    assert np.abs(np.asarray(alone).astype(int) - np.asarray(found[2])).max() > 10
+    assert np.abs(np.asarray(single).astype(int) - np.asarray(images[2])).max() > 10
     assert options.dataset == small_recipe.data.path
 
 
 def test_classes(paint, saved):
     folder, _ = paint(saved[1], "sample.count=3")
-    found = pictures(folder)
-    assert [image.text["class"] for image in found] == list(SHAPES[:3])  # one image of each of the first classes
+    images = pictures(folder)
+    assert [image.text["class"] for image in images] == list(SHAPES[:3])  # one image of each of the first classes
     folder, _ = paint(saved[1], name="named", classes=[2, 4], per_prompt=2)
     named = pictures(folder)
     assert [(image.text["class"], image.text["class_index"]) for image in named] == [
@@ -153,14 +153,14 @@ def test_a_class_by_name_or_index():
             class_index(name, names, 9)
 
 
-def test_average_master_weights_and_fp8(paint, saved, small_recipe, tmp_path):
+def test_weights_option_selects_ema_master_weights_and_fp8(paint, saved, small_recipe, tmp_path):
     linear = "dit_blocks.0.mlp.linear1"
     state = checkpoint_of(small_recipe, 2)
     state = dataclasses.replace(
         state, plan=Plan(linears=(linear,)), scales={f"{linear}.scale": torch.tensor([50.0, 1.0, 1.0])}
     )
     export_inference(state, tmp_path)
-    found = {}
+    images = {}
     for name, checkpoint, weights in (
         ("average", saved[2], "ema"),
         ("master", saved[2], "master"),
@@ -168,13 +168,13 @@ def test_average_master_weights_and_fp8(paint, saved, small_recipe, tmp_path):
     ):
         folder, _ = paint(checkpoint, name=name, weights=weights, prompts=[{"prompt": "a star"}])
         (image,) = pictures(folder)
-        found[name] = np.asarray(image).astype(int)
+        images[name] = np.asarray(image).astype(int)
         assert (image.text["weights"], image.text["step"]) == ("ema in FP8" if name == "fp8" else weights, "72")
-    assert np.abs(found["average"] - found["master"]).max() > 20
-    assert 0 < np.abs(found["average"] - found["fp8"]).mean() < 5
+    assert np.abs(images["average"] - images["master"]).max() > 20
+    assert 0 < np.abs(images["average"] - images["fp8"]).mean() < 5
 
 
-def test_what_training_wrote_is_sampled_by_the_run_and_exported(paint, small_recipe, tmp_path):
+def test_training_run_is_sampled_and_exported(paint, small_recipe, tmp_path):
     run = tmp_path / "training"
     last = train(
         stage=1,
@@ -184,7 +184,7 @@ def test_what_training_wrote_is_sampled_by_the_run_and_exported(paint, small_rec
         run=run,
         start=None,
     )
-    found = []
+    images = []
     for weights in ("ema", "master"):
         target = str(tmp_path / f"{weights}-pipeline")
         folder, _ = paint(run, name=weights, weights=weights, classes=[1], export=target)
@@ -193,8 +193,8 @@ def test_what_training_wrote_is_sampled_by_the_run_and_exported(paint, small_rec
         state = getattr(checkpoints.load(last), "ema" if weights == "ema" else "model")
         exported = DiffusionPipeline.from_pretrained(target, trust_remote_code=True).transformer.state_dict()
         assert all(torch.equal(exported[name], state[name]) for name in state)
-        found.append(np.asarray(image))
-    assert not np.array_equal(*found)
+        images.append(np.asarray(image))
+    assert not np.array_equal(*images)
 
 
 def test_another_vae_of_the_same_name_is_refused(paint, saved, small_recipe, tmp_path):
@@ -212,7 +212,7 @@ def test_rewritten_prompts_are_read_from_the_job_before(paint, saved, tmp_path):
     (image,) = pictures(folder)
     assert (image.text["prompt"], image.text["request"]) == ("A brown dog on grass.", "Hund")
     plain, _ = paint(saved[2], name="plain", prompts=[{"prompt": "A brown dog on grass."}])
-    heights = [Image.open(each / "samples.png").height for each in (plain, folder)]
+    heights = [Image.open(folder_of_run / "samples.png").height for folder_of_run in (plain, folder)]
     assert heights[1] == heights[0] + LINE  # the request takes one more line
 
 
@@ -222,7 +222,7 @@ def test_demo_scenes_are_counted(paint, saved):
     assert {"color", "shape"} <= result.keys()
 
 
-def test_an_export_paints_the_same(paint, saved, tmp_path):
+def test_exported_pipeline_gives_identical_images(paint, saved, tmp_path):
     target = tmp_path / "pipeline"
     folder, _ = paint(saved[2], prompts=[{"prompt": "a star"}, {"prompt": "a cyan circle"}], export=str(target))
     image = pictures(folder)[1]
@@ -237,12 +237,12 @@ def test_an_export_paints_the_same(paint, saved, tmp_path):
 @pytest.mark.slow
 def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F811
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "red ball"}\n\n{"text": "blue ball", "request": "ball"}\n')
-    where = ["--home", str(tmp_path), "--cluster", "local", "--set", "sample.steps=1"]
+    settings = ["--home", str(tmp_path), "--cluster", "local", "--set", "sample.steps=1"]
     words = ["--prompt", "long", "--file", str(tmp_path / "prompts.jsonl"), "--recaption", "--server", url]
-    assert launch.main(["sample", str(saved[2]), *where, *words]) == 0
-    said = capsys.readouterr()
-    assert "unchanged (not answered): long" in said.err
-    sheet = Path(next(line for line in said.out.splitlines() if line.startswith("sampled: ")).split()[1])
+    assert launch.main(["sample", str(saved[2]), *settings, *words]) == 0
+    printed = capsys.readouterr()
+    assert "unchanged (not answered): long" in printed.err
+    sheet = Path(next(line for line in printed.out.splitlines() if line.startswith("sampled: ")).split()[1])
     texts = [(image.text["request"], image.text["prompt"]) for image in pictures(sheet.parent)]
     assert texts == [
         ("long", "long"),
@@ -250,7 +250,7 @@ def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F81
         ("blue ball", "A blue ball, some-model, seed 0."),
     ]
     target = tmp_path / "exported"
-    assert launch.main(["sample", str(saved[1]), *where, "--export-pipeline", str(target)]) == 0
+    assert launch.main(["sample", str(saved[1]), *settings, "--export-pipeline", str(target)]) == 0
     assert f"exported: {target}" in capsys.readouterr().out.splitlines()
     assert (target / "model_index.json").exists()
     assert not list((tmp_path / "runs").glob("*/samples.png"))[1:]  # exporting alone creates no images

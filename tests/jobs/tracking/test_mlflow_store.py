@@ -10,8 +10,8 @@ from PIL import Image
 
 from jobs.state.journal import Journal
 from jobs.state.run_metadata import add_tags, describe, set_status
-from jobs.tracking.mlflow_store import STATE, StoreError, Tracker, behind, run_id
-from jobs.tracking.sync import publish_in_background, try_publish
+from jobs.tracking.mlflow_store import STATE, StoreError, Tracker, needs_sync, run_id
+from jobs.tracking.sync import sync_in_background, try_sync
 from tests.support import reporting_tasks
 
 ROOT = Path(__file__).parents[3]
@@ -37,8 +37,8 @@ def stored_points(tracker: Tracker, run: Path) -> list[tuple[str, int, float]]:
     identifier = run_id(run)
     assert identifier
     keys = tracker.client.get_run(identifier).data.metrics
-    found = [point for key in keys for point in tracker.client.get_metric_history(identifier, key)]
-    return sorted((point.key, point.step, point.value) for point in found)
+    stored = [point for key in keys for point in tracker.client.get_metric_history(identifier, key)]
+    return sorted((point.key, point.step, point.value) for point in stored)
 
 
 def expected_points(count: int, steps: int) -> list[tuple[str, int, float]]:
@@ -68,7 +68,7 @@ def test_journal_is_replayed_once(home):
     assert [file.path for file in client.list_artifacts(run_id(run))] == ["samples.png"]
 
 
-def test_a_step_done_twice_counts_once(home):
+def test_repeated_step_counts_once(home):
     """After a requeue, the steps since the last checkpoint are repeated, whether or not they were sent before."""
     tracker, run = begin(home, "a")
     journal = Journal(run)
@@ -83,7 +83,7 @@ def test_a_step_done_twice_counts_once(home):
     assert [(point.step, point.value) for point in points] == [(step, step / 10) for step in range(1, 6)]
 
 
-def test_a_submission_stands_as_its_runs_do(home):
+def test_status_of_a_submission_follows_its_runs(home):
     """A parent run has the status of its children, even if a child is synced first."""
     tracker, parent = begin(home, "demo")
     children = [begin(home, name, parent=parent)[1] for name in ("caption", "train")]
@@ -111,7 +111,7 @@ def test_a_submission_stands_as_its_runs_do(home):
     assert status() == "FINISHED"
 
 
-def test_tags_that_come_later_and_incidents(home):
+def test_later_tags_and_incidents_are_sent(home):
     tracker, run = begin(home, "a")
     tracker.sync(run)
     add_tags(run, {"pixart.jobs": "17"})
@@ -119,10 +119,10 @@ def test_tags_that_come_later_and_incidents(home):
     tracker.sync(run)
     tags = tracker.client.get_run(run_id(run)).data.tags
     assert (tags["pixart.jobs"], tags["pixart.last_incident"]) == ("17", "step 3: step left out")
-    assert not behind(run)
+    assert not needs_sync(run)
 
 
-def test_previews_are_pictures_of_their_steps(home):
+def test_previews_become_images_by_step(home):
     """A repeated sync, as after a kill, keeps their names."""
     tracker, run = begin(home, "a")
     (run / "previews").mkdir()
@@ -134,9 +134,9 @@ def test_previews_are_pictures_of_their_steps(home):
     for _ in range(2):
         tracker.sync(run)
         (run / STATE).unlink()
-    found = [file.path for file in tracker.client.list_artifacts(tracker.find_or_create(run), "images")]
-    assert len(found) == 4
-    assert sorted(int(path.split("+")[2]) for path in found if path.endswith(".png")) == [100, 200]
+    paths = [file.path for file in tracker.client.list_artifacts(tracker.find_or_create(run), "images")]
+    assert len(paths) == 4
+    assert sorted(int(path.split("+")[2]) for path in paths if path.endswith(".png")) == [100, 200]
 
 
 def test_a_store_that_was_removed_is_filled_again(home):
@@ -149,7 +149,7 @@ def test_a_store_that_was_removed_is_filled_again(home):
     assert stored_points(again, run) == [("a", 1, 1.0)]
 
 
-def test_what_a_user_has_deleted_stays_deleted(home):
+def test_deleted_mlflow_run_stays_deleted(home):
     tracker, run = begin(home, "a")
     tracker.sync(run)
     tracker.client.delete_run(run_id(run))
@@ -189,7 +189,7 @@ for _ in range(int(sys.argv[4])):
 
 
 @pytest.mark.slow
-def test_killed_before_and_after_everything_that_it_writes(home):
+def test_kill_before_and_after_every_write(home):
     """Forty syncs are killed at later and later points, before or after a write, and store every point once.
 
     The journal contains repeated steps.
@@ -206,8 +206,8 @@ def test_killed_before_and_after_everything_that_it_writes(home):
         [sys.executable, "-c", KILLED, str(home), str(run), "1", "40"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = tracker.client.search_runs([tracker.experiment])
-    assert [one.info.run_name for one in found] == ["a"]
+    runs = tracker.client.search_runs([tracker.experiment])
+    assert [one.info.run_name for one in runs] == ["a"]
     tracker.sync(run)
     assert stored_points(tracker, run) == sorted(
         (key, step, value) for step in range(10) for key, value in (("loss", step / 8), ("lr", 0.5))
@@ -226,7 +226,7 @@ def test_256_tasks_at_once_and_a_cold_embedded_store(home):
     """No run is lost, no point is stored twice, and runs with and without killed tasks have equal metrics."""
     tracker, calm = begin(home, "calm")
     _, disturbed = begin(home, "disturbed")
-    workers = [publish_in_background(home, [disturbed, calm]) for _ in range(2)]
+    workers = [sync_in_background(home, [disturbed, calm]) for _ in range(2)]
     report(disturbed, 256, 20, 50)
     report(calm, 256, 20, 0)
     assert [worker.wait() for worker in workers] == [0, 0], (disturbed / "tracking.log").read_text()
@@ -239,30 +239,30 @@ def test_256_tasks_at_once_and_a_cold_embedded_store(home):
 
 
 @pytest.mark.slow
-def test_256_tasks_and_a_server_that_is_down_for_a_while(home, monkeypatch, mlflow_server):
+def test_256_tasks_with_an_unreachable_server(home, monkeypatch, mlflow_server):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     tracker, run = begin(home, "served")
-    assert try_publish(tracker, run)
+    assert try_sync(tracker, run)
     worker = subprocess.Popen(
         [sys.executable, "-m", "tests.support.reporting_tasks", str(run), "256", "20", "50"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
-    try_publish(tracker, run)
+    try_sync(tracker, run)
     mlflow_server.stop()
-    assert not try_publish(tracker, run)
-    with pytest.raises(StoreError, match="does not take it"):
+    assert not try_sync(tracker, run)
+    with pytest.raises(StoreError, match="request failed"):
         tracker.sync(run)
     assert worker.wait() == 0
     mlflow_server.start()
     set_status(run, "FINISHED")
-    assert try_publish(tracker, run)
+    assert try_sync(tracker, run)
     assert stored_points(tracker, run) == expected_points(256, 20)
     assert tracker.client.get_run(run_id(run)).info.status == "FINISHED"
 
 
 @pytest.mark.slow
-def test_another_store_gets_all_of_it_and_the_first_nothing_twice(home, monkeypatch, mlflow_server):
+def test_second_store_receives_the_complete_run(home, monkeypatch, mlflow_server):
     tracker, run = begin(home, "moved")
     report(run, 4, 5, 0)
     tracker.sync(run)
@@ -282,10 +282,10 @@ def test_a_cold_store_takes_many_processes_at_once(home):
     folders = [begin(home, f"run-{number}")[1] for number in range(4)]
     for folder in folders:
         Journal(folder).metrics(1, {"a": 1.0})
-    workers = [publish_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
+    workers = [sync_in_background(home, group) for group in (folders[:2], folders[2:], folders[::-1])]
     assert [worker.wait() for worker in workers] == [0, 0, 0], (folders[0] / "tracking.log").read_text()
     tracker = Tracker(home)
-    found = tracker.client.search_runs([tracker.experiment])
-    assert sorted(run.info.run_name for run in found) == sorted(folder.name for folder in folders)
+    runs = tracker.client.search_runs([tracker.experiment])
+    assert sorted(run.info.run_name for run in runs) == sorted(folder.name for folder in folders)
     for folder in folders:
         assert len(tracker.client.get_metric_history(run_id(folder), "a")) == 1

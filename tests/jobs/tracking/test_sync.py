@@ -20,7 +20,7 @@ from jobs.state.run import Run
 from jobs.state.run_metadata import describe, read_description, set_status
 from jobs.tracking import node_agent
 from jobs.tracking.mlflow_store import Tracker, run_id
-from jobs.tracking.sync import gather, journal_shards, publish, settle
+from jobs.tracking.sync import journal_shards, set_final_status, sync_folder, update_folder
 from slurm.executor import Cluster, Shape
 from slurm.profile import load
 from slurm.task import ATTEMPTS
@@ -47,7 +47,7 @@ def record(run: Run, shard: int, rows: int) -> None:
     ledger.record(run.dataset, run.kind, shard, entry)
 
 
-def test_shards_are_metrics_once(tmp_path):
+def test_shard_metrics_are_logged_once(tmp_path):
     run = make_run(tmp_path, "caption", elements=(0, 1, 2), total=3)
     record(run, 2, 10)
     record(run, 7, 10)  # a shard of another run
@@ -57,21 +57,21 @@ def test_shards_are_metrics_once(tmp_path):
         file.write('{"time": 1, "st')  # the writer was killed
     for _ in range(2):
         journal_shards(run)
-    found = sorted((key, step, value) for key, value, _, step in points(read_journal(run.folder)[0], set()))
+    logged = sorted((key, step, value) for key, value, _, step in points(read_journal(run.folder)[0], set()))
     rates = [("data/images_per_second", 0, 10.0), ("data/images_per_second", 2, 5.0)]
-    assert [point for point in found if point[0] == rates[0][0]] == rates
-    assert [point[1:] for point in found if point[0] == "data/num_valid"] == [(0, 19.0), (2, 9.0)]
-    assert len(found) == 8
+    assert [point for point in logged if point[0] == rates[0][0]] == rates
+    assert [point[1:] for point in logged if point[0] == "data/num_valid"] == [(0, 19.0), (2, 9.0)]
+    assert len(logged) == 8
 
 
-def test_no_run_is_left_running(tmp_path):
+def test_every_run_gets_a_final_status(tmp_path):
     """A run has its final status, whatever happened to the launcher and the tasks."""
     run = make_run(tmp_path, "caption", elements=(0, 1), total=2, jobs=(("999999991", (0, 1)),))
-    settle(run, runs.elements(run))
+    set_final_status(run, runs.elements(run))
     assert read_description(run.folder)["status"] == "FAILED"
     for shard in (0, 1):
         record(run, shard, 5)
-    settle(run, runs.elements(run))
+    set_final_status(run, runs.elements(run))
     assert read_description(run.folder)["status"] == "FINISHED"
 
 
@@ -84,22 +84,22 @@ def work(run: str, *, fail: bool) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fail", [False, True])
-def test_a_rank_is_accompanied(tmp_path, monkeypatch, fail):
+def test_rank_runs_with_a_node_agent(tmp_path, monkeypatch, fail):
     """The metrics of the node are recorded, and the rank records its final status."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = make_run(tmp_path, "train", nodes=1)
     cluster = Cluster(load("local"), run.folder)
-    function = functools.partial(node_agent.accompanied, work, str(run.folder), fail=fail)
+    function = functools.partial(node_agent.with_node_agent, work, str(run.folder), fail=fail)
     run = run.added([cluster.submit_ranks(Shape(kind="train"), function)])
-    while runs.under_way(found := runs.elements(run)):
+    while runs.is_active(elements := runs.elements(run)):
         time.sleep(0.1)
-    assert found[0].state == ("failed" if fail else "done"), found
+    assert elements[0].state == ("failed" if fail else "done"), elements
     assert read_description(run.folder)["status"] == ("FAILED" if fail else "FINISHED")
     keys = {key for key, *_ in points(read_journal(run.folder)[0], set())}
     assert {"train/loss", *(f"system/node_0/{name}" for name in SYSTEM_METRICS)} <= keys
 
 
-def test_a_companion_ends_with_a_rank_that_is_killed(tmp_path):
+def test_node_agent_ends_with_a_killed_rank(tmp_path):
     run = make_run(tmp_path, "train", nodes=1)
     code = (
         "import subprocess, sys, time\n"
@@ -146,8 +146,8 @@ def test_a_summary_of_a_long_run_with_faults(tmp_path):
     html = (run.folder / SUMMARY).read_text()
     page = read(html)
     words = " ".join(page.text)
-    for what in ("<the gradient> is nan", "requeued, attempt 2, on n1", "submitted again as job 2, on n1"):
-        assert what in words, what
+    for description in ("<the gradient> is nan", "requeued, attempt 2, on n1", "submitted again as job 2, on n1"):
+        assert description in words, description
     assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert html.count("<img ") == html.count('src="data:image/jpeg') == 12
     drawn = plots(html)
@@ -156,55 +156,55 @@ def test_a_summary_of_a_long_run_with_faults(tmp_path):
     assert html.count('class="event"') == 3  # the one incident with a step, in each plot
 
 
-def test_pages_of_every_kind_and_none_twice(tmp_path):
+def test_unchanged_pages_are_not_written_again(tmp_path):
     """An unchanged page is neither written nor sent to MLflow again."""
     run = make_training(tmp_path, 3)
-    gather(run)
+    update_folder(run)
     assert not (run.folder / SUMMARY).exists()
     for _ in range(2):
-        gather(run, pages=True)
-    told = [line["artifact"] for line in read_journal(run.folder)[0] if "artifact" in line]
-    assert told == [str(run.folder / SUMMARY), str(run.folder / LINEAGE)]
+        update_folder(run, pages=True)
+    artifacts = [line["artifact"] for line in read_journal(run.folder)[0] if "artifact" in line]
+    assert artifacts == [str(run.folder / SUMMARY), str(run.folder / LINEAGE)]
     set_status(run.folder, "FINISHED")
-    gather(run)
+    update_folder(run)
     assert len([line for line in read_journal(run.folder)[0] if "artifact" in line]) == 3
     assert main_page(run) == run.folder / SUMMARY
     empty = make_run(tmp_path / "other", "train")
-    gather(empty, pages=True)
-    assert "No step has been reported" in (empty.folder / SUMMARY).read_text()
+    update_folder(empty, pages=True)
+    assert "No step has been logged" in (empty.folder / SUMMARY).read_text()
     assert main_page(make_run(tmp_path, "verify")).name == LINEAGE
 
 
 @pytest.mark.slow
-def test_nodes_that_reach_a_server_tell_it_themselves(tmp_path, monkeypatch, mlflow_server):
+def test_nodes_synchronize_with_a_reachable_server(tmp_path, monkeypatch, mlflow_server):
     """No launcher waits: a rank's node agent syncs, and of the elements of an array one per minute."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     training = make_run(tmp_path, "train", nodes=1)
-    function = functools.partial(node_agent.accompanied, work, str(training.folder), fail=False)
+    function = functools.partial(node_agent.with_node_agent, work, str(training.folder), fail=False)
     job = Cluster(load("local"), training.folder).submit_ranks(Shape(kind="train"), function)
     training = training.added([job])
-    while runs.under_way(runs.elements(training)):
+    while runs.is_active(runs.elements(training)):
         time.sleep(0.1)
     captions = make_run(tmp_path, "caption", elements=(0, 1), total=2)
     for shard in (0, 1):
-        node_agent.published(functools.partial(record, captions, shard), str(captions.folder), 10 + shard)
+        node_agent.with_sync(functools.partial(record, captions, shard), str(captions.folder), 10 + shard)
     tracker = Tracker(tmp_path)
     stored = tracker.client.get_run(run_id(training.folder))
     assert stored.info.status == "FINISHED"
     assert stored.data.metrics["train/loss"] == 1.0
     images = tracker.client.get_metric_history(run_id(captions.folder), "data/images")
     assert [(point.step, point.value) for point in images] == [(0, 10.0)]  # the second is sent with the next sync
-    publish(tracker, captions.folder)
+    sync_folder(tracker, captions.folder)
     stored = tracker.client.get_run(run_id(captions.folder))
     assert (stored.info.status, stored.data.metrics["data/images"]) == ("FINISHED", 11.0)
 
 
 @pytest.mark.slow
-def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, mlflow_server):
+def test_256_elements_synchronize_with_a_server_at_once(tmp_path, monkeypatch, mlflow_server):
     """No element fails or waits for another; points after the element's last read are sent with the next sync."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     run = make_run(tmp_path, "caption", elements=tuple(range(256)), total=256)
-    gate, opener = os.pipe()
+    barrier, opener = os.pipe()
     children = []
     for shard in range(256):
         if child := os.fork():
@@ -212,8 +212,8 @@ def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, ml
             continue
         try:
             os.close(opener)
-            os.read(gate, 1)  # blocks until the parent closes the other end
-            node_agent.published(functools.partial(record, run, shard), str(run.folder), 10 + shard)
+            os.read(barrier, 1)  # blocks until the parent closes the other end
+            node_agent.with_sync(functools.partial(record, run, shard), str(run.folder), 10 + shard)
             os._exit(0)
         finally:
             os._exit(1)
@@ -221,7 +221,7 @@ def test_256_elements_tell_a_server_at_the_same_moment(tmp_path, monkeypatch, ml
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 256
     tracker = Tracker(tmp_path)
     assert tracker.client.get_metric_history(run_id(run.folder), "data/images")
-    publish(tracker, run.folder)
+    sync_folder(tracker, run.folder)
     images = tracker.client.get_metric_history(run_id(run.folder), "data/images")
     assert sorted((point.step, point.value) for point in images) == [(shard, 10.0 + shard) for shard in range(256)]
     assert tracker.client.get_run(run_id(run.folder)).info.status == "FINISHED"

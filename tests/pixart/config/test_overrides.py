@@ -39,14 +39,14 @@ def test_other_values_stay():
     ("text", "number"),
     [("1e3", 1000), ("1E3", 1000), ("1.5e3", 1500), ("2.0", 2), ("4_000", 4000), ("9007199254740993", 2**53 + 1)],
 )
-def test_whole_numbers_in_any_notation(text, number):
+def test_integers_in_any_notation(text, number):
     for key in ("steps", "num_validation_samples"):
         value = getattr(overrides.apply(DEMO, [f"stage1.{key}={text}"]).stage1, key)
         assert value == number
         assert type(value) is int
 
 
-def test_the_last_of_two_values_holds():
+def test_last_of_two_values_wins():
     assert overrides.apply(DEMO, ["stage1.steps=0", "stage1.steps=9"]).stage1.steps == 9
 
 
@@ -58,7 +58,7 @@ def test_the_last_of_two_values_holds():
     ],
 )
 def test_the_order_of_assignments_does_not_matter(assignments):
-    results = [overrides.apply(DEMO, each) for each in itertools.permutations(assignments)]
+    results = [overrides.apply(DEMO, permutation) for permutation in itertools.permutations(assignments)]
     assert all(result == results[0] for result in results)
     assert results[0] != DEMO
 
@@ -114,7 +114,7 @@ def test_the_order_of_assignments_does_not_matter(assignments):
         ("sample.count=0", "^sample.count=0: must be at least 1"),
     ],
 )
-def test_errors_name_the_key_and_what_is_allowed(assignment, message):
+def test_errors_name_the_key_and_allowed_values(assignment, message):
     with pytest.raises(ValueError, match=message) as caught:
         overrides.apply(DEMO, [assignment])
     assert "\n" not in str(caught.value)

@@ -124,7 +124,7 @@ def test_a_changed_manifest_is_refused(tmp_path, key):
         manifests.read(tmp_path)
 
 
-def test_a_manifest_of_today(tmp_path):
+def test_current_manifest_is_read(tmp_path):
     shutil.copy(RECORDS / "manifest.json", tmp_path)
     old = manifests.read(tmp_path)
     manifest = dataclasses.replace(old, format=manifests.FORMAT)

@@ -39,7 +39,7 @@ def test_a_recipe_survives_toml(tmp_path, name, changes, meanings):
     assert text.count("# ") - str(changes).count("# ") == (len(reference.keys(recipe)) if meanings else 0)
 
 
-def test_a_file_with_everything(tmp_path):
+def test_file_with_all_sections(tmp_path):
     path = written(
         tmp_path,
         """

@@ -64,7 +64,7 @@ def test_no_kernel_both_clamps_and_transposes_an_fp8_store():
 
 @pytest.mark.vllm
 @needs_vllm
-def test_work_of_a_block_is_counted_from_its_generated_code():
+def test_operations_of_a_block_are_counted_from_its_generated_code():
     """Operations by precision match the shapes: only the keys and values of the text stay in BF16."""
     block = kernels("block")
     images, tokens, text, dim, text_dim = 64, 256, 120, 1152, 2048

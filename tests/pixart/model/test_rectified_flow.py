@@ -26,7 +26,7 @@ def test_time_is_logit_normal():
         assert abs(logit.std() - 1) < 0.02
 
 
-def test_stratified_time_has_one_draw_in_each_stratum():
+def test_stratified_time_has_one_draw_per_stratum():
     t = stratified_time(50, torch.Generator().manual_seed(1))
     normal = torch.special.ndtr(t.double().logit())
     assert torch.equal((normal * 50).floor().long(), torch.arange(50))

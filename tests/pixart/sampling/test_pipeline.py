@@ -142,8 +142,8 @@ def test_class_guidance_uses_the_null_class(classes):
 def test_images_do_not_depend_on_their_batch(texts):
     both, second = latents(texts, PROMPTS), latents(texts, PROMPTS[1], seeds=(9,))
     assert torch.allclose(both[1], second[0], atol=1e-5)
-    each = latents(texts, PROMPTS[1], seeds=(4, 9), num_images_per_prompt=2)
-    assert torch.allclose(each[1], second[0], atol=1e-5)
+    two = latents(texts, PROMPTS[1], seeds=(4, 9), num_images_per_prompt=2)
+    assert torch.allclose(two[1], second[0], atol=1e-5)
 
 
 def test_invalid_arguments_are_errors(texts, classes):

@@ -265,7 +265,7 @@ def test_a_loss_spike_is_reported_with_its_rows(small_recipe, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(small_recipe, tmp_path, caplog):
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(small_recipe, tmp_path, caplog):
     config = dataclasses.replace(small_recipe.stage1, steps=9)
     uninterrupted = run_stage(small_recipe, tmp_path / "uninterrupted", 1, config)
     run_stage(small_recipe, tmp_path / "run", 1, dataclasses.replace(config, steps=6))

@@ -228,7 +228,7 @@ def test_gradients_and_memory_of_four_ranks(small_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_validation_is_independent_of_the_ranks_and_its_rows_are_not_trained_on(small_recipe, tmp_path):
+def test_validation_is_independent_of_the_ranks_and_its_rows_are_excluded_from_training(small_recipe, tmp_path):
     changes = {"steps": 6, "validate_every": 6, "num_validation_samples": 6}
     single, distributed = {}, {}
     for world_size, metrics in ((1, single), (4, distributed)):

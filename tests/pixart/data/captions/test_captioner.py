@@ -29,8 +29,8 @@ def item(text: str, text_is_class: bool = False) -> Item:
 
 
 def requests(items: list[Item]) -> Iterator[CaptionRequest]:
-    for row, each in enumerate(items):
-        yield CaptionRequest(row=row, image=Image.new("RGB", (8, 8)), item=each, digest=digest(each.data))
+    for row, source_item in enumerate(items):
+        yield CaptionRequest(row=row, image=Image.new("RGB", (8, 8)), item=source_item, digest=digest(source_item.data))
 
 
 def test_labels_captioner_uses_the_texts_of_items():
@@ -236,6 +236,6 @@ def test_closing_a_stream_aborts_its_requests(result):
 
 @pytest.mark.vllm
 @needs_vllm
-def test_vllm_captioner_name_includes_what_captions_depend_on(result):
+def test_vllm_captioner_name_includes_model_and_settings(result):
     assert result["name"].split("/")[-1].startswith("qwen, vllm 0.")
     assert "temperature 0.0, max_tokens 16, seed 0, instruction " in result["name"]

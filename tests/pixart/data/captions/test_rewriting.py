@@ -30,8 +30,8 @@ def test_invalid_answers_are_retried_once_and_then_replaced_by_the_request():
         return [answers[request] for request in requests]
 
     results = rewrite(["dog", "cat", "owl"], generate)
-    assert [each.text for each in results] == ["A brown dog on a red ball.", "A grey cat.", "owl"]
-    assert [each.problem for each in results] == ["", "", "refusal"]
+    assert [result.text for result in results] == ["A brown dog on a red ball.", "A grey cat.", "owl"]
+    assert [result.problem for result in results] == ["", "", "refusal"]
     assert calls == [(["dog", "cat", "owl"], 0.0, 0), (["cat", "owl"], 0.7, 1)]
 
 
@@ -93,7 +93,10 @@ def url(monkeypatch):
 
 def test_server_requests_follow_the_openai_api(url):
     results = rewrite(["red ball", "blue ball"], server_generator(url))
-    assert [each.text for each in results] == ["A red ball, some-model, seed 0.", "A blue ball, some-model, seed 0."]
+    assert [result.text for result in results] == [
+        "A red ball, some-model, seed 0.",
+        "A blue ball, some-model, seed 0.",
+    ]
     with pytest.raises(ValueError, match=r"^--server: http://.*/chat/completions answers 500: "):
         rewrite(["bad"], server_generator(url, "model"))
 
@@ -114,7 +117,7 @@ def test_overloaded_server_is_retried(url):
 
 def test_rejected_request_is_returned_unchanged(url):
     results = rewrite(["long", "red ball"], server_generator(url))
-    assert [(each.text, each.problem) for each in results] == [
+    assert [(result.text, result.problem) for result in results] == [
         ("long", "not answered"),
         ("A red ball, some-model, seed 0.", ""),
     ]

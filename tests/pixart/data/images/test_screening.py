@@ -199,7 +199,7 @@ def test_truncated_jpegs_with_an_end_marker_are_rejected(mode, subsampling, size
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_progressive_jpegs_without_their_last_scans_are_rejected(mode):
     data = encoded(noise(mode), "JPEG", progressive=True)
-    ends = [found.start() for found in re.finditer(b"\xff\xda", data)]
+    ends = [match.start() for match in re.finditer(b"\xff\xda", data)]
     assert len(ends) > 5
     for end in ends[1:]:
         assert reason_of(data[:end] + b"\xff\xd9")[0] == Reason.TRUNCATED
