@@ -57,7 +57,7 @@ def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Run torch's operations on one thread: they are small, and other threads hash, write and decode meanwhile."""
+    """Run torch's operations on one thread: they are small, and other threads write and decode meanwhile."""
     import torch
 
     before = torch.get_num_threads()
@@ -113,9 +113,11 @@ def adopt_shard(manifest, shard: int, text) -> None:
 
 def checksum(columns) -> str:
     """Return the checksum of an adopted shard's arrays."""
-    return combine({name: hashlib.sha256(values).digest() for name, values in columns.items()})
+    from pixart.data.store.layout import row_digest
+
+    return combine({name: row_digest(values) for name, values in columns.items()})
 
 
 def combine(digests: dict[str, bytes]) -> str:
-    """Return the SHA-256 over the SHA-256 of each column, in the order of their names."""
+    """Return the SHA-256 over the `row_digest` of each column, in the order of their names."""
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()

@@ -5,6 +5,7 @@ followed by the shard index, so that the offset of every row is known in advance
 """
 
 import errno
+import hashlib
 import math
 import os
 import uuid
@@ -78,6 +79,17 @@ def crc32c(data: bytes | np.ndarray) -> bytes:
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
+def row_digest(values: np.ndarray) -> bytes:
+    """Return a SHA-256 of a column (B, ...): over the CRC-32C of each row, which the file holds, or over scalars.
+
+    It takes a fraction of the time of a SHA-256 over all values.
+    """
+    if values.ndim == 1:
+        return hashlib.sha256(values.data).digest()
+    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    return hashlib.sha256(b"".join(crc32c(row) for row in rows)).digest()
+
+
 def layout(manifest: Manifest) -> Layout:
     """Return the shape of one row and the dtype of every array of a dataset."""
     data = manifest.data
@@ -137,7 +149,7 @@ class ShardFile:
         self.column, self.target = column, root / column.file(shard)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = self.target.with_name(f".{self.target.name}.{uuid.uuid4().hex[:8]}")
-        self.rows = 0
+        self.rows, self.digest = 0, hashlib.sha256()  # of the CRC-32C of every chunk that was appended
         self._file = self.temporary.open("wb", buffering=0)
 
     def __enter__(self) -> Self:
@@ -156,7 +168,9 @@ class ShardFile:
             data = np.concatenate([data, np.zeros(missing, np.uint8)])
             self.rows = column.rows
         chunks = data.reshape(-1, column.stride - CRC_BYTES)
-        self._write([part for chunk in chunks for part in (chunk, crc32c(chunk))])
+        checksums = [crc32c(chunk) for chunk in chunks]
+        self.digest.update(b"".join(checksums))
+        self._write([part for pair in zip(chunks, checksums, strict=True) for part in pair])
 
     def synchronize(self) -> None:
         """Bring what is written to the disk, so that `commit` need not wait for all of the file."""

@@ -1,6 +1,5 @@
 """Writing of one shard in blocks of rows, with a memory that does not depend on the length of the shard."""
 
-import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Self
 import numpy as np
 
 from pixart.data.manifest import Manifest
-from pixart.data.store.layout import SUMS, VALID, ShardFile, columns_of, layout, write_shard_file
+from pixart.data.store.layout import SUMS, VALID, ShardFile, columns_of, layout, row_digest, write_shard_file
 
-MAX_PENDING = 3  # blocks that are hashed and written in the background
+MAX_PENDING = 3  # blocks that are written in the background
 BYTES_PER_SYNC = 64 << 20
 
 
@@ -26,7 +25,6 @@ class ShardWriter:
         self.names = sorted(layout(manifest))
         self._small: dict[str, list[np.ndarray]] = {name: [] for name in self.names if self.columns[name].chunk > 1}
         self._sums = np.zeros(self.columns[SUMS].shape)
-        self._hashes = {name: hashlib.sha256() for name in self.names}
         self._pending: list[Future[None]] = []
         self._unsynchronized = 0
         (self.root / self.columns[VALID].file(shard)).unlink(missing_ok=True)
@@ -37,7 +35,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._writer, self._hasher = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+            self._writer = stack.enter_context(ThreadPoolExecutor(1))
             large = [name for name in self.names if name not in self._small]
             self._files = {
                 name: stack.enter_context(ShardFile(self.root, self.columns[name], self.shard)) for name in large
@@ -60,16 +58,12 @@ class ShardWriter:
         `sums` are the moments of the valid latents, as `zarr_store.channel_sums` defines them. Raises what the writing
         of earlier rows has raised.
         """
-        while len(self._pending) >= 2 * MAX_PENDING:
+        while len(self._pending) >= MAX_PENDING:
             self._pending.pop(0).result()
         self._sums += sums
         for name, blocks in self._small.items():
             blocks.append(columns[name])
-        self._pending += [self._hasher.submit(self._hash, columns), self._writer.submit(self._write, columns)]
-
-    def _hash(self, columns: dict[str, np.ndarray]) -> None:
-        for name, digest in self._hashes.items():
-            digest.update(np.ascontiguousarray(columns[name], self.columns[name].dtype).data)
+        self._pending.append(self._writer.submit(self._write, columns))
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
         for name, file in self._files.items():
@@ -81,14 +75,15 @@ class ShardWriter:
                 file.synchronize()
 
     def commit(self) -> dict[str, bytes]:
-        """Finish the files of the shard, and return the SHA-256 of the rows of each column."""
+        """Finish the files of the shard, and return the `row_digest` of each column."""
         for future in self._pending:
             future.result()
+        digests = {name: file.digest.digest() for name, file in self._files.items()}
         for file in self._files.values():
             file.commit()
-        small = {name: np.concatenate(blocks) for name, blocks in self._small.items()}
+        small = {name: np.concatenate(blocks, dtype=self.columns[name].dtype) for name, blocks in self._small.items()}
         for name in small.keys() - {VALID}:
             write_shard_file(self.root, self.columns[name], self.shard, small[name])
         write_shard_file(self.root, self.columns[SUMS], self.shard, self._sums[None])
         write_shard_file(self.root, self.columns[VALID], self.shard, small[VALID])
-        return {name: digest.digest() for name, digest in self._hashes.items()}
+        return digests | {name: row_digest(values) for name, values in small.items()}
