@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,12 @@ from conversion.progress import Progress
 from conversion.reading import formats
 from conversion.reading.training_state import INFERRED
 from conversion.report.html import page
-from conversion.report.text import PAGE, REPORT, SYNTHETIC, describe
+from conversion.report.text import PAGE, REPORT, SYNTHETIC, describe, describe_source
 from conversion.stage2 import strategies
 from conversion.stage2.reparameterize import CARRIED, DERIVED, NEW
 from conversion.verification import acceptance
 from conversion.verification.verify import verify
+from pixart.atomic import atomic_directory, write_file
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.safetensors_stream import map_tensors
@@ -62,7 +64,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
     In a process group every rank calls this function and calibrates on its share of the batches; rank 0 does everything
     else, and the other ranks return an empty report. Raises ValueError, with nothing written, for invalid input.
     """
-    source, options = Path(source), resolve_device(options or Options())
+    source, options = formats.locate(Path(source)), resolve_device(options or Options())
     output = Path(output) if output else default_output(source)
     with Progress(NUM_STEPS, enabled=is_rank_zero()) as progress, ThreadPoolExecutor(2) as background:
         progress.begin(f"reading {source}")
@@ -74,10 +76,10 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
         if not is_rank_zero():
             calibrate(result, load_model(result.config, result.model, options.device), batches, options)
             return {}
-        with checkpoints.atomic_directory(output) as partial:
+        with atomic_directory(output) as partial:
             progress.begin("writing weights, EMA and moments")
             digest = background.submit(formats.file_hash, source)
-            checkpoints.write_state(result, partial)
+            checksums = checkpoints.write_state(result, partial)
             result.model, result.ema, result.optimizer = checkpoints.load_state(partial, map_tensors)
             carried = background.submit(acceptance.check_carried_tensors, start, partial, provenance)
             model = load_model(result.config, result.model, options.device)
@@ -94,7 +96,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 "source_sha256": digest.result(),
                 "config_inferred": start.provenance.get("source_config") == INFERRED,
                 "output": str(output),
-                "stages": [start.stage, result.stage],
+                **training_of_source(start, result.stage),
                 "step": start.step,
                 "config": result.config,
                 "calibration_data": dataset or f"{SYNTHETIC}: unit-variance latents and text",
@@ -117,8 +119,20 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 "acceptance": acceptance.as_report(checks),
             }
             progress.begin(f"writing {output}")
-            write(result, report, partial, options)
+            write(result, report, partial, options, checksums)
     return report
+
+
+def training_of_source(start: Checkpoint, stage: int) -> dict[str, Any]:
+    """Return the part of the report about the training of `start`, which is converted to `stage`."""
+    is_suite_checkpoint = start.provenance["source_format"] == formats.SUITE_FORMAT
+    return {
+        "stages": [start.stage, stage],
+        "skipped_extra_states": {} if is_suite_checkpoint else start.provenance.get("skipped_extra_states", {}),
+        "dropped_tensors": {} if is_suite_checkpoint else start.provenance.get("dropped_tensors", {}),
+        "cond_dropout_prob": start.provenance.get("cond_dropout_prob"),
+        "decay_qk_norm": start.provenance.get("decay_qk_norm", False),
+    }
 
 
 def is_rank_zero() -> bool:
@@ -170,8 +184,17 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     return start, batches, dataset
 
 
-def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Options) -> None:
-    """Write the scales, report, exports and metadata beside the weights, EMA and moments that are already written."""
+def write(
+    result: Checkpoint,
+    report: dict[str, Any],
+    partial: Path,
+    options: Options,
+    checksums: Mapping[str, Sequence[int]],
+) -> None:
+    """Write the scales, report, exports and metadata beside the weights, EMA and moments that are already written.
+
+    `checksums` has the length and CRC-32C of these files.
+    """
     result.provenance = {
         **result.provenance,
         "converted_from": str(Path(report["source"]).absolute()),
@@ -180,19 +203,21 @@ def write(result: Checkpoint, report: dict[str, Any], partial: Path, options: Op
         "versions": report["versions"],
         "acceptance": "PASS" if report["acceptance"]["passed"] else "FAIL",
     }
-    checkpoints.write_file(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    checkpoints.write_file(partial / PAGE, page(report).encode())
+    write_file(partial / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    write_file(partial / PAGE, page(report).encode())
     for name in options.exports:
         EXPORTS[name](result, partial)
-    checkpoints.write_metadata(result, partial)
+    checkpoints.write_metadata(result, partial, checksums)
 
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
     """Return a text that describes what the conversion would do, as far as it is known without measurements."""
+    source = formats.locate(source)
     start, batches, dataset = prepare(source, output or default_output(source), options)
     plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
     lines = [
         f"would read {source} (stage {start.stage}, step {start.step}, {start.provenance.get('source_format')})",
+        *describe_source(training_of_source(start, options.stage)),
         f"would calibrate on {dataset or 'synthetic data'}",
         f"would write {output or default_output(source)}: {len(plan.linears)} linears in FP8, recipe {plan.recipe}",
         *(f"would keep {name} in BF16: {reason}" for name, reason in plan.kept.items()),
@@ -207,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="Training checkpoint: .pt or safetensors file, checkpoint directory, or run folder.",
+        help="Training checkpoint: .pt or safetensors file, checkpoint directory, run folder, or folder of Orbax.",
     )
     parser.add_argument(
         "--output",

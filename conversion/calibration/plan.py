@@ -1,7 +1,8 @@
 """Choice of the linears that run in FP8, with the reason for each one that stays in BF16."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,13 +69,21 @@ def plan_from_options(start: Checkpoint, options: Options, text_dim: int) -> Pla
         margin=options.margin,
         batch=options.batch_size,
     )
-    check_exports(options.exports, plan)
+    check_exports(options.exports, plan, config)
     return plan
 
 
-def check_exports(names: Sequence[Export], plan: Plan) -> None:
-    """Raise ValueError for an export that needs scales if the plan's recipe stores none."""
+def check_exports(names: Sequence[Export], plan: Plan, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for an export that needs scales if the plan's recipe stores none.
+
+    TransformerEngine is also refused for a model whose norms of queries have a bias.
+    """
     stateless = plan.recipe != STATEFUL
     for name in names:
         if stateless and name != "torchao":
             raise ValueError(f"--export {name}: needs stored scales; --fp8-recipe {plan.recipe} stores none")
+        if name == "transformer-engine" and config.get("qk_norm_bias"):
+            raise ValueError(
+                f"--export {name}: the model's norms of queries have a bias, which TransformerEngine's RMSNorm cannot "
+                "have; allowed are torchao and inference"
+            )

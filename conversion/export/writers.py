@@ -17,8 +17,11 @@ from torch import Tensor
 
 from conversion.export import transformer_engine
 from conversion.options import Export
+from pixart import records
+from pixart.atomic import write_file
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.integrity import list_files
 from pixart.checkpoint.lazy_tensors import LazyTensors
 from pixart.model.fp8.ops import E4M3, INPUT
 from pixart.model.fp8.scaling import scale_from_amax
@@ -36,7 +39,7 @@ def export_torchao(checkpoint: Checkpoint, folder: Path) -> None:
     assert plan is not None
     recipe = "rowwise" if plan.recipe == "rowwise" else "tensorwise"
     content = {"recipe_name": recipe, "modules": list(plan.linears)}
-    checkpoints.write_file(folder / "torchao.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_file(folder / "torchao.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
@@ -55,15 +58,18 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
             makers[f"{linear}.{INPUT_SCALE}"] = partial(input_scale, checkpoint, linear)
         else:
             makers[name] = partial(bf16_tensor, checkpoint, name)
-    checkpoints.save_weights(LazyTensors(makers), checkpoint.config, folder / "inference")
-    record = {
+    target = folder / "inference"
+    checksum = checkpoints.save_weights(LazyTensors(makers), checkpoint.config, target)
+    metadata = {
         "linears": list(plan.linears),
         "stage": checkpoint.stage,
         "step": checkpoint.step,
         "dataset": checkpoint.dataset,
         "normalization": dataclasses.asdict(checkpoint.normalization),
+        "provenance": checkpoint.provenance,
+        "files": list_files(target, {checkpoints.WEIGHTS: checksum}),
     }
-    checkpoints.write_file(folder / "inference" / INFERENCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    write_file(target / INFERENCE_FILE, records.dumps(metadata))
 
 
 def weight_scale(checkpoint: Checkpoint, name: str) -> Tensor:

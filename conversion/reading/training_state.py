@@ -1,10 +1,14 @@
 """Mapping of the state stored in a file to a training state under the model's parameter names.
 
-The prefixes of torch.compile and DDP are removed from parameter names, moments that are stored by parameter index are
-mapped to the parameter's name, and a configuration that is not stored is inferred from the tensors' shapes.
+The prefixes of torch.compile and DDP are removed from parameter names, TransformerEngine's extra states are skipped,
+moments that are stored by parameter index are mapped to the parameter's name, and a configuration that is not stored is
+inferred: the sizes from the tensors' shapes, and the eps of the norms of queries and keys from what wrote the file. The
+eps is TransformerEngine's if a state dictionary has an extra state, or if the optimizer's groups are those of its
+RMSNorm, and otherwise PyTorch's default, which BF16 files were trained with. Weights of TransformerEngine that were
+saved alone and without extra states cannot be distinguished from BF16 files; their outputs change by about 4e-6.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +17,20 @@ import torch
 from torch import Tensor
 
 from conversion.options import BASE_LATENT_SIZE
+from conversion.reading import transformer_engine
+from conversion.reading.moments import name_moments, strip_prefix
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.integrity import check_shapes
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
 from pixart.config.latent_space import ORIGINAL_PIXEL_RANGE
-from pixart.model.dit import DiT, parameter_groups, state_shapes
+from pixart.model.dit import state_shapes
 from pixart.training.optimizer import MOMENTS
 
-PREFIXES = ("_orig_mod.", "module.")
 # The original training normalized latents of the SD3 VAE as latent * scaling_factor - shift.
 LEGACY_SCALE, LEGACY_SHIFT = 1.5305, 0.177456
+# The original training replaced this fraction of the labels by the null class, and no caption by the empty text.
+LEGACY_COND_DROPOUT_PROB = {1: 0.1, 2: 0.0}
 INFERRED = "inferred from shapes"
 
 
@@ -31,43 +38,65 @@ INFERRED = "inferred from shapes"
 class StoredState:
     """Training state as a file stores it, under the file's parameter names.
 
-    `moments` are keyed NAME.exp_avg or, as in `AdamW.state_dict()`, INDEX.exp_avg.
+    `moments` are keyed NAME.exp_avg or, as in `AdamW.state_dict()`, INDEX.exp_avg, by the indices in `param_groups`.
     """
 
     source_format: str
     model: Mapping[str, Any]
     ema: Mapping[str, Any] | None = None
     moments: Mapping[str, Any] | None = None
+    param_groups: Sequence[Any] | None = None
     step: int = -1  # index of the last completed step
     config: dict[str, Any] | None = None  # inferred from shapes if the file has none
+    is_original: bool = False  # whether the original training code wrote the file
 
 
 def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> Checkpoint:
     """Build a checkpoint from a stored state. Raises ValueError if its tensors do not make a model of this suite."""
+    states = {"model": stored.model} | ({"model_ema": stored.ema} if stored.ema else {})
+    extra_states = {name: sum(map(transformer_engine.is_extra_state, state)) for name, state in states.items()}
+    has_extra_states = any(extra_states.values())
     model = strip_prefixes(stored.model, f"{path}: model")
+    if has_extra_states:
+        transformer_engine.check_layout(model, path)
     config = stored.config or infer_config(model, base_latent_size or BASE_LATENT_SIZE, path)
     check_config(config, path)
     ema = strip_prefixes(stored.ema, f"{path}: model_ema") if stored.ema else model
     for name, state in (("model", model), ("model_ema", ema)):
         check_shapes(state, config, f"{path}: {name}")
-    channels = config["in_dim"]
+    moments, decay_qk_norm = name_moments(stored.moments, stored.param_groups, config, path)
+    if not stored.config and (has_extra_states or decay_qk_norm):
+        config["qk_norm_eps"] = transformer_engine.QK_NORM_EPS
+    stage = 1 if config.get("num_classes") else 2
+    provenance: dict[str, Any] = {
+        "source": str(path),
+        "source_format": stored.source_format,
+        "source_config": "stored in the source" if stored.config else INFERRED,
+    }
+    if stored.is_original or has_extra_states:
+        provenance["cond_dropout_prob"] = LEGACY_COND_DROPOUT_PROB[stage]
+    if has_extra_states:
+        provenance["skipped_extra_states"] = extra_states
+    if decay_qk_norm:
+        provenance["decay_qk_norm"] = True
     return Checkpoint(
-        stage=1 if config.get("num_classes") else 2,
+        stage=stage,
         step=stored.step + 1,
         config=config,
         model=validated(model, f"{path}: model"),
         ema=validated(ema, f"{path}: model_ema"),
-        optimizer=validated(name_moments(stored.moments, config, path), f"{path}: optimizer"),
-        normalization=Normalization(
-            mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels,
-            std=(1 / LEGACY_SCALE,) * channels,
-            pixel_range=ORIGINAL_PIXEL_RANGE,
-        ),
-        provenance={
-            "source": str(path),
-            "source_format": stored.source_format,
-            "source_config": "stored in the source" if stored.config else INFERRED,
-        },
+        optimizer=validated(moments, f"{path}: optimizer"),
+        normalization=original_normalization(config["in_dim"]),
+        provenance=provenance,
+    )
+
+
+def original_normalization(channels: int) -> Normalization:
+    """Return the normalization of the original training for latents of that many channels."""
+    return Normalization(
+        mean=(LEGACY_SHIFT / LEGACY_SCALE,) * channels,
+        std=(1 / LEGACY_SCALE,) * channels,
+        pixel_range=ORIGINAL_PIXEL_RANGE,
     )
 
 
@@ -83,12 +112,12 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def strip_prefixes(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the tensors of `state` without the name prefixes of torch.compile and DDP.
+    """Return the tensors of `state` without the name prefixes of torch.compile and DDP, and without extra states.
 
     Raises ValueError if a value is not a floating-point tensor.
     """
     tensors = {}
-    for key, tensor in state.items():
+    for key, tensor in transformer_engine.without_extra_states(state).items():
         key = strip_prefix(key)
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: {key!r} is not a tensor but {type(tensor).__name__}")
@@ -150,60 +179,3 @@ def infer_config(state: Mapping[str, Tensor], base_latent_size: int, path: Path)
     if not dim or dim % (config["num_heads"] or dim + 1) or not config["mlp_ratio"]:
         raise ValueError(f"{path}: the shapes of its tensors make no model ({dim=}, num_heads={config['num_heads']})")
     return config
-
-
-def name_moments(moments: Mapping[str, Any] | None, config: dict[str, Any], path: Path) -> State:
-    """Return AdamW's state by parameter name; zeros if the file has no optimizer.
-
-    Parameter indices count through the group with weight decay, then the group without, each in the order of
-    `named_modules()`. Raises ValueError if the state does not fit the model's parameters.
-    """
-    with torch.device("meta"):
-        model = DiT(**config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    fields = {field: shapes for field in MOMENTS} | {"step": dict.fromkeys(shapes, ())}
-    if moments is None:
-        return LazyTensors({f"{n}.{f}": zeros(shape[n]) for f, shape in fields.items() for n in shapes})
-    decayed, undecayed = parameter_groups(model)
-    names_in_order = decayed + undecayed
-    stored_key = {name: f"{index}" for index, name in enumerate(names_in_order)}
-    stored = {strip_prefix(key): value for key, value in moments.items()}
-    if f"{names_in_order[0]}.{MOMENTS[0]}" in stored:
-        stored_key = {name: name for name in shapes}
-    count = len({key.rpartition(".")[0] for key in stored})
-    if count != len(shapes):
-        raise ValueError(f"{path}: the optimizer has state for {count} parameters, the model has {len(shapes)}")
-    state = {}
-    for field, shape_of in fields.items():
-        for name in shapes:
-            tensor = stored.get(f"{stored_key[name]}.{field}")
-            if field == "step" and isinstance(tensor, int | float):
-                tensor = torch.tensor(float(tensor))
-            if (
-                not isinstance(tensor, Tensor)
-                or tuple(tensor.shape) != shape_of[name]
-                or (field in MOMENTS and not tensor.is_floating_point())
-            ):
-                actual = (
-                    f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-                    if isinstance(tensor, Tensor)
-                    else f"type {type(tensor).__name__}"
-                )
-                raise ValueError(
-                    f"{path}: {field} of parameter {stored_key[name]} has {actual}; "
-                    f"{name} needs a floating-point tensor of shape {shape_of[name]}"
-                )
-            state[f"{name}.{field}"] = tensor
-    return state
-
-
-def strip_prefix(key: str) -> str:
-    """Return a parameter name without the prefixes of torch.compile and DDP."""
-    while key.startswith(PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
-
-
-def zeros(shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    """Return a function that creates a float32 tensor of zeros, for `LazyTensors`."""
-    return lambda: torch.zeros(shape)

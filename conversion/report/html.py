@@ -7,7 +7,13 @@ from typing import Any
 
 from conversion.options import STATEFUL
 from conversion.report.layer_names import block_and_kind, fold_names
-from conversion.report.text import SYNTHETIC
+from conversion.report.text import (
+    DECAYED_QK_NORM,
+    SYNTHETIC,
+    UNTRAINED_GUIDANCE,
+    describe_extra_states,
+    is_guidance_untrained,
+)
 from pixart.html.charts import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
 from pixart.html.page import badge, document, emphasis, table, text
 from pixart.model.fp8.ops import SLOTS
@@ -59,12 +65,17 @@ def source(report: Mapping[str, Any]) -> str:
         f"{report['amax_history_len']} rows",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }
+    if report["skipped_extra_states"]:
+        rows["skipped"] = describe_extra_states(report["skipped_extra_states"])
+    if report["decay_qk_norm"]:
+        rows["weight decay"] = DECAYED_QK_NORM
     alarm = (
         '<p class="alarm"><b>The scales were calibrated on synthetic data.</b> '
         "Give --dataset to calibrate on the training data.</p>\n"
     )
     synthetic = report["calibration_data"].startswith(SYNTHETIC)
-    return f"<h2>Source and settings</h2>\n{alarm if synthetic else ''}{table((), rows.items())}"
+    guidance = f'<p class="alarm">{text(UNTRAINED_GUIDANCE)}</p>\n' if is_guidance_untrained(report) else ""
+    return f"<h2>Source and settings</h2>\n{alarm if synthetic else ''}{guidance}{table((), rows.items())}"
 
 
 def strategies(report: Mapping[str, Any]) -> str:
@@ -237,9 +248,11 @@ def plan(report: Mapping[str, Any]) -> str:
 
 def tensor_provenance(report: Mapping[str, Any]) -> str:
     tensors = table(("tensor", "provenance"), report["tensor_provenance"].items())
+    reasons = "; ".join(f"{count} {reason}" for reason, count in report["dropped_tensors"].items())
+    dropped = f"<p>Dropped from the source: {text(reasons)}.</p>\n"
     return (
         "<h2>Tensor provenance</h2>\n<p>Carried tensors are bit-identical to the source, derived tensors are computed "
         "from it, and new tensors are initialized.</p>\n"
-        f"{table(('provenance', 'tensors'), report['tensor_counts'].items())}"
+        f"{table(('provenance', 'tensors'), report['tensor_counts'].items())}{dropped if reasons else ''}"
         f"<details><summary>All {len(report['tensor_provenance'])} tensors</summary>\n{tensors}</details>\n"
     )

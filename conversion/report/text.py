@@ -10,6 +10,13 @@ from conversion.options import STATEFUL
 REPORT = "report.json"
 PAGE = "report.html"
 SYNTHETIC = "synthetic"  # prefix of the report's calibration data if no dataset was used
+UNTRAINED_GUIDANCE = (
+    "The source was trained without dropping conditions, so guidance against the empty text is untrained; sample with "
+    "guidance 1, or continue training with stage2.cond_dropout_prob > 0."
+)
+DECAYED_QK_NORM = (
+    "The source was trained with weight decay of the norms of queries and keys; decay_qk_norm=true continues with it."
+)
 T_COLUMNS = (1, 3, 5, 6, 7, 9, 11)  # indices of the report's values of t that are shown
 
 
@@ -25,6 +32,7 @@ def describe(report: Mapping[str, Any]) -> str:
         f"data        {report['calibration_data']}",
         f"tensors     {counts}",
     ]
+    lines += describe_source(report)
     if report["calibration_data"].startswith(SYNTHETIC):
         lines.append(
             "WARNING     scales were calibrated on synthetic data; give --dataset to calibrate on the training data"
@@ -53,16 +61,44 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"{verdict}        {check['name']}: {check['value']} (limit {check['limit']})")
     lines.append(f"written     {report['output']}, with {PAGE}")
     if report["acceptance"]["passed"]:
-        lines.append(f"next        {next_command(report['stages'][1], report['output'])}")
+        command = next_command(report["stages"][1], report["output"], decay_qk_norm=report["decay_qk_norm"])
+        lines.append(f"next        {command}")
     else:
         lines.append("next        read the report; train accepts this checkpoint only with --accept-failed-conversion")
     return "\n".join(lines)
 
 
-def next_command(stage: int, output: str | Path) -> str:
-    """Return the command that trains the converted checkpoint in FP8; stage 1 trains in BF16 by default."""
+def describe_source(report: Mapping[str, Any]) -> list[str]:
+    """Render what was skipped in the source, and what training must know about it, as lines of text."""
+    lines = [f"dropped     {count} {reason}" for reason, count in report["dropped_tensors"].items()]
+    if report["skipped_extra_states"]:
+        lines.append(f"skipped     {describe_extra_states(report['skipped_extra_states'])}")
+    if report["decay_qk_norm"]:
+        lines.append(f"optimizer   {DECAYED_QK_NORM}")
+    if is_guidance_untrained(report):
+        lines.append(f"guidance    {UNTRAINED_GUIDANCE}")
+    return lines
+
+
+def describe_extra_states(counts: Mapping[str, int]) -> str:
+    """Return a text about the extra states that were skipped, whose number is given by state dictionary."""
+    numbers = " and ".join(f"{count} in {name}" for name, count in counts.items())
+    return f"_extra_state entries of TransformerEngine, which hold no parameters and are never unpickled: {numbers}"
+
+
+def is_guidance_untrained(report: Mapping[str, Any]) -> bool:
+    """Return whether the result is a stage-2 model that is known to have never been trained on the null condition."""
+    return report["stages"][1] == 2 and report["cond_dropout_prob"] == 0
+
+
+def next_command(stage: int, output: str | Path, *, decay_qk_norm: bool) -> str:
+    """Return the command that trains the converted checkpoint in FP8; stage 1 trains in BF16 by default.
+
+    `decay_qk_norm` is whether the source was trained with weight decay of the norms of queries and keys.
+    """
     command = f"python -m jobs.launch train --stage {stage} --from {output}"
-    return f"{command} --set stage1.fp8=true" if stage == 1 else command
+    settings = ["stage1.fp8=true"] * (stage == 1) + [f"stage{stage}.decay_qk_norm=true"] * decay_qk_norm
+    return " ".join([command, *(f"--set {setting}" for setting in settings)])
 
 
 def describe_strategies(errors: Mapping[str, Any]) -> list[str]:

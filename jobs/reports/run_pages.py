@@ -10,9 +10,9 @@ from jobs.reports import lineage, lineage_page, training
 from jobs.reports.training import Incident
 from jobs.state import audit_files
 from jobs.state.journal import Journal, points, read_journal
-from jobs.state.ledger import write_atomically
 from jobs.state.run import Run
 from jobs.state.run_metadata import read_description
+from pixart.atomic import write_atomically
 from slurm.task import attempts
 
 SUMMARY, LINEAGE = "summary.html", "lineage.html"

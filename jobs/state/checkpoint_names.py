@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.reading import orbax_metadata
 from jobs.state.json_record import read_record
+from pixart import records
 
 MARKER = "training.json"  # written last; marks the checkpoint complete
 INFERENCE = "inference.json"  # metadata of FP8 weights for inference
@@ -58,14 +60,22 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
         return path, None
     if path.is_dir() and not (path / MARKER).exists() and is_foreign(path):
         check_lengths(path)
-        return path, None
+        return orbax_metadata.find(path) or path, None
     path = find_checkpoint(name)
     return path, checkpoint_record(path)
 
 
 def checkpoint_record(directory: Path) -> dict[str, Any]:
-    """Return the metadata of a checkpoint. Raises ValueError if it is damaged."""
-    return read_record(directory / MARKER, *KEYS)
+    """Return the metadata of a checkpoint, with files by their paths relative to it.
+
+    In format 1, of version 0.1, the metadata has no checksum and files are named relative to the folder `state`.
+    Raises ValueError if it is damaged.
+    """
+    record = read_record(directory / MARKER, *KEYS)
+    if record.get("format") == 1:
+        return {**record, "files": {f"state/{name}": values for name, values in (record["files"] or {}).items()}}
+    records.check(record, str(directory / MARKER))
+    return record
 
 
 def acceptance(provenance: Mapping[str, Any]) -> str | None:
@@ -75,7 +85,7 @@ def acceptance(provenance: Mapping[str, Any]) -> str | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
-    return any((directory / name).exists() for name in FOREIGN)
+    return any((directory / name).exists() for name in FOREIGN) or orbax_metadata.find(directory) is not None
 
 
 def check_file(path: Path) -> None:
@@ -94,8 +104,11 @@ def check_file(path: Path) -> None:
 def check_lengths(directory: Path) -> None:
     """Check that a checkpoint's files exist and have the lengths that were recorded.
 
-    Raises ValueError for the first one that is missing, damaged or truncated.
+    Raises ValueError for the first one that is missing, damaged or truncated. Of an Orbax checkpoint, the metadata and
+    the roots of its databases are checked.
     """
+    if orbax := orbax_metadata.find(directory):
+        orbax_metadata.read_items(orbax)
     for file in sorted(directory.rglob("*.safetensors")):
         check_length(file)
     files = checkpoint_record(directory)["files"] if (directory / MARKER).exists() else {}
@@ -104,8 +117,8 @@ def check_lengths(directory: Path) -> None:
             if not (directory / name).is_file():
                 raise ValueError(f"{directory / name} is missing; copy the complete checkpoint")
     for name, (length, _) in files.items():
-        file = directory / "state" / name
-        if not file.exists() or file.stat().st_size != length:
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != length:
             raise ValueError(f"{file}: missing, damaged or truncated; use another checkpoint")
 
 

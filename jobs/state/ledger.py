@@ -7,19 +7,20 @@ it was made from the dataset's manifest and from the present inputs.
 import json
 import os
 import re
-import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.state.json_record import of_this_version, parse_record
+from pixart.atomic import write_atomically
 from pixart.config.dataset import is_url
 from pixart.config.renamed_keys import rename_data
 
 MANIFEST = "manifest.json"
 ARRAYS = "latents.zarr"  # a folder
 ENTRIES_OF = {"adopt": ("caption", "latents")}  # entries that a job writes, where their names are not its own
+DATA_FOLDERS = {"caption": ("captions", ".parquet"), "latents": (f"{ARRAYS}/valid/c", "")}  # with the files' suffix
 NAME = re.compile(r"([0-9]+)\.json")
 
 
@@ -69,12 +70,24 @@ def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry
 
 
 def current(dataset: str | Path, job: str, shards: list[int], manifest: str) -> set[int]:
-    """Return the shards whose entry is current: it has the hash `manifest`, and was made from the present inputs."""
+    """Return the shards whose entry is current: it has the hash `manifest`, and was made from the present inputs.
+
+    An entry whose data no longer exists is not current.
+    """
     inputs = dict.fromkeys(shards, "")
     if job == "latents":
         inputs = {shard: entry.checksum for shard, entry in entries(dataset, "caption", shards).items()}
-    stored = entries(dataset, job, shards).items()
+    stored = entries(dataset, job, sorted(set(shards) & shards_with_data(dataset, job))).items()
     return {shard for shard, entry in stored if (entry.manifest, entry.inputs) == (manifest, inputs.get(shard))}
+
+
+def shards_with_data(dataset: str | Path, job: str) -> set[int]:
+    """Return the shards for which the file exists that the job writes last, by listing one folder."""
+    folder, suffix = DATA_FOLDERS[job]
+    if job == "latents" and read_files(dataset, [f"{ARRAYS}/zarr.json"]) == [None]:
+        return set()
+    names = (name.removesuffix(suffix) for name in list_files(dataset, folder) if name.endswith(suffix))
+    return {int(name) for name in names if name.isascii() and name.isdecimal()}
 
 
 def drop_stale_entries(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
@@ -132,17 +145,3 @@ def list_files(dataset: str | Path, folder: str) -> list[str]:
         return os.listdir(Path(dataset, folder))  # noqa: PTH208 - ten thousand names
     except FileNotFoundError:
         return []
-
-
-def write_atomically(target: Path, content: str | bytes) -> None:
-    """Write a temporary file, fsync and rename it, so that a reader sees the complete content or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 from jobs.state import ledger
 from jobs.state.journal import read_tail
 from jobs.state.json_record import of_this_version, read_record
+from pixart.atomic import write_atomically
 from pixart.config.dataset import is_url
 from slurm import commands
 from slurm.executor import Submitted
@@ -42,7 +43,7 @@ class Run:
 
     def save(self) -> None:
         record = {key: value for key, value in asdict(self).items() if key != "folder"}
-        ledger.write_atomically(self.folder / RECORD, json.dumps(record) + "\n")
+        write_atomically(self.folder / RECORD, json.dumps(record) + "\n")
 
     def added(self, submitted: Sequence[Submitted]) -> "Run":
         """Return the run with further jobs, after saving it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.state.json_record import read_record
-from jobs.state.ledger import write_atomically
+from pixart.atomic import write_atomically
 from slurm.task import attempts
 
 FILE = "tracking.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jobs.state import ledger
 from jobs.tasks.caption import for_each_shard, part_path
+from pixart.atomic import write_atomically
 from pixart.config.recipe import from_json
 
 
@@ -25,7 +26,7 @@ def init(recipe: str, class_names: list[str], chosen: list[str]) -> None:
     data = from_json(recipe).data
     manifest, records = new_dataset.make(data, class_names, chosen)
     zarr_store.create(manifest)
-    ledger.write_atomically(Path(data.path) / shards.RECORD_FILE, shards.to_json(records))
+    write_atomically(Path(data.path) / shards.RECORD_FILE, shards.to_json(records))
     manifests.write(manifest)
 
 
@@ -37,12 +38,14 @@ def run(dataset: str, shards: list[int]) -> None:
     from pixart.data import manifest as manifests
     from pixart.data.adoption.rows import TextColumns
     from pixart.data.encoders.text_encoder import load_tokenizer
+    from pixart.data.store.zarr_store import create
 
     manifest = manifests.read(dataset)
     todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
     if not todo:
         return
     manifests.check_model(manifest, "text_encoder")
+    create(manifest)
     text = TextColumns(manifest, load_tokenizer(manifest.data.text_encoder))
     with one_torch_thread():
         for_each_shard(todo, lambda shard: adopt_shard(manifest, shard, text))
@@ -50,9 +53,7 @@ def run(dataset: str, shards: list[int]) -> None:
 
 def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
     """Return whether the captions and latents of a shard are there and belong to this manifest."""
-    jobs = ledger.ENTRIES_OF["adopt"]
-    is_current = all(ledger.current(dataset, job, [shard], manifest_hash) for job in jobs)
-    return is_current and part_path(dataset, shard).exists()
+    return all(ledger.current(dataset, job, [shard], manifest_hash) for job in ledger.ENTRIES_OF["adopt"])
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def adopt_shard(manifest, shard: int, text) -> None:
     table = lines.table(source.path.name, manifest.models["captioner"])
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    ledger.write_atomically(part_path(data.path, shard), sink.getvalue().to_pybytes())
+    write_atomically(part_path(data.path, shard), sink.getvalue().to_pybytes())
     rows, valid, caption_checksum = len(table), sum(table["valid"].to_pylist()), content_digest(table)
     common = {"manifest": manifest.hash, "rows": rows, "valid": valid, "seconds": time.monotonic() - begun}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "captioner": data.captioner}

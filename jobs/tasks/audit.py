@@ -9,6 +9,7 @@ from jobs.state import ledger
 from jobs.state.audit_files import DUPLICATES, FOLDER, PAGE, SUMMARY
 from jobs.state.journal import Journal
 from jobs.state.json_record import parse_record
+from pixart.atomic import write_atomically
 from pixart.config.recipe import from_json
 
 ACCEPTED = 24  # thumbnails of accepted images on the page
@@ -51,8 +52,8 @@ def run(run_folder: str) -> str:
         adopted,
     )
     write_duplicates(folder / DUPLICATES, duplicates)
-    ledger.write_atomically(folder / PAGE, html)
-    ledger.write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_atomically(folder / PAGE, html)
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     report(run_folder, folder, summary)
     failed = [check for check in summary["checks"] if not check["passed"]]
     if failed:
@@ -142,7 +143,7 @@ def write_duplicates(path: Path, duplicates) -> None:
     sink = pa.BufferOutputStream()
     columns = [pa.array([line[index] for line in lines], schema.types[index]) for index in range(len(schema))]
     pq.write_table(pa.table(columns, schema=schema), sink)
-    ledger.write_atomically(path, sink.getvalue().to_pybytes())
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def report(run_folder: str, folder: Path, summary: dict[str, Any]) -> None:

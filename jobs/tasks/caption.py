@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs.state import ledger
+from pixart.atomic import write_atomically
 
 
 def run(dataset: str, shards: list[int]) -> None:
@@ -75,7 +76,7 @@ def caption_shard(manifest, shard: int, source, captioner) -> None:
         )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    ledger.write_atomically(part_path(manifest.data.path, shard), sink.getvalue().to_pybytes())
+    write_atomically(part_path(manifest.data.path, shard), sink.getvalue().to_pybytes())
     ledger.record(
         manifest.data.path,
         "caption",

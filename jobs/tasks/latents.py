@@ -19,6 +19,7 @@ def run(dataset: str, shards: list[int]) -> None:
     from pixart.data import manifest as manifests
     from pixart.data.encoders.text_encoder import TextEncoder, Tokenizer, load_tokenizer
     from pixart.data.encoders.vae import load_vae
+    from pixart.data.store.zarr_store import create
 
     manifest = manifests.read(dataset)
     data = manifest.data
@@ -28,6 +29,7 @@ def run(dataset: str, shards: list[int]) -> None:
     for kind in ("vae", "text_encoder"):
         manifests.check_model(manifest, kind)
     source = manifests.open_images(manifest)
+    create(manifest)
     vae = load_vae(data.vae)
     text: Tokenizer = (
         TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
@@ -42,10 +44,9 @@ def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
 
     Raises ValueError if the shard has no captions.
     """
-    captions, latents = (ledger.read(dataset, job, shard) for job in ("caption", "latents"))
-    if captions is None:
+    if ledger.read(dataset, "caption", shard) is None:
         raise ValueError(f"shard {shard} has no captions yet; run 'caption' first")
-    return latents is not None and latents.manifest == manifest_hash and latents.inputs == captions.checksum
+    return shard in ledger.current(dataset, "latents", [shard], manifest_hash)
 
 
 def checksum(columns) -> str:

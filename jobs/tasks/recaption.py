@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from jobs.state.journal import Journal
-from jobs.state.ledger import write_atomically
+from pixart.atomic import write_atomically
 
 
 def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, str]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from jobs.state.checkpoint_names import INFERENCE, MARKER, find_weights
 from jobs.state.journal import Journal
-from jobs.state.ledger import write_atomically
 from jobs.state.prompts import dataset_captions
+from pixart.atomic import write_atomically
 from pixart.config.latent_space import recorded_pixel_range
 from pixart.config.recipe import Recipe, from_json
 
@@ -141,7 +141,7 @@ def check_requests(pipeline, prompts: list[dict[str, str]], classes: list[int], 
 
 def write_export(pipeline, target: Path, provenance: dict[str, str]) -> None:
     """Write the pipeline and its provenance to a folder, atomically."""
-    from pixart.checkpoint.directory import atomic_directory
+    from pixart.atomic import atomic_directory
 
     with atomic_directory(target) as partial:
         pipeline.save_pretrained(partial)

@@ -6,7 +6,6 @@ a point twice: MLflow's stores deduplicate points of the same key, step, value a
 never change.
 """
 
-import fcntl
 import functools
 import json
 import logging
@@ -15,15 +14,15 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.state import run_metadata
 from jobs.state.journal import points, read_journal
 from jobs.state.json_record import read_record
-from jobs.state.ledger import write_atomically
 from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
+from pixart.atomic import file_lock, write_atomically
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -93,7 +92,7 @@ class Tracker:
         """
         embedded = not self.uri.startswith("http")
         try:
-            with locked(self.home) if embedded else nullcontext():
+            with file_lock(self.home / LOCK) if embedded else nullcontext():
                 yield
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("mlflow", "requests", "sqlalchemy", "urllib3"):
@@ -111,7 +110,7 @@ class Tracker:
 
     def sync_run(self, run: Path) -> None:
         """Send the new journal lines, tags and status of one run, and save the synchronization state."""
-        with locked(run):
+        with file_lock(run / LOCK):
             state = self.state(run)
             if state is None:
                 return
@@ -251,16 +250,6 @@ def read_state(run: Path) -> dict[str, Any]:
 
 def save(run: Path, state: dict[str, Any]) -> None:
     write_atomically(run / STATE, json.dumps(state))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; without effect on a file system that has no locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def run_id(run: str | Path) -> str | None:

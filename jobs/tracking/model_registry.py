@@ -10,9 +10,9 @@ from pathlib import Path
 from jobs.reports import lineage, lineage_page
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import acceptance, checkpoint_record, find_checkpoint
-from jobs.state.ledger import write_atomically
 from jobs.tracking.mlflow_store import Tracker, run_id
 from jobs.tracking.sync import sync_folder
+from pixart.atomic import write_atomically
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ALIAS = "newest"

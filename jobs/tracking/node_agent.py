@@ -4,7 +4,6 @@ On the first node it also sends the journal to an MLflow server. Its standard in
 way, and the agent ends with it. It never imports torch, and imports MLflow only for a server.
 """
 
-import fcntl
 import os
 import select
 import shutil
@@ -21,12 +20,14 @@ from jobs.state.journal import Journal
 from jobs.state.run_metadata import read_description, set_status
 from jobs.tracking.mlflow_store import Tracker, store_uri
 from jobs.tracking.sync import try_sync
+from pixart.atomic import file_lock
 
 SAMPLE_SECONDS = 15.0  # between two samples of the system metrics
 SHUTDOWN_SECONDS = 60.0  # timeout for sending the last metrics of a finished rank
 ROOT = Path(__file__).parents[2]
 MEGABYTE = 1e6  # bytes, the unit of MLflow's system metrics
-LOCK = ".node_sync.lock"  # modified by each synchronization
+LOCK = ".node_sync.lock"
+LAST_SYNC = ".last-node-sync"  # modified by each synchronization
 SYNC_SECONDS = 60.0  # shortest interval between two synchronizations by array elements
 
 
@@ -69,16 +70,13 @@ def with_sync(function: Callable[..., Any], run: str, *arguments: Any) -> None:
     home = Path(run).parents[1]
     if not store_uri(home).startswith("http"):
         return
-    with (Path(run) / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another element synchronizes, or the file system has no locks
-            return
-        if time.time() - os.fstat(file.fileno()).st_mtime > SYNC_SECONDS or not file.tell():
+    last_sync = Path(run) / LAST_SYNC
+    with file_lock(Path(run) / LOCK, wait=False) as held:
+        if held and (not last_sync.exists() or time.time() - last_sync.stat().st_mtime > SYNC_SECONDS):
             command = [sys.executable, "-m", "jobs.tracking.sync", str(home), run]
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run(command, cwd=ROOT, timeout=SHUTDOWN_SECONDS)
-            file.write(".")
+            last_sync.touch()
 
 
 def main(run: str, node: str) -> None:

@@ -1,6 +1,5 @@
 """Synchronization of runs: update the status, the shard metrics and the pages of a run, and send them to MLflow."""
 
-import fcntl
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from jobs.state import run as runs
 from jobs.state.journal import Journal, parsed
 from jobs.state.run import Element, Run
 from jobs.state.run_metadata import set_status, status_of
-from jobs.tracking.mlflow_store import LOG, StoreError, Tracker, locked
+from jobs.tracking.mlflow_store import LOCK, LOG, StoreError, Tracker
+from pixart.atomic import file_lock
 
 BACKGROUND_LOCK = ".sync.lock"
 SHARDS = "shards"  # name of the journal file with the metrics of the ledger's shards
@@ -59,7 +59,7 @@ def sync_folder(tracker: Tracker, folder: Path) -> None:
 
 def update_folder(run: Run, *, pages: bool = False) -> None:
     """Add shard metrics and the status to a run folder, and the pages if the run has ended or `pages` is set."""
-    with locked(run.folder):
+    with file_lock(run.folder / LOCK):
         if run.elements:
             journal_shards(run)
             if set(run.elements) <= ledger.shards(run.dataset, run.kind):
@@ -95,14 +95,9 @@ def main(home: str, *folders: str) -> int:
     """Synchronize folders, except those that another process synchronizes. Returns 0, or 1 if one failed."""
     tracker, succeeded = Tracker(home), True
     for folder in map(Path, folders):
-        with (folder / BACKGROUND_LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            except OSError:  # the file system has no locks
-                pass
-            succeeded = try_sync(tracker, folder) and succeeded
+        with file_lock(folder / BACKGROUND_LOCK, wait=False) as held:
+            if held:
+                succeeded = try_sync(tracker, folder) and succeeded
     return 0 if succeeded else 1
 
 

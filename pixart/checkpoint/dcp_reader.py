@@ -8,20 +8,34 @@ import functools
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.serialization import _get_layout
 
 from pixart.checkpoint.lazy_tensors import LazyTensors
 
 METADATA = ".metadata"
+MAX_METADATA_BYTES = 512 << 20  # the metadata of a model on 4,096 ranks is a tenth of it
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # reading in one process is intended
 ALLOWED_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -36,33 +50,94 @@ ALLOWED_CLASSES = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "strided", "_utils"},
+    "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "strided"},
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
 }
+MOVED_MODULES = {"pathlib._local": "pathlib"}  # where Python 3.13 says that the class is
+CALLABLE = (torch.Size, OrderedDict, PosixPath, _get_layout, _MEM_FORMAT_ENCODING)  # may be called with arguments
+DATACLASSES = (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    _StorageInfo,
+)  # may be created and given attributes
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler that loads ALLOWED_CLASSES only and raises UnpicklingError for any other."""
+PythonUnpickler: Any = pickle._Unpickler
+
+
+class RestrictedUnpickler(PythonUnpickler):
+    """Unpickler that loads ALLOWED_CLASSES only, and sets attributes of new instances of DATACLASSES only.
+
+    It is the implementation in Python, whose operations can be overridden. Raises UnpicklingError for anything else.
+    """
+
+    dispatch = PythonUnpickler.dispatch.copy()
 
     def find_class(self, module: str, name: str) -> Any:
+        module = MOVED_MODULES.get(module, module)
         if name not in ALLOWED_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the metadata of a checkpoint")
         return super().find_class(module, name)
 
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in DATACLASSES:
+            raise pickle.UnpicklingError(f"{type(self.stack[-2]).__name__} must not be given attributes")
+        super().load_build()
+
+    def load_reduce(self) -> None:
+        if not any(self.stack[-2] is allowed for allowed in (*CALLABLE, *DATACLASSES)):
+            raise pickle.UnpicklingError("the metadata calls a function that is not allowed")
+        super().load_reduce()
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
 
 class RestrictedReader(FileSystemReader):
-    """FileSystemReader that loads the metadata once, with RestrictedUnpickler."""
+    """FileSystemReader that loads the metadata once, with RestrictedUnpickler, and reads files of its folder only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if not hasattr(self, "metadata"):
-            with (Path(self.path) / METADATA).open("rb") as file:
-                metadata = RestrictedUnpickler(file).load()
+            file = Path(self.path) / METADATA
+            if not file.is_file() or file.stat().st_size > MAX_METADATA_BYTES:
+                raise pickle.UnpicklingError("the metadata is not a regular file of a plausible size")
+            metadata = RestrictedUnpickler(io.BytesIO(file.read_bytes())).load()
             if not isinstance(metadata, Metadata):
                 raise pickle.UnpicklingError("the metadata does not describe a checkpoint")
             metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            self.check_storage(metadata)
             self.metadata = metadata
         return self.metadata
+
+    def check_storage(self, metadata: Metadata) -> None:
+        """Check that stored data lies within regular files of the folder. Raises UnpicklingError otherwise."""
+        sizes: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            name = info.relative_path
+            if not isinstance(name, str) or name != PurePosixPath(name).name or name in ("", ".", ".."):
+                raise pickle.UnpicklingError(f"{name!r} is not the name of a file of the checkpoint")
+            if name not in sizes:
+                file = Path(self.path) / name
+                if not file.is_file():
+                    raise pickle.UnpicklingError(f"{name} is missing, or is not a regular file")
+                sizes[name] = file.stat().st_size
+            if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
+                raise pickle.UnpicklingError(f"{name} is truncated, or the metadata is damaged")
+        stored = sum(sizes.values())
+        tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        for key, entry in tensors.items():
+            if entry.size.numel() * entry.properties.dtype.itemsize > stored or min(entry.size, default=0) < 0:
+                raise pickle.UnpicklingError(f"{key} would be larger than the files that hold it")
 
     @property
     def entries(self) -> dict[str, Any]:
@@ -71,11 +146,12 @@ class RestrictedReader(FileSystemReader):
 
     def read_value(self, key: str) -> Any:
         """Return the unsharded tensor, or the object, that is stored under `key`."""
-        entry = self.entries[key]
-        is_tensor = isinstance(entry, TensorStorageMetadata)
-        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None}
-        load(state, storage_reader=self, planner=WeightsOnlyPlanner(flatten_state_dict=False), no_dist=True)
-        return state[key]
+        with raise_value_error(Path(self.path)):
+            entry = self.entries[key]
+            is_tensor = isinstance(entry, TensorStorageMetadata)
+            state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None}
+            load(state, storage_reader=self, planner=WeightsOnlyPlanner(flatten_state_dict=False), no_dist=True)
+            return state[key]
 
 
 class WeightsOnlyPlanner(DefaultLoadPlanner):
@@ -135,7 +211,7 @@ def raise_value_error(path: Path) -> Iterator[None]:
     """Raise ValueError for any exception that a damaged file causes in the reader."""
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
         raise ValueError(
             f"{path}: cannot be read; it is not a torch.distributed.checkpoint directory, or it is damaged"
         ) from error

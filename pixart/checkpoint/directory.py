@@ -13,36 +13,38 @@ As training writes it, each rank its own shards (torch.distributed.checkpoint):
 
     step-00000400/
       state/                  model.NAME, ema.NAME, optimizer.NAME.exp_avg and so on, scales.NAME.scale and so on
-      training.json           the same, with the length and CRC-32C of each file
+      training.json           the same
 
+`training.json` has the length and CRC-32C of every other file, and a SHA-256 of its own content, all of which `load`
+checks; FP8 weights in `inference/` have a record of their own.
 A checkpoint is written under a temporary name and renamed, so that a directory with its final name is complete. Tensors
 are read and written one at a time: a checkpoint may be larger than memory.
 """
 
 import dataclasses
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pixart import records
+from pixart.atomic import atomic_directory, write_file
 from pixart.checkpoint import integrity
 from pixart.checkpoint.dcp_reader import lazy_groups
 from pixart.checkpoint.lazy_tensors import State
 from pixart.checkpoint.normalization import Normalization
 from pixart.checkpoint.safetensors_stream import load_tensors, save_tensors
 from pixart.config.latent_space import recorded_pixel_range
-from pixart.model.dit import DiT, public_config
+from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
 
-FORMAT = 1
+FORMAT = 2
+LEGACY_FORMAT = 1  # of version 0.1: only the files in `state` have checksums, by their names there
+EXCLUDED = ("training.json", "inference")  # not among the files of the metadata
 MARKER = "training.json"
 STATE = "state"
 GROUPS = ("model", "ema", "optimizer", "scales")
@@ -76,13 +78,15 @@ def save(checkpoint: Checkpoint, directory: str | Path) -> Path:
     """Write a checkpoint directory atomically, replacing an existing one."""
     directory = Path(directory)
     with atomic_directory(directory) as partial:
-        write_state(checkpoint, partial)
-        write_metadata(checkpoint, partial)
+        write_metadata(checkpoint, partial, write_state(checkpoint, partial))
     return directory
 
 
-def write_state(checkpoint: Checkpoint, partial: Path) -> None:
-    """Write weights, EMA weights and optimizer state in parallel, with one core each to avoid oversubscription."""
+def write_state(checkpoint: Checkpoint, partial: Path) -> dict[str, tuple[int, int]]:
+    """Write weights, EMA weights and optimizer state in parallel, with one core each to avoid oversubscription.
+
+    Returns the length and CRC-32C of the files of tensors by their path relative to `partial`.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -94,19 +98,19 @@ def write_state(checkpoint: Checkpoint, partial: Path) -> None:
             ]
     finally:
         torch.set_num_threads(threads)
-    for future in futures:
-        future.result()
+    return {name: future.result() for name, future in zip(STATE_FILES.values(), futures, strict=True)}
 
 
-def write_metadata(checkpoint: Checkpoint, partial: Path, files: Mapping[str, Sequence[int]] | None = None) -> None:
+def write_metadata(checkpoint: Checkpoint, partial: Path, known: Mapping[str, Sequence[int]]) -> None:
     """Write the FP8 scales, then the metadata, which marks the checkpoint complete.
 
-    `files` has the length and CRC-32C of the files of a distributed checkpoint, whose scales are in these.
+    `known` has the length and CRC-32C of files that need not be read again. The scales of a distributed checkpoint are
+    in its state.
     """
-    if checkpoint.plan is not None and files is None:
+    if checkpoint.plan is not None and not (partial / STATE).exists():
         save_tensors(checkpoint.scales, partial / SCALES)
-    metadata = {"format": FORMAT, **record_of(checkpoint), "files": files or {}}
-    write_file(partial / MARKER, (json.dumps(metadata, indent=2) + "\n").encode())
+    files = integrity.list_files(partial, known, EXCLUDED)
+    write_file(partial / MARKER, records.dumps({"format": FORMAT, **record_of(checkpoint), "files": files}))
 
 
 def record_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -122,39 +126,11 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def atomic_directory(directory: Path) -> Iterator[Path]:
-    """Provide a hidden directory that is renamed to `directory`, replacing an existing one, if no error occurs."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        if directory.exists():
-            old = partial.with_suffix(".old")
-            directory.replace(old)
-            partial.replace(directory)
-            shutil.rmtree(old)
-        else:
-            partial.replace(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def save_weights(state: State, config: Mapping[str, Any], folder: Path) -> None:
-    """Write a diffusers folder, which `DiT.from_pretrained` reads."""
+def save_weights(state: State, config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    """Write a diffusers folder, which `DiT.from_pretrained` reads; return the length and CRC-32C of its weights."""
     folder.mkdir(parents=True)
     write_file(folder / "config.json", (json.dumps({"_class_name": DiT.__name__, **config}, indent=2) + "\n").encode())
-    save_tensors(state, folder / WEIGHTS)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file and flush it to disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    return save_tensors(state, folder / WEIGHTS)
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
@@ -164,8 +140,13 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
         metadata = json.loads(marker.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{directory}: not a checkpoint; it has no readable {MARKER}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{directory}: has checkpoint format {metadata.get('format')!r}; this version reads {FORMAT}")
+    if not isinstance(metadata, dict) or metadata.get("format") not in (LEGACY_FORMAT, FORMAT):
+        version = metadata.get("format") if isinstance(metadata, dict) else None
+        raise ValueError(f"{directory}: has checkpoint format {version!r}; supported are {LEGACY_FORMAT} and {FORMAT}")
+    if metadata["format"] == LEGACY_FORMAT:
+        files = metadata.get("files")
+        return {**metadata, "files": {f"{STATE}/{name}": values for name, values in (files or {}).items()}}
+    records.check(metadata, str(marker))
     return metadata
 
 
@@ -175,15 +156,17 @@ def normalization_of(metadata: Mapping[str, Any]) -> Normalization:
     return Normalization(**{**recorded, "pixel_range": recorded_pixel_range(metadata)})
 
 
-def load(directory: str | Path) -> Checkpoint:
+def load(directory: str | Path, *, verify: bool = True) -> Checkpoint:
     """Load a checkpoint; tensors of a distributed one are read on access.
 
-    Raises ValueError naming what is missing, damaged or of the wrong shape.
+    `verify` compares all files with their checksums; leave it out only where `check_files` was called. Raises
+    ValueError naming what is missing, damaged or of the wrong shape.
     """
     directory = Path(directory)
+    if verify:
+        check_files(directory)
     checkpoint = load_without_tensors(directory)
     if (directory / STATE).exists():
-        check_files(directory)
         groups = lazy_groups(directory / STATE, GROUPS)
         states: dict[str, State] = {**groups}
         shapes: dict[str, State] = {group: tensors.shapes for group, tensors in groups.items()}
@@ -201,15 +184,11 @@ def load(directory: str | Path) -> Checkpoint:
 def load_without_tensors(directory: Path) -> Checkpoint:
     """Load a checkpoint's metadata only. Raises ValueError if it is missing, damaged or of another version."""
     metadata = read_metadata(directory)
-    if (directory / STATE).exists():
-        config = metadata["config"]
-    else:
-        config = public_config(DiT.load_config(directory / "transformer"))
     try:
         return Checkpoint(
             stage=metadata["stage"],
             step=metadata["step"],
-            config=config,
+            config=metadata["config"],
             normalization=normalization_of(metadata),
             plan=metadata["plan"] and Plan(**{**metadata["plan"], "linears": tuple(metadata["plan"]["linears"])}),
             dataset=metadata["dataset"],
@@ -220,12 +199,12 @@ def load_without_tensors(directory: Path) -> Checkpoint:
 
 
 def check_files(directory: Path, part: slice = slice(None)) -> None:
-    """Check the files of a distributed checkpoint against their recorded checksums; `part` selects some of them.
+    """Check the files of a checkpoint against their recorded checksums; `part` selects some of them.
 
     Raises ValueError for a file that is missing, damaged or truncated.
     """
     files = list(read_metadata(directory)["files"].items())
-    integrity.check_files(directory / STATE, dict(files[part]))
+    integrity.check_files(directory, dict(files[part]))
 
 
 def load_state(directory: Path, load: Callable[[Path], State] = load_tensors) -> tuple[State, State, State]:

@@ -14,10 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from pixart.checkpoint.integrity import crc32c_of_concatenation
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -49,6 +53,7 @@ class DirectWriter:
         self.descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.filling, self.writing = (mmap.mmap(-1, BUFFER) for _ in range(2))  # page-aligned
         self.offset, self.filled = offset, 0
+        self.crc = 0  # of what was written since `offset`
         self.executor = ThreadPoolExecutor(1)
         self.pending: Future[Any] = self.executor.submit(int)  # nothing to wait for before the first write
 
@@ -70,6 +75,7 @@ class DirectWriter:
         self.offset, self.filled = self.offset + self.filled, 0
 
     def write(self, memory: mmap.mmap, size: int, offset: int) -> None:
+        self.crc = google_crc32c.extend(self.crc, np.frombuffer(memory, np.uint8, size))
         remaining = memoryview(memory)[: size + -size % BLOCK]
         while remaining:
             written = os.pwrite(self.descriptor, remaining, offset)
@@ -87,8 +93,10 @@ class DirectWriter:
         os.close(self.descriptor)
 
 
-def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(state: Mapping[str, Tensor], path: Path) -> tuple[int, int]:
     """Write a safetensors file: header length, header, tensors; one tensor at a time is in memory.
+
+    Returns its length in bytes and its CRC-32C.
 
     The header precedes the tensors and is known after the last one only; space for it is reserved and padded.
     """
@@ -104,12 +112,15 @@ def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             begin, end = end, end + len(values)
             entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         file.flush()
+        file.pending.result()
+        tensors_crc, file.crc = file.crc, 0
         header = json.dumps(entries, separators=(",", ":")).encode()
         assert len(header) <= header_size
         prefix = header_size.to_bytes(8, "little") + header.ljust(header_size)
         file.offset = 0
         file.append(torch.frombuffer(bytearray(prefix), dtype=torch.uint8))
         file.finish(8 + header_size + end)
+        return 8 + header_size + end, crc32c_of_concatenation(file.crc, tensors_crc, end)
     finally:
         file.close()
 

@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pixart.config import overrides, reference
 from pixart.config.fields import NONE, fields_by_key, sections
@@ -107,7 +107,7 @@ def _flatten(key: str, value: Any) -> Iterator[str]:
         yield f"{key}={str(value).lower()}"
     elif isinstance(value, str | int | float):
         yield f"{key}={value}"
-    elif isinstance(value, list) and all(type(item) in (str, int, float) for item in value):
+    elif isinstance(value, list) and get_origin(overrides.find(key).annotation) is tuple:
         yield f"{key}={','.join(map(str, value))}"
     else:
-        raise ValueError(f"{key}={value!r}: must be a string, a number, a boolean or an array of these")
+        raise ValueError(f"{key}={value!r}: must be a string, a number or a boolean")

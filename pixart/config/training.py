@@ -31,6 +31,10 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Weight decay of AdamW, applied neither to biases nor to normalizations and embeddings."""
 
+    decay_qk_norm: bool = False
+    """Whether weight decay also applies to the weights of the norms of queries and keys, as in the original training
+    with TransformerEngine."""
+
     beta1: float = 0.9
     """Decay of AdamW's first moment."""
 

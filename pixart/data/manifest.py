@@ -8,13 +8,12 @@ of the longest file, and the rows of the store behind the end of a shorter one a
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from pixart.atomic import write_atomically
 from pixart.config.dataset import DataConfig, data_from_dict, is_url
 from pixart.config.renamed_keys import original_data
 from pixart.data.sources.base import Source
@@ -185,15 +184,8 @@ def check_model(manifest: Manifest, kind: str) -> None:
 
 def write(manifest: Manifest) -> None:
     """Write the manifest atomically into the dataset's directory."""
-    path = Path(manifest.data.path) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"format": manifest.format, "hash": manifest.hash, **manifest.values()}
-    temporary = path.with_name(f".{FILE}.{uuid.uuid4().hex[:8]}")
-    with temporary.open("w") as file:
-        json.dump(record, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(Path(manifest.data.path) / FILE, json.dumps(record, indent=2))
 
 
 def read(path: str | Path) -> Manifest:

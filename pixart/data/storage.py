@@ -1,7 +1,6 @@
 """Access to a dataset's files by name: on a local file system, or behind a URL with a node-local cache."""
 
 import errno
-import fcntl
 import os
 import resource
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 import numpy as np
 
+from pixart.atomic import file_lock
 from pixart.config.dataset import is_url
 
 MAX_OPEN_FILES = 2048  # a shuffle window has blocks of 256 shards, each with one file per column
@@ -249,14 +249,6 @@ def max_open_files() -> int:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return min(MAX_OPEN_FILES, soft // 2)
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which is created if it does not exist, inside the context."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def cache_size_limit() -> int:

@@ -152,14 +152,15 @@ def load_model(config: Mapping[str, Any], state: Mapping[str, Tensor], device: t
     return model.to(device)
 
 
-def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
+def parameter_groups(model: nn.Module, *, decay_qk_norm: bool = False) -> tuple[list[str], list[str]]:
     """Return the names of the parameters with and without weight decay, each in the order of AdamW's state.
 
-    Weight decay applies to all parameters but biases and those of normalizations and embeddings.
+    Weight decay applies to all parameters but biases and those of normalizations and embeddings. With `decay_qk_norm`
+    it also applies to the weights of the RMSNorms, which are those of queries and keys.
     """
     decayed: list[str] = []
     undecayed: list[str] = []
-    exempt = (nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+    exempt = (nn.LayerNorm, nn.Embedding) if decay_qk_norm else (nn.LayerNorm, nn.RMSNorm, nn.Embedding)
     for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}" if module_name else name

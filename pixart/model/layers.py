@@ -102,7 +102,7 @@ class Attention(nn.Module):
     fused_projections = False  # one GEMM for several linears; their hooks are not called
     kernel = AttentionKernel()
 
-    def __init__(self, dim: int, num_heads: int, kv_dim: int, qk_norm: QKNorm) -> None:
+    def __init__(self, dim: int, num_heads: int, kv_dim: int, qk_norm: QKNorm = QKNorm()) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_proj = nn.Linear(dim, dim)

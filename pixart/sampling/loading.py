@@ -8,8 +8,10 @@ from typing import Any, Self
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from pixart import records
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import WEIGHTS
+from pixart.checkpoint.integrity import check_files
 from pixart.checkpoint.safetensors_stream import load_tensors
 from pixart.config.dataset import DataConfig
 from pixart.config.latent_space import check_latent_space
@@ -41,8 +43,8 @@ def load(directory: Path, weights: str = "ema") -> tuple[DiT, dict[str, Any]]:
     `weights` is ema or master; FP8 weights are always EMA weights. Raises ValueError if the weights cannot be read.
     """
     if (directory / INFERENCE_FILE).exists():
-        record = json.loads((directory / INFERENCE_FILE).read_text())
-        return load_fp8(directory, record["linears"]), record
+        metadata = read_inference_record(directory)
+        return load_fp8(directory, metadata["linears"]), metadata
     checkpoint = checkpoints.load(directory)
     state = checkpoint.ema if weights == "ema" else checkpoint.model
     return load_model(checkpoint.config, state).eval(), checkpoints.read_metadata(directory)
@@ -128,6 +130,22 @@ def build_pipeline(
         text_scale=data.text_scale,
         id2label={str(index): name for index, name in enumerate(components.class_names)} if model.stage == 1 else None,
     )
+
+
+def read_inference_record(directory: Path) -> dict[str, Any]:
+    """Return the record of FP8 weights, and check it and all files. Raises ValueError for an altered one.
+
+    Weights that version 0.1 exported have no checksums.
+    """
+    file = directory / INFERENCE_FILE
+    try:
+        metadata = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON; {error}") from None
+    if "files" in metadata:
+        records.check(metadata, str(file))
+        check_files(directory, metadata["files"])
+    return metadata
 
 
 def load_fp8(directory: Path, linears: Sequence[str]) -> DiT:

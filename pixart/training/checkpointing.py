@@ -1,8 +1,13 @@
 """Checkpoints of a run: written in the background by all ranks, verified when they are read."""
 
 import logging
+import os
+import secrets
 import shutil
+import socket
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,17 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pixart.atomic import file_lock
 from pixart.checkpoint import directory as checkpoints
-from pixart.checkpoint.dcp_reader import METADATA, RestrictedReader, WeightsOnlyPlanner, raise_value_error
+from pixart.checkpoint.dcp_reader import RestrictedReader, WeightsOnlyPlanner, raise_value_error
 from pixart.checkpoint.directory import STATE, Checkpoint, write_metadata
 from pixart.checkpoint.integrity import length_and_crc32c
 from pixart.training.process_group import Ranks
 from pixart.training.trainer import Trainer
 
 DAMAGED_SUFFIX = ".damaged"
+REMOVED_SUFFIX = ".old"  # of a checkpoint that is being removed
+LOCK, OWNER = ".lock", ".lock-owner"  # files in the folder of checkpoints
 logger = logging.getLogger(__name__)
 
 
@@ -61,8 +69,10 @@ class CheckpointManager:
         self.executor = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
         if ranks.is_first:
-            for partial in self.folder.glob(".step-*.partial"):  # left by a killed process
-                shutil.rmtree(partial)
+            # Left by a killed process: `RunLock` excludes another one that writes checkpoints of this run. A conversion
+            # beside it has other names.
+            for partial in self.folder.glob(f".step-{8 * '[0-9]'}.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def save(self, trainer: Trainer) -> Path:
         """Wait for the previous checkpoint, then start writing the current state; every rank must call it."""
@@ -85,15 +95,13 @@ class CheckpointManager:
         """Wait until all ranks have written, then write the metadata and rename the directory."""
         written.result()
         local_files = (partial / STATE).glob(f"__{self.ranks.rank}_*")
-        local_checksums = {file.name: length_and_crc32c(file) for file in local_files}
+        local_checksums = {f"{STATE}/{file.name}": length_and_crc32c(file) for file in local_files}
         gathered = self.ranks.gather(local_checksums, self.ranks.save_group)
         if not self.ranks.is_first:
             return
         files = {name: checksum for checksums in gathered for name, checksum in checksums.items()}
-        files[METADATA] = length_and_crc32c(partial / STATE / METADATA)
         write_metadata(metadata, partial, files)
-        if directory.exists():
-            shutil.rmtree(directory)
+        remove(directory)
         partial.replace(directory)
         self.prune()
 
@@ -101,7 +109,7 @@ class CheckpointManager:
         """Delete old checkpoints but for the last `keep_last` and those at multiples of `keep_every` steps."""
         for directory in checkpoints.list_checkpoints(self.folder.parent)[: -self.keep_last]:
             if not self.keep_every or checkpoints.read_metadata(directory)["step"] % self.keep_every:
-                shutil.rmtree(directory)
+                remove(directory)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, and raise its error if there is one."""
@@ -114,6 +122,53 @@ class CheckpointManager:
         self.wait()
         self.executor.shutdown()
         self.stager.close()
+
+
+@contextmanager
+def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Exclude a second training of the same run while the context is active; every rank must enter it.
+
+    Raises ValueError if another process trains the run. Without effect on a file system that has no locks.
+    """
+    folder, error = run / "checkpoints", ""
+    with file_lock(folder / LOCK, wait=False) if ranks.is_first else nullcontext(True) as held:
+        if not held:
+            owner = (folder / OWNER).read_text().strip() if (folder / OWNER).exists() else "another process"
+            error = f"{run}: is being trained by {owner}; wait for its end, or cancel it"
+        elif ranks.is_first:
+            (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        if error := ranks.broadcast_object(error):
+            raise ValueError(error)
+        yield
+
+
+def remove(directory: Path) -> None:
+    """Remove a checkpoint, if it exists, and what earlier removals of this run left.
+
+    A network file system may keep a file that is open somewhere: this is a warning, and the next removal tries again.
+    """
+    if directory.exists():  # renamed first, so that no reader takes a half-removed checkpoint for a complete one
+        directory.replace(directory.with_name(f".{directory.name}.{secrets.token_hex(4)}{REMOVED_SUFFIX}"))
+    for obsolete in directory.parent.glob(f".step-*{REMOVED_SUFFIX}"):
+        try:
+            shutil.rmtree(obsolete)
+        except OSError as error:
+            logger.warning("%s cannot be removed now, and is removed later: %s", obsolete, error)
+
+
+def verify(directory: Path, ranks: Ranks) -> None:
+    """Compare the files of a checkpoint with their checksums, each rank a share of them; every rank must call it.
+
+    Raises ValueError on every rank if a file is missing or altered.
+    """
+    error = ""
+    try:
+        checkpoints.check_files(directory, slice(ranks.rank, None, ranks.world_size))
+    except ValueError as damage:
+        error = str(damage)
+    if ranks.all_reduce_max(bool(error)):
+        errors = [message for message in ranks.gather(error) if message]
+        raise ValueError(ranks.broadcast_object(errors)[0])
 
 
 def find_newest_valid(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -143,7 +198,7 @@ def find_newest_valid(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
 
 @torch.no_grad()
 def restore(trainer: Trainer, directory: Path) -> None:
-    """Load a checkpoint, written by any number of ranks, into the training state; every rank must call it.
+    """Load a verified checkpoint, written by any number of ranks, into the training state; every rank must call it.
 
     Raises ValueError if a tensor is missing or of another shape.
     """
@@ -158,7 +213,7 @@ def restore(trainer: Trainer, directory: Path) -> None:
                 no_dist=trainer.ranks.world_size == 1,
             )
     else:
-        loaded = checkpoints.load(directory).tensors()
+        loaded = checkpoints.load(directory, verify=False).tensors()
         for key, target in targets.items():
             group, _, name = key.partition(".")
             tensor = loaded[group].get(name)

@@ -10,7 +10,7 @@ from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
 from pixart.data.loading.sampler import select_validation_rows
 from pixart.data.store.zarr_store import Store
-from pixart.training.checkpointing import CheckpointManager, find_newest_valid, restore
+from pixart.training.checkpointing import CheckpointManager, find_newest_valid, restore, run_lock, verify
 from pixart.training.metrics import MetricsLogger, NullReporter, Reporter
 from pixart.training.preview import PreviewSampler
 from pixart.training.process_group import Ranks, process_group
@@ -47,12 +47,17 @@ def train(
     Raises ValueError for errors in the configuration, the dataset or the checkpoint.
     """
     run, reporter = Path(run), reporter or NullReporter()
-    with process_group() as ranks, HangWatchdog(config.hang_timeout_minutes) as watchdog:
+    with (
+        process_group() as ranks,
+        run_lock(run, ranks),
+        HangWatchdog(config.hang_timeout_minutes) as watchdog,
+    ):
         check_config(stage, config, ranks)
         store = Store(manifests.read(dataset))
         checkpoint, errors = find_newest_valid(run, ranks)
         if checkpoint is None and start:
             checkpoint = checkpoints.find(start)
+            verify(checkpoint, ranks)
         metadata = checkpoints.load_without_tensors(checkpoint) if checkpoint else None
         trainer = Trainer(metadata, stage, model, config, store, ranks)
         if checkpoint:

@@ -26,9 +26,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return fused AdamW with its state allocated; biases, normalizations and embeddings have no weight decay."""
+    """Return fused AdamW with its state allocated.
+
+    Biases, normalizations and embeddings have no weight decay; `config.decay_qk_norm` adds it to the norms of queries
+    and keys.
+    """
     parameters = dict(model.named_parameters())
-    decayed, undecayed = parameter_groups(model)
+    decayed, undecayed = parameter_groups(model, decay_qk_norm=config.decay_qk_norm)
     groups = [
         {"params": [parameters[name] for name in decayed], "weight_decay": config.weight_decay},
         {"params": [parameters[name] for name in undecayed], "weight_decay": 0.0},

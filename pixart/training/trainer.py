@@ -204,7 +204,13 @@ class Trainer:
             normalization=self.normalization,
             plan=self.plan,
             dataset=self.dataset.data.path,
-            provenance={**self.provenance, "dataset_hash": self.dataset.hash, "models": fingerprints},
+            provenance={
+                **self.provenance,
+                "dataset_hash": self.dataset.hash,
+                "models": fingerprints,
+                "cond_dropout_prob": self.config.cond_dropout_prob,
+                "decay_qk_norm": self.config.decay_qk_norm,
+            },
         )
 
     def rescale_gradients_for_batch_size(self) -> None:

@@ -174,13 +174,14 @@ def test_a_flipped_bit_on_disk_fails_the_conversion(legacy_file, monkeypatch, ca
     write_state = checkpoints.write_state
 
     def write_damaged_state(checkpoint, partial):
-        write_state(checkpoint, partial)
+        checksums = write_state(checkpoint, partial)
         with (partial / checkpoints.STATE_FILES["ema"]).open("r+b") as file:
             _, _, offset, _ = safetensors_stream.read_header(Path(file.name))["linear_out.bias"]
             file.seek(offset + 3)
             byte = file.read(1)[0]
             file.seek(offset + 3)
             file.write(bytes([byte ^ 1]))
+        return checksums
 
     monkeypatch.setattr(checkpoints, "write_state", write_damaged_state)
     assert main([str(legacy_file), *QUICK, "--stage", str(stage)]) == 3

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option
-from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.prompts import dataset_captions, read_prompts
 from jobs.state.run import Run
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.submit import run_ranks
+from pixart.atomic import write_atomically
 from slurm.executor import Cluster
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -77,7 +77,7 @@ def recaption(launch: Launch, options: Options) -> str:
         print(report(compare(captions, [item["text"] for item in rewritten])), file=sys.stderr)
     if output is None:
         return "\n".join(item["text"] for item in rewritten)
-    ledger.write_atomically(output, encode(rewritten, output.suffix))
+    write_atomically(output, encode(rewritten, output.suffix))
     return f"rewritten: {output}"
 
 

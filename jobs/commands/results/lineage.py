@@ -9,7 +9,7 @@ from pathlib import Path
 from jobs.commands.options import Command, CommonOptions, argument, option
 from jobs.reports import lineage, lineage_page
 from jobs.state import run as runs
-from jobs.state.ledger import write_atomically
+from pixart.atomic import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

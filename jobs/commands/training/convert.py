@@ -10,6 +10,7 @@ from typing import Self
 
 from conversion.options import Options as ConversionOptions
 from conversion.options import add_options, default_output, from_arguments
+from conversion.reading import orbax_metadata
 from conversion.report.text import PAGE, next_command
 from jobs.commands.launching import launching
 from jobs.commands.options import Command, SubmissionOptions, argument, delegated, option
@@ -28,7 +29,7 @@ from slurm.executor import Cluster
 class Options(SubmissionOptions):
     """The options of `convert`."""
 
-    checkpoint: str = argument("CHECKPOINT", help="Checkpoint directory, run folder or .pt file.")
+    checkpoint: str = argument("CHECKPOINT", help="Checkpoint directory, run folder, .pt file or folder of Orbax.")
     output: str | None = option(
         "--output", metavar="FOLDER", help="Folder to write (default: CHECKPOINT.fp8, beside the checkpoint)."
     )
@@ -52,8 +53,8 @@ def convert(launch: Launch, options: Options) -> str:
     source = Path(options.checkpoint).absolute()
     if not source.is_file() and not source.is_dir():
         raise ValueError(f"checkpoint {options.checkpoint}: no such file or directory")
-    if source.is_dir() and not is_foreign(source):
-        source = find_checkpoint(str(source))
+    if source.is_dir():
+        source = orbax_metadata.find(source) or (source if is_foreign(source) else find_checkpoint(str(source)))
     target = Path(options.output).absolute() if options.output else default_output(source)
     check_source(source, options.conversion)
     if target.exists() and not options.conversion.overwrite:
@@ -61,7 +62,9 @@ def convert(launch: Launch, options: Options) -> str:
     submitted = submit_conversion(launch, source, target, options.conversion)
     if not launch.wait:
         return describe_submission(submitted)
-    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {next_command(options.conversion.stage, target)}"
+    decay_qk_norm = checkpoint_record(target)["provenance"].get("decay_qk_norm", False)
+    command = next_command(options.conversion.stage, target, decay_qk_norm=decay_qk_norm)
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {command}"
 
 
 def check_source(source: Path, options: ConversionOptions) -> None:

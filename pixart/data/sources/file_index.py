@@ -1,7 +1,6 @@
 """File listings by URL on any file system, and row indices of files that contain many items."""
 
 import json
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+
+from pixart.atomic import write_atomically
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ALLOWED = (
@@ -103,10 +104,7 @@ class RowIndex:
             counts = threads.map(count_rows, missing)
             known |= {name: [files.sizes[name], rows] for name, rows in zip(missing, counts, strict=True)}
         if counts_file and missing:
-            counts_file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = counts_file.with_name(f".{counts_file.name}.{uuid.uuid4().hex[:8]}")
-            temporary.write_text(json.dumps({name: known[name] for name in files.sizes}))
-            temporary.replace(counts_file)
+            write_atomically(counts_file, json.dumps({name: known[name] for name in files.sizes}))
         self._names = list(files.sizes)
         self._ends = [0, *accumulate(known[name][1] for name in self._names)]
         self._rows = min(self._ends[-1], max_images or self._ends[-1])

@@ -8,7 +8,6 @@ import errno
 import hashlib
 import math
 import os
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Self
 import google_crc32c
 import numpy as np
 
+from pixart.atomic import file_lock, remove_leftovers, temporary_path
 from pixart.data.manifest import Manifest
 
 ZARR_FOLDER = "latents.zarr"
@@ -114,11 +114,20 @@ def columns_of(manifest: Manifest) -> dict[str, Column]:
 
 
 def create(manifest: Manifest) -> None:
-    """Create the empty Zarr arrays of a dataset; existing arrays are not changed."""
+    """Create the empty Zarr arrays of a dataset; existing arrays are not changed. Processes do so one at a time."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    group = zarr.open_group(Path(manifest.data.path) / ZARR_FOLDER, mode="a")
+    folder = Path(manifest.data.path) / ZARR_FOLDER
+    metadata = [folder / "zarr.json", *(folder / name / "zarr.json" for name in columns_of(manifest))]
+    if all(file.exists() for file in metadata):
+        return
+    with file_lock(Path(manifest.data.path) / ".create.lock"):
+        create_arrays(zarr.open_group(folder, mode="a"), manifest, Crc32cCodec())
+
+
+def create_arrays(group: Any, manifest: Manifest, checksum: Any) -> None:
+    """Create the arrays of a Zarr group that do not exist, with a codec that appends checksums."""
     for name, column in columns_of(manifest).items():
         if name not in group:
             group.create_array(
@@ -127,7 +136,7 @@ def create(manifest: Manifest) -> None:
                 dtype=column.dtype,
                 chunks=(column.chunk, *column.shape),
                 shards=(column.rows, *column.shape) if column.chunk < column.rows else None,
-                compressors=Crc32cCodec(),
+                compressors=checksum,
                 fill_value=0,
             )
 
@@ -148,7 +157,8 @@ class ShardFile:
     def __init__(self, root: Path, column: Column, shard: int) -> None:
         self.column, self.target = column, root / column.file(shard)
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.target.with_name(f".{self.target.name}.{uuid.uuid4().hex[:8]}")
+        remove_leftovers(self.target)
+        self.temporary = temporary_path(self.target)
         self.rows, self.digest = 0, hashlib.sha256()  # of the CRC-32C of every chunk that was appended
         self._file = self.temporary.open("wb", buffering=0)
 

@@ -28,10 +28,6 @@ class ShardWriter:
         self._pending: list[Future[None]] = []
         self._unsynchronized = 0
         (self.root / self.columns[VALID].file(shard)).unlink(missing_ok=True)
-        for name in self.names:
-            target = self.root / self.columns[name].file(shard)
-            for stale in target.parent.glob(f".{target.name}.*"):  # of an attempt that was killed
-                stale.unlink()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

@@ -87,6 +87,9 @@ def make_report(blocks: int = 2) -> dict[str, Any]:
         "config_inferred": True,
         "output": "/runs/one/step_400000.fp8",
         "stages": [1, 2],
+        "skipped_extra_states": {},
+        "cond_dropout_prob": None,
+        "decay_qk_norm": False,
         "step": 400000,
         "config": {"dim": 1152, "text_dim": 2048, "num_classes": None},
         "calibration_data": "/data/photos",
@@ -114,6 +117,7 @@ def make_report(blocks: int = 2) -> dict[str, Any]:
         "gradient_cosine_similarity": 0.98765,
         "tensor_counts": {"carried": 41, "derived": 7, "new": 5},
         "tensor_provenance": {"patchify.weight": "carried", "cond_proj.weight": "derived"},
+        "dropped_tensors": {"k_norm.bias, which softmax ignores": 28},
         "versions": {"torch": "2.13.1", "python": "3.12.9"},
         "acceptance": {
             "passed": True,
@@ -132,6 +136,10 @@ def failed(report: dict[str, Any]) -> dict[str, Any]:
 
 def without_stage1(report: dict[str, Any]) -> None:
     report.update(stages=[2, 2], reparameterization=None)
+
+
+def from_transformer_engine(report: dict[str, Any]) -> None:
+    report.update(skipped_extra_states={"model": 453}, cond_dropout_prob=0.0, decay_qk_norm=True)
 
 
 def without_layers(report: dict[str, Any]) -> None:
@@ -162,7 +170,16 @@ def all_zero_errors(report: dict[str, Any]) -> None:
     report["reparameterization"]["output_error"] = {"paper": [0.0] * len(T), "fitted": [0.0] * len(T)}
 
 
-CHANGES = (failed, without_stage1, without_layers, stateless, without_values, broken_numbers, all_zero_errors)
+CHANGES = (
+    failed,
+    without_stage1,
+    from_transformer_engine,
+    without_layers,
+    stateless,
+    without_values,
+    broken_numbers,
+    all_zero_errors,
+)
 
 
 @pytest.mark.parametrize("change", [None, *CHANGES])
@@ -205,8 +222,8 @@ def test_values_are_shown():
     report = make_report()
     shown = " ".join(read(page(report)).text)
     scalars = ("source", "source_format", "source_sha256", "output", "step", "calibration_data", "fp8_recipe")
-    names = (*scalars, "amax_statistic", "num_fp8_linears", "losses", "tensor_counts", "tensor_provenance", "versions")
-    for value in leaves([report[name] for name in names]):
+    names = (*scalars, "amax_statistic", "num_fp8_linears", "losses", "tensor_counts", "tensor_provenance")
+    for value in leaves([report[name] for name in (*names, "dropped_tensors", "versions")]):
         assert value in shown, value
     for value in leaves([report["reparameterization"][name] for name in ("mean_error", "sample_error")]):
         assert value in shown, value
@@ -317,7 +334,15 @@ def test_names_are_escaped():
     report = failed(make_report())
     plain = read(page(report))
     bad = hostile(copy.deepcopy(report))
-    for name in ("config", "kept_in_bf16", "losses", "tensor_provenance", "tensor_counts", "versions"):
+    for name in (
+        "config",
+        "kept_in_bf16",
+        "losses",
+        "tensor_provenance",
+        "tensor_counts",
+        "dropped_tensors",
+        "versions",
+    ):
         bad[name] = {key + HOSTILE: value for key, value in bad[name].items()}
     errors = bad["reparameterization"]
     for name in ("output_error", "mean_error", "sample_error"):

@@ -7,6 +7,7 @@ import pytest
 
 from jobs.state import ledger
 from jobs.tasks import caption, latents
+from pixart.atomic import write_atomically
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
 
@@ -104,7 +105,12 @@ def test_damaged_images_keep_their_rows(tmp_path, small_recipe):
 
 def test_only_entries_of_the_present_inputs_are_current(tmp_path):
     entry = ledger.Entry(manifest="m", inputs="", rows=2, valid=2, checksum="a", seconds=1.0, versions={})
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "latents.zarr/valid/c").mkdir(parents=True)
+    (tmp_path / "latents.zarr/zarr.json").write_text("{}")
     for shard in range(5):
+        (tmp_path / f"captions/{shard:05d}.parquet").write_text("")
+        (tmp_path / f"latents.zarr/valid/c/{shard}").write_text("")
         ledger.record(tmp_path, "caption", shard, entry)
         ledger.record(tmp_path, "latents", shard, dataclasses.replace(entry, inputs="a"))
     ledger.record(tmp_path, "caption", 1, dataclasses.replace(entry, checksum="b"))  # written again
@@ -116,15 +122,17 @@ def test_only_entries_of_the_present_inputs_are_current(tmp_path):
     assert ledger.current(tmp_path, "caption", shards, "m") == {0, 1, 3, 4}
     assert ledger.current(tmp_path, "latents", shards, "m") == {0}
     assert ledger.shards(tmp_path, "latents") == {0, 1, 2, 3, 4}
+    (tmp_path / "captions/00003.parquet").unlink()
+    assert ledger.current(tmp_path, "caption", shards, "m") == {0, 1, 4}  # an entry without its data
     ledger.drop_stale_entries(tmp_path, "latents", [0, 1, 4, 5], "m")
     assert ledger.shards(tmp_path, "latents") == {0, 2, 3}
 
 
 def test_write_atomically_leaves_no_temporary_file(tmp_path, monkeypatch):
     target = tmp_path / "file"
-    ledger.write_atomically(target, "one")
+    write_atomically(target, "one")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        ledger.write_atomically(target, "two")
+        write_atomically(target, "two")
     assert target.read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -106,3 +106,20 @@ def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
     full = encode(load_vae(data.vae), np.array(resize_and_crop(image, data.image_size))[None], data.pixel_range)
     stored = Store(manifests.read(data.path)).read("latents", np.arange(1))
     assert np.abs(stored - full).mean() < 0.02 * np.abs(full).mean()
+
+
+def test_removed_arrays_and_captions_are_made_again(small_recipe, tmp_path):
+    """The ledger's entries alone do not make a shard complete: its data must exist."""
+    dataset = tmp_path / "data"
+    shutil.copytree(small_recipe.data.path, dataset)
+    manifest = manifests.read(dataset)
+    before = Store(manifest).read("latents", np.arange(manifest.images))
+    shutil.rmtree(dataset / "latents.zarr")
+    assert ledger.current(dataset, "latents", [0, 1, 2, 3], manifest.hash) == set()
+    latents.run(str(dataset), [0, 1, 2, 3])
+    assert np.array_equal(Store(manifest).read("latents", np.arange(manifest.images)), before)
+
+    (dataset / "captions" / "00002.parquet").unlink()
+    assert ledger.current(dataset, "caption", [0, 1, 2, 3], manifest.hash) == {0, 1, 3}
+    caption.run(str(dataset), [0, 1, 2, 3])
+    assert ledger.current(dataset, "caption", [0, 1, 2, 3], manifest.hash) == {0, 1, 2, 3}

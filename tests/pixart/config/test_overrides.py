@@ -124,3 +124,13 @@ def test_errors_name_the_key_and_allowed_values(assignment, message):
 def test_keys_of_version_0_1_are_refused(key):
     with pytest.raises(ValueError, match=re.escape(f"stage1.{key}: unknown key; ")):
         overrides.apply(DEMO, [f"stage1.{key}=1"])
+
+
+@pytest.mark.parametrize("text", ["0,1", "[0, 1]", " 0, 1"])
+def test_a_pair_is_written_with_or_without_brackets(text):
+    assert overrides.apply(RECIPES["demo"]("home"), [f"data.pixel_range={text}"]).data.pixel_range == (0, 1)
+
+
+def test_a_pixel_range_that_no_autoencoder_has_is_refused():
+    with pytest.raises(ValueError, match=r"^data\.pixel_range=\(0, 2\): must be -1,1 or 0,1"):
+        overrides.apply(RECIPES["demo"]("home"), ["data.pixel_range=0,2"])

@@ -94,6 +94,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ("[stage1]\nfp8 = 1", r"stage1\.fp8='1': must be true or false"),
         ("[data]\nsource = ['a', 'b']", r"data\.source=\['a', 'b'\]: must be a string, a number or a boolean"),
         ("[data]\nsource = 2026-01-01", r"data\.source=.*: must be a string, a number or a boolean"),
+        ("[data]\npixel_range = [0]", r"data\.pixel_range='0': must be 2 whole numbers, separated by commas"),
         ("[data]\nscreening = 1", r"data\.screening: is a section, not a key"),
         ("stage1 = 1", "stage1: is a section, not a key"),
         ("[stage1.lr]", r"stage1\.lr: is a key, not a section; write lr = VALUE in its section"),

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import shutil
 
@@ -24,18 +25,20 @@ def test_learning_rate_schedule():
     assert {learning_rate(step, constant) for step in range(100)} == {1e-3}
 
 
-def test_one_step_against_the_formula():
-    """AdamW (Loshchilov and Hutter, algorithm 2), decay on weights only."""
+@pytest.mark.parametrize("decay_qk_norm", [False, True])
+def test_one_step_against_the_formula(decay_qk_norm):
+    """AdamW (Loshchilov and Hutter, algorithm 2), decay on weights only, and on request on the norms' weights."""
+    config = dataclasses.replace(CONFIG, decay_qk_norm=decay_qk_norm, weight_decay=0.5)
     torch.manual_seed(0)
     model = DiT(**SIZES)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = make_optimizer(model, CONFIG)
+    optimizer = make_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        exempt = name.endswith("bias") or "norm" in name or "cond_proj" in name
-        decayed = before[name] * (1 - CONFIG.lr * (0 if exempt else CONFIG.weight_decay))
+        exempt = name.endswith("bias") or ("norm" in name and not decay_qk_norm) or "cond_proj" in name
+        decayed = before[name] * (1 - CONFIG.lr * (0 if exempt else config.weight_decay))
         expected = decayed - CONFIG.lr * parameter.grad / (parameter.grad.abs() + CONFIG.eps)
         assert torch.allclose(parameter, expected, atol=1e-6), name
 

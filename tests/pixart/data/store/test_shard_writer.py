@@ -1,13 +1,16 @@
 """A shard that is written in blocks has the files of one that is written at once."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pixart.atomic import temporary_path
 from pixart.config.dataset import DataConfig
 from pixart.data.manifest import Adoption, Manifest
-from pixart.data.store.layout import VALID, layout, row_digest
+from pixart.data.store.layout import VALID, columns_of, layout, row_digest
 from pixart.data.store.shard_writer import ShardWriter
 from pixart.data.store.zarr_store import Store, channel_sums, create, write_shard
 
@@ -73,13 +76,15 @@ def test_without_commit_nothing_is_left_and_what_a_killed_attempt_left_is_remove
     with ShardWriter(manifest, 1) as writer:
         append(writer, columns, 16)
     assert files(tmp_path) == before
-    abandoned = ShardWriter(manifest, 1).__enter__()
-    append(abandoned, columns, 16)
-    assert len(files(tmp_path)) > len(before)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    column = columns_of(manifest)["latents"]
+    left = temporary_path(tmp_path / column.file(1)).name.replace(f"-{os.getpid()}-", f"-{process.pid}-")
+    (tmp_path / column.file(1)).with_name(left).write_bytes(b"part of the rows")
     with ShardWriter(manifest, 1) as writer:
         append(writer, columns, 16)
         writer.commit()
-    assert not [name for name in files(tmp_path) if name.rsplit("/", 1)[-1].startswith(".")]
+    assert not [name for name in files(tmp_path) if name.endswith(".partial")]
 
 
 def test_an_error_of_the_disk_is_raised(tmp_path, monkeypatch):
