@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from benchmarks import measure
+from pixart.config.captions import CaptionsConfig
 from pixart.config.dataset import ScreeningConfig
 from pixart.data.captions import captioner as captioners
 from pixart.data.captions import table as captions
@@ -88,13 +89,16 @@ def compared(
     screened = {item.id: captions.screen(item, limits) for item in items}
     assert all(each.image for each in screened.values()), "the benchmark wants images that all pass"
     images = [screening.decode(item.data, limits) for item in items]
-    conversations = [captioners.conversation({"type": "image_pil", "image_pil": image}) for image in images]
+    instruction = captioner.captions.image_instruction
+    conversations = [
+        captioners.conversation(instruction, {"type": "image_pil", "image_pil": image}) for image in images
+    ]
     screen, enqueue, step = captions.screen, engine.enqueue, engine.llm_engine.step
     bare, streamed = [], []
     for repeat in range(REPEATS + 1):
         forget(engine)
         begun = time.perf_counter()
-        engine.chat(conversations, captioner._attempts[0][0], use_tqdm=False)
+        engine.chat(conversations, captioner.sampling_params(0, seed=0), use_tqdm=False)
         bare.append(time.perf_counter() - begun)
         if repeat == 1:  # the first repetition warms up
             clock.seconds.clear()
@@ -124,8 +128,8 @@ def main() -> None:
     parser.add_argument("images")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
-    captioner = captioners.VllmCaptioner(options.model, captioners.Sampling(), options.dtype)
-    captioner._attempts = captioner._attempts[:1]
+    captioner = captioners.VllmCaptioner(options.model, CaptionsConfig(), options.dtype)
+    captioner.num_attempts = 1
     source = open_source(options.images)
     begun = time.perf_counter()
     items = list(islice(source.read(0, len(source)), COUNT))

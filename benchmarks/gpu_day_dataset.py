@@ -14,8 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from jobs.tasks import caption, init_dataset, latents
-from pixart.config.audit import AuditConfig
-from pixart.config.dataset import DataConfig
+from pixart.config.dataset import AuditConfig, DataConfig
 from pixart.config.recipe import Recipe, to_json
 from pixart.data.encoders.text_encoder import encoder_path, load_text_model
 from pixart.data.encoders.vae import DEMO_VAE

@@ -40,7 +40,7 @@ from conversion.progress import Progress
 from conversion.reading import formats
 from conversion.reading.training_state import INFERRED
 from conversion.report.html import page
-from conversion.report.text import PAGE, REPORT, SYNTHETIC, describe, describe_source
+from conversion.report.text import PAGE, REPORT, SYNTHETIC, describe, describe_source, next_command
 from conversion.stage2 import strategies
 from conversion.stage2.reparameterize import CARRIED, DERIVED, NEW
 from conversion.verification import acceptance
@@ -117,6 +117,12 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 "tensor_provenance": provenance,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 "acceptance": acceptance.as_report(checks),
+                "next_command": next_command(
+                    options,
+                    output,
+                    start.dataset,
+                    decay_qk_norm=start.provenance.get("decay_qk_norm", False),
+                ),
             }
             progress.begin(f"writing {output}")
             write(result, report, partial, options, checksums)

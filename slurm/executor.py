@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from slurm import commands
-from slurm.profile import Profile
+from slurm.profile import Profile, for_kind
 from slurm.task import Task
 
 CODE_ROOT = Path(__file__).parents[1]
 # GOMP_SPINCOUNT: iterations that an OpenMP thread spins at a barrier before it sleeps. With GNU OpenMP's default,
 # training on processors that other jobs share takes 1.5 times as long; on idle processors there is no difference.
 OPENMP_SPIN_COUNT = "1000"
-WITHOUT_GPU = ("adopt",)  # array jobs that use no GPU; a site may end a job whose GPU is idle
 LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes by default
 
 
@@ -59,14 +60,15 @@ class Cluster:
         return self.profile.executor == "slurm"
 
     def array_shape(self, kind: str, elements: Sequence[int]) -> Shape:
-        """Return the shape of an array, with one GPU per element if the nodes have GPUs and the job uses them."""
-        gpus = 0 if kind in WITHOUT_GPU else min(1, self.profile.gpus_per_node)
-        return Shape(kind=kind, elements=tuple(elements), gpus_per_node=gpus)
+        """Return the shape of an array job, with one GPU per element if this kind of job has GPUs."""
+        gpus = for_kind(self.profile, kind).gpus_per_node
+        return Shape(kind=kind, elements=tuple(elements), gpus_per_node=min(1, gpus))
 
     def ranks_shape(self, kind: str, nodes: int, ranks_per_node: int | None) -> Shape:
         """Return the shape of a multi-rank job (default: one rank per GPU, or one per node without GPUs)."""
-        ranks = ranks_per_node or max(1, self.profile.gpus_per_node)
-        gpus = ranks if self.profile.gpus_per_node else 0
+        available = for_kind(self.profile, kind).gpus_per_node
+        ranks = ranks_per_node or max(1, available)
+        gpus = ranks if available else 0
         return Shape(kind=kind, nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus)
 
     def check(self, shape: Shape) -> None:
@@ -76,7 +78,8 @@ class Cluster:
         """
         if not self.is_slurm:
             return
-        profile, allowed = self.profile, commands.partition(self.profile.partition)
+        profile = for_kind(self.profile, shape.kind)
+        allowed = commands.partition(profile.partition)
         name = profile.partition or "the default partition"
         minutes = profile.minutes.get(shape.kind)
         if minutes and allowed.minutes and minutes > allowed.minutes:
@@ -120,8 +123,10 @@ class Cluster:
         limit = self.profile.array_parallelism or os.cpu_count() or 1
         return min(limit, self.profile.gpus_per_node or limit, len(shape.elements))
 
-    def submit_array(self, shape: Shape, function: Callable[[list[int]], Any]) -> list[Submitted]:
+    def submit_array(self, shape: Shape, function: Callable[[list[int]], Any]) -> Iterator[list[Submitted]]:
         """Submit one task per element on Slurm; on this machine, `num_processes` processes that share the elements.
+
+        Yields the jobs of each part as soon as it is accepted; raises SlurmError if Slurm refuses one.
 
         An array beyond Slurm's MaxArraySize is submitted in parts. If the profile limits how many elements run at once,
         each part waits for the end of the part before.
@@ -131,21 +136,21 @@ class Cluster:
             shares = [elements[index :: self.num_processes(shape)] for index in range(self.num_processes(shape))]
             gpus = range(self.profile.gpus_per_node)
             with environment(self.local_environment(processes=len(shares))):
-                return [
+                processes = [
                     Submitted(
                         job=self.local_executor(shape, gpus[index:][:1]).submit(task, list(share)), elements=share
                     )
                     for index, share in enumerate(shares)
                 ]
-        largest, submitted = commands.max_array_size(), list[Submitted]()
+            yield processes
+            return
+        largest, previous_job = commands.max_array_size(), ""
         for begin in range(0, len(elements), largest):
             part = elements[begin : begin + largest]
-            previous_job = (
-                submitted[-1].job.job_id.partition("_")[0] if submitted and self.profile.array_parallelism else ""
-            )
-            jobs = self.slurm_executor(shape, previous_job).map_array(task, [[element] for element in part])
-            submitted += [Submitted(job=job, elements=(element,)) for job, element in zip(jobs, part, strict=True)]
-        return submitted
+            with refusals():
+                jobs = self.slurm_executor(shape, previous_job).map_array(task, [[element] for element in part])
+            yield [Submitted(job=job, elements=(element,)) for job, element in zip(jobs, part, strict=True)]
+            previous_job = jobs[-1].job_id.partition("_")[0] if self.profile.array_parallelism else ""
 
     def submit_ranks(self, shape: Shape, function: Callable[[], Any], *, cooperative: bool = False) -> Submitted:
         """Submit one job of `nodes * ranks_per_node` ranks; the local executor starts as many processes.
@@ -154,7 +159,8 @@ class Cluster:
         """
         task = Task(function=function, run=str(self.run), ranks=True, cooperative=cooperative)
         if self.is_slurm:
-            return Submitted(job=self.slurm_executor(shape).submit(task), elements=())
+            with refusals():
+                return Submitted(job=self.slurm_executor(shape).submit(task), elements=())
         with environment(self.local_environment(processes=shape.nodes * shape.ranks_per_node)):
             gpus = range(self.profile.gpus_per_node)
             return Submitted(job=self.local_executor(shape, gpus).submit(task), elements=())
@@ -200,9 +206,11 @@ def slurm_parameters(
 
     Raises ValueError for a value with a control character: a line break cannot be quoted in an sbatch script.
     """
+    profile = for_kind(profile, shape.kind)
     gpu = f"gpu:{profile.gpu_type}" if profile.gpu_type else "gpu"
     additional = {
         "chdir": code and str(code),
+        "reservation": profile.reservation,
         "requeue" if profile.requeue else "no-requeue": True,
         "kill-on-invalid-dep": "yes" if after else None,
     }
@@ -238,11 +246,23 @@ def slurm_parameters(
         ],
         "additional_parameters": {key: value for key, value in additional.items() if value},
     }
-    given = {key: value for key, value in parameters.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in parameters.items() if value is not None}
+    given["wckey"] = profile.wckey  # None: no key at all, in place of submitit's
     for key, value in given.items():
-        if key != "setup":
+        if key != "setup" and value is not None:
             check_line(key, str(value))
     return given
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise SlurmError, with the last line that sbatch wrote, in place of submitit's errors of a submission."""
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+        lines = [line for line in str(error).splitlines() if "sbatch: error:" in line] or str(error).splitlines()
+        text = (lines or [type(error).__name__])[0].partition("sbatch: error:")
+        raise commands.SlurmError(f"sbatch: {(text[2] or text[0]).strip()}") from error
 
 
 def check_line(name: str, value: str) -> None:

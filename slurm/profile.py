@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FOLDER = Path(__file__).parent / "profiles"
 JOB_KINDS = ("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "recaption")
+BY_KIND = ("minutes", "gpus", "cpus", "memory", "partitions", "qualities", "python")  # tables by job kind
+WITHOUT_GPU = ("init", "adopt", "audit", "verify")  # kinds of jobs that compute nothing on a GPU
 VARIABLE = re.compile(r"\$([A-Z_][A-Z0-9_]*)")
 
 
@@ -36,10 +38,18 @@ class Profile:
     gpu_type: str | None = None
     cpus_per_task: int = 1
     memory_gb: int | None = None  # per node; None: the partition's default
+    reservation: str | None = None
+    wckey: str | None = None
+    poll_seconds: int = 30  # between queries of a launcher that waits
     requeue: bool = True  # after preemption and the failure of a node
     signal_seconds: int = 120  # seconds between SIGUSR2 and the time limit, to save a checkpoint
     array_parallelism: int = 0  # array elements that run at once; 0: all, or on this machine one per processor
     minutes: dict[str, int] = field(default_factory=dict)  # time limit by job kind
+    gpus: dict[str, int] = field(default_factory=dict)  # GPUs per node by job kind, in place of those it needs
+    cpus: dict[str, int] = field(default_factory=dict)  # processors per task by job kind
+    memory: dict[str, int] = field(default_factory=dict)  # GB per node by job kind
+    partitions: dict[str, str] = field(default_factory=dict)  # by job kind
+    qualities: dict[str, str] = field(default_factory=dict)  # quality of service (QOS) by job kind
     python: dict[str, str] = field(default_factory=dict)  # interpreter by job kind (default: the launcher's)
     modules: list[str] = field(default_factory=list)  # names for `module load`
     setup: list[str] = field(default_factory=list)  # shell lines before the task
@@ -47,6 +57,19 @@ class Profile:
     srun_args: list[str] = field(default_factory=list)
     container: str | None = None  # image for srun's --container-image (pyxis)
     container_mounts: list[str] = field(default_factory=list)
+
+
+def for_kind(profile: Profile, kind: str) -> Profile:
+    """Return the profile with the resources of one kind of job in place of the general ones."""
+    gpus = profile.gpus.get(kind, 0 if kind in WITHOUT_GPU else profile.gpus_per_node)
+    return dataclasses.replace(
+        profile,
+        gpus_per_node=min(gpus, profile.gpus_per_node),
+        cpus_per_task=profile.cpus.get(kind, profile.cpus_per_task),
+        memory_gb=profile.memory.get(kind, profile.memory_gb),
+        partition=profile.partitions.get(kind, profile.partition),
+        qos=profile.qualities.get(kind, profile.qos),
+    )
 
 
 def default_name() -> str:
@@ -89,7 +112,7 @@ def load(name: str) -> Profile:
         values[key] = expand(check(value, hints[key], key, path), key, path)
     if "executor" not in values:
         raise ValueError(f"profile {path}: 'executor' is missing; it must be local or slurm")
-    for key in ("minutes", "python"):
+    for key in BY_KIND:
         if unknown := sorted(set(values.get(key, {})) - set(JOB_KINDS)):
             raise ValueError(
                 f"profile {path}: {key}.{unknown[0]} is not a job kind; it must be one of {', '.join(JOB_KINDS)}"

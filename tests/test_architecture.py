@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart.config.audit import AuditConfig
-from pixart.config.dataset import DataConfig, ScreeningConfig
+from pixart.config.dataset import AuditConfig, DataConfig, ScreeningConfig
 from pixart.config.model import ModelConfig
 from pixart.config.sampling import SampleConfig
 from pixart.config.training import TrainConfig

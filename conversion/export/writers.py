@@ -65,8 +65,8 @@ def export_inference(checkpoint: Checkpoint, folder: Path) -> None:
         "stage": checkpoint.stage,
         "step": checkpoint.step,
         "dataset": checkpoint.dataset,
-        "normalization": dataclasses.asdict(checkpoint.normalization),
         "provenance": checkpoint.provenance,
+        "normalization": dataclasses.asdict(checkpoint.normalization),
         "files": list_files(target, {checkpoints.WEIGHTS: checksum}),
     }
     write_file(target / INFERENCE_FILE, records.dumps(metadata))

@@ -1,14 +1,17 @@
 """The report of a conversion as text for a terminal; `html` renders it as HTML, and report.json holds the data."""
 
+import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.options import STATEFUL
+from conversion.options import STATEFUL, Options
 
 REPORT = "report.json"
 PAGE = "report.html"
+PLACEHOLDER = "DATASET"  # in a command, for the user's dataset
 SYNTHETIC = "synthetic"  # prefix of the report's calibration data if no dataset was used
 UNTRAINED_GUIDANCE = (
     "The source was trained without dropping conditions, so guidance against the empty text is untrained; sample with "
@@ -61,8 +64,7 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"{verdict}        {check['name']}: {check['value']} (limit {check['limit']})")
     lines.append(f"written     {report['output']}, with {PAGE}")
     if report["acceptance"]["passed"]:
-        command = next_command(report["stages"][1], report["output"], decay_qk_norm=report["decay_qk_norm"])
-        lines.append(f"next        {command}")
+        lines.append(f"next        {report['next_command']}")
     else:
         lines.append("next        read the report; train accepts this checkpoint only with --accept-failed-conversion")
     return "\n".join(lines)
@@ -91,14 +93,34 @@ def is_guidance_untrained(report: Mapping[str, Any]) -> bool:
     return report["stages"][1] == 2 and report["cond_dropout_prob"] == 0
 
 
-def next_command(stage: int, output: str | Path, *, decay_qk_norm: bool) -> str:
-    """Return the command that trains the converted checkpoint in FP8; stage 1 trains in BF16 by default.
+def training_words(
+    options: Options, output: str | Path, dataset: str | None, *, decay_qk_norm: bool = False
+) -> list[str]:
+    """Return the options of `jobs.launch train` that train a converted checkpoint in FP8.
 
-    `decay_qk_norm` is whether the source was trained with weight decay of the norms of queries and keys.
+    `dataset` is the dataset that the checkpoint was trained on; if there is none, it is the one that was calibrated on,
+    else a placeholder. `decay_qk_norm` is whether the source was trained with weight decay of the norms of queries and
+    keys. Stage 1 trains in BF16 by default.
     """
-    command = f"python -m jobs.launch train --stage {stage} --from {output}"
-    settings = ["stage1.fp8=true"] * (stage == 1) + [f"stage{stage}.decay_qk_norm=true"] * decay_qk_norm
-    return " ".join([command, *(f"--set {setting}" for setting in settings)])
+    words = ["--stage", str(options.stage), "--from", str(output)]
+    if options.calibration_dataset or not dataset:
+        words += ["--dataset", options.calibration_dataset or PLACEHOLDER]
+    settings = ["stage1.fp8=true"] * (options.stage == 1) + [f"stage{options.stage}.decay_qk_norm=true"] * decay_qk_norm
+    return [*words, *(word for setting in settings for word in ("--set", setting))]
+
+
+def next_command(options: Options, output: str | Path, dataset: str | None, *, decay_qk_norm: bool = False) -> str:
+    """Return the command that trains a converted checkpoint; the checkpoint's run, if any, has the recipe.
+
+    The run's home folder is named if it is not the default.
+    """
+    words = training_words(options, output, dataset, decay_qk_norm=decay_qk_norm)
+    run = Path(output).absolute().parent.parent  # of RUN/checkpoints/step-00000100.fp8
+    if run.parent.name == "runs" and (run / "config.json").exists():
+        home = run.parent.parent
+        if home != Path(os.environ.get("PIXART_HOME") or "outputs").absolute():
+            words += ["--home", str(home)]
+    return shlex.join(["python", "-m", "jobs.launch", "train", *words])
 
 
 def describe_strategies(errors: Mapping[str, Any]) -> list[str]:

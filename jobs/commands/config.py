@@ -13,6 +13,7 @@ from jobs.commands.options import Command, RecipeOptions, option
 from jobs.state import run as runs
 from pixart.config import reference, toml_file
 
+MAX_LENGTH = 60  # characters of a value; --toml prints the whole text
 HEADER = ("key", "type", "default", "meaning")
 
 
@@ -39,10 +40,11 @@ def run(options: Options) -> int:
 
 
 def describe(value: object) -> str:
-    """Return a value in the notation of --set."""
+    """Return a value in the notation of --set; a long text is shortened."""
     if isinstance(value, tuple):
         return ",".join(map(describe, value))
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= MAX_LENGTH else f"{' '.join(text.split())[: MAX_LENGTH - 3]}..."
 
 
 def print_table(rows: Iterable[Sequence[str]]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from jobs.commands.hints import next_command
 from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import sync_in_background
@@ -60,7 +61,8 @@ def launching(
         if launch.folders and not launch.wait:
             sync_in_background(launch.home, launch.folders)
         if launch.mlflow_stale:
-            print(f"MLflow at {launch.tracker.uri} did not answer\nnext: python -m jobs.launch sync", file=sys.stderr)
+            print(f"MLflow at {launch.tracker.uri} did not answer", file=sys.stderr)
+            print(f"next: {next_command(options, 'sync')}", file=sys.stderr)
 
 
 def load_profile(options: SubmissionOptions) -> Profile:

@@ -81,9 +81,11 @@ class CommonOptions:
         "(default: no file).",
     )
 
+    typed: Any = field(default=None, metadata={METADATA: None})  # the options without the values of --config, if given
+
     def with_run_file(self, file: "RunFile") -> Self:
         """Return the options with the values of a configuration file for those missing from the command line."""
-        return replace(self, home=self.home or file.home)
+        return replace(self, home=self.home or file.home, typed=self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,9 @@ class RecipeOptions(CommonOptions):
 
     TITLE: ClassVar[str] = "recipe"
 
-    recipe: str | None = option("--recipe", metavar="NAME", help="Recipe to start from: demo or xl (default: demo).")
+    recipe: str | None = option(
+        "--recipe", metavar="NAME", help="Recipe to start from: demo, xl or xl-mxfp8 (default: demo)."
+    )
     overrides: tuple[str, ...] = option(
         "--set",
         default=(),

@@ -42,6 +42,8 @@ def parse(kind: type[Parsed], words: Sequence[str], *, program: str, description
     values: dict[str, Any] = {}
     for item in dataclasses.fields(kind):
         declared = item.metadata[METADATA]
+        if declared is None:
+            continue
         if isinstance(declared, Delegated):
             values[item.name] = declared.read(namespace)
         else:
@@ -66,7 +68,7 @@ def make_parser(kind: type[CommonOptions], program: str, description: str) -> Pa
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for owner in kind.__mro__:
-        declared = [name for name in inspect.get_annotations(owner) if name in items]
+        declared = [name for name in inspect.get_annotations(owner) if name in names]
         shared = vars(owner).get("TITLE")
         group = parser.add_argument_group(shared) if shared else parser
         for name in declared:

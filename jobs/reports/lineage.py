@@ -15,7 +15,7 @@ from jobs.state.checkpoint_names import INFERENCE, MARKER, acceptance, checkpoin
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
-from pixart.config.dataset import is_url
+from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_stage
 
 MAX_TEXT_LENGTH = 500  # longer texts of a PNG, such as the command, are not shown
@@ -216,15 +216,19 @@ class Traversal:
 
 def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
     """Return the facts about a dataset's captioner: for a model also the instruction, whose hash ends `fingerprint`."""
-    from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
+    from pixart.data.captions.captioner import prompt_hash, sampling_settings
 
     if data["captioner"] == "adopted":
         return {"captioner": f"adopted ({fingerprint})", "instruction": "adopted with the captions, and not known"}
     if data["captioner"] != "vllm":
         return {"captioner": data["captioner"]}
-    is_current = fingerprint.endswith(f"-{prompt_hash(INSTRUCTION)}")
-    instruction = INSTRUCTION if is_current else "of another version; see the hash above"
-    return {"captioner": f"vllm, {data['caption_model']} ({fingerprint})", "instruction": instruction}
+    captions = data_from_dict(data).captions
+    is_current = fingerprint.endswith(f"-{prompt_hash(captions.image_instruction)}")
+    return {
+        "captioner": f"vllm, {data['caption_model']} ({fingerprint})",
+        "instruction": captions.image_instruction if is_current else "of another version; see the hash above",
+        "sampling": ", ".join(f"{name} {value}" for name, value in sampling_settings(captions).items()),
+    }
 
 
 def topological_order(node: Node) -> list[Node]:

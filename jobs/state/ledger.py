@@ -7,6 +7,7 @@ it was made from the dataset's manifest and from the present inputs.
 import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,6 +89,36 @@ def shards_with_data(dataset: str | Path, job: str) -> set[int]:
         return set()
     names = (name.removesuffix(suffix) for name in list_files(dataset, folder) if name.endswith(suffix))
     return {int(name) for name in names if name.isascii() and name.isdecimal()}
+
+
+def missing_shards(dataset: str | Path, job: str, manifest: Mapping[str, Any]) -> list[int]:
+    """Return the shards that a job has not completed, for a dataset with this manifest."""
+    shards = list(range(manifest["data"]["num_shards"]))
+    complete = current(dataset, job, shards, manifest["hash"])
+    return [shard for shard in shards if shard not in complete]
+
+
+def require_complete(dataset: str | Path) -> None:
+    """Raise ValueError unless the captions and latents of all shards of a dataset exist."""
+    record = manifest(dataset)
+    if record is None:
+        raise ValueError(f"dataset {dataset} does not exist; run 'caption' to create it")
+    for job in ("caption", "latents"):
+        if missing := missing_shards(dataset, job, record):
+            raise ValueError(incomplete(dataset, job, len(missing), record))
+
+
+def incomplete(dataset: str | Path, job: str, missing: int, manifest: Mapping[str, Any]) -> str:
+    """Return the error message about a dataset with this manifest that is not complete."""
+    count = f"dataset {dataset} is incomplete: {missing} of {manifest['data']['num_shards']} shards"
+    if is_adopted(manifest):
+        return f"{count} are not adopted; run 'adopt {manifest['data']['source']}'"
+    return f"{count} have no {job}; run '{job}'"
+
+
+def is_adopted(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a dataset with this manifest was made from precomputed latents, by `adopt`."""
+    return manifest["data"]["captioner"] == "adopted"
 
 
 def drop_stale_entries(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from slurm.task import RESULT
 
 RECORD = "run.json"
 URL_LETTERS = "?%#"  # special characters in the URL of MLflow's embedded store
+ACTIVE = ("pending", "running", "unknown")  # states of an element that may still change
+UNFINISHED = ("failed", "cancelled")  # states of an element that `retry` submits again
+VISIBLE_SECONDS = 60  # after which a shared file system shows what a job on another node has written
 TAIL_BYTES = 16_384  # end of a log that is searched for its last line
 
 
@@ -35,6 +39,7 @@ class Run:
     elements: tuple[int, ...] = ()
     request: dict[str, Any] = field(default_factory=dict)  # arguments of the job's function
     jobs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # job id, elements of the job
+    after: tuple[str, ...] = ()  # ids of the jobs whose success it waited for
 
     @property
     def ranks(self) -> int:
@@ -96,7 +101,8 @@ def load(folder: Path) -> Run:
         raise ValueError(f"{folder}: no run folder; name a folder in HOME/runs") from None
     jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
     with of_this_version(folder / RECORD):
-        return Run(**{**record, "folder": folder, "elements": tuple(record["elements"]), "jobs": jobs})
+        sequences = {name: tuple(record.get(name, ())) for name in ("elements", "after")}
+        return Run(**{**record, **sequences, "folder": folder, "jobs": jobs})
 
 
 def folders(home: Path) -> list[Path]:
@@ -127,7 +133,8 @@ def find(home: Path, name: str | None) -> Run:
 class Element:
     """State of an array element, or of a job of ranks.
 
-    `state` is done, running, pending or failed; `note` is Slurm's reason or the last line of the error.
+    `state` is done, running, pending, cancelled, failed, or unknown if Slurm says a word that is not known; `note` is
+    Slurm's reason or the last line of the error.
     """
 
     state: str
@@ -138,20 +145,23 @@ class Element:
 def elements(run: Run) -> dict[int, Element]:
     """Return the state of each element: done if its data exists, else by the state of its job.
 
-    Raises SlurmError if Slurm does not answer.
+    Raises SlurmUnavailableError if Slurm does not answer.
     """
     job_of, finished = run.job_of(), done(run)
     states = commands.states(run.executor, [job for element, job in job_of.items() if element not in finished])
     finished = done(run)  # an element that finished before Slurm answered has not failed
+    never = Element(state="failed", job="", note="was not submitted")  # Slurm refused a later part of the array
     return {
-        element: element_state(run, job, element in finished, states.get(job))
-        for element, job in sorted(job_of.items())
+        element: never
+        if element not in job_of and element not in finished
+        else element_state(run, job_of.get(element, ""), element in finished, states.get(job_of.get(element, "")))
+        for element in sorted({*job_of, *run.elements})
     }
 
 
 def is_active(elements: dict[int, Element]) -> bool:
-    """Return whether any element is pending or running."""
-    return any(element.state in ("pending", "running") for element in elements.values())
+    """Return whether any element is pending or running, or may be."""
+    return any(element.state in ACTIVE for element in elements.values())
 
 
 def element_state(run: Run, job: str, is_done: bool, state: commands.JobState | None) -> Element:
@@ -160,8 +170,14 @@ def element_state(run: Run, job: str, is_done: bool, state: commands.JobState | 
         return Element(state="done", job=job)
     if state is not None and state.pending:
         return Element(state="pending", job=job, note=state.reason)
-    if state is not None and not state.ended:
+    if state is not None and state.running:
         return Element(state="running", job=job)
+    if state is not None and not state.ended:
+        return Element(state="unknown", job=job, note=f"Slurm says {state.state}")
+    if state is not None and state.state == "COMPLETED" and state.end and time.time() - state.end < VISIBLE_SECONDS:
+        return Element(state="running", job=job, note="completed; its result is not visible yet")
+    if state is not None and state.state == "CANCELLED":
+        return Element(state="cancelled", job=job, note=state.reason)
     ended = f"{state.state.lower()}: " if state and state.state not in ("FAILED", "COMPLETED") else ""
     return Element(state="failed", job=job, note=ended + last_error(run, job))
 

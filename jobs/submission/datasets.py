@@ -14,7 +14,7 @@ from jobs.state import run as runs
 from jobs.state.json_record import of_this_version
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
-from jobs.submission.wait import POLL_SECONDS
+from jobs.submission.wait import LOCAL_POLL_SECONDS
 from jobs.tasks import init_dataset
 from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.recipe import to_json
@@ -73,7 +73,7 @@ def create_dataset(launch: Launch, create: Callable[[], None]) -> None:
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
         try:
             while runs.is_active(elements := runs.elements(run)):
-                time.sleep(POLL_SECONDS["local"] / 5)
+                time.sleep(LOCAL_POLL_SECONDS / 5)
         except KeyboardInterrupt:
             commands.cancel(run.executor, run.job_ids)
             raise

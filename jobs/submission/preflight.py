@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.options import STATEFUL
 from jobs.state import run
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from pixart.config.dataset import data_from_dict
@@ -12,7 +11,7 @@ from pixart.config.latent_space import check_latent_space, recorded_pixel_range
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
-from pixart.config.training import resolve_fp8_backend
+from pixart.config.training import TrainConfig, resolve_fp8_backend
 
 Record = dict[str, Any]  # metadata of a checkpoint
 
@@ -73,16 +72,20 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
             f"give it by --from, or set stage{stage}.fp8=false"
         )
     if config.fp8 and record:
-        backend = resolve_fp8_backend(config.fp8_backend, record["plan"]["recipe"])
-        if backend == "te" and not gpus:
-            raise ValueError(
-                f"FP8 by TransformerEngine needs GPUs, and the cluster profile has none; convert with another "
-                f"--fp8-recipe than {record['plan']['recipe']}, or give another --cluster"
-            )
+        check_backend(config, record["plan"]["recipe"], gpus=gpus)
 
 
-def check_pipeline(recipe: Recipe, ranks: int) -> None:
-    """Check the configuration of both stages of a pipeline."""
+def check_backend(config: TrainConfig, fp8_recipe: str, *, gpus: bool) -> None:
+    """Check that the backend of a stage supports an FP8 recipe, and that the nodes have the GPUs that it needs."""
+    if resolve_fp8_backend(config.fp8_backend, fp8_recipe) == "te" and not gpus:
+        raise ValueError(
+            f"FP8 by TransformerEngine needs GPUs, and the cluster profile has none; convert with another "
+            f"--fp8-recipe than {fp8_recipe}, or give another --cluster"
+        )
+
+
+def check_pipeline(recipe: Recipe, ranks: int, *, gpus: bool) -> None:
+    """Check the configuration of both stages of a pipeline; `gpus` is whether the nodes have GPUs."""
     for stage in (1, 2):
         check_sizes(recipe, stage, ranks)
     if recipe.stage1.fp8:
@@ -90,7 +93,7 @@ def check_pipeline(recipe: Recipe, ranks: int) -> None:
             "stage1.fp8=true: in a pipeline stage 1 trains in BF16; FP8 starts with the conversion after it"
         )
     if recipe.stage2.fp8:
-        resolve_fp8_backend(recipe.stage2.fp8_backend, STATEFUL)
+        check_backend(recipe.stage2, recipe.stage2.fp8_recipe, gpus=gpus)
 
 
 def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:

@@ -24,6 +24,7 @@ from jobs.submission.wait import wait_for_run
 from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
+from slurm.commands import SlurmError
 from slurm.executor import Cluster, Shape, Submitted
 from slurm.task import RESULT
 
@@ -121,10 +122,11 @@ def make_cluster(launch: Launch, folder: Path, shape: Shape, after: Sequence[str
 
 def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     """Submit the failed elements of a run again, in the same run folder; return the run and these elements."""
-    missing = [number for number, element in runs.elements(run).items() if element.state == "failed"]
+    missing = [number for number, element in runs.elements(run).items() if element.state in runs.UNFINISHED]
     if not missing:
         return run, []
-    planned = Cluster(launch.profile, run.folder, code=next_code(run.folder))
+    after = active_dependencies(launch.home, run)
+    planned = Cluster(launch.profile, run.folder, code=next_code(run.folder), after=after)
     if run.elements:
         shape = planned.array_shape(run.kind, missing)
     else:
@@ -132,10 +134,31 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     planned.check(shape)
     if launch.dry_run:
         raise NothingSubmitted(planned.describe(shape))
-    cluster = make_cluster(launch, run.folder, shape)
+    cluster = make_cluster(launch, run.folder, shape, after)
+    run = replace(run, after=tuple(after))
     set_status(run.folder, "RUNNING")
     launch.folders.append(run.folder)
     return (submit_array if run.elements else submit_ranks)(launch, cluster, shape, run), missing
+
+
+def active_dependencies(home: Path, run: Run) -> list[str]:
+    """Return the ids of the jobs that a run waits for and that are active.
+
+    Raises ValueError if one of the runs that it needs has ended without success: the run would use incomplete data.
+    """
+    needed = [other for other in map(runs.load, runs.folders(home)) if set(other.job_ids) & set(run.after)]
+    active: list[str] = []
+    for other in needed:
+        elements = runs.elements(other)
+        if unfinished := [number for number, element in elements.items() if element.state in runs.UNFINISHED]:
+            count = f"{len(unfinished)} of {len(elements)} shards are" if other.elements else "it is"
+            raise ValueError(
+                f"{run.folder.name} needs {other.folder.name}, and {count} not done; run "
+                f"'python -m jobs.launch retry {other.folder.name}' first"
+            )
+        waiting = [element.job for element in elements.values() if element.state in runs.ACTIVE]
+        active += sorted({job.partition("_")[0] for job in waiting})
+    return active
 
 
 def write_settings(launch: Launch, folder: Path) -> None:
@@ -163,7 +186,19 @@ def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     function = functools.partial(ARRAY_JOBS[run.kind], run.dataset)
     if run.executor == "slurm":
         function = functools.partial(with_sync, function, str(run.folder))
-    run = add_jobs(run, cluster.submit_array(shape, function))
+    submitted = 0
+    try:
+        for part in cluster.submit_array(shape, function):
+            run = add_jobs(run, part)
+            submitted += len(part)
+    except SlurmError as error:
+        set_status(run.folder, "RUNNING" if submitted else "FAILED")
+        if not submitted:
+            raise
+        raise SlurmError(
+            f"{error}; {submitted} of {len(shape.elements)} shards were submitted before, and continue; submit the "
+            f"others with 'python -m jobs.launch retry {run.folder.name}'"
+        ) from error
     if launch.wait:
         wait_for_run(launch, run, lambda elements: (sum(item.state == "done" for item in elements.values()), ""))
     return run
@@ -190,7 +225,11 @@ def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     """Submit the job of ranks, and wait for its end if the launch waits."""
     (run.folder / RESULT).unlink(missing_ok=True)
     function = functools.partial(with_node_agent, RANK_JOBS[run.kind], str(run.folder), **run.request)
-    run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+    try:
+        run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+    except SlurmError:
+        set_status(run.folder, "FAILED")
+        raise
     if launch.wait:
         wait_for_run(launch, run, lambda elements: runs.progress(run))
     return run
@@ -217,12 +256,5 @@ def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request:
         elements=shape.elements,
         request=request or {},
         jobs=jobs,
-    )
-
-
-def describe_submission(run: Run) -> str:
-    """Return the lines that the launcher prints after a submission."""
-    return (
-        f"submitted {run.kind} as {', '.join(run.job_ids)}; run folder {run.folder}\n"
-        f"next: python -m jobs.launch status {run.folder.name}"
+        after=tuple(cluster.after),
     )

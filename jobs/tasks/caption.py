@@ -25,7 +25,7 @@ def run(dataset: str, shards: list[int]) -> None:
         return
     manifests.check_model(manifest, "captioner")
     source = manifests.open_images(manifest)
-    captioner = make_captioner(data.captioner, model=data.caption_model)
+    captioner = make_captioner(data.captioner, model=data.caption_model, captions=data.captions)
     for_each_shard(todo, lambda shard: caption_shard(manifest, shard, source, captioner))
 
 

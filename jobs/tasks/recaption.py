@@ -6,13 +6,18 @@ from pathlib import Path
 
 from jobs.state.journal import Journal
 from pixart.atomic import write_atomically
+from pixart.config.recipe import from_json
 
 
 def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, str]]:
-    """Rewrite the requests, and return the request, text and problem of each, in the order of the requests."""
+    """Rewrite the requests by the instruction of the run's dataset.
+
+    Return the request, text and problem of each, in the order of the requests.
+    """
     from pixart.data.captions.rewriting import rewrite, vllm_generator
 
-    rewritten = [asdict(item) for item in rewrite(requests, vllm_generator(model))]
+    captions = from_json((Path(run_folder) / "config.json").read_text()).data.captions
+    rewritten = [asdict(item) for item in rewrite(requests, captions, vllm_generator(model, captions))]
     path = Path(run_folder) / "rewritten.jsonl"
     write_atomically(path, "".join(json.dumps(item) + "\n" for item in rewritten))
     Journal(run_folder).artifact(path)

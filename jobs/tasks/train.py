@@ -4,19 +4,27 @@ import logging
 import os
 from pathlib import Path
 
+from jobs.state import ledger
 from jobs.state.journal import Journal
+from jobs.tasks import audit
 from pixart.config.recipe import from_json
 
 logger = logging.getLogger(__name__)
 PORTS = range(20_000, 32_768)  # below the default range of ephemeral ports, net.ipv4.ip_local_port_range
 
 
-def run(run_folder: str, *, stage: int, start: str | None) -> str:
+def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool = False) -> str:
     """Train on this rank and return the directory of the last checkpoint.
 
-    Raises TaskInterrupted after all ranks have saved, if Slurm has signalled that the job must end.
+    Raises ValueError if the dataset is incomplete or, with `require_audit`, has not passed its audit, whatever the job
+    waited for; TaskInterrupted after all ranks have saved, if Slurm has signalled that the job must end.
     """
     join_ranks()
+    recipe = from_json((Path(run_folder) / "config.json").read_text())
+    if os.environ["RANK"] == "0":  # the other ranks wait for it
+        ledger.require_complete(recipe.data.path)
+        if require_audit:
+            audit.require(recipe.data.path)
 
     from pixart.training.process_group import configure_logging
 
@@ -30,13 +38,13 @@ def run(run_folder: str, *, stage: int, start: str | None) -> str:
     from pixart.training.loop import Stopped, train
     from slurm.task import TaskInterrupted, stop_level
 
-    recipe = from_json((Path(run_folder) / "config.json").read_text())
     try:
         last = train(
             stage=stage,
             model=recipe.model,
             config=recipe.train(stage),
             dataset=recipe.data.path,
+            recipe=recipe.name,
             run=run_folder,
             start=start,
             reporter=Journal(run_folder),

@@ -1,10 +1,11 @@
-"""Configuration of a dataset: its source, its models and the limits of screening."""
+"""Configuration of a dataset: its source, its models, and the limits of its screening and audit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pixart.config.limits import require_at_least
+from pixart.config.captions import CaptionsConfig
+from pixart.config.limits import require_at_least, require_fraction
 from pixart.config.renamed_keys import rename_data
 
 PIXEL_RANGES = ((-1, 1), (0, 1))
@@ -104,6 +105,8 @@ class DataConfig:
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"
     """Folder or hub name of the vision-language model that the captioner `vllm` runs."""
 
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+
     screening: ScreeningConfig = field(default_factory=ScreeningConfig)
 
     def __post_init__(self) -> None:
@@ -119,6 +122,35 @@ class DataConfig:
             raise ValueError(f"num_shards={self.num_shards}: must be at most {MAX_SHARDS}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditConfig:
+    """Limits that a dataset must meet to pass its audit; training requires a passed audit.
+
+    Raises ValueError naming the field for a limit that is not a fraction.
+    """
+
+    max_rejected: float = 0.2
+    """Largest fraction of all rows that may be rejected, for any reason."""
+
+    max_plain: float = 0.02
+    """Largest fraction of all rows that may be rejected as plain or near-plain."""
+
+    max_duplicates: float = 0.05
+    """Largest fraction of the valid rows that may be exact or near duplicates; the first image of each group is not
+    counted."""
+
+    max_same_opening: float = 0.5
+    """Largest fraction of the valid rows whose captions may begin with the same three words."""
+
+    def __post_init__(self) -> None:
+        require_fraction(
+            max_rejected=self.max_rejected,
+            max_plain=self.max_plain,
+            max_duplicates=self.max_duplicates,
+            max_same_opening=self.max_same_opening,
+        )
+
+
 def is_url(path: str) -> bool:
     """Return whether a path is a URL, such as `s3://bucket/data`."""
     return "://" in path
@@ -127,9 +159,14 @@ def is_url(path: str) -> bool:
 def data_from_dict(values: Mapping[str, Any]) -> DataConfig:
     """Build the configuration of a dataset from a manifest's or a run's record of it, also one by version 0.1.
 
+    A record without `captions` was made by the default instructions and sampling, which were constants before.
     Raises TypeError or KeyError for a record with other fields, and ValueError for a value out of range.
     """
     values = rename_data(values)
     if "pixel_range" in values:
         values["pixel_range"] = tuple(values["pixel_range"])
-    return DataConfig(**{**values, "screening": ScreeningConfig(**values["screening"])})
+    sections = {
+        "captions": CaptionsConfig(**values.get("captions", {})),
+        "screening": ScreeningConfig(**values["screening"]),
+    }
+    return DataConfig(**{**values, **sections})

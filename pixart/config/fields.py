@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pixart.config.captions import FILE_PREFIX, Instruction
 from pixart.config.recipe import Recipe
 
 NONE = "none"  # the text of None: TOML has no null
@@ -60,4 +61,6 @@ def allowed_values(annotation: Any) -> str:
         return f"{', '.join(first)} or {last}"
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} whole numbers, separated by commas"
+    if annotation is Instruction:
+        return f"a text or {FILE_PREFIX}FILE"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[annotation]

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from pixart.config.captions import Instruction, read_instruction
 from pixart.config.fields import NONE, Field, allowed_values, fields_by_key, optional, sections
 from pixart.config.recipe import Recipe
 
@@ -34,6 +35,11 @@ def parse(assignment: str) -> tuple[Field, Any]:
     field = find(key)
     if not separator:
         raise ValueError(f"{key}: has no value; write {key}=VALUE, where VALUE is {allowed_values(field.annotation)}")
+    if field.annotation is Instruction:
+        try:
+            return field, read_instruction(text)
+        except ValueError as error:
+            raise ValueError(f"{key}={error}") from None
     try:
         return field, parse_value(field.annotation, text)
     except ValueError:

@@ -7,8 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from pixart.config.audit import AuditConfig
-from pixart.config.dataset import DataConfig, data_from_dict
+from pixart.config.dataset import AuditConfig, DataConfig, data_from_dict
 from pixart.config.model import ModelConfig
 from pixart.config.renamed_keys import rename_recipe
 from pixart.config.sampling import SampleConfig

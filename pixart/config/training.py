@@ -44,8 +44,8 @@ class TrainConfig:
     eps: float = 1e-15
     """Term that AdamW adds to the denominator."""
 
-    max_grad_norm: float = 1.0
-    """Global gradient norm above which gradients are clipped to it."""
+    max_grad_norm: float | None = 1.0
+    """Global gradient norm above which gradients are clipped to it; none does not clip."""
 
     ema_decay: float = 0.9999
     """Decay of the EMA weights; it warms up as (1 + step) / (10 + step)."""
@@ -61,6 +61,10 @@ class TrainConfig:
 
     fp8: bool = False
     """Whether to train in FP8; needs a checkpoint by conversion.to_fp8."""
+
+    fp8_recipe: Literal["delayed", "current", "rowwise", "mxfp8"] = "delayed"
+    """FP8 scaling recipe that a pipeline converts with, and that the command after stage 1 names; training itself
+    follows the plan of the checkpoint."""
 
     fp8_backend: Literal["auto", "native", "torchao", "te"] = "auto"
     """Implementation of FP8 linears; `auto` takes the default one for the recipe of the checkpoint's plan."""
@@ -160,7 +164,8 @@ class TrainConfig:
             preview_every=self.preview_every,
             profile_step=self.profile_step,
         )
-        require_positive(max_grad_norm=self.max_grad_norm)
+        if self.max_grad_norm is not None:
+            require_positive(max_grad_norm=self.max_grad_norm)
         require_at_least(0.01, hang_timeout_minutes=self.hang_timeout_minutes)
         require_fraction(
             min_lr_ratio=self.min_lr_ratio,

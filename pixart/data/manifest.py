@@ -23,7 +23,7 @@ from pixart.data.storage import read_file
 FORMAT = 4
 LEGACY_FORMAT = 2  # the format of version 0.1, whose `data` has other keys
 FORMATS = (LEGACY_FORMAT, 3, FORMAT)  # that can be read
-ADDED_KEYS = {"pixel_range": 4}  # keys of `data`, by the first format that records them
+ADDED_KEYS = {"pixel_range": 4, "captions": 4}  # keys of `data`, by the first format that records them
 FILE = "manifest.json"
 ROW_COUNTS_FILE = "source-files.json"  # number of rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
@@ -151,8 +151,8 @@ def make(data: DataConfig) -> Manifest:
 
 
 def model_fingerprint(data: DataConfig, kind: str) -> str:
-    """Return the fingerprint of one of MODELS; the captioner's includes the hash of its instruction."""
-    from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
+    """Return the fingerprint of one of MODELS; the captioner's ends with the hash of its image instruction."""
+    from pixart.data.captions.captioner import prompt_hash
     from pixart.data.encoders.fingerprint import fingerprint
     from pixart.data.encoders.text_encoder import encoder_path
     from pixart.data.encoders.vae import vae_path
@@ -160,7 +160,7 @@ def model_fingerprint(data: DataConfig, kind: str) -> str:
     if kind == "captioner":
         if data.captioner != "vllm":
             return data.captioner
-        return f"{fingerprint(data.caption_model)}-{prompt_hash(INSTRUCTION)}"
+        return f"{fingerprint(data.caption_model)}-{prompt_hash(data.captions.image_instruction)}"
     return fingerprint(vae_path(data.vae) if kind == "vae" else encoder_path(data.text_encoder))
 
 

@@ -35,14 +35,15 @@ def train(
     dataset: str,
     run: str | Path,
     start: str | Path | None = None,
+    recipe: str | None = None,
     reporter: Reporter | None = None,
     stop: Callable[[], int] = lambda: 0,
 ) -> Path:
     """Train until `config.steps` and return the directory of the last checkpoint; every rank must call it.
 
     The run is resumed from its newest valid checkpoint; without one, training starts from the checkpoint `start`, or
-    from new weights. `reporter` receives metrics on rank 0. When `stop` returns a nonzero level on any rank, all ranks
-    save after the same step and raise Stopped.
+    from new weights. Checkpoints record the name of the recipe, if it is given. `reporter` receives metrics on rank 0.
+    When `stop` returns a nonzero level on any rank, all ranks save after the same step and raise Stopped.
 
     Raises ValueError for errors in the configuration, the dataset or the checkpoint.
     """
@@ -60,6 +61,8 @@ def train(
             verify(checkpoint, ranks)
         metadata = checkpoints.load_without_tensors(checkpoint) if checkpoint else None
         trainer = Trainer(metadata, stage, model, config, store, ranks)
+        if recipe:
+            trainer.provenance = {**trainer.provenance, "recipe": recipe}
         if checkpoint:
             restore(trainer, checkpoint)
         for error in errors:

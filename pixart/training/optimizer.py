@@ -44,6 +44,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return optimizer
 
 
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Return the global norm () of a sharded model's gradients, after clipping them to `max_norm` unless it is None."""
+    if max_norm is not None:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).full_tensor()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).full_tensor()
+
+
 def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
     """Return NAME.exp_avg, NAME.exp_avg_sq and NAME.step of each parameter, sharded like the parameter."""
     return {

@@ -26,7 +26,7 @@ from pixart.model.sdpa import AttentionKernel
 from pixart.training.conditioning import TEXT_ALIGNMENT, ClassConditioning, TextConditioning
 from pixart.training.ema import EMA, ema_decay
 from pixart.training.fused_adamw_ema import FusedAdamWEma
-from pixart.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
+from pixart.training.optimizer import clip_gradients, learning_rate, make_optimizer, optimizer_tensors
 from pixart.training.parallelize import compute_dtype, parallelize
 from pixart.training.process_group import Ranks
 
@@ -135,7 +135,7 @@ class Trainer:
             micro_loss = flow_loss(velocity, data[rows], noise[rows]) / self.config.gradient_accumulation_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).full_tensor()
+        grad_norm = clip_gradients(self.model, self.config.max_grad_norm)
         skip = ~grad_norm.isfinite()
         self.update_weights(skip)
         self.optimizer.zero_grad()

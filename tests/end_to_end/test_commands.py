@@ -161,8 +161,8 @@ def tree(folder: Path) -> list[str]:
         ("python -m conversion.to_fp8 unknown --text-dim 9", "not that of a PixArt"),
         ("python -m conversion.to_bf16 fp8-training --output fp8-training --overwrite", "is or holds the source"),
         ("python -m conversion.to_bf16 fp8-training --output broken.pt/x", "broken.pt"),
-        ("python -m jobs.launch train --from failed", "--accept-failed-conversion"),
-        ("python -m jobs.launch train --from failed-earlier", "--accept-failed-conversion"),
+        ("python -m jobs.launch train --recipe demo --from failed", "--accept-failed-conversion"),
+        ("python -m jobs.launch train --recipe demo --from failed-earlier", "--accept-failed-conversion"),
         ("python -m jobs.launch train --nodes 3", "does not divide over 3 ranks"),
         (
             "python -m jobs.launch train --set stage1.gradient_accumulation_steps=3",
@@ -175,7 +175,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --set stage1.sharding=half", "fsdp or hsdp"),
         ("python -m jobs.launch train --set stage1.fp8=true", "conversion.to_fp8"),
         ("python -m jobs.launch train --set stage1.short_caption_prob=0.5", "stage 1 reads no captions"),
-        ("python -m jobs.launch train --from done --set model.dim=64", "model.dim=64"),
+        ("python -m jobs.launch train --recipe demo --from done --set model.dim=64", "model.dim=64"),
         ("python -m jobs.launch convert nowhere", "nowhere"),
         ("python -m jobs.launch convert done", "--overwrite"),
         ("python -m jobs.launch convert broken.pt", "no PyTorch checkpoint"),
@@ -305,7 +305,8 @@ def test_resumed_run_keeps_its_configuration(tmp_path, monkeypatch, stage1, caps
 def test_continuing_an_fp8_checkpoint_in_bf16_is_reported(tmp_path, monkeypatch, stage1, capsys):
     monkeypatch.setenv("PIXART_CLUSTER", "local")
     checkpoints.save(dataclasses.replace(stage1, plan=Plan(linears=())), tmp_path / "start")
-    words = ["train", "--from", str(tmp_path / "start"), "--home", str(tmp_path), "--accept-failed-audit", "--dry-run"]
+    words = ["train", "--recipe", "demo", "--from", str(tmp_path / "start"), "--home", str(tmp_path)]
+    words += ["--accept-failed-audit", "--dry-run"]
     assert launch.main(words) == 0
     assert "stage1.fp8=true keeps them" in capsys.readouterr().err
     assert launch.main([*words, "--set", "stage1.fp8=true"]) == 0

@@ -52,7 +52,7 @@ def test_train_convert_and_sample_refuse_a_dataset_of_the_other_range(original, 
     checkpoint = tmp_path / "bf16"
     start = to_fp8.formats.read(original, base_latent_size=8)
     checkpoints.save(start, checkpoint)
-    words = ["train", "--from", str(checkpoint), "--dataset", dataset, "--set", "stage1.steps=20"]
+    words = ["train", "--recipe", "demo", "--from", str(checkpoint), "--dataset", dataset, "--set", "stage1.steps=20"]
     assert all(part in refusal(capsys, words, tmp_path) for part in both)
     assert all(part in refusal(capsys, ["sample", str(checkpoint), "--dataset", dataset], tmp_path) for part in both)
 
@@ -68,7 +68,8 @@ def test_a_dataset_in_0_1_has_other_latents_and_trains_the_checkpoint(original, 
     checkpoints.save(start, tmp_path / "bf16")
     settings = ["steps=12", "global_batch_size=8", "preview_every=0", "validate_every=0", "num_validation_samples=0"]
     overrides = [word for setting in settings for word in ("--set", f"stage1.{setting}")]
-    words = ["train", "--from", str(tmp_path / "bf16"), "--dataset", data.path, "--accept-failed-audit", *overrides]
+    words = ["train", "--recipe", "demo", "--from", str(tmp_path / "bf16"), "--dataset", data.path]
+    words += ["--accept-failed-audit", *overrides]
     assert launch.main([*words, "--home", str(tmp_path), "--cluster", "local"]) == 0
     capsys.readouterr()
     (last,) = tmp_path.glob("runs/*-train-*/checkpoints/step-00000012")

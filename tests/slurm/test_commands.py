@@ -1,27 +1,73 @@
 import os
 import subprocess
 import sys
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from slurm import commands
-from slurm.commands import JobState, expand, parse, parse_minutes
+from slurm.commands import JobState, SlurmUnavailableError, expand, parse, parse_minutes
+
+# Listings as the commands of three versions print them: `id|state|end|reason`.
+SQUEUE_22_05 = """12_3|RUNNING|2026-11-27T09:00:00|None
+12_[5-6,9%4]|PENDING|N/A|Resources
+13|COMPLETING|2026-11-27T08:00:00|None
+14|REQUEUE_HOLD|N/A|job_requeued_in_held_state
+15|SPECIAL_EXIT|N/A|JobHeldUser
+"""
+SACCT_23_11 = """13|CANCELLED by 1000|2026-11-27T08:00:00|None
+14|FAILED|2026-11-27T08:00:00|NonZeroExitCode
+15|PREEMPTED|2026-11-27T08:00:00|None
+16_1|NODE_FAIL|2026-11-27T08:00:00|None
+16_1.batch|CANCELLED|2026-11-27T08:00:00|
+16_2|OUT_OF_ME+|2026-11-27T08:00:00|None
+17|COMPLETED|Unknown|None
+"""
+SACCT_25_05 = """20|LAUNCH_FAILED|2026-11-27T08:00:00|None
+21|RECONFIG_FAIL|2026-11-27T08:00:00|None
+22|DEADLINE|2026-11-27T08:00:00|None
+23|RESV_DEL_HOLD|Unknown|Reservation | gone
+24|EXPEDITING|Unknown|None
+25|WARPING|Unknown|None
+sacct: warning: the clock of the database is 600 s off
+"""
 
 
-def test_parse_squeue_listing():
-    listing = (
-        "12_3|RUNNING|None\n12_[5-6,9%4]|PENDING|Resources\n13|CANCELLED by 1000|None\n14|FAILED|NonZeroExitCode\n"
-    )
-    states = parse(listing)
-    assert states["12_3"] == JobState(state="RUNNING")
-    assert {job for job, state in states.items() if state.pending} == {"12_5", "12_6", "12_9"}
-    assert states["12_9"].reason == "Resources"
-    assert {job for job, state in states.items() if state.ended} == {"13", "14"}
-    assert states["13"].state == "CANCELLED"
+def test_listings_of_several_versions():
+    states = parse(SQUEUE_22_05)
+    assert states["12_3"].running
+    assert [states[f"12_{index}"].pending for index in (5, 6, 9)] == [True] * 3
+    assert states["12_5"].reason == "Resources"
+    assert states["13"].running
+    assert states["14"].pending
+    assert states["15"].pending
+
+    states = parse(SACCT_23_11)
+    assert states["13"] == JobState(state="CANCELLED", end=datetime(2026, 11, 27, 8).timestamp())
+    assert all(states[job].ended for job in ("13", "14", "15", "16_1", "17"))
+    assert "16_1.batch" not in states  # a step of the job
+    assert states["17"].end is None
+
+    states = parse(SACCT_25_05)
+    assert all(states[job].ended for job in ("20", "21", "22"))
+    assert (states["23"].pending, states["23"].reason) == (True, "Reservation | gone")
+    assert states["24"].running
+    unknown = states["25"]  # reported by its word, and in no group
+    assert (unknown.state, unknown.pending, unknown.running, unknown.ended) == ("WARPING", False, False, False)
+    assert len(states) == 6
+
+
+def test_every_state_is_in_one_group():
+    groups = (commands.TERMINAL_STATES, commands.PENDING_STATES, commands.RUNNING_STATES)
+    assert sum(map(len, groups)) == len(set.union(*groups))
 
 
 def test_elements_of_an_array():
     assert list(expand("7_[0-2,8%1]")) == ["7_0", "7_1", "7_2", "7_8"]
+    assert list(expand("7_[0-8:4,20]")) == ["7_0", "7_4", "7_8", "7_20"]
+    assert list(expand("7_[1-2,5,...]")) == ["7_1", "7_2", "7_5"]  # cut off
+    assert list(expand("7_[1-2,5,1...")) == ["7_1", "7_2", "7_5"]
     assert list(expand("7_4")) == ["7_4"]
     assert list(expand("7")) == ["7"]
 
@@ -62,3 +108,44 @@ def test_a_local_job_that_has_just_begun_is_running():
         finally:
             job.kill()
             job.wait()
+
+
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """Callable that puts programs, as shell scripts by name, before all others."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def write(**scripts: str) -> None:
+        for name, script in scripts.items():
+            path = tmp_path / name
+            path.write_text(f"#!/bin/sh\n{script}\n")
+            path.chmod(0o755)
+
+    return write
+
+
+def test_a_controller_that_does_not_answer_says_nothing_about_jobs(programs):
+    programs(squeue="echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1")
+    with pytest.raises(SlurmUnavailableError, match="Socket timed out"):
+        commands.states("slurm", ["1"])
+    refused = "sacct: error: slurm_persist_conn_open: failed to open persistent connection: Connection refused"
+    programs(squeue="true", sacct=f"echo '{refused}' >&2; exit 1")
+    with pytest.raises(SlurmUnavailableError, match="Connection refused"):
+        commands.states("slurm", ["1"])
+    programs(sacct="echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert commands.states("slurm", ["1"]) == {}  # without accounting, an ended job is not known
+
+
+def test_squeue_goes_before_sacct(programs):
+    """A requeued job is pending, although sacct has the end of its first attempt."""
+    programs(squeue="echo '7|PENDING|N/A|BeginTime'")
+    programs(sacct="echo '7|PREEMPTED|Unknown|None'; echo '8|TIMEOUT|Unknown|None'")
+    states = commands.states("slurm", ["7", "8"])
+    assert (states["7"].state, states["8"].state) == ("PENDING", "TIMEOUT")
+
+
+def test_array_expressions_are_asked_for_in_full(programs, tmp_path):
+    programs(squeue=f"echo $SLURM_BITSTR_LEN > {tmp_path}/length")
+    programs(sacct="true")
+    commands.states("slurm", ["1"])
+    assert Path(tmp_path, "length").read_text() == "0\n"

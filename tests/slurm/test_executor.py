@@ -43,13 +43,13 @@ def local() -> profiles.Profile:
 
 def test_array_shares_elements_over_bounded_processes(local, tmp_path: Path):
     cluster = Cluster(local, tmp_path)
-    submitted = cluster.submit_array(cluster.array_shape("caption", range(10)), squares)
+    (submitted,) = cluster.submit_array(cluster.array_shape("caption", range(10)), squares)
     assert [item.elements for item in submitted] == [(0, 3, 6, 9), (1, 4, 7), (2, 5, 8)]
     results = [row for item in submitted for row in item.job.result()]
     assert sorted(element for element, _, _ in results) == list(range(10))
     assert len({process for _, process, _ in results}) == 3
     assert sorted(line["arguments"] for line in attempts(tmp_path)) == [[[0, 3, 6, 9]], [[1, 4, 7]], [[2, 5, 8]]]
-    assert len(cluster.submit_array(cluster.array_shape("caption", [4]), squares)) == 1
+    assert [len(part) for part in cluster.submit_array(cluster.array_shape("caption", [4]), squares)] == [1]
 
 
 def gpus(elements: list[int]) -> str:
@@ -58,7 +58,7 @@ def gpus(elements: list[int]) -> str:
 
 def test_array_processes_have_one_gpu_per_process(local, tmp_path: Path):
     cluster = Cluster(dataclasses.replace(local, array_parallelism=0, gpus_per_node=2), tmp_path)
-    submitted = cluster.submit_array(cluster.array_shape("caption", range(6)), gpus)
+    (submitted,) = cluster.submit_array(cluster.array_shape("caption", range(6)), gpus)
     assert [(item.elements, item.job.result()) for item in submitted] == [((0, 2, 4), "0"), ((1, 3, 5), "1")]
 
 
@@ -117,14 +117,14 @@ def test_sbatch_scripts_equal_the_golden_files(monkeypatch, name: str):
     cluster = Cluster(profiles.load(name), Path("/home/user/my runs/RUN"), code=Path("/home/user/my runs/RUN/code-1"))
     after = Cluster(cluster.profile, cluster.run, code=cluster.code, after=["17", "18"])
     texts = {
-        "adopt": cluster.sbatch_text(cluster.array_shape("adopt", range(256))),
         "caption": cluster.sbatch_text(cluster.array_shape("caption", range(256))),
+        "adopt": cluster.sbatch_text(cluster.array_shape("adopt", range(8))),
         "latents": after.sbatch_text(cluster.array_shape("latents", [3, 7, 9])),
         "train": cluster.sbatch_text(cluster.ranks_shape("train", 4, None)),
         "convert": after.sbatch_text(cluster.ranks_shape("convert", 1, 1)),
         **{
             kind: cluster.sbatch_text(cluster.ranks_shape(kind, 1, 1))
-            for kind in ("audit", "verify", "sample", "recaption")
+            for kind in ("init", "audit", "verify", "sample", "recaption")
         },
     }
     for kind, text in texts.items():

@@ -13,13 +13,14 @@ from typing import Any
 
 from jobs.commands.data.dataset import ArrayOptions, select_shards
 from jobs.commands.data.shard_ranges import parse_array
+from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command, argument, option
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
-from jobs.submission.submit import describe_submission, run_array
+from jobs.submission.submit import run_array
 from jobs.tasks import adopt as task
 from pixart.config.dataset import is_url
 from pixart.config.recipe import Recipe, to_json
@@ -95,8 +96,8 @@ def adopt(launch: Launch, options: Options) -> str:
     shards = select_shards(launch, manifest["data"]["num_shards"], selected)
     submitted = run_array(launch, "adopt", shards, limit)
     if not launch.wait:
-        return describe_submission(submitted)
-    return describe(launch, manifest, shards)
+        return describe_submission(options, submitted)
+    return describe(launch, options, manifest, shards)
 
 
 def check_same(launch: Launch, manifest: dict[str, Any], source: str, class_names: list[str]) -> None:
@@ -137,7 +138,7 @@ def read_class_names(file: str) -> list[str]:
     return names
 
 
-def describe(launch: Launch, manifest: dict[str, Any], shards: list[int]) -> str:
+def describe(launch: Launch, options: Options, manifest: dict[str, Any], shards: list[int]) -> str:
     """Return the numbers of valid rows and of those with each problem, and the command that follows."""
     entries = ledger.entries(launch.dataset, "latents", shards).values()
     rows, valid = sum(entry.rows for entry in entries), sum(entry.valid for entry in entries)
@@ -148,7 +149,7 @@ def describe(launch: Launch, manifest: dict[str, Any], shards: list[int]) -> str
     data = manifest["data"]
     low, high = data["pixel_range"]
     lines.append(f"the latents are those of {data['vae']} for pixels from {low} to {high}")
-    return "\n".join([*lines, f"next: python -m jobs.launch audit --dataset {launch.dataset}"])
+    return "\n".join([*lines, f"next: {next_command(options, 'audit')}"])
 
 
 def count_reasons(dataset: str, shards: list[int]) -> Counter[str]:

@@ -11,11 +11,12 @@ from jobs.commands.data.dataset import (
     select_shards,
 )
 from jobs.commands.data.shard_ranges import parse_array
+from jobs.commands.hints import describe_submission
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
 from jobs.state import run as runs
 from jobs.submission.launch import Launch
-from jobs.submission.submit import describe_submission, run_array
+from jobs.submission.submit import run_array
 
 
 def run(options: ArrayOptions) -> int:
@@ -33,8 +34,8 @@ def caption(launch: Launch, options: ArrayOptions) -> str:
     shards = select_shards(launch, manifest["data"]["num_shards"], selected)
     submitted = run_array(launch, "caption", shards, limit)
     if not launch.wait:
-        return describe_submission(submitted)
-    return describe_shards(launch, "caption", shards, folder="captions", following="latents")
+        return describe_submission(options, submitted)
+    return describe_shards(launch, options, "caption", shards, folder="captions", following="latents")
 
 
 COMMAND = Command(ArrayOptions, run)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.commands.hints import next_command
 from jobs.commands.options import RecipeOptions, SubmissionOptions, option
 from jobs.state import ledger
 from jobs.state.run import Run
@@ -49,14 +50,9 @@ def open_writable_dataset(launch: Launch, *, create: bool = False, shards: list[
     return open_dataset(launch)
 
 
-def is_adopted(manifest: dict[str, Any]) -> bool:
-    """Return whether a dataset was made from precomputed latents, by `adopt`."""
-    return manifest["data"]["captioner"] == "adopted"
-
-
 def refuse_adopted(launch: Launch, manifest: dict[str, Any]) -> None:
     """Raise ValueError for an adopted dataset, whose images the command would need."""
-    if is_adopted(manifest):
+    if ledger.is_adopted(manifest):
         raise ValueError(
             f"{launch.command}: the dataset {launch.dataset} was adopted from {manifest['data']['source']} with its "
             "captions and latents, and has no images; run 'adopt' for shards that are missing"
@@ -74,13 +70,15 @@ def select_shards(launch: Launch, count: int, shards: list[int] | None = None) -
     return shards
 
 
-def describe_shards(launch: Launch, job: str, shards: list[int], *, folder: str, following: str) -> str:
+def describe_shards(
+    launch: Launch, options: ArrayOptions, job: str, shards: list[int], *, folder: str, following: str
+) -> str:
     """Return what a finished data job reports, and the command that follows it."""
     entries = ledger.entries(launch.dataset, job, shards)
     rows, valid = sum(entry.rows for entry in entries.values()), sum(entry.valid for entry in entries.values())
     return (
         f"{job}: {len(shards)} shards, {valid} of {rows} images valid, in {launch.dataset}/{folder}\n"
-        f"next: python -m jobs.launch {following} --dataset {launch.dataset}"
+        f"next: {next_command(options, following)}"
     )
 
 
@@ -106,18 +104,10 @@ def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: boo
     shards = select_shards(launch, manifest["data"]["num_shards"])
     after: list[str] = []
     for job in ("caption", "latents"):
-        complete = ledger.current(launch.dataset, job, shards, manifest["hash"]) if "hash" in manifest else set()
-        missing = [shard for shard in shards if shard not in complete]
-        if missing and is_adopted(manifest):
-            raise ValueError(
-                f"dataset {launch.dataset} is incomplete: {len(missing)} of {len(shards)} shards are not adopted; run "
-                f"'adopt {launch.recipe.data.source}'"
-            )
-        if missing and not any_source and launch.recipe.data.source != "demo":
-            raise ValueError(
-                f"dataset {launch.dataset} is incomplete: {len(missing)} of {len(shards)} shards have no {job}; "
-                f"run '{job}'"
-            )
+        missing = ledger.missing_shards(launch.dataset, job, manifest) if "hash" in manifest else shards
+        is_refused = ledger.is_adopted(manifest) or not (any_source or launch.recipe.data.source == "demo")
+        if missing and is_refused:
+            raise ValueError(ledger.incomplete(launch.dataset, job, len(missing), manifest))
         if missing:
             print(f"running {job} first: {len(missing)} of {len(shards)} shards are missing", flush=True)
         if missing and not launch.dry_run:

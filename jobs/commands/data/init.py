@@ -4,6 +4,7 @@
 """
 
 from jobs.commands.data.dataset import DatasetOptions, open_writable_dataset
+from jobs.commands.hints import next_command
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
 from jobs.state import run as runs
@@ -14,11 +15,11 @@ from pixart.config.recipe import to_json
 def run(options: DatasetOptions) -> int:
     home = runs.home(options.home)
     with launching("init", options, home, read_recipe(home, options), overrides=options.overrides) as launch:
-        print(init(launch))
+        print(init(launch, options))
     return 0
 
 
-def init(launch: Launch) -> str:
+def init(launch: Launch, options: DatasetOptions) -> str:
     """Create the dataset if it does not exist, and describe it."""
     if launch.dry_run:
         raise NothingSubmitted(to_json(launch.recipe))
@@ -27,7 +28,7 @@ def init(launch: Launch) -> str:
     return (
         f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['num_shards']} shards of "
         f"{manifest['rows_per_shard']}, {data['image_size']} px, hash {manifest['hash']}\n"
-        f"next: python -m jobs.launch caption --dataset {launch.dataset}"
+        f"next: {next_command(options, 'caption')}"
     )
 
 

@@ -11,12 +11,13 @@ from jobs.commands.data.dataset import (
     select_shards,
 )
 from jobs.commands.data.shard_ranges import parse_array
+from jobs.commands.hints import describe_submission
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.submission.launch import Launch
-from jobs.submission.submit import describe_submission, run_array
+from jobs.submission.submit import run_array
 
 
 def run(options: ArrayOptions) -> int:
@@ -35,8 +36,8 @@ def latents(launch: Launch, options: ArrayOptions) -> str:
     ledger.captions(launch.dataset, shards)
     submitted = run_array(launch, "latents", shards, limit)
     if not launch.wait:
-        return describe_submission(submitted)
-    return describe_shards(launch, "latents", shards, folder=ledger.ARRAYS, following="audit")
+        return describe_submission(options, submitted)
+    return describe_shards(launch, options, "latents", shards, folder=ledger.ARRAYS, following="audit")
 
 
 COMMAND = Command(ArrayOptions, run)

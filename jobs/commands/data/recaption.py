@@ -1,6 +1,7 @@
 """Rewrite prompts in the style of the captions, with the captioning model.
 
-Uses a running vLLM server, or else submits a job that starts the vLLM engine, and waits for it. A prompt whose
+The instruction and the sampling are those of the dataset (data.captions.*) if it exists, else of the recipe. Uses a
+running vLLM server, or else submits a job that starts the vLLM engine, and waits for it. A prompt whose
 rewritten text fails the checks twice is returned unchanged.
 """
 
@@ -12,9 +13,11 @@ from pathlib import Path
 
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option
+from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.prompts import dataset_captions, read_prompts
 from jobs.state.run import Run
+from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.submit import run_ranks
 from pixart.atomic import write_atomically
@@ -51,7 +54,9 @@ class Options(RecipeOptions, SubmissionOptions):
 
 def run(options: Options) -> int:
     home = runs.home(options.home)
-    with launching("recaption", options, home, read_recipe(home, options), wait=True) as launch:
+    with launching(
+        "recaption", options, home, read_recipe(home, options), overrides=options.overrides, wait=True
+    ) as launch:
         print(recaption(launch, options))
     return 0
 
@@ -63,10 +68,11 @@ def recaption(launch: Launch, options: Options) -> str:
     captions = dataset_captions(options.compare, MAX_COMPARED) if options.compare else []
     if options.compare and not captions:
         raise ValueError(f"--compare {options.compare}: the dataset has no captions; run 'caption' first")
+    use_captions_of_dataset(launch, options)
     if launch.dry_run and options.server:
         raise NothingSubmitted(f"{len(prompts)} prompts to {options.server}")
     if options.server:
-        rewritten = rewrite_by_server(prompts, options.server, options.model)
+        rewritten = rewrite_by_server(launch, prompts, options.server, options.model)
     else:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results
             rewritten = runs.result(submit_recaption(launch, prompts, options.model))
@@ -79,6 +85,17 @@ def recaption(launch: Launch, options: Options) -> str:
         return "\n".join(item["text"] for item in rewritten)
     write_atomically(output, encode(rewritten, output.suffix))
     return f"rewritten: {output}"
+
+
+def use_captions_of_dataset(launch: Launch, options: Options) -> None:
+    """Set the recipe's `data` to that of the dataset, whose captions the results are to resemble, if it exists.
+
+    Raises ValueError if the options name a dataset that does not exist, or other instructions than the dataset's.
+    """
+    if ledger.manifest(launch.dataset) is not None:
+        open_dataset(launch)
+    elif options.names_dataset:
+        raise ValueError(f"dataset {launch.dataset} does not exist; run 'caption' to create it, or name another one")
 
 
 def collect_prompts(options: Options) -> list[str]:
@@ -106,11 +123,12 @@ def check_output(options: Options) -> Path | None:
     return output
 
 
-def rewrite_by_server(prompts: list[str], url: str, model: str | None) -> list[dict[str, str]]:
-    """Rewrite the prompts with a running vLLM server."""
+def rewrite_by_server(launch: Launch, prompts: list[str], url: str, model: str | None) -> list[dict[str, str]]:
+    """Rewrite the prompts with a running vLLM server, by the instruction and sampling of the dataset's captions."""
     from pixart.data.captions.rewriting import rewrite, server_generator
 
-    return [asdict(item) for item in rewrite(prompts, server_generator(url.rstrip("/"), model))]
+    generate = server_generator(url.rstrip("/"), model)
+    return [asdict(item) for item in rewrite(prompts, launch.recipe.data.captions, generate)]
 
 
 def submit_recaption(launch: Launch, prompts: list[str], model: str | None) -> Run:

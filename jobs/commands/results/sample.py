@@ -5,11 +5,13 @@ the seed and how many captions of the dataset are sampled.
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jobs.commands.data.recaption import print_problems, rewrite_by_server, submit_recaption
+from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, read_recipe, resolve_paths
 from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, argument, option, positive
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
@@ -21,7 +23,6 @@ from jobs.state.prompts import read_prompts
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
-from jobs.submission.submit import describe_submission
 from jobs.submission.wait import dependencies
 from pixart.config.dataset import DataConfig
 from pixart.config.overrides import apply
@@ -117,8 +118,9 @@ def sample(launch: Launch, options: Options) -> str:
         request, after = rewrite_prompts(launch, options, request)
     submitted = submit_sampling(launch, request, after=after)
     if not launch.wait:
-        return describe_submission(submitted)
-    return f"{describe_samples(runs.result(submitted))}\nnext: python -m jobs.launch lineage {submitted.folder.name}"
+        return describe_submission(options, submitted)
+    following = next_command(options, "lineage", submitted.folder.name)
+    return f"{describe_samples(runs.result(submitted))}\nnext: {following}"
 
 
 def make_request(launch: Launch, options: Options) -> SamplingRequest:
@@ -142,6 +144,7 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
             check_model(model, manifest, launch.dataset)
             check_latents(str(checkpoint), record, launch.dataset, manifest)
             num_classes = model.get("num_classes")
+    warn_of_untrained_guidance(checkpoint, record or {}, launch.recipe.sample.guidance)
     prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
     if options.recaption and not prompts:
         raise ValueError("--recaption rewrites prompts; give --prompt or --file")
@@ -158,11 +161,22 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
     )
 
 
+def warn_of_untrained_guidance(checkpoint: Path, record: dict[str, Any], guidance: float) -> None:
+    """Print a warning if a model that never saw the null condition in training is sampled with guidance against it."""
+    if guidance != 1 and record.get("provenance", {}).get("cond_dropout_prob") == 0:
+        print(
+            f"warning: guidance is untrained: {checkpoint} was trained with cond_dropout_prob=0, so sample.guidance="
+            f"{guidance:g} extrapolates from a null condition that it has not learned; --set sample.guidance=1 "
+            "samples without guidance",
+            file=sys.stderr,
+        )
+
+
 def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) -> tuple[SamplingRequest, list[str]]:
     """Return the request with rewritten prompts, or with the file that a job writes them to and the job's id."""
     texts = [item["prompt"] for item in request.prompts]
     if options.server:
-        rewritten = rewrite_by_server(texts, options.server, options.model)
+        rewritten = rewrite_by_server(launch, texts, options.server, options.model)
         print_problems(rewritten)
         prompts = [{"prompt": item["text"], "request": item["request"]} for item in rewritten]
         return replace(request, prompts=prompts), []

@@ -3,8 +3,11 @@
 The state comes from the data, and from Slurm if there is no data yet. The exit code is 1 if an element failed.
 """
 
+import sys
+import time
 from collections import Counter
 
+from jobs.commands.hints import next_command
 from jobs.commands.options import Command, RunOptions
 from jobs.progress import format_rate
 from jobs.state import ledger
@@ -13,25 +16,49 @@ from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
 from jobs.tracking.mlflow_store import needs_sync
 from jobs.tracking.sync import set_final_status, sync_in_background
+from slurm.commands import SlurmUnavailableError
 from slurm.task import attempts
 
 MAX_FAILURES = 10  # failed elements that are listed
-STYLES = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red"}
+STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "pending": "yellow",
+    "unknown": "magenta",
+    "cancelled": "red",
+    "failed": "red",
+}
+NUM_QUERIES, FIRST_PAUSE_SECONDS = 4, 2.0  # of a controller that does not answer; each pause is twice the one before
 
 
 def run(options: RunOptions) -> int:
     home = runs.home(options.home)
     shown = runs.find(home, options.run)
-    elements = runs.elements(shown)
-    print_status(shown, elements)
+    elements = query(shown)
+    print_status(options, shown, elements)
     if shown.writable and (shown.folder / METADATA_FILE).exists():
         set_final_status(shown, elements)
         if needs_sync(shown.folder):
             sync_in_background(home, [shown.folder])
-    return 1 if any(element.state == "failed" for element in elements.values()) else 0
+    return 1 if any(element.state in runs.UNFINISHED for element in elements.values()) else 0
 
 
-def print_status(run: Run, elements: dict[int, Element]) -> None:
+def query(run: Run) -> dict[int, Element]:
+    """Return the states of a run's elements, after several queries if Slurm does not answer at first.
+
+    Raises SlurmUnavailableError if it does not answer to the last query.
+    """
+    for number in range(NUM_QUERIES - 1):
+        try:
+            return runs.elements(run)
+        except SlurmUnavailableError as error:
+            pause = FIRST_PAUSE_SECONDS * 2**number
+            print(f"{error}; trying again in {pause:.0f} s", file=sys.stderr)
+            time.sleep(pause)
+    return runs.elements(run)
+
+
+def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) -> None:
     """Print a table of the states, the progress of training, the first failures and the next command."""
     from rich.console import Console
     from rich.table import Table
@@ -49,6 +76,7 @@ def print_status(run: Run, elements: dict[int, Element]) -> None:
     notes = {
         "done": describe_rate(run, elements),
         "pending": ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items()),
+        "unknown": ", ".join(sorted({element.note for element in elements.values() if element.state == "unknown"})),
     }
     for state, style in STYLES.items():
         if counts[state]:
@@ -63,8 +91,8 @@ def print_status(run: Run, elements: dict[int, Element]) -> None:
         console.print(f"failed: {subject}, job {element.job}: {element.note}", markup=False)
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
-    following = "retry" if failed else "status" if active else "open"
-    console.print(f"next: python -m jobs.launch {following} {run.folder.name}", markup=False)
+    following = "retry" if failed or counts["cancelled"] else "status" if active else "open"
+    console.print(f"next: {next_command(options, following, run.folder.name)}", markup=False)
 
 
 def describe_steps(run: Run, *, active: bool) -> str:
@@ -83,7 +111,7 @@ def describe_rate(run: Run, elements: dict[int, Element]) -> str:
     submitted = (run.folder / "command.txt").stat().st_mtime
     paths = [ledger.path(run.dataset, run.kind, number) for number, item in elements.items() if item.state == "done"]
     written = [moment for path in paths if (moment := path.stat().st_mtime) >= submitted]
-    left = sum(element.state in ("pending", "running") for element in elements.values())
+    left = sum(element.state in runs.ACTIVE for element in elements.values())
     if not written:
         return ""
     rate = len(written) / max(1.0, max(written) - submitted)

@@ -11,7 +11,8 @@ from typing import Self
 from conversion.options import Options as ConversionOptions
 from conversion.options import add_options, default_output, from_arguments
 from conversion.reading import orbax_metadata
-from conversion.report.text import PAGE, next_command
+from conversion.report.text import PAGE, training_words
+from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching
 from jobs.commands.options import Command, SubmissionOptions, argument, delegated, option
 from jobs.state import ledger
@@ -19,7 +20,7 @@ from jobs.state import run as runs
 from jobs.state.checkpoint_names import check_file, check_lengths, checkpoint_record, find_checkpoint, is_foreign
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
-from jobs.submission.submit import describe_submission, run_ranks
+from jobs.submission.submit import run_ranks
 from pixart.config.toml_file import RunFile
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.executor import Cluster
@@ -61,10 +62,11 @@ def convert(launch: Launch, options: Options) -> str:
         raise ValueError(f"{target} exists; give another --output, or --overwrite")
     submitted = submit_conversion(launch, source, target, options.conversion)
     if not launch.wait:
-        return describe_submission(submitted)
-    decay_qk_norm = checkpoint_record(target)["provenance"].get("decay_qk_norm", False)
-    command = next_command(options.conversion.stage, target, decay_qk_norm=decay_qk_norm)
-    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {command}"
+        return describe_submission(options, submitted)
+    record = checkpoint_record(target)
+    decay_qk_norm = record["provenance"].get("decay_qk_norm", False)
+    words = training_words(options.conversion, target, record["dataset"], decay_qk_norm=decay_qk_norm)
+    return f"converted: {target}\nreport: {target}/{PAGE}\nnext: {next_command(options, 'train', *words)}"
 
 
 def check_source(source: Path, options: ConversionOptions) -> None:

@@ -9,6 +9,7 @@ import functools
 from conversion.options import Options as ConversionOptions
 from conversion.options import default_output
 from jobs.commands.data.dataset import prepare_dataset, require_audit
+from jobs.commands.hints import next_command
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
@@ -36,7 +37,7 @@ def pipeline(launch: Launch, options: TrainingOptions) -> str:
     """Submit the jobs, and describe them or, if the launcher waits, their results."""
     submitted = submit_pipeline(launch, options)
     if launch.wait:
-        return describe_results(launch, submitted)
+        return describe_results(launch, options, submitted)
     lines = [f"{item.kind:<8} {', '.join(item.job_ids):<12} {item.folder}" for item in submitted]
     return "\n".join(["submitted, each to start when the one before it has succeeded:", *lines])
 
@@ -44,33 +45,38 @@ def pipeline(launch: Launch, options: TrainingOptions) -> str:
 def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     """Submit the jobs after the dataset is open; return the runs from stage 1 on."""
     shape = training_shape(launch, options.nodes)
-    check_pipeline(launch.recipe, shape.nodes * shape.ranks_per_node)
+    check_pipeline(launch.recipe, shape.nodes * shape.ranks_per_node, gpus=launch.profile.gpus_per_node > 0)
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options.nodes))
     manifest = open_dataset(launch)
     for stage in (1, 2):
         check_dataset(launch.recipe, stage, manifest, None)
     after = prepare_dataset(launch, manifest, any_source=True)
-    if not options.accept_failed_audit:
+    audited = not options.accept_failed_audit
+    if audited:
         after = require_audit(launch, after, any_source=True)
-    stage1 = submit_training(launch, 1, options.nodes, start=None, after=after)
+    stage1 = submit_training(launch, 1, options.nodes, start=None, after=after, require_audit=audited)
     source = last_checkpoint(launch, 1, stage1)
     converted = default_output(source)
-    conversion_options = ConversionOptions(batch_size=launch.recipe.stage2.global_batch_size)
+    config = launch.recipe.stage2
+    conversion_options = ConversionOptions(batch_size=config.global_batch_size, fp8_recipe=config.fp8_recipe)
     conversion = submit_conversion(launch, source, converted, conversion_options, dependencies(launch, stage1))
-    stage2 = submit_training(launch, 2, options.nodes, start=converted, after=dependencies(launch, conversion))
+    stage2 = submit_training(
+        launch, 2, options.nodes, start=converted, after=dependencies(launch, conversion), require_audit=audited
+    )
     samples = submit_sampling(
         launch, SamplingRequest(checkpoint=last_checkpoint(launch, 2, stage2)), after=dependencies(launch, stage2)
     )
     return [stage1, conversion, stage2, samples]
 
 
-def describe_results(launch: Launch, submitted: list[Run]) -> str:
+def describe_results(launch: Launch, options: TrainingOptions, submitted: list[Run]) -> str:
     """Return the lines about the samples, the last checkpoint and the pages of a finished pipeline."""
     _, _, stage2, samples = submitted
     return (
         f"{describe_samples(runs.result(samples))}\ncheckpoint: {last_checkpoint(launch, 2, stage2)}\n"
-        f"pages: python -m jobs.launch open {stage2.folder.name}, python -m jobs.launch lineage {samples.folder.name}\n"
+        f"pages: {next_command(options, 'open', stage2.folder.name)}, "
+        f"{next_command(options, 'lineage', samples.folder.name)}\n"
         f"runs: {describe_tracking(launch.tracker)}"
     )
 

@@ -4,15 +4,19 @@ Starts a new run, from random weights or from a checkpoint (--from), or continue
 is created first if it does not exist.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from conversion.options import STATEFUL
 from jobs.commands.data.dataset import prepare_dataset, require_audit
+from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, override_recipe, read_recipe, read_run_recipe
 from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, option, positive
+from jobs.commands.training.start_recipe import recipe_of_checkpoint
 from jobs.reports.run_pages import SUMMARY
 from jobs.state import ledger
 from jobs.state import run as runs
@@ -21,7 +25,7 @@ from jobs.state.run import Run
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_acceptance, check_configuration, check_dataset, check_start, find_start
-from jobs.submission.submit import describe_submission, run_ranks
+from jobs.submission.submit import run_ranks
 from pixart.config.overrides import apply
 from pixart.config.recipe import Recipe
 from slurm.executor import Cluster, Shape
@@ -60,7 +64,8 @@ class Options(TrainingOptions):
     start: str | None = option(
         "--from",
         metavar="CHECKPOINT",
-        help="Checkpoint, or run with one, to start a new run from (default: random weights).",
+        help="Checkpoint, or run with one, to start from, with its recipe unless --recipe or --config names one "
+        "(default: random weights).",
     )
     resume: str | None = option(
         "--resume", metavar="RUN", help="Run folder to continue, with its own recipe (default: start a new run)."
@@ -81,16 +86,24 @@ def run(options: Options) -> int:
 
 
 def read_training_recipe(home: Path, options: Options) -> Recipe:
-    """Return the recipe of the options, or that of the resumed run, with the overrides of the options.
+    """Return the recipe of the options, of the resumed run or of the checkpoint, with the overrides of the options.
 
-    Raises ValueError if --recipe names another recipe than the run's.
+    Raises ValueError if no recipe fits the checkpoint, or if --recipe names another recipe than the run's.
     """
     if options.resume is None:
+        if options.start and not options.recipe and not options.config:
+            return override_recipe(recipe_of_checkpoint(home, options.start, named_dataset(options)), options)
         return read_recipe(home, options)
     recipe = read_run_recipe(Path(options.resume))
     if options.recipe not in (None, recipe.name):
         raise ValueError(f"--recipe {options.recipe}: {options.resume} is a run of the recipe {recipe.name}")
     return override_recipe(recipe, options)
+
+
+def named_dataset(options: Options) -> str | None:
+    """Return the dataset that the options name, by --dataset or by its key; None if they name none."""
+    by_key = [item.removeprefix(DATASET_KEY) for item in options.overrides if item.startswith(DATASET_KEY)]
+    return options.dataset or (by_key[-1] if by_key else None)
 
 
 def train(launch: Launch, options: Options) -> str:
@@ -120,13 +133,33 @@ def train(launch: Launch, options: Options) -> str:
     if not options.accept_failed_audit:
         after = require_audit(launch, after)
     submitted = submit_training(
-        launch, stage, options.nodes, start=None if resumed else start, folder=resumed, after=after
+        launch,
+        stage,
+        options.nodes,
+        start=None if resumed else start,
+        folder=resumed,
+        after=after,
+        require_audit=not options.accept_failed_audit,
     )
     if not launch.wait:
-        return describe_submission(submitted)
+        return describe_submission(options, submitted)
     last = runs.result(submitted)
-    following = f"python -m conversion.to_fp8 {last}" if stage == 1 else f"python -m jobs.launch sample {last}"
+    following = conversion_command(launch, options, last) if stage == 1 else sampling_command(launch, options, last)
     return f"trained stage {stage}: checkpoint {last}\nsummary: {submitted.folder}/{SUMMARY}\nnext: {following}"
+
+
+def conversion_command(launch: Launch, options: Options, checkpoint: str) -> str:
+    """Return the command that converts a checkpoint: on a cluster by a job, else in the process of the command."""
+    fp8_recipe = launch.recipe.stage2.fp8_recipe
+    words = [checkpoint, *(["--fp8-recipe", fp8_recipe] if fp8_recipe != STATEFUL else [])]
+    if options.cluster or launch.profile.executor == "slurm":
+        return next_command(options, "convert", *words)
+    return shlex.join(["python", "-m", "conversion.to_fp8", *words])
+
+
+def sampling_command(launch: Launch, options: Options, checkpoint: str) -> str:
+    """Return the command that samples a checkpoint with the recipe that it was trained with."""
+    return next_command(options, "sample", checkpoint, recipe=launch.recipe.name, sections=("data.", "sample."))
 
 
 def submit_training(
@@ -135,15 +168,19 @@ def submit_training(
     nodes: int,
     *,
     start: Path | None,
+    require_audit: bool,
     folder: Path | None = None,
     after: Sequence[str] = (),
 ) -> Run:
-    """Submit a training job: a new run from the checkpoint `start`, or the next job of the run in `folder`."""
+    """Submit a training job: a new run from the checkpoint `start`, or the next job of the run in `folder`.
+
+    With `require_audit`, the job checks at its start that the dataset has passed its audit.
+    """
     config = launch.recipe.train(stage)
     return run_ranks(
         launch,
         training_shape(launch, nodes),
-        {"stage": stage, "start": str(start) if start else None},
+        {"stage": stage, "start": str(start) if start else None, "require_audit": require_audit},
         parameters={
             "stage": stage,
             "nodes": nodes,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pixart.config.audit import AuditConfig
+from pixart.config.dataset import AuditConfig
 from pixart.data.audit.deduplication import exact_groups, near_groups
 from pixart.data.images.screening import Reason
 

@@ -5,38 +5,30 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, ImageOps
 
+from pixart.config.captions import CaptionsConfig
 from pixart.data.captions.text import shorten
 from pixart.data.captions.validation import validate_answer
-from pixart.data.captions.vllm_engine import make_engine
+from pixart.data.captions.vllm_engine import context_length, make_engine
 
 if TYPE_CHECKING:
     from pixart.data.sources.base import Item
 
-STYLE = (
-    "Write noun phrases with what can be seen: the main subject first, then colour, material, number, size, position, "
-    "setting, light, and the kind of picture. At most three sentences and 60 words. The first sentence names the main "
-    "subject, has at most 20 words and stands alone. No names that are guessed, no opinions, nothing outside the "
-    "picture, no words such as 'the image shows'. Answer with this text alone."
-)
-INSTRUCTION = f"You write captions for images, from which a text-to-image model learns. {STYLE}"
-REWRITE_INSTRUCTION = (
-    "You rewrite a user's short request for a picture as the caption of that picture, from which a text-to-image model "
-    f"paints it. Keep all that the request says; add only what it leaves open. {STYLE}"
-)
 PATCH_SIZE = 32  # pixels per side of the image area that one token stands for
 MAX_PIXELS = 512 * 512  # larger images are resized to this for the model: 256 tokens
 MAX_ASPECT = 100  # longer over shorter side; the image processor of Qwen refuses more than 200
 MAX_NUM_SEQS = 256  # images that the engine captions concurrently
 MAX_IN_FLIGHT = 384  # requests submitted at a time: half as many again, so that the engine never waits for images
 NORMAL_FINISH_REASONS = ("stop", "length")  # an engine that shuts down returns its requests as aborted
-RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same answer for any seed
+RETRY_TEMPERATURE = 0.7  # at least; greedy decoding would repeat the same answer for any seed
+NUM_ATTEMPTS = 2  # per image or request
+SEEDS = 2**31  # exclusive end of the seeds of first attempts: a part stores seeds as int32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,25 +68,16 @@ class Captioner(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """Sampling settings. Every image is sampled with the same `seed`, independently of its batch."""
-
-    temperature: float = 0.0  # 0: greedy decoding
-    max_tokens: int = 120
-    seed: int = 0
-
-
-def make_captioner(kind: str, *, model: str, sampling: Sampling | None = None, dtype: str = "auto") -> Captioner:
+def make_captioner(kind: str, *, model: str, captions: CaptionsConfig | None = None, dtype: str = "auto") -> Captioner:
     """Create the captioner `labels` or `vllm`.
 
-    `model` is the folder or hub name of a Qwen3-VL model; it, `sampling` and `dtype` are for vLLM only.
+    `model` is the folder or hub name of a Qwen3-VL model; it, `captions` and `dtype` are for vLLM only.
     Raises ValueError for another kind, or if vLLM is not installed.
     """
     if kind == "labels":
         return LabelsCaptioner()
     if kind == "vllm":
-        return VllmCaptioner(model, sampling or Sampling(), dtype)
+        return VllmCaptioner(model, captions or CaptionsConfig(), dtype)
     raise ValueError(f"captioner {kind!r}: must be labels or vllm")
 
 
@@ -133,19 +116,21 @@ class VllmCaptioner:
     call of `LLM.chat`, which drains before it returns, the stream keeps the engine's batch full.
     """
 
-    def __init__(self, model: str, sampling: Sampling, dtype: str):
+    def __init__(self, model: str, captions: CaptionsConfig, dtype: str):
         try:
             import vllm
         except ModuleNotFoundError as error:
             raise ValueError(f"captioner 'vllm': {error}; install vllm, or choose the captioner 'labels'") from None
-        settings = ", ".join(f"{key} {value}" for key, value in asdict(sampling).items())
-        self.model, self.prompt_hash = model, prompt_hash(INSTRUCTION)
-        self.sampling = json.dumps({**asdict(sampling), "vllm": vllm.__version__})
-        self.name = f"{model}, vllm {vllm.__version__}, {settings}, instruction {self.prompt_hash}"
-        retry = replace(sampling, seed=sampling.seed + 1, temperature=RETRY_TEMPERATURE)
-        self._attempts = [(vllm.SamplingParams(**asdict(attempt)), attempt.seed) for attempt in (sampling, retry)]
+        settings = sampling_settings(captions)
+        described = ", ".join(f"{key} {value}" for key, value in settings.items())
+        self.model, self.prompt_hash = model, prompt_hash(captions.image_instruction)
+        self.sampling = json.dumps({**settings, "vllm": vllm.__version__})
+        self.name = f"{model}, vllm {vllm.__version__}, {described}, instruction {self.prompt_hash}"
+        self.num_attempts = NUM_ATTEMPTS
+        self.captions = captions
         self._engine = make_engine(
             model,
+            max_model_len=context_length(captions.image_instruction, captions.max_tokens),
             dtype=dtype,
             max_num_seqs=MAX_NUM_SEQS,
             limit_mm_per_prompt={"image": 1, "video": 0},
@@ -154,9 +139,15 @@ class VllmCaptioner:
         )
         tokenizer: Any = self._engine.get_tokenizer()
         prompt = tokenizer.apply_chat_template(
-            conversation({"type": "image"}), tokenize=False, add_generation_prompt=True
+            conversation(captions.image_instruction, {"type": "image"}), tokenize=False, add_generation_prompt=True
         )
         self._prompt_token_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the same for all images
+
+    def sampling_params(self, attempt: int, seed: int) -> Any:
+        """Return the `vllm.SamplingParams` of an attempt."""
+        import vllm
+
+        return vllm.SamplingParams(**attempt_sampling(self.captions, attempt), seed=seed)
 
     def prepare(self, image: Image.Image) -> Image.Image:
         return resize_for_model(image)
@@ -184,8 +175,11 @@ class VllmCaptioner:
             "multi_modal_data": {"image": resize_for_model(request.image)},
             "multi_modal_uuids": {"image": [request.digest.hex()]},  # saves the engine hashing the pixels
         }
-        (engine_id,) = self._engine.enqueue(prompt, self._attempts[attempt][0], use_tqdm=False)
-        in_flight[engine_id.partition("-")[0]] = InFlight(request=request, attempt=attempt, engine_id=engine_id)
+        seed = attempt_seed(self.captions, request.digest, attempt)
+        (engine_id,) = self._engine.enqueue(prompt, self.sampling_params(attempt, seed), use_tqdm=False)
+        in_flight[engine_id.partition("-")[0]] = InFlight(
+            request=request, attempt=attempt, seed=seed, engine_id=engine_id
+        )
 
     def _step(self, in_flight: "dict[str, InFlight]") -> Iterator[tuple[int, Caption]]:
         """Run one engine step and yield finished captions; a caption with a problem is attempted once more."""
@@ -196,11 +190,13 @@ class VllmCaptioner:
             if answer.finish_reason not in NORMAL_FINISH_REASONS:
                 raise RuntimeError(f"vLLM did not finish a caption: finish reason {answer.finish_reason!r}")
             text, problem = validate_answer(answer.text, truncated=answer.finish_reason == "length")
-            if problem and finished.attempt + 1 < len(self._attempts):
+            if problem and finished.attempt + 1 < self.num_attempts:
                 self._enqueue(finished.request, finished.attempt + 1, in_flight)
             else:
-                seed = self._attempts[finished.attempt][1]
-                yield finished.request.row, Caption(text=text, short=shorten(text), problem=problem or "", seed=seed)
+                yield (
+                    finished.request.row,
+                    Caption(text=text, short=shorten(text), problem=problem or "", seed=finished.seed),
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +205,7 @@ class InFlight:
 
     request: CaptionRequest
     attempt: int
+    seed: int
     engine_id: str  # the request id of the outputs and a random suffix, which the engine adds internally
 
 
@@ -217,9 +214,40 @@ def prompt_hash(instruction: str) -> str:
     return sha256(instruction.encode()).hexdigest()[:8]
 
 
-def conversation(content: dict[str, Any]) -> list[Any]:
+def sampling_settings(captions: CaptionsConfig) -> dict[str, float | int]:
+    """Return the sampling of the first attempt, without its seed, by vLLM's names."""
+    return {
+        "temperature": captions.temperature,
+        "top_p": captions.top_p,
+        "top_k": captions.top_k,
+        "max_tokens": captions.max_tokens,
+    }
+
+
+def attempt_sampling(captions: CaptionsConfig, attempt: int) -> dict[str, float | int]:
+    """Return the sampling of an attempt, which counts from 0.
+
+    A further attempt never has a lower temperature than the first one: if the first is sampled already, another seed
+    is enough for another answer.
+    """
+    settings = sampling_settings(captions)
+    return {**settings, "temperature": max(captions.temperature, RETRY_TEMPERATURE)} if attempt else settings
+
+
+def attempt_seed(captions: CaptionsConfig, digest: bytes, attempt: int) -> int:
+    """Return the seed of an attempt for the image, or the request, with a digest of at least 4 bytes.
+
+    Sampled captions have different seeds, as the same random numbers would favour the same words in all of them, and
+    the digest makes the seed independent of the order and the batch. Greedy decoding needs no seed: its attempts have
+    the seeds 0 and 1.
+    """
+    first = int.from_bytes(digest[:4]) % (SEEDS - NUM_ATTEMPTS) if captions.temperature > 0 else 0
+    return first + attempt
+
+
+def conversation(instruction: str, content: dict[str, Any]) -> list[Any]:
     """Return the chat messages for one image, whose message part is `content`."""
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": [content]}]
+    return [{"role": "system", "content": instruction}, {"role": "user", "content": [content]}]
 
 
 def resize_for_model(image: Image.Image) -> Image.Image:

@@ -11,11 +11,21 @@ from typing import Any
 
 SOCKET_FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
 MAX_TMPDIR_LENGTH = 50  # characters; the path of a Unix socket is limited to 107
-MAX_MODEL_LEN = 1024  # tokens: instruction, image and caption
+CONTEXT_LENGTH = 1024  # tokens: instruction, image and caption
+IMAGE_TOKENS = 320  # of an image of the largest size, and of the chat template around it
+BYTES_PER_TOKEN = 2  # at least, of an instruction; texts in Latin script have about 4
 
 
-def make_engine(model: str, **settings: Any) -> Any:
-    """Create a `vllm.LLM` that raises EngineDeadError in waiting callers if its process dies."""
+def context_length(instruction: str, max_tokens: int) -> int:
+    """Return the context length, in tokens, that an instruction, an image and an answer of `max_tokens` fit into."""
+    return max(CONTEXT_LENGTH, IMAGE_TOKENS + len(instruction.encode()) // BYTES_PER_TOKEN + max_tokens)
+
+
+def make_engine(model: str, *, max_model_len: int, **settings: Any) -> Any:
+    """Create a `vllm.LLM` that raises EngineDeadError in waiting callers if its process dies.
+
+    `max_model_len` is the length of its context, in tokens.
+    """
     import vllm
     from vllm.platforms import current_platform
 
@@ -23,7 +33,7 @@ def make_engine(model: str, **settings: Any) -> Any:
         settings |= cpu_settings()
     if SOCKET_FOLDER_VARIABLE not in os.environ:
         os.environ[SOCKET_FOLDER_VARIABLE] = make_socket_folder()
-    engine = vllm.LLM(model=model, max_model_len=MAX_MODEL_LEN, **settings)
+    engine = vllm.LLM(model=model, max_model_len=max_model_len, **settings)
     core: Any = engine.llm_engine.engine_core
     if hasattr(core, "outputs_queue"):  # the engine runs in a separate process
         sentinels = [process.sentinel for process in core.resources.engine_manager.processes]

@@ -30,7 +30,7 @@ def fields_of(name: str) -> dict[str, tuple[dataclasses.Field, Any, Option]]:
     return {
         item.name: (item, hints[item.name], item.metadata[METADATA])
         for item in dataclasses.fields(kind)
-        if not isinstance(item.metadata[METADATA], Delegated)
+        if isinstance(item.metadata[METADATA], Option)
     }
 
 

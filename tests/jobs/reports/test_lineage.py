@@ -3,14 +3,15 @@
 import pytest
 
 from jobs.reports import lineage
+from pixart.config.captions import IMAGE_INSTRUCTION, visible_attributes
 from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
-from pixart.data.captions.captioner import INSTRUCTION, prompt_hash
+from pixart.data.captions.captioner import prompt_hash
 from pixart.data.manifest import Manifest
 
 
 @pytest.mark.parametrize(
-    ("prompt", "instruction"), [(prompt_hash(INSTRUCTION), INSTRUCTION), ("00000000", "of another version")]
+    ("prompt", "instruction"), [(prompt_hash(IMAGE_INSTRUCTION), IMAGE_INSTRUCTION), ("00000000", "of another version")]
 )
 def test_the_captioner_and_its_prompt(tmp_path, prompt, instruction):
     data = DataConfig(path=str(tmp_path / "data"), captioner="vllm", caption_model="some/model")
@@ -20,3 +21,14 @@ def test_the_captioner_and_its_prompt(tmp_path, prompt, instruction):
     node = lineage.trace(tmp_path, data.path)
     assert node.facts["captioner"] == f"vllm, some/model (cc-{prompt})"
     assert node.facts["instruction"].startswith(instruction)
+
+
+def test_the_instruction_and_sampling_of_the_dataset(tmp_path):
+    captions = visible_attributes()
+    data = DataConfig(path=str(tmp_path / "data"), captioner="vllm", caption_model="some/model", captions=captions)
+    models = {"vae": "aa", "text_encoder": "bb", "captioner": f"cc-{prompt_hash(captions.image_instruction)}"}
+    sizes = {"images": 4, "rows_per_shard": 1, "latent_shape": (4, 8, 8), "text_dim": 9}
+    manifests.write(Manifest(data=data, class_names=(), models=models, **sizes))
+    node = lineage.trace(tmp_path, data.path)
+    assert node.facts["instruction"] == captions.image_instruction != IMAGE_INSTRUCTION
+    assert node.facts["sampling"] == "temperature 0.7, top_p 0.85, top_k 30, max_tokens 120"

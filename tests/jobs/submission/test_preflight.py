@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from jobs.submission.preflight import check_configuration, check_dataset
+from jobs.submission.preflight import check_configuration, check_dataset, check_pipeline
+from pixart.config import overrides
 from pixart.recipes import demo
 
 MANIFEST = {
@@ -12,6 +13,7 @@ MANIFEST = {
     "images": 1000,
     "latent_shape": [16, 8, 8],
     "text_dim": 384,
+    "data": dataclasses.asdict(demo("").data),
     "models": {"vae": "aa", "text_encoder": "bb", "captioner": "cc"},
 }
 CONFIG = {"in_dim": 16, "dim": 32, "text_dim": 384}
@@ -20,16 +22,21 @@ CONFIG = {"in_dim": 16, "dim": 32, "text_dim": 384}
 def record(**changes):
     """Return the metadata of a checkpoint that fits the dataset, with changes."""
     provenance = {"models": {"vae": "aa", "text_encoder": "bb"}}
-    return {"config": CONFIG, "provenance": provenance, "plan": None, **changes}
+    normalization = {"mean": [0.0] * 16, "std": [1.0] * 16, "pixel_range": [-1, 1]}
+    values = {"config": CONFIG, "provenance": provenance, "plan": None, "dataset": None, "normalization": normalization}
+    return {**values, **changes}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"provenance": {"models": {"vae": "zz"}}}, "data of another vae: fingerprint zz"),
+        (
+            {"provenance": {"models": {"vae": "zz"}}},
+            r"another VAE \(fingerprint zz\) than that of .* aa\)",
+        ),
         (
             {"provenance": {"models": {"vae": "aa", "text_encoder": "zz"}}},
-            "data of another text encoder: fingerprint zz",
+            r"another text encoder \(fingerprint zz\)",
         ),
         ({"config": {**CONFIG, "in_dim": 4}}, "reads 4 latent channels, the dataset has 16"),
         ({"config": {**CONFIG, "text_dim": 2048}}, "width 2048, the dataset's have width 384"),
@@ -59,6 +66,16 @@ def test_backend_that_needs_gpus_is_refused_without_gpus():
     check_configuration(demo(""), 2, 1, mxfp8, gpus=True)
     with pytest.raises(ValueError, match="TransformerEngine needs GPUs"):
         check_configuration(demo(""), 2, 1, mxfp8, gpus=False)
+
+
+def test_a_pipeline_converts_by_the_recipe_of_stage_2():
+    recipe = overrides.apply(demo(""), ["stage2.fp8_recipe=mxfp8"])
+    check_pipeline(recipe, 1, gpus=True)
+    with pytest.raises(ValueError, match="TransformerEngine needs GPUs"):
+        check_pipeline(recipe, 1, gpus=False)
+    check_pipeline(overrides.apply(recipe, ["stage2.fp8=false"]), 1, gpus=False)
+    with pytest.raises(ValueError, match=r"^fp8_backend=native: .*mxfp8"):
+        check_pipeline(overrides.apply(recipe, ["stage2.fp8_backend=native"]), 1, gpus=True)
 
 
 def test_too_many_classes():

@@ -235,6 +235,21 @@ def test_exported_pipeline_gives_identical_images(paint, saved, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("probability", "guidance", "warned"), [(0.0, 2.0, True), (0.0, 1.0, False), (0.1, 2.0, False), (None, 2.0, False)]
+)
+def test_a_warning_of_untrained_guidance(small_recipe, tmp_path, capsys, probability, guidance, warned):
+    provenance = {} if probability is None else {"cond_dropout_prob": probability}
+    checkpoint = dataclasses.replace(checkpoint_of(small_recipe, 2), provenance=provenance)
+    path = checkpoints.save(checkpoint, tmp_path / "checkpoint")
+    words = ["--home", str(tmp_path), "--cluster", "local", "--dry-run", "--set", f"sample.guidance={guidance}"]
+    assert launch.main(["sample", str(path), *words]) == 0
+    expected = f"warning: guidance is untrained: {path} was trained with cond_dropout_prob=0" if warned else ""
+    error = capsys.readouterr().err
+    assert error.startswith(expected)
+    assert error.count("\n") == warned
+
+
 def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F811
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "red ball"}\n\n{"text": "blue ball", "request": "ball"}\n')
     settings = ["--home", str(tmp_path), "--cluster", "local", "--set", "sample.steps=1"]

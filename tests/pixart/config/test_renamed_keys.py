@@ -10,8 +10,7 @@ import pytest
 from jobs.state import ledger
 from pixart.checkpoint.directory import load_without_tensors
 from pixart.config import renamed_keys
-from pixart.config.audit import AuditConfig
-from pixart.config.dataset import DataConfig, ScreeningConfig
+from pixart.config.dataset import AuditConfig, DataConfig, ScreeningConfig
 from pixart.config.model import ModelConfig
 from pixart.config.recipe import from_json, to_json
 from pixart.config.sampling import SampleConfig
@@ -20,7 +19,7 @@ from pixart.data import manifest as manifests
 
 RECORDS = Path(__file__).parent / "version_0_1"
 HASH = "f31585ada1a01015"  # of the manifest, as version 0.1 computed it
-ADDED = {"decay_qk_norm"}  # keys of a stage that version 0.1 did not have
+ADDED = {"decay_qk_norm", "fp8_recipe"}  # keys of a stage that version 0.1 did not have
 TRAINING = TrainConfig(
     steps=300,
     global_batch_size=64,

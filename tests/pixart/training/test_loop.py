@@ -55,6 +55,7 @@ def run_stage(recipe, run, stage, config, start=None, reporter=None):
         model=recipe.model,
         config=config,
         dataset=recipe.data.path,
+        recipe=recipe.name,
         run=run,
         start=start,
         reporter=reporter,
@@ -93,11 +94,28 @@ def test_resume_is_exact(small_recipe, stage1, tmp_path):
     (tmp_path / "checkpoints" / first.name).symlink_to(first)
     last = run_stage(small_recipe, tmp_path, 1, small_recipe.stage1, reporter=reporter)
     assert reporter.losses == {step: losses[step] for step in (4, 5, 6)}
+    assert checkpoints.load(last).provenance["recipe"] == "demo"
     assert_equal(checkpoints.load(last), checkpoints.load(uninterrupted))
+
+
+def test_training_without_clipping(small_recipe, stage1, tmp_path):
+    """Weights are those of a limit that no gradient reaches, and the gradient norm is logged."""
+    runs = {}
+    for name, limit in (("none", None), ("unreached", 1e9), ("clipped", 0.01)):
+        reporter = RecordingReporter()
+        config = dataclasses.replace(small_recipe.stage1, max_grad_norm=limit, steps=3)
+        last = run_stage(small_recipe, tmp_path / name, 1, config, reporter=reporter)
+        runs[name] = checkpoints.load(last), reporter.values["train/grad_norm"]
+    assert_equal(runs["none"][0], runs["unreached"][0])
+    assert runs["none"][1] == runs["unreached"][1]
+    assert min(runs["none"][1].values()) > 0.01
+    weight = "dit_blocks.0.mlp.linear1.weight"
+    assert not torch.equal(runs["none"][0].model[weight], runs["clipped"][0].model[weight])
 
 
 def test_fp8_resume_is_exact_and_scales_move(small_recipe, converted, tmp_path):
     start = checkpoints.load(converted)
+    assert start.provenance["recipe"] == "demo"  # of the run that the conversion began with
     uninterrupted = run_stage(small_recipe, tmp_path / "uninterrupted", 2, small_recipe.stage2, start=converted)
     (tmp_path / "resumed/checkpoints").mkdir(parents=True)
     (tmp_path / "resumed/checkpoints/step-00000003").symlink_to(uninterrupted.parent / "step-00000003")

@@ -100,7 +100,8 @@ SCRIPT = """
 import dataclasses, json, os, signal, sys, threading
 from pathlib import Path
 from PIL import Image
-from pixart.data.captions.captioner import CaptionRequest, Sampling, conversation, make_captioner
+from pixart.data.captions.captioner import CaptionRequest, conversation, make_captioner
+from pixart.config.captions import CaptionsConfig
 from pixart.data.images.screening import digest
 from pixart.data.sources.base import Item
 
@@ -112,7 +113,7 @@ if __name__ == "__main__":
         CaptionRequest(row=row, image=image, item=item, digest=digest(item.data))
         for row, (image, item) in enumerate(zip(images, items))
     ]
-    captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
+    captioner = make_captioner("vllm", model=model, captions=CaptionsConfig(max_tokens=16), dtype="float32")
 
     def captions(requests):
         by_row = dict(captioner.stream(requests))
@@ -121,15 +122,22 @@ if __name__ == "__main__":
     stream = captioner.stream(requests)
     next(stream)
     stream.close()  # with requests in flight, whose outputs the next stream must not receive
-    engine, sampling = captioner._engine, captioner._attempts[0][0]
+    engine, sampling = captioner._engine, captioner.sampling_params(0, seed=0)
+    instruction = captioner.captions.image_instruction
     image = captioner.prepare(images[2])
-    chat = engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling, use_tqdm=False)
+    chat = engine.chat(conversation(instruction, {"type": "image_pil", "image_pil": image}), sampling, use_tqdm=False)
     prompt = {"prompt_token_ids": captioner._prompt_token_ids, "multi_modal_data": {"image": image}}
     generated = engine.generate(prompt, sampling, use_tqdm=False)
     large = images[6], captioner.prepare(images[6])
-    outputs = [engine.chat(conversation({"type": "image_pil", "image_pil": image}), sampling) for image in large]
+    chats = [conversation(instruction, {"type": "image_pil", "image_pil": image}) for image in large]
+    outputs = [engine.chat(each, sampling) for each in chats]
+
+    captioner.captions = dataclasses.replace(captioner.captions, temperature=0.9, top_p=0.95, top_k=50)
+    sampled = captions(requests), captions(requests[::-1])
+    captioner.captions = dataclasses.replace(captioner.captions, temperature=0.0, top_p=1.0, top_k=0)
 
     result = {
+        "sampled": sampled,
         "name": captioner.name,
         "captions": captions(requests),
         "again": captions(requests),
@@ -151,7 +159,7 @@ if __name__ == "__main__":
             result[ending.name] = type(error).__name__
         if ending == signal.SIGTERM:
             core.shutdown()
-            captioner = make_captioner("vllm", model=model, sampling=Sampling(max_tokens=16), dtype="float32")
+            captioner = make_captioner("vllm", model=model, captions=CaptionsConfig(max_tokens=16), dtype="float32")
 
     with open("result.json", "w") as file:
         json.dump(result, file)
@@ -214,6 +222,17 @@ def test_vllm_retries_a_caption_with_a_problem(result):
 
 @pytest.mark.vllm
 @needs_vllm
+def test_sampled_captions_depend_only_on_the_image_and_its_seed(result):
+    once, again = result["sampled"]
+    assert [caption["seed"] for caption in once] == [caption["seed"] for caption in again]
+    assert len({caption["seed"] for caption in once}) == result["files"]
+    assert [caption["text"] for caption in once] != [caption["text"] for caption in result["captions"]]
+    equal = sum(first["text"][:8] == second["text"][:8] for first, second in zip(once, again, strict=True))
+    assert equal > result["files"] / 2  # rounding depends on the batch
+
+
+@pytest.mark.vllm
+@needs_vllm
 def test_prompt_equals_that_of_vllm_chat(result):
     assert result["generated"] == result["chat"]
     assert len(result["chat"][0]) > 100
@@ -238,4 +257,4 @@ def test_closing_a_stream_aborts_its_requests(result):
 @needs_vllm
 def test_vllm_captioner_name_includes_model_and_settings(result):
     assert result["name"].split("/")[-1].startswith("qwen, vllm 0.")
-    assert "temperature 0.0, max_tokens 16, seed 0, instruction " in result["name"]
+    assert "temperature 0.0, top_p 1.0, top_k 0, max_tokens 16, instruction " in result["name"]

@@ -5,22 +5,31 @@ from typing import ClassVar
 
 import pytest
 
+from pixart.config.captions import (
+    IMAGE_INSTRUCTION,
+    REWRITE_INSTRUCTION,
+    STYLE,
+    CaptionsConfig,
+    visible_attributes,
+)
 from pixart.data.captions import rewriting
-from pixart.data.captions.captioner import INSTRUCTION, REWRITE_INSTRUCTION, STYLE
+from pixart.data.captions.captioner import SEEDS
 from pixart.data.captions.rewriting import rewrite, server_generator
 from pixart.data.captions.similarity import compare, describe, jensen_shannon_divergence, report
 
 
 def test_both_instructions_specify_the_same_style():
-    assert STYLE in INSTRUCTION
+    assert STYLE in IMAGE_INSTRUCTION
     assert STYLE in REWRITE_INSTRUCTION
 
 
 def test_invalid_answers_are_retried_once_and_then_replaced_by_the_request():
     calls = []
 
-    def generate(conversations, temperature, seed):
+    def generate(conversations, sampling):
         requests = [messages[-1]["content"] for messages in conversations]
+        (temperature,) = {each["temperature"] for each in sampling}
+        (seed,) = {each["seed"] for each in sampling}
         calls.append((requests, temperature, seed))
         answers = {
             "dog": ("A brown dog on a red ball.", False),
@@ -29,10 +38,41 @@ def test_invalid_answers_are_retried_once_and_then_replaced_by_the_request():
         }
         return [answers[request] for request in requests]
 
-    results = rewrite(["dog", "cat", "owl"], generate)
+    results = rewrite(["dog", "cat", "owl"], CaptionsConfig(), generate)
     assert [result.text for result in results] == ["A brown dog on a red ball.", "A grey cat.", "owl"]
     assert [result.problem for result in results] == ["", "", "refusal"]
     assert calls == [(["dog", "cat", "owl"], 0.0, 0), (["cat", "owl"], 0.7, 1)]
+
+
+def test_instruction_and_sampling_are_those_of_the_captions():
+    captions, calls = visible_attributes(), []
+
+    def generate(conversations, sampling):
+        calls.append((conversations, sampling))
+        return [("I'm sorry, I cannot.", False) for _ in conversations]
+
+    rewrite(["dog", "cat"], captions, generate)
+    rewrite(["cat"], captions, generate)
+    (first, sampled), (_, again), (_, alone), _ = calls
+    assert [messages[0]["content"] for messages in first] == [captions.rewrite_instruction] * 2
+    assert [messages[1]["content"] for messages in first] == ["dog", "cat"]
+    settings = {"temperature": 0.7, "top_p": 0.85, "top_k": 30, "max_tokens": 120}
+    assert [{**each, "seed": 0} for each in sampled] == [{**settings, "seed": 0}] * 2
+    assert sampled[0]["seed"] != sampled[1]["seed"] == alone[0]["seed"] < SEEDS
+    assert [each["seed"] for each in again] == [each["seed"] + 1 for each in sampled]
+    assert {each["temperature"] for each in again} == {0.7}
+
+
+@pytest.mark.parametrize(("temperature", "second"), [(0.0, 0.7), (0.2, 0.7), (0.7, 0.7), (1.2, 1.2)])
+def test_the_second_attempt_is_never_colder(temperature, second):
+    temperatures = []
+
+    def generate(conversations, sampling):
+        temperatures.extend(each["temperature"] for each in sampling)
+        return [("", False)]
+
+    rewrite(["dog"], CaptionsConfig(temperature=temperature), generate)
+    assert temperatures == [temperature, second]
 
 
 INVALID_RESPONSES = {
@@ -49,12 +89,14 @@ class FakeServer(BaseHTTPRequestHandler):
     """A minimal OpenAI-compatible server that logs requests; tests marked vllm use a real vLLM server."""
 
     log: ClassVar[list[str | None]] = []
+    bodies: ClassVar[list[dict]] = []
 
     def do_GET(self):
         self.answer({"data": [{"id": "some-model"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.bodies.append(body)
         request = body["messages"][-1]["content"]
         if request == "bad" or (request == "busy" and self.log.count(request) < 2):
             self.log.append(request)
@@ -85,6 +127,7 @@ class FakeServer(BaseHTTPRequestHandler):
 def url(monkeypatch):
     monkeypatch.setattr(rewriting, "BACKOFF_SECONDS", 0.01)
     FakeServer.log.clear()
+    FakeServer.bodies.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -92,42 +135,53 @@ def url(monkeypatch):
 
 
 def test_server_requests_follow_the_openai_api(url):
-    results = rewrite(["red ball", "blue ball"], server_generator(url))
+    results = rewrite(["red ball", "blue ball"], CaptionsConfig(), server_generator(url))
     assert [result.text for result in results] == [
         "A red ball, some-model, seed 0.",
         "A blue ball, some-model, seed 0.",
     ]
     with pytest.raises(ValueError, match=r"^--server: http://.*/chat/completions answers 500: "):
-        rewrite(["bad"], server_generator(url, "model"))
+        rewrite(["bad"], CaptionsConfig(), server_generator(url, "model"))
+
+
+def test_a_server_gets_the_instruction_and_the_sampling(url):
+    rewrite(["red ball"], CaptionsConfig(), server_generator(url))
+    rewrite(["red ball"], visible_attributes(), server_generator(url))
+    greedy, sampled = FakeServer.bodies
+    assert greedy["messages"][0]["content"] == REWRITE_INSTRUCTION
+    assert sampled["messages"][0]["content"] == visible_attributes().rewrite_instruction
+    names = ("temperature", "top_p", "top_k", "max_tokens")
+    assert [greedy.get(name) for name in names] == [0.0, 1.0, None, 120]  # top_k is vLLM's alone
+    assert [sampled.get(name) for name in names] == [0.7, 0.85, 30, 120]
 
 
 @pytest.mark.parametrize("request_", INVALID_RESPONSES)
 def test_invalid_response_is_an_error_of_one_line(url, request_):
     with pytest.raises(ValueError, match=r"^--server: http://.* does not follow the OpenAI API; its response has no "):
-        rewrite([request_], server_generator(url))
+        rewrite([request_], CaptionsConfig(), server_generator(url))
 
 
 def test_overloaded_server_is_retried(url):
-    assert rewrite(["busy"], server_generator(url))[0].text == "A busy, some-model, seed 0."
+    assert rewrite(["busy"], CaptionsConfig(), server_generator(url))[0].text == "A busy, some-model, seed 0."
     assert FakeServer.log.count("busy") == 2
     with pytest.raises(ValueError, match="answers 500"):
-        rewrite(["bad"], server_generator(url))
+        rewrite(["bad"], CaptionsConfig(), server_generator(url))
     assert FakeServer.log.count("bad") == rewriting.MAX_ATTEMPTS
 
 
 def test_rejected_request_is_returned_unchanged(url):
-    results = rewrite(["long", "red ball"], server_generator(url))
+    results = rewrite(["long", "red ball"], CaptionsConfig(), server_generator(url))
     assert [(result.text, result.problem) for result in results] == [
         ("long", "not answered"),
         ("A red ball, some-model, seed 0.", ""),
     ]
     with pytest.raises(ValueError, match=r"answers 400: .*longer than the model's context"):
-        rewrite(["long"], server_generator(url))
+        rewrite(["long"], CaptionsConfig(), server_generator(url))
 
 
 def test_api_key_is_sent(url, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    rewrite(["red ball"], server_generator(url))
+    rewrite(["red ball"], CaptionsConfig(), server_generator(url))
     assert FakeServer.log == ["Bearer secret"]
 
 
