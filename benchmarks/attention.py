@@ -24,13 +24,15 @@ def main() -> None:
         for keys in (TOKENS, TEXT)
     )
     heading = [
-        f"# Attention, forward and backward, {HEADS} heads of {WIDTH}, batch {options.batch}, on {measure.card()}",
+        f"# Attention, forward + backward, {HEADS} heads of {WIDTH}, batch {options.batch}, on {measure.device_name()}",
         "",
-        f"torch {torch.__version__}; milliseconds of compiled code on a GPU, the padding included.",
+        f"torch {torch.__version__}; milliseconds, of compiled code on a GPU, including padding.",
     ]
     page = measure.Page(options.out, "attention", heading, ["kernel", "image", "text, masked"])
     for kernel in image | text:
-        page.row(str(kernel), *(f"{1e3 * found[kernel]:.2f}" if kernel in found else "" for found in (image, text)))
+        page.row(
+            str(kernel), *(f"{1e3 * seconds[kernel]:.2f}" if kernel in seconds else "" for seconds in (image, text))
+        )
 
 
 if __name__ == "__main__":

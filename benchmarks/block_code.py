@@ -18,8 +18,12 @@ from pixart.model.dit import DiT
 from pixart.model.fp8 import linear
 
 DIM, TOKENS, TEXT, TEXT_DIM = 1152, 256, 120, 2048
-WAYS = {"BF16": {}, "FP8 native": {"fp8": True}, "FP8 native, weight gradient in BF16": {"fp8": True, "precise": True}}
-COLUMNS = ["way", "generated kernels", "products", "attention", "other calls", "units moved", "units transposed"]
+VARIANTS = {
+    "BF16": {},
+    "FP8 native": {"fp8": True},
+    "FP8 native, weight gradient in BF16": {"fp8": True, "precise": True},
+}
+COLUMNS = ["variant", "generated kernels", "GEMMs", "attention", "other calls", "units moved", "units transposed"]
 COLUMNS += ["TFLOP in FP8", "TFLOP in BF16"]
 
 
@@ -57,13 +61,13 @@ def main() -> None:
     pretend()
     heading = [f"# Generated code of a block, batch {options.batch}", "", f"torch {torch.__version__}, for an H100."]
     page = measure.Page(options.out, "block-code", heading, COLUMNS)
-    for name, how in WAYS.items():
-        given = inputs(options.batch)
-        unit = given[0].numel() * 2
-        work = total([lowered.work for lowered in lower_module(block(options.batch, **how), *given)])
+    for name, settings in VARIANTS.items():
+        arguments = inputs(options.batch)
+        unit = arguments[0].numel() * 2
+        work = total([lowered.work for lowered in lower_module(block(options.batch, **settings), *arguments)])
         page.row(
             name,
-            *(str(work.launches[kind]) for kind in ("generated", "products", "attention", "other")),
+            *(str(work.launches[kind]) for kind in ("generated", "gemms", "attention", "other")),
             f"{work.generated_bytes / unit:.1f}",
             f"{work.transposed_bytes / unit:.1f}",
             *(f"{work.operations[precision] / 1e12:.3f}" for precision in ("fp8", "bf16")),

@@ -45,16 +45,16 @@ class Clock:
     def timed(self, stage: str, function: Callable) -> Callable:
         """Return `function` wrapped so that the time of its calls is added to `stage`."""
 
-        def call(*arguments, **named):
+        def call(*arguments, **keywords):
             begun = time.perf_counter()
-            result = function(*arguments, **named)
+            result = function(*arguments, **keywords)
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - begun
             return result
 
         return call
 
 
-def changed(item: Item, change: Callable[[Image.Image], Image.Image]) -> Item:
+def transformed(item: Item, change: Callable[[Image.Image], Image.Image]) -> Item:
     """Return the item with its image transformed by `change` and encoded as JPEG."""
     encoded = io.BytesIO()
     change(Image.open(io.BytesIO(item.data)).convert("RGB")).save(encoded, "JPEG", quality=90)
@@ -63,22 +63,22 @@ def changed(item: Item, change: Callable[[Image.Image], Image.Image]) -> Item:
 
 def enlarged(item: Item) -> Item:
     """Return the item with its image resized to LARGE."""
-    return changed(item, lambda image: image.resize(LARGE))
+    return transformed(item, lambda image: image.resize(LARGE))
 
 
-def different(items: list[Item]) -> list[Item]:
+def distinct(items: list[Item]) -> list[Item]:
     """Return up to COUNT items with distinct images; mirrored and flipped copies follow the original ones."""
-    others = [changed(item, change) for change in (ImageOps.mirror, ImageOps.flip) for item in items]
+    others = [transformed(item, change) for change in (ImageOps.mirror, ImageOps.flip) for item in items]
     return [replace(item, id=str(number)) for number, item in enumerate([*items, *others][:COUNT])]
 
 
-def forget(engine) -> None:
+def clear_caches(engine) -> None:
     """Clear the engine's prefix cache and encoder cache."""
     engine.reset_prefix_cache()
     engine.llm_engine.reset_encoder_cache()
 
 
-def compared(
+def compare(
     name: str, captioner: captioners.VllmCaptioner, items: list[Item], read: float, *, beforehand: bool = False
 ) -> str:
     """Benchmark the stream and `LLM.chat` on `items` and return a row of the Markdown table.
@@ -87,34 +87,36 @@ def compared(
     """
     limits, engine, clock = ScreeningConfig(), captioner._engine, Clock()
     screened = {item.id: captions.screen(item, limits) for item in items}
-    assert all(each.image for each in screened.values()), "the benchmark wants images that all pass"
+    assert all(result.image for result in screened.values()), (
+        "IMAGES: some were rejected; the benchmark needs images that pass screening"
+    )
     images = [screening.decode(item.data, limits) for item in items]
     instruction = captioner.captions.image_instruction
     conversations = [
         captioners.conversation(instruction, {"type": "image_pil", "image_pil": image}) for image in images
     ]
     screen, enqueue, step = captions.screen, engine.enqueue, engine.llm_engine.step
-    bare, streamed = [], []
+    chat, streamed = [], []
     for repeat in range(REPEATS + 1):
-        forget(engine)
+        clear_caches(engine)
         begun = time.perf_counter()
         engine.chat(conversations, captioner.sampling_params(0, seed=0), use_tqdm=False)
-        bare.append(time.perf_counter() - begun)
+        chat.append(time.perf_counter() - begun)
         if repeat == 1:  # the first repetition warms up
             clock.seconds.clear()
         captions.screen = clock.timed(STAGES[0], (lambda item, limits: screened[item.id]) if beforehand else screen)
         engine.enqueue = clock.timed("render", enqueue)
         engine.llm_engine.step = clock.timed("wait for generation", step)
-        forget(engine)
+        clear_caches(engine)
         begun = time.perf_counter()
         table = captions.make_part(items, captioner, limits)
         clock.timed("write", pq.write_table)(table, io.BytesIO())
         streamed.append(time.perf_counter() - begun)
         captions.screen, engine.enqueue, engine.llm_engine.step = screen, enqueue, step
-        print(f"{name}: LLM.chat {bare[-1]:.2f} s, stream {streamed[-1]:.2f} s", flush=True)
-    ratios = [alone / job for alone, job in zip(bare[1:], streamed[1:], strict=True)]
+        print(f"{name}: LLM.chat {chat[-1]:.2f} s, stream {streamed[-1]:.2f} s", flush=True)
+    ratios = [chat_seconds / job for chat_seconds, job in zip(chat[1:], streamed[1:], strict=True)]
     stages = [read, *(clock.seconds[stage] / REPEATS for stage in STAGES)]
-    figures = [*stages, statistics.median(streamed[1:]), statistics.median(bare[1:]), statistics.median(ratios)]
+    figures = [*stages, statistics.median(streamed[1:]), statistics.median(chat[1:]), statistics.median(ratios)]
     cells = " | ".join(f"{figure:.2f}" for figure in figures)
     return f"| {name} | {cells} ({min(ratios):.2f} to {max(ratios):.2f}) |"
 
@@ -134,17 +136,17 @@ def main() -> None:
     begun = time.perf_counter()
     items = list(islice(source.read(0, len(source)), COUNT))
     read = (time.perf_counter() - begun) * COUNT / len(items)
-    items = different(items)
-    rows = [compared("as they are", captioner, items, read)]
-    rows.append(compared("as they are, screened beforehand", captioner, items, read, beforehand=True))
-    rows.append(compared("2 megapixels", captioner, [enlarged(item) for item in items], read))
+    items = distinct(items)
+    rows = [compare("original size", captioner, items, read)]
+    rows.append(compare("original size, screened beforehand", captioner, items, read, beforehand=True))
+    rows.append(compare("2 megapixels", captioner, [enlarged(item) for item in items], read))
     lines = [
         f"# {COUNT} images captioned with {Path(options.model).name}, {os.cpu_count()} CPU cores",
         "",
-        f"Settings: {captioner.sampling}. Seconds, medians of {REPEATS} repetitions in turn; the stages are those "
-        "within the stream, where they overlap. Images/s of the stream against those of `LLM.chat` of decoded images:",
+        f"Settings: {captioner.sampling}. Seconds, medians of {REPEATS} alternating repetitions; the stages are those "
+        "within the stream, where they overlap. Images/s of the stream relative to `LLM.chat` on decoded images:",
         "",
-        f"| images | read | {' | '.join(STAGES)} | stream in all | `LLM.chat` | ratio |",
+        f"| images | read | {' | '.join(STAGES)} | stream in total | `LLM.chat` | ratio |",
         "|---" * (len(STAGES) + 5) + "|",
         *rows,
     ]

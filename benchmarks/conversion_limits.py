@@ -25,11 +25,11 @@ from pixart.model.dit import DiT, parameter_groups
 CGROUP = Path("/sys/fs/cgroup/memory/conversion-limits")
 COPIES = 2  # timed copies before each conversion, and the same number after it
 IMAGES = 1  # per batch; calibration uses one batch and verification four
-COUNTED = (
-    "`cp` and fsync of the source, before and after on the same disk, are what it is held against; the median counts. "
-    "Calibration is a batch of one small latent, verification four, which more and larger ones would make longer, so "
-    "that passes of the model take as long as its weights make them. The source's hash, and the comparison of every "
-    "carried tensor with it, are made beside what follows the writing; what they take beyond it counts, as `comparing`."
+METHOD = (
+    "The conversion time is relative to the median time of `cp` and fsync of the source on the same disk, before and "
+    "after the conversion. Calibration uses one batch of one small latent and verification four batches, so that the "
+    "size of the weights determines the time of a forward pass. The hash of the source and the comparison of every "
+    "copied tensor run in parallel to the steps after writing; their additional time is listed as `comparing`."
 )
 CALIBRATION, FIT = "calibrating", "converting"  # names of steps in the conversion's log
 
@@ -62,9 +62,9 @@ def copy_seconds(path: Path) -> float:
     subprocess.run(["cp", str(path), str(copy)], check=True)
     with copy.open("rb") as file:
         os.fsync(file.fileno())
-    found = time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
     copy.unlink()
-    return found
+    return seconds
 
 
 def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str, float], float]:
@@ -88,10 +88,10 @@ def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str
                 if line.startswith("RssAnon"):
                     peak = max(peak, 1024 * float(line.split()[1]))
             time.sleep(0.05)
-    told = log.read_text()
-    assert process.returncode in (0, 3), told
+    logged = log.read_text()
+    assert process.returncode in (0, 3), logged
     seconds: dict[str, float] = {}
-    for line in told.splitlines():
+    for line in logged.splitlines():
         if step := re.fullmatch(r"(\w+).*: ([0-9.]+) s", line):
             seconds[step[1]] = seconds.get(step[1], 0) + float(step[2])
     return seconds, peak
@@ -100,35 +100,39 @@ def convert(path: Path, stage: int, memory: int | None = None) -> tuple[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--memory", type=int, help="bytes")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        metavar="BYTES",
+        help="Memory limit of a further conversion (default: no further conversion).",
+    )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / "large.pt"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # frees the memory when it exits
         parameters = process.submit(write_checkpoint, path).result()
     subprocess.run(["sync"], check=True)
-    lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB.", "", COUNTED]
+    lines = [f"{parameters / 1e6:.0f} M parameters, a file of {path.stat().st_size / 1e9:.1f} GB.", "", METHOD]
     for stage in (1, 2):
         before = [copy_seconds(path) for _ in range(COPIES)]
         seconds, peak = convert(path, stage)
         copies = before + [copy_seconds(path) for _ in range(COPIES)]
         written = sum(file.stat().st_size for file in path.with_suffix(".fp8").rglob("*") if file.is_file())
-        counted = {"all but calibration": sum(value for name, value in seconds.items() if name != CALIBRATION)}
+        counted = {"total without calibration": sum(value for name, value in seconds.items() if name != CALIBRATION)}
         if stage == 2:
-            counted["all but calibration and the fit of the stage"] = counted["all but calibration"] - seconds[FIT]
+            counted["total without calibration and stage-2 fit"] = counted["total without calibration"] - seconds[FIT]
         median = statistics.median(copies)
         lines += [
             "",
-            f"To stage {stage}, {written / 1e9:.1f} GB. The source copied and synced: "
-            f"{', '.join(f'{each:.1f}' for each in copies)} s.",
+            f"Stage {stage}: {written / 1e9:.1f} GB written. `cp` and fsync of the source: "
+            f"{', '.join(f'{copy:.1f}' for copy in copies)} s.",
             "",
             "| step | seconds |",
             "|---|---|",
             *(f"| {name} | {value:.1f} |" for name, value in seconds.items() if value >= 0.05),
-            *(f"| {name} | {value:.1f} ({value / median:.2f} of the copy) |" for name, value in counted.items()),
+            *(f"| {name} | {value:.1f} ({value / median:.2f} of `cp` + fsync) |" for name, value in counted.items()),
             "",
-            f"Peak of memory that is no mapped file: {peak / 1e9:.2f} GB; the model in BF16 has "
-            f"{2 * parameters / 1e9:.2f} GB.",
+            f"Peak anonymous memory: {peak / 1e9:.2f} GB; the model in BF16 has {2 * parameters / 1e9:.2f} GB.",
         ]
         print("\n".join(lines), flush=True)
     if options.memory:
@@ -136,8 +140,8 @@ def main() -> None:
         (CGROUP / "memory.limit_in_bytes").write_text(str(options.memory))
         begun = time.perf_counter()
         convert(path, 1, options.memory)
-        lines += ["", f"Within {options.memory / 1e9:.2f} GB of memory: {time.perf_counter() - begun:.0f} s."]
-    measure.write("conversion-limits", ["# Converting a checkpoint of the real size, on two CPU cores", "", *lines])
+        lines += ["", f"With a memory limit of {options.memory / 1e9:.2f} GB: {time.perf_counter() - begun:.0f} s."]
+    measure.write("conversion-limits", ["# Conversion of a full-size checkpoint, on two CPU cores", "", *lines])
     print("\n".join(lines))
 
 

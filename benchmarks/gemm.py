@@ -22,15 +22,15 @@ def shapes(batch: int, dim: int) -> dict[str, tuple[int, int, int]]:
     """Return (rows, in features, out features) of each linear of a block, by its label in the table."""
     rows = batch * TOKENS
     return {
-        "q, k, v together": (rows, dim, 3 * dim),
-        "q, k or v alone": (rows, dim, dim),
+        "q, k, v fused": (rows, dim, 3 * dim),
+        "q, k or v separate": (rows, dim, dim),
         "keys and values of the text": (batch * TEXT, TEXT_DIM, 2 * dim),
         "linear1": (rows, dim, 4 * dim),
         "linear2": (rows, 4 * dim, dim),
     }
 
 
-def products(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Tensor, Tensor, Format, bool]]:
+def gemms(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Tensor, Tensor, Format, bool]]:
     """Return the operands of a linear's three GEMMs, by name.
 
     Each value is a BF16 a (m, k), a BF16 b (k, n), the FP8 format of a (b is E4M3), and whether the GEMM uses fast
@@ -55,18 +55,18 @@ def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str
     scale = torch.full((), 8.0, device=a.device)
     a8, b8 = quantize(a, scale, fmt), quantize(b, scale, E4M3)
 
-    def alone(a8: Tensor, b8: Tensor) -> Tensor:
+    def gemm(a8: Tensor, b8: Tensor) -> Tensor:
         return scaled_matmul(a8, b8, scale, scale, torch.bfloat16, bias=None, fast_accum=fast)
 
     def with_casts(a: Tensor, b: Tensor) -> Tensor:
-        return alone(quantize(a, scale, fmt), quantize(b, scale, E4M3))
+        return gemm(quantize(a, scale, fmt), quantize(b, scale, E4M3))
 
-    ways: list[Callable[[], object]] = [lambda: a @ b]
-    for way, given in ((alone, (a8, b8)), (with_casts, (a, b))):
-        compiled = torch.compile(way, fullgraph=True)
-        ways.append(lambda compiled=compiled, given=given: compiled(*given))
+    variants: list[Callable[[], object]] = [lambda: a @ b]
+    for function, operands in ((gemm, (a8, b8)), (with_casts, (a, b))):
+        compiled = torch.compile(function, fullgraph=True)
+        variants.append(lambda compiled=compiled, operands=operands: compiled(*operands))
     operations = 2 * a.shape[0] * a.shape[1] * b.shape[1] / 1e12
-    plain, fp8, cast = (operations / median_seconds(way, repeats) for way in ways)
+    plain, fp8, cast = (operations / median_seconds(function, repeats) for function in variants)
     return [f"{plain:.3g}", f"{fp8:.3g}", f"{cast:.3g}", f"{fp8 / plain:.3g}", f"{cast / plain:.3g}"]
 
 
@@ -75,15 +75,15 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=1152)
     options = parser.parse_args()
     heading = [
-        f"# The products of a block, batch {options.batch}, width {options.dim}, on {measure.card()}",
+        f"# GEMMs of a block, batch {options.batch}, width {options.dim}, on {measure.device_name()}",
         "",
-        f"torch {torch.__version__}. Transposed copies that the card's FP8 products want count as part of these.",
-        *([] if torch.cuda.is_available() else ["", "Here FP8 is emulated: of a GPU the ratios say nothing."]),
+        f"torch {torch.__version__}. Transposed copies that FP8 GEMMs require on this GPU are included.",
+        *([] if torch.cuda.is_available() else ["", "FP8 is emulated here; the ratios do not apply to a GPU."]),
     ]
-    columns = ["product", "BF16, TFLOP/s", "FP8 alone", "FP8 with casts", "alone / BF16", "with casts / BF16"]
+    columns = ["GEMM", "BF16, TFLOP/s", "FP8 without casts", "FP8 with casts", "without / BF16", "with casts / BF16"]
     page = measure.Page(options.out, "gemm", heading, columns)
     for linear, sizes in shapes(options.batch, options.dim).items():
-        for name, operands in products(*sizes).items():
+        for name, operands in gemms(*sizes).items():
             try:
                 page.row(f"{linear}, {name}", *row(*operands, options.repeats))
             except RuntimeError as error:  # out of memory, or the GPU does not support the GEMM

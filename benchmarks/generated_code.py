@@ -17,7 +17,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 
 # Operators of GEMMs, and the index of the left operand among their tensor inputs.
-PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "_scaled_mm": 0, "tensor_core_gemm": 0}
+GEMMS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "_scaled_mm": 0, "tensor_core_gemm": 0}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -28,7 +28,7 @@ class Work:
     operations: Counter[str] = field(default_factory=Counter)  # floating-point operations of GEMMs by "fp8", "bf16"
     generated_bytes: int = 0  # read and written by generated kernels
     transposed_bytes: int = 0  # read and written by transposed copies of FP8 operands, which some GPUs require
-    launches: Counter[str] = field(default_factory=Counter)  # by "generated", "products", "attention", "other"
+    launches: Counter[str] = field(default_factory=Counter)  # by "generated", "gemms", "attention", "other"
     attentions: int = 0  # attention calls, forward and backward
 
     def __add__(self, other: "Work") -> "Work":
@@ -47,18 +47,18 @@ def recorded() -> Iterator[list[Work]]:
 
     Inductor's caches are disabled, so that every graph is lowered again.
     """
-    found: list[Work] = []
+    works: list[Work] = []
     codegen = GraphLowering.codegen
 
     def recording(graph: GraphLowering):
         code = codegen(graph)
-        found.append(work_of_graph(graph))
+        works.append(work_of_graph(graph))
         return code
 
     GraphLowering.codegen = recording  # type: ignore[method-assign]
     try:
         with config.patch(force_disable_caches=True):
-            yield found
+            yield works
     finally:
         GraphLowering.codegen = codegen  # type: ignore[method-assign]
 
@@ -87,15 +87,15 @@ def add_call(work: Work, node: BaseSchedulerNode) -> None:
     kernel = node.node
     assert isinstance(kernel, ir.ExternKernel)
     name = operator_name(kernel)
-    if name in PRODUCTS:
-        left, right = [source for source in kernel.inputs if not isinstance(source, list)][PRODUCTS[name] :][:2]
-        work.launches["products"] += 1
+    if name in GEMMS:
+        left, right = [source for source in kernel.inputs if not isinstance(source, list)][GEMMS[name] :][:2]
+        work.launches["gemms"] += 1
         precision = "fp8" if left.get_dtype() in FP8 else "bf16"
         work.operations[precision] += 2 * result_elements(kernel) * summed(name, kernel, left)
         if name == "tensor_core_gemm":
-            turn_left, turn_right = kernel.constant_args[:2]
-            for operand, turned in ((left, turn_left), (right, not turn_right)):
-                work.transposed_bytes += 2 * elements(operand) if turned else 0
+            transpose_left, transpose_right = kernel.constant_args[:2]
+            for operand, transposed in ((left, transpose_left), (right, not transpose_right)):
+                work.transposed_bytes += 2 * elements(operand) if transposed else 0
     elif "attention" in name:
         work.launches["attention"] += 1
         work.attentions += 1
@@ -125,5 +125,5 @@ def result_elements(kernel: ir.ExternKernel) -> int:
 def summed(name: str, kernel: ir.ExternKernel, left: ir.IRNode) -> int:
     """Return the size of a GEMM's reduction dimension."""
     sizes = [int(size) for size in left.get_size()]
-    turned = name == "tensor_core_gemm" and kernel.constant_args[0]
-    return sizes[0] if turned else sizes[-1]
+    transposed = name == "tensor_core_gemm" and kernel.constant_args[0]
+    return sizes[0] if transposed else sizes[-1]

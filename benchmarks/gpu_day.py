@@ -8,7 +8,7 @@ writes `.gpuday/`, which contains wheels and a small dataset with its encoders; 
 the GPU machine and from the repository's root, run the parts in order of importance; each takes less than ten minutes:
 
     python3 benchmarks/gpu_day.py correctness     # GEMMs against float64, tests marked gpu, attention, GEMM throughput
-    python3 benchmarks/gpu_day.py speed           # a training step by each backend, at the largest batch that fits
+    python3 benchmarks/gpu_day.py speed           # a training step with each backend, at the largest batch that fits
     python3 benchmarks/gpu_day.py small           # the same with 64 and 32 images per rank, as in a large run
     python3 benchmarks/gpu_day.py training        # 500 steps in BF16 and FP8 from one conversion, and sampling
 
@@ -29,20 +29,20 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CARRIED = ROOT / ".gpuday"
-WHEELS, DATASET = CARRIED / "wheels", CARRIED / "dataset"
+BUNDLE = ROOT / ".gpuday"
+WHEELS, DATASET = BUNDLE / "wheels", BUNDLE / "dataset"
 SITE = Path("/tmp/pixart-gpu-day-site")
 MIB = 1 << 20
-LIMIT_MIB = 60  # of the tracked files and CARRIED together
+LIMIT_MIB = 60  # of the tracked files and BUNDLE together
 TINY_LIMIT = 1800  # seconds per step on a CPU, where compilation dominates
-SHOWN = 40  # last lines of a step's output that are printed
+TAIL_LINES = 40  # last lines of a step's output that are printed
 PYTHON, PLATFORMS = "3.12", [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)]
 # Packages that the GPU machine lacks; all other requirements are installed on it.
 PACKAGES = [
     *("diffusers==0.42.1", "importlib_metadata", "torchao==0.17.0", "submitit==1.5.4"),
     *("zarr==3.4.2", "numcodecs", "donfig", "google-crc32c>=1.9,<2", "msgspec"),
 ]
-SURROUNDINGS = {
+ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -53,9 +53,9 @@ SURROUNDINGS = {
     "TRITON_CACHE_DIR": "/tmp/pixart-gpu-day-triton",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
-EVERY_WAY = ["BF16", "FP8 native", "torchao tensorwise", "diffusers PixArtTransformer2DModel, BF16"]
-EVERY_WAY += ["torchao rowwise", "BF16 eager", "FP8 native, weight gradient in BF16"]
-AT_A_RANK = ["BF16", "FP8 native", "torchao tensorwise"]
+ALL_VARIANTS = ["BF16", "FP8 native", "torchao tensorwise", "diffusers PixArtTransformer2DModel, BF16"]
+ALL_VARIANTS += ["torchao rowwise", "BF16 eager", "FP8 native, weight gradient in BF16"]
+RANK_VARIANTS = ["BF16", "FP8 native", "torchao tensorwise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,10 @@ def benchmark(name: str, limit: int, *words: str, tiny: Sequence[str]) -> Step:
     return Step(name=name, limit=limit, words=[*module, *words], tiny=[*module, *tiny])
 
 
-def train_step(batch: Sequence[str], limit: int, ways: Sequence[str]) -> Step:
-    """Return the step that benchmarks the variants `ways` of a training step; `batch` are further arguments."""
+def train_step(batch: Sequence[str], limit: int, variants: Sequence[str]) -> Step:
+    """Return the step that benchmarks the `variants` of a training step; `batch` are further arguments."""
     small = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256", "--limit", "1500"]
-    return benchmark("train_step", limit, *batch, "--only", *ways, tiny=[*small, "--only", *ways[:2]])
+    return benchmark("train_step", limit, *batch, "--only", *variants, tiny=[*small, "--only", *variants[:2]])
 
 
 GPU_TESTS = Step(
@@ -92,13 +92,13 @@ GPU_TESTS = Step(
 )
 PARTS = {
     "correctness": [
-        benchmark("products", 60, tiny=["--tiny"]),
+        benchmark("gemm_accuracy", 60, tiny=["--tiny"]),
         GPU_TESTS,
         benchmark("attention", 120, tiny=["--batch", "1"]),
         benchmark("gemm", 130, tiny=["--batch", "1", "--dim", "32", "--repeats", "1"]),
     ],
-    "speed": [train_step([], 580, EVERY_WAY)],
-    "small": [train_step(["--batch", "64"], 300, AT_A_RANK), train_step(["--batch", "32"], 280, AT_A_RANK)],
+    "speed": [train_step([], 580, ALL_VARIANTS)],
+    "small": [train_step(["--batch", "64"], 300, RANK_VARIANTS), train_step(["--batch", "32"], 280, RANK_VARIANTS)],
     "training": [
         benchmark(
             "gpu_training",
@@ -113,18 +113,18 @@ PARTS = {
 def run_part(name: str, out: Path, *, tiny: bool) -> int:
     """Run the steps of a part in order and return the number of failed ones; the summary is written after each step."""
     out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | SURROUNDINGS | {"PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT)])}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT)])}
     summary = out / f"{date.today()}-gpu-day-{name}.md"
-    lines = [f"# GPU day, {name}", "", "| step | seconds | ended |", "|---|---|---|"]
+    lines = [f"# GPU day, {name}", "", "| step | seconds | outcome |", "|---|---|---|"]
     failed = 0
     for step in PARTS[name]:
         words = [sys.executable, *(step.tiny or step.words if tiny else step.words)]
         words += ["--out", str(out)] if step.writes else []
         print(f"=== {step.name} [{time.strftime('%H:%M:%S')}]", flush=True)
         begun = time.monotonic()
-        ended = run(words, environment, TINY_LIMIT if tiny else step.limit, out / f"{name}.log")
-        failed += ended != "well"
-        lines.append(f"| {step.name} | {time.monotonic() - begun:.0f} | {ended} |")
+        outcome = run(words, environment, TINY_LIMIT if tiny else step.limit, out / f"{name}.log")
+        failed += outcome != "ok"
+        lines.append(f"| {step.name} | {time.monotonic() - begun:.0f} | {outcome} |")
         print(lines[-1], flush=True)
         summary.write_text("\n".join(lines) + "\n")
     return failed
@@ -133,23 +133,23 @@ def run_part(name: str, out: Path, *, tiny: bool) -> int:
 def run(words: Sequence[str], environment: dict[str, str], limit: int, log: Path) -> str:
     """Run a command with its output appended to a log, print the last lines, and return a description of its end.
 
-    The description is "well" for exit code 0. A command that exceeds `limit` seconds is killed.
+    The description is "ok" for exit code 0. A command that exceeds `limit` seconds is killed.
     """
     with log.open("ab") as file:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
             code = process.wait(limit)
-            ended = "well" if code == 0 else f"with exit code {code}"
+            outcome = "ok" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            ended = f"stopped after {limit} s"
-    print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]), flush=True)
-    return ended
+            outcome = f"killed after {limit} s"
+    print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]), flush=True)
+    return outcome
 
 
 def install() -> None:
-    """Install the carried wheels to SITE, unless they are installed already.
+    """Install the wheels of BUNDLE to SITE, unless they are installed already.
 
     Raises SystemExit if there are no wheels.
     """
@@ -157,21 +157,19 @@ def install() -> None:
         return
     wheels = sorted(map(str, WHEELS.glob("*.whl")))
     if not wheels:
-        raise SystemExit(
-            f"error: {WHEELS} has no wheels; run `python -m benchmarks.gpu_day prepare` and carry {CARRIED}"
-        )
+        raise SystemExit(f"error: {WHEELS} has no wheels; run `python -m benchmarks.gpu_day prepare` and copy {BUNDLE}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir", "--upgrade"]
     subprocess.run([*pip, "--target", str(SITE), *wheels], check=True)
 
 
 def prepare(images: Path | None, vae: Path | None) -> None:
-    """Create CARRIED: download the wheels and create the dataset.
+    """Create BUNDLE: download the wheels and create the dataset.
 
-    Raises SystemExit if CARRIED and the tracked files together exceed LIMIT_MIB.
+    Raises SystemExit if BUNDLE and the tracked files together exceed LIMIT_MIB.
     """
     from benchmarks.gpu_day_dataset import make_dataset
 
-    shutil.rmtree(CARRIED, ignore_errors=True)
+    shutil.rmtree(BUNDLE, ignore_errors=True)
     WHEELS.mkdir(parents=True)
     pip = [
         sys.executable,
@@ -189,16 +187,16 @@ def prepare(images: Path | None, vae: Path | None) -> None:
     subprocess.run(
         [*pip, *PACKAGES], check=True, env=os.environ | {"PIP_CONSTRAINT": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     )
-    make_dataset(CARRIED, DATASET, images, vae)
+    make_dataset(BUNDLE, DATASET, images, vae)
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
     sizes = {
         "tracked files": sum((ROOT / os.fsdecode(name)).stat().st_size for name in tracked if name),
-        **{path.name: size_of(path) for path in sorted(CARRIED.iterdir())},
+        **{path.name: size_of(path) for path in sorted(BUNDLE.iterdir())},
     }
     for name, size in sizes.items():
         print(f"{size / MIB:6.1f} MiB  {name}")
     if sum(sizes.values()) > LIMIT_MIB * MIB:
-        raise SystemExit(f"error: {sum(sizes.values()) / MIB:.0f} MiB in all; at most {LIMIT_MIB} can be carried")
+        raise SystemExit(f"error: {sum(sizes.values()) / MIB:.0f} MiB in total; it must be at most {LIMIT_MIB} MiB")
 
 
 def size_of(path: Path) -> int:
@@ -209,10 +207,16 @@ def size_of(path: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["prepare", *PARTS])
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of class folders (default: rendered scenes)")
-    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="diffusers autoencoder (default: the demo's)")
-    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU manages, to rehearse the day")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: $OUT, else benchmarks/results")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="Folder of class folders with images (default: rendered scenes)."
+    )
+    parser.add_argument(
+        "--vae", type=Path, metavar="FOLDER", help="Folder of a diffusers autoencoder (default: that of the demo)."
+    )
+    parser.add_argument("--tiny", action="store_true", help="Use sizes for a CPU, as a rehearsal.")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="Folder of the results (default: $OUT, else benchmarks/results)."
+    )
     options = parser.parse_args()
     if options.part == "prepare":
         prepare(options.images, options.vae)

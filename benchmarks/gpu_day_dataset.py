@@ -68,12 +68,12 @@ def relative(path: Path) -> str:
 def write_views(source: Path, target: Path) -> None:
     """Write one to ten crops and mirrored crops of each image, about ROWS in all, to the class folders of `target`."""
     files = sorted(path for path in source.glob("*/*") if path.is_file())
-    each = max(1, ROWS // len(files))
+    views_per_image = max(1, ROWS // len(files))
     for path in files:
         folder = target / path.parent.name
         folder.mkdir(exist_ok=True)
         with Image.open(path) as image:
-            for number, view in zip(range(each), views(image.convert("RGB")), strict=False):
+            for number, view in zip(range(views_per_image), views(image.convert("RGB")), strict=False):
                 view.save(folder / f"{path.stem}-{number}.png")
 
 

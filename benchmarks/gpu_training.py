@@ -113,7 +113,7 @@ def compare(page: measure.Page, bf16: Losses, fp8: Losses) -> None:
         one, other = bf16.validation[step], fp8.validation[step]
         page.row(f"validation, step {step}", f"{one:.5f}", f"{other:.5f}", f"{other / one - 1:+.3%}")
     one, other = (1e3 * statistics.median(losses.seconds) for losses in (bf16, fp8))
-    page.row("ms a step, median", f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}x")
+    page.row("ms/step, median", f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}x")
 
 
 def pictures(pipeline: PixArtPipeline, prompts: Sequence[str], precision: torch.dtype | None):
@@ -121,14 +121,14 @@ def pictures(pipeline: PixArtPipeline, prompts: Sequence[str], precision: torch.
 
     With `precision` None, autocast is disabled.
     """
-    asked = [SampleRequest(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
+    requests = [SampleRequest(seed=index, prompt=prompt) for index, prompt in enumerate(prompts)]
     device = measure.device()
     pipeline.to(device)
     cast = torch.autocast(device.type, precision) if precision else contextlib.nullcontext()
     begun = time.perf_counter()
     with cast:
-        found = list(generate(pipeline, asked, steps=SAMPLING_STEPS, guidance=GUIDANCE))
-    return found, time.perf_counter() - begun
+        images = list(generate(pipeline, requests, steps=SAMPLING_STEPS, guidance=GUIDANCE))
+    return images, time.perf_counter() - begun
 
 
 def psnr(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> float:
@@ -141,31 +141,33 @@ def sample(options: argparse.Namespace, checkpoint: Path) -> None:
     """Sample from a converted checkpoint in each precision, and write a table and a contact sheet."""
     dataset = manifests.read(options.dataset)
     heading = [
-        f"# Sampling, {options.pictures} pictures of {SAMPLING_STEPS} steps, guidance {GUIDANCE}, on {measure.card()}",
+        f"# {options.pictures} sampled images, {SAMPLING_STEPS} steps, guidance {GUIDANCE}, on {measure.device_name()}",
         "",
-        "From one converted checkpoint, the same noise; the second time of each counts.",
+        "From one converted checkpoint and the same noise; the first, warm-up run of each variant is not counted.",
     ]
     page = measure.Page(options.out, "gpu-sampling", heading, ["weights", "pictures/s", "PSNR to float32, dB"])
     prompts = [dataset.class_names[index % len(dataset.class_names)] for index in range(options.pictures)]
-    ways = {
+    variants = {
         "float32": (checkpoint, None),
         "BF16": (checkpoint, torch.bfloat16),
         "FP8": (checkpoint / "inference", torch.bfloat16),
     }
-    found: dict[str, list[Image.Image]] = {}
-    for name, (directory, precision) in ways.items():
+    images_by_variant: dict[str, list[Image.Image]] = {}
+    for name, (directory, precision) in variants.items():
         try:
             pipeline = loading.load_pipeline(directory, "ema", dataset)
             pipeline.text_encoder.float()  # excludes the text encoder's precision from the comparison
             pictures(pipeline, prompts, precision)
-            found[name], taken = pictures(pipeline, prompts, precision)
+            images_by_variant[name], taken = pictures(pipeline, prompts, precision)
         except (RuntimeError, ValueError) as error:
             page.failed(name, error)
             continue
-        page.row(name, f"{len(prompts) / taken:.2f}", f"{psnr(found['float32'], found[name]):.1f}")
+        page.row(
+            name, f"{len(prompts) / taken:.2f}", f"{psnr(images_by_variant['float32'], images_by_variant[name]):.1f}"
+        )
     shown = [
         (image, f"{name}: {prompt}")
-        for name, images in found.items()
+        for name, images in images_by_variant.items()
         for image, prompt in zip(images, prompts, strict=True)
     ]
     sheet = contact_sheet([image for image, _ in shown], [text for _, text in shown], columns=options.pictures)
@@ -176,11 +178,17 @@ def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("--steps", type=int, default=500, help="of stage 2 (default: %(default)s)")
-    parser.add_argument("--stage1-steps", type=int, default=300, metavar="N", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=64, metavar="IMAGES", help="default: %(default)s")
-    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="to sample (default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to see whether it runs")
+    parser.add_argument("--steps", type=int, default=500, metavar="N", help="Steps of stage 2 (default: %(default)s).")
+    parser.add_argument(
+        "--stage1-steps", type=int, default=300, metavar="N", help="Steps of stage 1 (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="IMAGES", help="Global batch size (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=8, metavar="N", help="Number of sampled images (default: %(default)s)."
+    )
+    parser.add_argument("--tiny", action="store_true", help="Use a small model, as a smoke test.")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, metavar="FOLDER")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -193,7 +201,7 @@ def main() -> int:
         report = convert(stage1, work / "start.fp8", Options(batch_size=min(16, options.batch), exports=("inference",)))
         shutil.rmtree(stage1)
         heading = [
-            f"# {options.steps} steps after a conversion, batch {options.batch}, on {measure.card()}",
+            f"# {options.steps} steps after a conversion, batch {options.batch}, on {measure.device_name()}",
             "",
             f"torch {torch.__version__}. {options.rows} rows; stage 1 trained for {options.stage1_steps} steps to a "
             f"loss of {statistics.fmean(list(first.train.values())[-20:]):.4f}. Conversion: "
@@ -204,9 +212,9 @@ def main() -> int:
         page = measure.Page(options.out, "gpu-training", heading, ["loss", "BF16", "FP8", "FP8 / BF16"])
         losses = []
         for fp8 in (False, True):
-            last, found = trained(options, work, 2, options.steps, work / "start.fp8", fp8=fp8)
+            last, recorded = trained(options, work, 2, options.steps, work / "start.fp8", fp8=fp8)
             shutil.rmtree(last)
-            losses.append(found)
+            losses.append(recorded)
         compare(page, *losses)
         sample(options, work / "start.fp8")
     return 0

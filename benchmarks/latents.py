@@ -43,24 +43,24 @@ def main() -> None:
         batches = [
             np.stack(pictures[begin : begin + latents.BATCH]) for begin in range(0, len(pictures), latents.BATCH)
         ]
-        alone, job = [], []
+        vae_only, job = [], []
         for repeat in range(REPEATS + 1):
             begun = time.perf_counter()
             for batch in batches:
                 encode(vae, batch, data.pixel_range)
-            middle = time.perf_counter()
+            encoded = time.perf_counter()
             latents.encode_shard(manifest, 0, source, vae, text)
             if repeat:  # the first repetition warms up
-                alone.append(len(items) / (middle - begun))
-                job.append(len(items) / (time.perf_counter() - middle))
-    ratios = [mine / bare for mine, bare in zip(job, alone, strict=True)]
+                vae_only.append(len(items) / (encoded - begun))
+                job.append(len(items) / (time.perf_counter() - encoded))
+    ratios = [job_rate / vae_rate for job_rate, vae_rate in zip(job, vae_only, strict=True)]
     lines = [
         f"# The latents job, {len(items)} images of {SIZE} px, {torch.get_num_threads()} threads on a CPU",
         "",
         "| | images/s, median |",
         "|---|---|",
-        f"| VAE alone | {statistics.median(alone):.1f} |",
-        f"| whole job: read, decode, resize, encode, tokenize, write, ledger | {statistics.median(job):.1f} |",
+        f"| VAE alone | {statistics.median(vae_only):.1f} |",
+        f"| complete job: read, decode, resize, encode, tokenize, write, ledger | {statistics.median(job):.1f} |",
         "",
         f"Ratio, median of {REPEATS} alternating repetitions: {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f}).",

@@ -75,13 +75,13 @@ def make(folder: Path, rows: int) -> tuple[Manifest, list[float], list[float]]:
         values = columns(manifest, shard, latents)
         ours.append(seconds(lambda: stores.write_shard(manifest, shard, values)))  # noqa: B023
         if len(plain) < 40:
-            plain.append(seconds(lambda: write_plainly(folder / f"plain-{shard}", values)))  # noqa: B023
+            plain.append(seconds(lambda: write_with_numpy(folder / f"plain-{shard}", values)))  # noqa: B023
     for file in folder.glob("plain-*"):
         file.unlink()
     return manifest, ours[: len(plain)], plain
 
 
-def write_plainly(target: Path, values: dict[str, np.ndarray]) -> None:
+def write_with_numpy(target: Path, values: dict[str, np.ndarray]) -> None:
     """Write arrays to one file with numpy.tofile and flush it to disk."""
     with target.open("wb") as file:
         for array in values.values():
@@ -90,7 +90,7 @@ def write_plainly(target: Path, values: dict[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def bare(manifest: Manifest, context: dict) -> Callable[[np.ndarray], object]:
+def tensorstore_reader(manifest: Manifest, context: dict) -> Callable[[np.ndarray], object]:
     """Return a function that reads rows of all arrays but `valid` concurrently with tensorstore.
 
     `context` is tensorstore's context, for example with a cache pool.
@@ -115,21 +115,23 @@ def bare(manifest: Manifest, context: dict) -> Callable[[np.ndarray], object]:
     return read
 
 
-def at_random(manifest: Manifest) -> dict[str, float]:
+def random_rates(manifest: Manifest) -> dict[str, float]:
     """Return the median rows/s of batches of uniformly random rows, by reader; the readers alternate."""
     store = Store(manifest)
     names = [name for name in store.arrays if name != "valid"]
-    ways: dict[str, Callable[[np.ndarray], object]] = {
+    readers: dict[str, Callable[[np.ndarray], object]] = {
         "ours": lambda rows: [store.read(name, rows) for name in names],
-        "tensorstore": bare(manifest, {}),
-        "tensorstore, 256 MB of cache": bare(manifest, {"cache_pool": {"total_bytes_limit": 256_000_000}}),
+        "tensorstore": tensorstore_reader(manifest, {}),
+        "tensorstore, 256 MB of cache": tensorstore_reader(
+            manifest, {"cache_pool": {"total_bytes_limit": 256_000_000}}
+        ),
     }
-    random, taken = np.random.default_rng(1), {way: [] for way in ways}
+    random, taken = np.random.default_rng(1), {reader: [] for reader in readers}
     for _ in range(100):
         rows = random.integers(0, manifest.images, BATCH)
-        for way, read in ways.items():
-            taken[way].append(seconds(lambda: read(rows)))  # noqa: B023
-    return {way: BATCH / statistics.median(own) for way, own in taken.items()}
+        for reader, read in readers.items():
+            taken[reader].append(seconds(lambda: read(rows)))  # noqa: B023
+    return {reader: BATCH / statistics.median(seconds_taken) for reader, seconds_taken in taken.items()}
 
 
 def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
@@ -157,13 +159,13 @@ def memory(path: str, at: list[int]) -> list[str]:
 
     Call it in a new process, because it measures the memory of its process.
     """
-    found = []
+    texts = []
     loader = Loader(Store(manifests.read(path)), global_batch_size=BATCH, seed=0)
     for step, _ in enumerate(loader.iterate(0, at[-1]), 1):
         if step in at:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            found.append(f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e6:,.0f} MB after {step:,} batches")
-    return found
+            texts.append(f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e6:,.0f} MB after {step:,} batches")
+    return texts
 
 
 def first_batch(path: str, share: float) -> float:
@@ -256,40 +258,42 @@ def lines(folder: Path, rows: int, python: str | None) -> Iterator[str]:
             passes.append(memmap_pass(manifest, store, count))
         shuffled.append(epoch(loader, number))
         shared.append(epoch(eighth, number))
-    rates, reached = at_random(manifest), statistics.median(shuffled)
-    best = max(rate for way, rate in rates.items() if way != "ours")
+    rates, reached = random_rates(manifest), statistics.median(shuffled)
+    best = max(rate for reader, rate in rates.items() if reader != "ours")
 
-    yield "| what | figure | bar |"
+    yield "| measurement | result | target |"
     yield "|---|---|---|"
-    listed = ", ".join(f"{way} {rate / 1e3:.1f} k" for way, rate in rates.items())
+    details = ", ".join(f"{reader} {rate / 1e3:.1f} k" for reader, rate in rates.items())
     share_of_best = f"{rates['ours'] / best:.2f} of tensorstore"
-    yield f"| random batches of {BATCH}, all columns, rows/s: {listed} | {share_of_best} | 0.9 |"
+    yield f"| random batches of {BATCH}, all columns, rows/s: {details} | {share_of_best} | 0.9 |"
     if peers:
-        usual = statistics.median(peers)
+        peer_rate = statistics.median(peers)
         yield (
-            f"| shuffled epochs, all columns, rows/s: ours {reached / 1e3:.1f} k, StreamingDataset {usual / 1e3:.1f} k "
-            f"| {reached / usual:.1f} times | 4 |"
+            f"| shuffled epochs, all columns, rows/s: {reached / 1e3:.1f} k, StreamingDataset {peer_rate / 1e3:.1f} k "
+            f"| {reached / peer_rate:.1f} times | 4 |"
         )
     else:
-        yield "| shuffled epochs against StreamingDataset | left out: no --peer-python | 4 |"
-    for count, what in (
+        yield "| shuffled epochs against StreamingDataset | not measured: no --peer-python | 4 |"
+    for count, pass_name in (
         (SHARD, "a shard at a time"),
-        (BATCH, "256 rows at a time, always into the same cached memory"),
+        (BATCH, "256 rows at a time into the same cached memory"),
     ):
-        straight = statistics.median(sequential[count])
-        listed = ", ".join(f"{rate * mb / own:.2f}" for rate, own in zip(shuffled, sequential[count], strict=True))
-        yield (
-            f"| shuffled epochs, latents: {reached * mb:,.0f} MB/s; np.memmap from first to last, {what}: "
-            f"{straight:,.0f} MB/s | {reached * mb / straight:.2f} (by pairs {listed}) | 0.5 |"
+        sequential_rate = statistics.median(sequential[count])
+        details = ", ".join(
+            f"{rate * mb / sequential_mb:.2f}" for rate, sequential_mb in zip(shuffled, sequential[count], strict=True)
         )
-    yield f"| one of 8 ranks, rows scattered over the blocks | {statistics.median(shared) * mb:,.0f} MB/s | |"
+        yield (
+            f"| shuffled epochs, latents: {reached * mb:,.0f} MB/s; np.memmap in order, {pass_name}: "
+            f"{sequential_rate:,.0f} MB/s | {reached * mb / sequential_rate:.2f} (per repetition {details}) | 0.5 |"
+        )
+    yield f"| one of 8 ranks, rows of all blocks | {statistics.median(shared) * mb:,.0f} MB/s | |"
     for share in (0.0, 0.9):
-        yield f"| first batch at {share:.0%} of an epoch, the store opened | {first_batch(path, share):.2f} s | 1 |"
+        yield f"| opening the store and first batch at {share:.0%} of an epoch | {first_batch(path, share):.2f} s | 1 |"
         yield f"| first rows at {share:.0%} of 14 million | {first_rows(14_000_000, share):.2f} s | 1 |"
     last = max(5500, 7 * rows // BATCH)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        held = process.submit(memory, path, [1000, 5000, last]).result()
-    yield f"| resident memory of a process | {', '.join(held)} | flat |"
+        memory_texts = process.submit(memory, path, [1000, 5000, last]).result()
+    yield f"| resident memory of a process | {', '.join(memory_texts)} | flat |"
     ratio = statistics.median(plain) / statistics.median(ours)
     yield (
         f"| a shard of {SHARD} rows written: {statistics.median(ours) * 1e3:.0f} ms; numpy.tofile and fsync of "
@@ -302,8 +306,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--peer-python", help="an interpreter that has mosaicml-streaming")
-    parser.add_argument("--keep", action="store_true", help="leave the dataset in the folder")
+    parser.add_argument(
+        "--peer-python",
+        help="Interpreter with the package mosaicml-streaming (default: StreamingDataset is not measured).",
+    )
+    parser.add_argument("--keep", action="store_true", help="Keep the dataset (default: delete it).")
     options = parser.parse_args()
     try:
         table = list(lines(options.folder, options.rows, options.peer_python))
@@ -311,10 +318,10 @@ def main() -> None:
         if not options.keep:
             shutil.rmtree(options.folder / "dataset", ignore_errors=True)
     load = os.getloadavg()[2]
-    title = f"# The loader, {options.rows:,} rows, warm page cache, one process, {os.cpu_count()} CPU cores"
+    title = f"# Data loader, {options.rows:,} rows, warm page cache, one process, {os.cpu_count()} CPU cores"
     note = (
-        f"Python {platform.python_version()}, tensorstore {version('tensorstore')}, load of the machine over the "
-        f"last 15 minutes {load:.1f}. Medians of {REPEATS} repetitions, what is compared in turn."
+        f"Python {platform.python_version()}, tensorstore {version('tensorstore')}, load average over the "
+        f"last 15 minutes {load:.1f}. Medians of {REPEATS} alternating repetitions."
     )
     measure.write("loader", [title, "", *table, "", note])
     print("\n".join(table))

@@ -58,8 +58,8 @@ class Driver:
 
 def pretend() -> None:
     """Make torch and Triton report an H100 for the rest of this process."""
-    card = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
-    torch.cuda.get_device_properties = lambda *_: card
+    gpu = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
+    torch.cuda.get_device_properties = lambda *_: gpu
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.current_device = lambda: 0
     properties = DeviceProperties(type="cuda", index=0, cc=90, **HOPPER)
@@ -108,7 +108,9 @@ def lower_module(module: nn.Module, *inputs: Tensor) -> list[Lowered]:
         mock.patch.object(F, "scaled_dot_product_attention", attention_of_the_card),
     ):
         compiled = torch.compile(
-            module, fullgraph=True, backend=lambda graph, given: compile_fx(graph, given, inner_compile=compile_graph)
+            module,
+            fullgraph=True,
+            backend=lambda graph, example_inputs: compile_fx(graph, example_inputs, inner_compile=compile_graph),
         )
         result = compiled(*inputs)
         result.backward(torch.empty_like(result))

@@ -19,11 +19,21 @@ BATCHES = {76: 128, 138: 256, 170: 320}
 
 def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     """Return a parser with the options that the benchmarks share; `repeats` is the default of `--repeats`."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--batch", type=int, default=default_batch(), metavar="IMAGES", help="default: %(default)s")
-    found.add_argument("--repeats", type=int, default=repeats, metavar="N", help="default: %(default)s")
-    found.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
-    return found
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument(
+        "--batch", type=int, default=default_batch(), metavar="IMAGES", help="Batch size (default: %(default)s)."
+    )
+    result.add_argument(
+        "--repeats", type=int, default=repeats, metavar="N", help="Timed repetitions (default: %(default)s)."
+    )
+    result.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="Folder of the results (default: benchmarks/results).",
+    )
+    return result
 
 
 def default_batch() -> int:
@@ -71,7 +81,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def card() -> str:
+def device_name() -> str:
     """Return the name of the GPU, or "a CPU" without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
 

@@ -34,33 +34,33 @@ def main() -> None:
     options = parser.parse_args()
     sizes = ModelConfig(dim=1152, num_blocks=options.blocks, base_latent_size=8, num_classes=5)
     config = TrainConfig(steps=1, global_batch_size=8, lr=1e-4, warmup_steps=1)
-    held: dict[str, list[float]] = {"in the background": [], "at once": []}
+    times_by_mode: dict[str, list[float]] = {"asynchronous": [], "synchronous": []}
     with tempfile.TemporaryDirectory() as folder, process_group() as ranks:
         dataset = make_dataset(folder)
         trainer = Trainer(None, 1, sizes, config, Store(manifests.read(dataset)), ranks)
         manager = CheckpointManager(options.folder / "run", ranks, keep_last=1, keep_every=0)
         for _ in range(1 + options.repeats):  # the first save allocates the memory that later ones reuse
-            for how, seconds in held.items():
+            for mode, seconds in times_by_mode.items():
                 begun = time.perf_counter()
                 manager.save(trainer)
-                if how == "at once":
+                if mode == "synchronous":
                     manager.wait()
                 seconds.append(time.perf_counter() - begun)
                 manager.wait()
         manager.close()
     size = sum(tensor.nbytes for tensor in trainer.state_tensors().values())
-    share = statistics.median(held["in the background"][1:]) / statistics.median(held["at once"][1:])
+    share = statistics.median(times_by_mode["asynchronous"][1:]) / statistics.median(times_by_mode["synchronous"][1:])
     lines = [
-        f"# How long training stands still for a checkpoint of {size / 1e9:.2f} GB, on two CPU cores",
+        f"# Interruption of training by a checkpoint of {size / 1e9:.2f} GB, on two CPU cores",
         "",
-        "| saved | seconds, median | fastest to slowest |",
+        "| saving | seconds, median | fastest to slowest |",
         "|---|---|---|",
         *(
-            f"| {how} | {statistics.median(own[1:]):.3f} | {min(own[1:]):.3f} to {max(own[1:]):.3f} |"
-            for how, own in held.items()
+            f"| {mode} | {statistics.median(times[1:]):.3f} | {min(times[1:]):.3f} to {max(times[1:]):.3f} |"
+            for mode, times in times_by_mode.items()
         ),
         "",
-        f"In the background it is {share:.1%} of what it is at once.",
+        f"Asynchronous saving interrupts training for {share:.1%} of the time of synchronous saving.",
     ]
     measure.write("saving", lines)
     print("\n".join(lines))

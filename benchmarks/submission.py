@@ -47,10 +47,10 @@ def main() -> None:
         finally:
             lifecycle.down(folder / "dev")
     lines = ["| submission of 256 elements | median, s | fastest, s |", "|---|---|---|"]
-    lines += [f"| {way} | {statistics.median(own):.2f} | {min(own):.2f} |" for way, own in measured.items()]
+    lines += [f"| {method} | {statistics.median(times):.2f} | {min(times):.2f} |" for method, times in measured.items()]
     gap = statistics.median(measured["launcher"]) - statistics.median(measured["bare sbatch"])
-    lines.append(f"\nThe launcher takes {gap:.2f} s longer, the start of Python and the copy of the code included.")
-    measure.write("submission", ["# Submitting an array, on two CPU cores", "", *lines])
+    lines.append(f"\nThe launcher takes {gap:.2f} s longer, including the start of Python and the code snapshot.")
+    measure.write("submission", ["# Submission of an array, on two CPU cores", "", *lines])
     print("\n".join(lines))
 
 

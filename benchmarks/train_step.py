@@ -4,12 +4,12 @@
     python -m benchmarks.train_step --batch 2 --blocks 2 --dim 128        # smoke test on a CPU
 
 The model has 28 blocks of width 1152 and reads 256 image tokens and 120 text tokens of width 2048. A step is the
-forward pass, the backward pass and AdamW, with float32 master weights and FSDP2 on one rank. Each variant (`way` in the
-table) runs in a separate process, with a smaller batch if memory does not suffice. Its row is written as soon as it is
+forward pass, the backward pass and AdamW, with float32 master weights and FSDP2 on one rank. Each variant
+runs in a separate process, with a smaller batch if memory does not suffice. Its row is written as soon as it is
 measured; a variant that fails is listed with its error.
 
-The column `floor` is a lower bound of the time that the variant's compiled code needs on this GPU. It is the sum of the
-GEMMs at the GPU's peak throughput for their precision, attention at the rate of the fastest kernel, and the memory
+The column `roofline` is a lower bound of the time that the variant's compiled code needs on this GPU. It is the sum of
+the GEMMs at the GPU's peak throughput for their precision, attention at the rate of the fastest kernel, and the memory
 traffic of generated kernels, transposed copies and the optimizer at the GPU's bandwidth. These rates are measured in
 the same run.
 """
@@ -55,23 +55,23 @@ SMALLER = 0.75  # factor of the batch size after running out of memory
 LEAST_BATCH = 16  # smallest batch size after running out of memory; reduced batch sizes are multiples of it
 OUT_OF_MEMORY = 75  # exit code of a subprocess that ran out of memory
 KERNELS = 12  # number of longest kernels that are listed per variant
-COLUMNS = ["way", "batch", "images/s", "TFLOP/s", "MFU (BF16)", "GiB", "products", "attention", "casts alone"]
-COLUMNS += ["ms a step", "host, ms", "floor, ms", "launches a block"]
+COLUMNS = ["variant", "batch", "images/s", "TFLOP/s", "MFU (BF16)", "GiB", "GEMM", "attention", "casts"]
+COLUMNS += ["ms/step", "host, ms", "roofline, ms", "launches per block"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class Variant:
     """Variant of a training step.
 
-    `make` creates the model, `call` runs it on (latents, t, text, mask), and `average` states how the EMA weights are
-    updated; "": there are none.
+    `make` creates the model, `call` runs it on (latents, t, text, mask), and `ema` states how the EMA weights are
+    updated; "" means that there are no EMA weights.
     """
 
     make: Callable[[argparse.Namespace, Ranks], nn.Module]
-    call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor] = lambda model, *given: model(
-        given[0], given[1], text=given[2], text_mask=given[3]
+    call: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor] = lambda model, *inputs: model(
+        inputs[0], inputs[1], text=inputs[2], text_mask=inputs[3]
     )
-    average: Literal["", "after AdamW", "in one pass"] = ""
+    ema: Literal["", "after AdamW", "fused"] = ""
 
 
 def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: str = "", backend: str = "") -> nn.Module:
@@ -91,7 +91,7 @@ def ours(options: argparse.Namespace, ranks: Ranks, *, compile: bool, recipe: st
         if backend in ("torchao", "te"):
             (torchao if backend == "torchao" else transformer_engine).swap_linears(model, plan)
         else:
-            linear.swap_linears(model, plan, high_precision_grad_weight=backend == "native, fine weight gradient")
+            linear.swap_linears(model, plan, high_precision_grad_weight=backend == "native, BF16 weight gradient")
     if options.attention:
         sdpa_autotune.set_kernels(model, *(AttentionKernel(**kernel) for kernel in json.loads(options.attention)))
     parallelize(model, ranks, config)
@@ -125,30 +125,30 @@ def diffusers_peer(options: argparse.Namespace, ranks: Ranks) -> nn.Module:
 
 def call_peer(model: nn.Module, latents: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """Call diffusers' model on latents (B, C, H, W), t (B,) in [0, 1], text (B, L, text_dim) and mask (B, L)."""
-    none = {"resolution": None, "aspect_ratio": None}
-    given = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": none}
-    return model(latents, timestep=t * TIMESTEPS, **given).sample
+    no_conditions = {"resolution": None, "aspect_ratio": None}
+    arguments = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": no_conditions}
+    return model(latents, timestep=t * TIMESTEPS, **arguments).sample
 
 
-WAYS = {
-    "BF16 eager": Way(make=functools.partial(ours, compile=False)),
-    "BF16": Way(make=functools.partial(ours, compile=True)),
-    "FP8 native": Way(make=functools.partial(ours, compile=True, recipe="delayed", backend="native")),
-    "FP8 native, an average after AdamW": Way(
-        make=functools.partial(ours, compile=True, recipe="delayed", backend="native"), average="after AdamW"
+VARIANTS = {
+    "BF16 eager": Variant(make=functools.partial(ours, compile=False)),
+    "BF16": Variant(make=functools.partial(ours, compile=True)),
+    "FP8 native": Variant(make=functools.partial(ours, compile=True, recipe="delayed", backend="native")),
+    "FP8 native, EMA after AdamW": Variant(
+        make=functools.partial(ours, compile=True, recipe="delayed", backend="native"), ema="after AdamW"
     ),
-    "FP8 native, an average in one pass with AdamW": Way(
-        make=functools.partial(ours, compile=True, recipe="delayed", backend="native"), average="in one pass"
+    "FP8 native, EMA fused with AdamW": Variant(
+        make=functools.partial(ours, compile=True, recipe="delayed", backend="native"), ema="fused"
     ),
-    "FP8 native, weight gradient in BF16": Way(
-        make=functools.partial(ours, compile=True, recipe="delayed", backend="native, fine weight gradient")
+    "FP8 native, weight gradient in BF16": Variant(
+        make=functools.partial(ours, compile=True, recipe="delayed", backend="native, BF16 weight gradient")
     ),
-    "torchao tensorwise": Way(make=functools.partial(ours, compile=True, recipe="current", backend="torchao")),
-    "torchao rowwise": Way(make=functools.partial(ours, compile=True, recipe="rowwise", backend="torchao")),
-    "TransformerEngine delayed": Way(make=functools.partial(ours, compile=True, recipe="delayed", backend="te")),
-    "TransformerEngine current": Way(make=functools.partial(ours, compile=True, recipe="current", backend="te")),
-    "TransformerEngine MXFP8": Way(make=functools.partial(ours, compile=True, recipe="mxfp8", backend="te")),
-    "diffusers PixArtTransformer2DModel, BF16": Way(make=diffusers_peer, call=call_peer),
+    "torchao tensorwise": Variant(make=functools.partial(ours, compile=True, recipe="current", backend="torchao")),
+    "torchao rowwise": Variant(make=functools.partial(ours, compile=True, recipe="rowwise", backend="torchao")),
+    "TransformerEngine delayed": Variant(make=functools.partial(ours, compile=True, recipe="delayed", backend="te")),
+    "TransformerEngine current": Variant(make=functools.partial(ours, compile=True, recipe="current", backend="te")),
+    "TransformerEngine MXFP8": Variant(make=functools.partial(ours, compile=True, recipe="mxfp8", backend="te")),
+    "diffusers PixArtTransformer2DModel, BF16": Variant(make=diffusers_peer, call=call_peer),
 }
 
 
@@ -170,7 +170,7 @@ def profiled(step: Callable[[], object]) -> tuple[dict[str, float], list[tuple[s
         synchronize()
     events = profile.key_averages()
     spent = [event.self_device_time_total if cuda else event.self_cpu_time_total for event in events]
-    times = dict.fromkeys(("products", "attention", "casts", "others"), 0.0)
+    times = dict.fromkeys(("gemm", "attention", "casts", "other"), 0.0)
     for event, microseconds in zip(events, spent, strict=True):
         times[kind_of(event.key.lower())] += microseconds
     longest = sorted(zip(spent, events, strict=True), key=lambda pair: -pair[0])[:KERNELS]
@@ -186,10 +186,10 @@ def kind_of(kernel: str) -> str:
     if any(word in kernel for word in ("flash", "fmha", "attention", "cudnn_generated")):
         return "attention"
     if any(word in kernel for word in ("gemm", "nvjet", "cutlass", "xmma", "::mm", "::addmm", "_scaled_mm")):
-        return "products"
+        return "gemm"
     if "clamp" in kernel and not any(word in kernel for word in ("norm", "silu", "sigmoid", "add", "sum")):
         return "casts"
-    return "others"
+    return "other"
 
 
 def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
@@ -198,19 +198,19 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
     The result has the seconds per step, the seconds until all kernels are launched, the peak memory in GiB, the
     profile, the number of parameters, and the work and launches of a block (None without compilation).
     """
-    way = WAYS[name]
-    model = way.make(options, ranks)
+    variant = VARIANTS[name]
+    model = variant.make(options, ranks)
     config = TrainConfig(steps=1, global_batch_size=options.batch, lr=1e-4, warmup_steps=1)
     optimizer = make_optimizer(model, config) if isinstance(model, DiT) else peer_optimizer(model)
-    given = batch_of(options, ranks.device)
-    ema = EMA(model, config.ema_decay) if way.average else None
-    one_pass = FusedAdamWEma(model, optimizer, ema.weights) if ema and way.average == "in one pass" else None
-    never = torch.zeros((), dtype=torch.bool, device=ranks.device)
+    inputs = batch_of(options, ranks.device)
+    ema = EMA(model, config.ema_decay) if variant.ema else None
+    fused_update = FusedAdamWEma(model, optimizer, ema.weights) if ema and variant.ema == "fused" else None
+    no_skip = torch.zeros((), dtype=torch.bool, device=ranks.device)
 
     def step() -> None:
-        way.call(model, *given).float().square().mean().backward()
-        if one_pass:
-            one_pass.step(config.lr, 1 - config.ema_decay, never)
+        variant.call(model, *inputs).float().square().mean().backward()
+        if fused_update:
+            fused_update.step(config.lr, 1 - config.ema_decay, no_skip)
         else:
             optimizer.step()
             if ema:
@@ -223,7 +223,7 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
         step()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    taken = median_seconds(step, options.repeats)
+    seconds = median_seconds(step, options.repeats)
     memory = torch.cuda.max_memory_allocated() / measure.GIB if torch.cuda.is_available() else float("nan")
     begun = time.perf_counter()
     step()
@@ -232,13 +232,14 @@ def measured(name: str, options: argparse.Namespace, ranks: Ranks) -> dict[str, 
     shares, kernels = profiled(step)
     block = work_of_a_block(graphs)
     return {
-        "seconds": taken,
+        "seconds": seconds,
         "host_seconds": host,
         "memory": memory,
         "shares": shares,
         "kernels": kernels,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "work": block and {"fp8": block.operations["fp8"], "bf16": block.operations["bf16"], "bytes": moved(block)},
+        "work": block
+        and {"fp8": block.operations["fp8"], "bf16": block.operations["bf16"], "bytes": moved_bytes(block)},
         "launches": block and sum(block.launches.values()),
     }
 
@@ -254,48 +255,48 @@ def work_of_a_block(graphs: list[Work]) -> Work | None:
     return generated_code.total(of_blocks[-2:])  # a recompiled block runs its last graphs
 
 
-def moved(block: Work) -> int:
+def moved_bytes(block: Work) -> int:
     """Return the bytes that a block moves on this GPU; transposed copies count only where FP8 GEMMs require them."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != ANY_LAYOUT_CAPABILITY
     return block.generated_bytes + (block.transposed_bytes if hopper else 0)
 
 
-def floor_of(found: dict[str, Any], rates: dict[str, float], blocks: int, batch: int) -> float | None:
+def roofline_seconds(result: dict[str, Any], rates: dict[str, float], blocks: int, batch: int) -> float | None:
     """Return the lower bound in seconds of a variant's step on this GPU; None if nothing was compiled.
 
-    `found` is the result of `measured`, `rates` that of `card_rates`, and `batch` the batch size in images.
+    `result` is that of `measured`, `rates` that of `gpu_rates`, and `batch` the batch size in images.
     """
-    work = found["work"]
+    work = result["work"]
     if not work:
         return None
-    products = work["bf16"] / rates["BF16"] / 1e12 + (work["fp8"] / rates["FP8"] / 1e12 if work["fp8"] else 0)
-    moves = (blocks * work["bytes"] + PARAMETER_BYTES * found["parameters"]) / rates["GB/s"] / 1e9
-    return blocks * (products + batch * rates["attention, s an image"]) + moves
+    gemm_seconds = work["bf16"] / rates["BF16"] / 1e12 + (work["fp8"] / rates["FP8"] / 1e12 if work["fp8"] else 0)
+    memory_seconds = (blocks * work["bytes"] + PARAMETER_BYTES * result["parameters"]) / rates["GB/s"] / 1e9
+    return blocks * (gemm_seconds + batch * rates["attention, s/image"]) + memory_seconds
 
 
-def cells(name: str, found: dict[str, Any], rates: dict[str, float], options: argparse.Namespace) -> list[str]:
+def cells(name: str, result: dict[str, Any], rates: dict[str, float], options: argparse.Namespace) -> list[str]:
     """Return the cells of a variant's row, in the order of COLUMNS."""
-    batch, taken, share = found["batch"], found["seconds"], found["shares"]
+    batch, seconds, share = result["batch"], result["seconds"], result["shares"]
     operations = batch * operations_of_an_image(options.dim, options.blocks) / 1e12
-    floor = floor_of(found, rates, options.blocks, batch)
+    roofline = roofline_seconds(result, rates, options.blocks, batch)
     return [
         name,
         str(batch),
-        f"{batch / taken:.1f}",
-        f"{operations / taken:.3g}",
-        f"{operations / taken / rates['BF16']:.0%}",
-        f"{found['memory']:.1f}",
-        f"{share['products']:.0%}",
+        f"{batch / seconds:.1f}",
+        f"{operations / seconds:.3g}",
+        f"{operations / seconds / rates['BF16']:.0%}",
+        f"{result['memory']:.1f}",
+        f"{share['gemm']:.0%}",
         f"{share['attention']:.0%}",
         f"{share['casts']:.1%}",
-        f"{1e3 * taken:.0f}",
-        f"{1e3 * found['host_seconds']:.0f}",
-        f"{1e3 * floor:.0f}" if floor else "",
-        f"{found['launches']}" if found["launches"] else "",
+        f"{1e3 * seconds:.0f}",
+        f"{1e3 * result['host_seconds']:.0f}",
+        f"{1e3 * roofline:.0f}" if roofline else "",
+        f"{result['launches']}" if result["launches"] else "",
     ]
 
 
-def card_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+def gpu_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Measure the GPU's peak TFLOP/s and bandwidth, and its fastest attention kernels at the model's sizes."""
     rates: dict[str, Any] = {
         "BF16": measure.matrix_rate(options.matrix),
@@ -305,10 +306,10 @@ def card_rates(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     tokens, width = (SIDE // PATCH) ** 2, options.dim // HEADS
     image = sdpa_autotune.time_kernels(options.batch, HEADS, width, tokens, tokens, ranks.device, masked=False)
     text = sdpa_autotune.time_kernels(options.batch, HEADS, width, tokens, TEXT, ranks.device, masked=True)
-    fastest = [sdpa_autotune.select_fastest(found) for found in (image, text)]
-    taken = sum(found[kernel] for found, kernel in zip((image, text), fastest, strict=True))
+    fastest = [sdpa_autotune.select_fastest(seconds) for seconds in (image, text)]
+    attention_seconds = sum(seconds[kernel] for seconds, kernel in zip((image, text), fastest, strict=True))
     kernels = [{"backend": kernel.backend, "padded_head_dim": kernel.padded_head_dim} for kernel in fastest]
-    return {**rates, "attention, s an image": taken / options.batch, "kernels": kernels}
+    return {**rates, "attention, s/image": attention_seconds / options.batch, "kernels": kernels}
 
 
 def peer_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -326,13 +327,13 @@ def operations_of_an_image(dim: int, blocks: int) -> int:
     return training_flops(config, SIDE, TEXT)
 
 
-def in_a_process(what: str, options: argparse.Namespace, batch: int, kernels: list[dict] | None) -> dict[str, Any]:
+def run_subprocess(target: str, options: argparse.Namespace, batch: int, kernels: list[dict] | None) -> dict[str, Any]:
     """Run this module in a subprocess for one variant, or for the GPU's rates (`what` is "rates").
 
     Raises MemoryError if GPU memory does not suffice for `batch` images, and RuntimeError, with the last line on
     standard error, if the subprocess fails or exceeds the time limit.
     """
-    words = [sys.executable, "-m", "benchmarks.train_step", "--only-this", what, "--batch", str(batch)]
+    words = [sys.executable, "-m", "benchmarks.train_step", "--only-this", target, "--batch", str(batch)]
     for name in ("repeats", "dim", "blocks", "matrix"):
         words += [f"--{name}", str(getattr(options, name))]
     if kernels and torch.cuda.is_available():
@@ -341,9 +342,9 @@ def in_a_process(what: str, options: argparse.Namespace, batch: int, kernels: li
     try:
         done = subprocess.run(words, capture_output=True, text=True, cwd=root, timeout=options.limit)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"took more than {options.limit} s") from None
+        raise RuntimeError(f"{target}: no result within {options.limit} s; raise --limit") from None
     if done.returncode == OUT_OF_MEMORY:
-        raise MemoryError(f"too little memory for a batch of {batch}")
+        raise MemoryError(f"--batch {batch}: out of GPU memory; use a smaller batch")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(lines[-1])
@@ -358,7 +359,7 @@ def with_smaller_batches(name: str, options: argparse.Namespace, kernels: list[d
     batch = options.batch
     while True:
         try:
-            return {**in_a_process(name, options, batch, kernels), "batch": batch}
+            return {**run_subprocess(name, options, batch, kernels), "batch": batch}
         except MemoryError:
             batch = int(SMALLER * batch) // LEAST_BATCH * LEAST_BATCH
             if batch < LEAST_BATCH:
@@ -369,37 +370,47 @@ def main() -> int:
     parser = measure.parser(__doc__, repeats=10)
     parser.add_argument("--dim", type=int, default=1152)
     parser.add_argument("--blocks", type=int, default=28)
-    parser.add_argument("--matrix", type=int, default=8192, help="side of the product that the card's rate is taken by")
-    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of one way (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
-    parser.add_argument("--only-this", choices=["rates", *WAYS], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--matrix",
+        type=int,
+        default=8192,
+        help="Side of the square GEMM that measures the peak throughput (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=300, metavar="SECONDS", help="Time limit of one variant (default: %(default)s)."
+    )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--only-this", choices=["rates", *VARIANTS], help=argparse.SUPPRESS)
     parser.add_argument("--attention", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only_this:
         return only_this(options)
-    rates = in_a_process("rates", options, options.batch, None)
+    rates = run_subprocess("rates", options, options.batch, None)
     image, text = (AttentionKernel(**kernel) for kernel in rates["kernels"])
     heading = [
-        f"# A training step, {options.blocks} blocks of width {options.dim}, on {measure.card()}",
+        f"# A training step, {options.blocks} blocks of width {options.dim}, on {measure.device_name()}",
         "",
-        f"torch {torch.__version__}. Measured of the card in the same run: {rates['BF16']:.3g} TFLOP/s in BF16, "
+        f"torch {torch.__version__}. Measured on this GPU in the same run: {rates['BF16']:.3g} TFLOP/s in BF16, "
         f"{rates['FP8']:.3g} in FP8, {rates['GB/s']:,.0f} GB/s; attention {image}, to the text {text}, "
-        f"{1e6 * rates['attention, s an image']:.3g} us a block and image, forward and backward.",
+        f"{1e6 * rates['attention, s/image']:.3g} us per block and image, forward and backward.",
     ]
     page = measure.Page(options.out, f"train-step-{options.batch}", heading, COLUMNS)
     for name in options.only:
         try:
-            found = with_smaller_batches(name, options, rates["kernels"])
+            result = with_smaller_batches(name, options, rates["kernels"])
         except (RuntimeError, MemoryError, ValueError) as error:
             page.failed(name, error)
             continue
-        page.row(*cells(name, found, rates, options))
+        page.row(*cells(name, result, rates, options))
         page.note(
             f"## {name}: the longest kernels of a step",
             "",
             "| ms | calls | kernel |",
             "|---|---|---|",
-            *(f"| {ms:.2f} | {calls} | `{kernel[:100].replace('|', ' ')}` |" for kernel, ms, calls in found["kernels"]),
+            *(
+                f"| {ms:.2f} | {calls} | `{kernel[:100].replace('|', ' ')}` |"
+                for kernel, ms, calls in result["kernels"]
+            ),
         )
     return 0
 
@@ -409,15 +420,15 @@ def only_this(options: argparse.Namespace) -> int:
     with process_group() as ranks:
         try:
             if options.only_this == "rates":
-                found = card_rates(options, ranks)
+                result = gpu_rates(options, ranks)
             else:
-                found = measured(options.only_this, options, ranks)
+                result = measured(options.only_this, options, ranks)
         except torch.OutOfMemoryError:
             return OUT_OF_MEMORY
         except (ValueError, ImportError) as error:
             print(" ".join(str(error).split()), file=sys.stderr)
             return 2
-    print(json.dumps(found))
+    print(json.dumps(result))
     return 0
 
 

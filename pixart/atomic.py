@@ -1,6 +1,6 @@
 """Atomic files and folders, and locks: a reader sees the complete content or none, also after a crash of the machine.
 
-The content is written under a temporary name, flushed to disk and renamed. A temporary name tells whose it is,
+The content is written under a temporary name, flushed to disk and renamed. A temporary name names its process,
 `.NAME.HOST-PID-RANDOM.partial`: what a killed process left is removed by the next writer of the same name, and what a
 living one writes is not. A process of another host counts as dead after ABANDONED_SECONDS without a change.
 """
@@ -96,7 +96,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def temporary_path(target: Path) -> Path:
-    """Return a new temporary name beside `target` that tells this process."""
+    """Return a new temporary name beside `target` that names this process."""
     return target.with_name(f".{target.name}.{host()}-{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")
 
 

@@ -13,8 +13,8 @@ from pixart.config.recipe import Recipe
 from pixart.config.sampling import SampleConfig
 from pixart.config.training import TrainConfig
 
-# Standard deviation of MiniLM's last hidden states over the demo's captions; dividing by it brings the text embeddings
-# to the scale of the image tokens.
+# Standard deviation of MiniLM's last hidden states over the demo's captions; dividing by it scales the text embeddings
+# like the image tokens.
 MINILM_STATE_STD = 0.35
 
 

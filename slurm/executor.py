@@ -246,12 +246,12 @@ def slurm_parameters(
         ],
         "additional_parameters": {key: value for key, value in additional.items() if value},
     }
-    given: dict[str, Any] = {key: value for key, value in parameters.items() if value is not None}
-    given["wckey"] = profile.wckey  # None: no key at all, in place of submitit's
-    for key, value in given.items():
+    present: dict[str, Any] = {key: value for key, value in parameters.items() if value is not None}
+    present["wckey"] = profile.wckey  # None: no key at all, in place of submitit's
+    for key, value in present.items():
         if key != "setup" and value is not None:
             check_line(key, str(value))
-    return given
+    return present
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
     lines = recovery_times.table(item for report in reports for item in report.user_properties)
     if lines:
-        terminalreporter.section("seconds from a fault until all of the data is there")
+        terminalreporter.section("seconds from a fault until all data is complete")
         terminalreporter.write("\n".join(lines) + "\n")
 
 

@@ -3,7 +3,7 @@
 `AdamW.state_dict()` numbers the parameters through the group with weight decay, then the group without, each in the
 order of `named_modules()`. The original training exempts biases, `nn.LayerNorm`, `nn.RMSNorm` and `nn.Embedding`.
 TransformerEngine's RMSNorm is no subclass of `nn.RMSNorm`, so that its weights are in the group with weight decay; the
-number of parameters in the groups tells which of both a file has.
+number of parameters in the groups decides which of the two a file has.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +90,7 @@ def stored_indices(model: DiT, param_groups: Sequence[Any] | None, path: Path) -
 
 
 def indices_of(group: object, path: Path) -> list[int]:
-    """Return the parameter indices of a group of `AdamW.state_dict()`. Raises ValueError if there are none."""
+    """Return the parameter indices of a group of `AdamW.state_dict()`. Raises ValueError for an empty group."""
     indices = group.get("params") if isinstance(group, Mapping) else None
     if not isinstance(indices, Sequence) or not all(isinstance(index, int) for index in indices):
         raise ValueError(f"{path}: 'param_groups' of the optimizer is not that of AdamW.state_dict(): a list of groups")

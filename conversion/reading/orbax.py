@@ -129,7 +129,7 @@ def import_tensorstore(folder: Path) -> ModuleType:
 
 def array_location(item: Item, name: str) -> dict[str, Any]:
     """Return the key-value store of an array, as tensorstore's JSON."""
-    base = {"driver": "file", "path": f"{item.folder.absolute()}/"}
+    base = {"driver": "file", "path": f"{item.folder.resolve()}/"}
     if item.use_ocdbt:
         return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     return {**base, "path": f"{base['path']}{name}/"}

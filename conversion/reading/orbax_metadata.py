@@ -40,7 +40,7 @@ class Item:
 
 
 def find(path: Path) -> Path | None:
-    """Return the step or item that `path` is, or the newest step in the folder `path`; None if there is none."""
+    """Return the step or item that `path` is, or the newest step in the folder `path`; None without a step."""
     if not path.is_dir() or is_item(path) or is_step(path):
         return path if path.is_dir() else None
     steps = [folder for folder in path.iterdir() if folder.name.isdecimal() and is_step(folder)]

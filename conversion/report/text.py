@@ -98,7 +98,7 @@ def training_words(
 ) -> list[str]:
     """Return the options of `jobs.launch train` that train a converted checkpoint in FP8.
 
-    `dataset` is the dataset that the checkpoint was trained on; if there is none, it is the one that was calibrated on,
+    `dataset` is the dataset that the checkpoint was trained on; without one, it is the dataset of the calibration,
     else a placeholder. `decay_qk_norm` is whether the source was trained with weight decay of the norms of queries and
     keys. Stage 1 trains in BF16 by default.
     """

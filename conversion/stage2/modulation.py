@@ -24,6 +24,9 @@ from pixart.model.rectified_flow import interpolate
 
 PAPER_T = 0.5
 NUM_NODES = 12
+# Time embeddings of frequencies up to 1 are smooth in t; with frequencies up to 1,000, as the JAX training has them, 12
+# nodes leave out what lies between them.
+MANY_NODES, SMOOTH_FREQUENCY = 48, 10.0  # radians per unit of t
 NODE_SPAN = 2.5  # the nodes cover this many standard deviations of the logit of t on either side
 RIDGE = 1e-5  # relative to the largest squared singular value
 CHUNK = {"gamma1": 0, "beta1": 1, "gamma2": 2, "beta2": 3, "alpha1": 4, "alpha2": 5}
@@ -87,9 +90,14 @@ def override_modulations(model: DiT, rows: Tensor) -> Iterator[None]:
             del block.modulation
 
 
-def quadrature_nodes() -> tuple[Tensor, Tensor]:
+def num_nodes(model: DiT) -> int:
+    """Return the number of nodes of t that resolve the model's time embedding."""
+    return NUM_NODES if float(model.time_proj.freqs.max()) <= SMOOTH_FREQUENCY else MANY_NODES
+
+
+def quadrature_nodes(model: DiT) -> tuple[Tensor, Tensor]:
     """Return nodes of t and their weights under the training distribution of t -> (T,), (T,), float64."""
-    logit = torch.linspace(-NODE_SPAN, NODE_SPAN, NUM_NODES, dtype=torch.float64)
+    logit = torch.linspace(-NODE_SPAN, NODE_SPAN, num_nodes(model), dtype=torch.float64)
     density = torch.exp(-logit.square() / 2)
     return logit.sigmoid(), density / density.sum()
 
@@ -148,7 +156,7 @@ def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
     handles = [block.adaLN2.register_forward_hook(capture) for block in model.dit_blocks]
     model.requires_grad_(False)
     omega = []
-    for nodes in quadrature_nodes()[0].float().split(batches_per_pass(model, latents)):
+    for nodes in quadrature_nodes(model)[0].float().split(batches_per_pass(model, latents)):
         count = len(nodes)
         t = nodes.repeat_interleave(len(latents)).to(latents.device)
         noise = torch.randn((count, *latents.shape), generator=generator).flatten(0, 1).to(latents.device)
@@ -182,7 +190,7 @@ class ModulationFit:
     """
 
     def __init__(self, model: DiT, omega: Tensor) -> None:
-        t, density = quadrature_nodes()
+        t, density = quadrature_nodes(model)
         targets, self.hidden = (tensor.cpu() for tensor in block_modulations(model, t))  # (blocks, T, 6 D), (T, D)
         self.constants = constant_terms(model.config.dim).double()
         self.targets = targets + self.constants

@@ -10,9 +10,9 @@ from conversion.batches import CalibrationBatch
 from conversion.options import Options, Strategy
 from conversion.stage2 import distillation, reparameterize
 from conversion.stage2.modulation import (
-    NUM_NODES,
     Modulation,
     ModulationFit,
+    num_nodes,
     paper_modulation,
     sensitivity,
     tabulate,
@@ -75,7 +75,7 @@ def find_modulations(
     that it takes seconds.
     """
     device = model.adaLN1.weight.device
-    omega = sensitivity(model, subsample_to_budget(model, latents, passes=3 * NUM_NODES).to(device))
+    omega = sensitivity(model, subsample_to_budget(model, latents, passes=3 * num_nodes(model)).to(device))
     fit, settings = ModulationFit(model, omega), list(itertools.product(ROUNDS, MAX_SCALES))
     candidates = [fit.solve(*setting) for setting in settings]
     selection = subsample_to_budget(model, latents, passes=1 + len(candidates), minimum=MIN_SELECTION_IMAGES)

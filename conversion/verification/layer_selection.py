@@ -27,7 +27,7 @@ def select_by_output(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def select_by_loss(checkpoint: Checkpoint, model: DiT, batches: Sequence[CalibrationBatch]) -> dict[str, str]:
     """Return the linears that increase the loss most, with the reason.
 
-    They are as many as bring the summed increase of the others below half of MAX_FP8_LOSS_INCREASE.
+    They are the fewest linears without which the summed increase is below half of MAX_FP8_LOSS_INCREASE.
     """
     plan = checkpoint.plan
     assert plan is not None

@@ -164,7 +164,7 @@ def fake_quantize_all(tensors: Sequence[Tensor], scales: Iterable[Tensor]) -> li
 
 
 def aligned_scale(amax: Tensor, calibrated: Tensor, fmt: Format) -> Tensor:
-    """Return the calibrated scale times the power of two that brings it closest below the dynamic scale.
+    """Return the calibrated scale times the power of two that scales it closest below the dynamic scale.
 
     Scales that differ by a power of two round in-range values alike. If a few values dominate a product, their rounding
     errors would otherwise outweigh what the comparison is about: whether the calibrated scale keeps values in range.

@@ -40,8 +40,8 @@ def next_command(
             value = recipe
         if field == "overrides":
             value = [item for item in value or () if item.startswith(tuple(sections))]
-        for each in value if isinstance(value, list) else [value] if value else []:
-            line += [target[field].metadata[METADATA].flags[0], str(each)]
+        for item in value if isinstance(value, list) else [value] if value else []:
+            line += [target[field].metadata[METADATA].flags[0], str(item)]
     return shlex.join(line)
 
 

@@ -18,7 +18,7 @@ DATASET_KEY = "data.path="
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """Declaration of one field: an option with `flags`, or a positional argument if there are none."""
+    """Declaration of one field: an option with `flags`, or a positional argument without flags."""
 
     flags: tuple[str, ...]
     help: str

@@ -44,7 +44,7 @@ class Storage(Protocol):
         """Return whether reading these spans would not block on a disk or a network."""
 
     def prefetch(self, spans: Sequence[Span], cancelled: Event) -> None:
-        """Bring spans into a cache, until `cancelled` is set."""
+        """Load spans into a cache, until `cancelled` is set."""
 
     def invalidate(self, name: str, start: int, stop: int) -> bool:
         """Drop the bytes from start to stop - 1 from the cache; return False if there is no cache."""

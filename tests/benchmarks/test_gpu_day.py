@@ -1,4 +1,4 @@
-"""Each part of the GPU day runs all of its steps even if some fail, and the carried files suffice."""
+"""Each part of the GPU day runs all of its steps even if some fail, and the bundled files suffice."""
 
 import time
 from pathlib import Path
@@ -31,10 +31,10 @@ def test_failed_or_hanging_step_does_not_stop_the_others(monkeypatch, tmp_path):
     (summary,) = tmp_path.glob("*-gpu-day-trial.md")
     rows = [line.strip("| ").split(" | ") for line in summary.read_text().splitlines()[4:]]
     assert [(row[0], row[2]) for row in rows] == [
-        ("first", "well"),
-        ("fails", "with exit code 3"),
-        ("hangs", "stopped after 1 s"),
-        ("last", "well"),
+        ("first", "ok"),
+        ("fails", "exit code 3"),
+        ("hangs", "killed after 1 s"),
+        ("last", "ok"),
     ]
     assert (tmp_path / "trial.log").read_text().count("measured") == 2
 

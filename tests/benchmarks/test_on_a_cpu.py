@@ -38,34 +38,34 @@ def rows(page: Path) -> dict[str, list[str]]:
 
 
 def test_train_step(page):
-    variants = ["BF16 eager", "FP8 native, an average in one pass with AdamW", "TransformerEngine delayed"]
+    variants = ["BF16 eager", "FP8 native, EMA fused with AdamW", "TransformerEngine delayed"]
     sizes = ["--batch", "2", "--blocks", "1", "--dim", "64", "--repeats", "1", "--matrix", "256"]
     table = page(train_step, *sizes, "--only", *variants)
     assert list(table) == variants
     assert table.pop("TransformerEngine delayed")[0].startswith("fp8_backend=te: this machine has no GPU")
     eager, compiled = (dict(zip(train_step.COLUMNS[1:], cells, strict=True)) for cells in table.values())
     assert float(eager["images/s"]) > 0
-    assert eager["floor, ms"] == eager["launches a block"] == ""  # nothing was compiled
-    assert float(compiled["floor, ms"]) > 0
-    assert int(compiled["launches a block"]) > 20  # its GEMMs alone
+    assert eager["roofline, ms"] == eager["launches per block"] == ""  # nothing was compiled
+    assert float(compiled["roofline, ms"]) > 0
+    assert int(compiled["launches per block"]) > 20  # its GEMMs alone
 
 
 def test_variant_out_of_memory_is_measured_at_a_smaller_batch(monkeypatch):
     tried: list[int] = []
 
-    def in_a_process(name, options, batch, kernels):
+    def run_subprocess(name, options, batch, kernels):
         tried.append(batch)
         if batch > 64:
             raise MemoryError
         return {}
 
-    monkeypatch.setattr(train_step, "in_a_process", in_a_process)
+    monkeypatch.setattr(train_step, "run_subprocess", run_subprocess)
     options = argparse.Namespace(batch=128)
     assert train_step.with_smaller_batches("BF16", options, [])["batch"] == 64
     assert tried == [128, 96, 64]
     tried.clear()
     options.batch = 16
-    monkeypatch.setattr(train_step, "in_a_process", lambda *_: exec("raise MemoryError"))
+    monkeypatch.setattr(train_step, "run_subprocess", lambda *_: exec("raise MemoryError"))
     with pytest.raises(MemoryError):
         train_step.with_smaller_batches("BF16", options, [])
 

@@ -90,7 +90,7 @@ def test_conversion_keeps_stage_and_training_state(stage2_file, capsys):
         assert f"{command}\n" in printed
 
 
-def test_dry_run_names_what_is_skipped(stage2_file, capsys):
+def test_dry_run_names_skipped_tensors(stage2_file, capsys):
     assert to_fp8.main([str(stage2_file), *QUICK, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     is_transformer_engine = "qk_norm_eps" in formats.read(stage2_file, base_latent_size=8).config

@@ -118,7 +118,7 @@ def followed(request, tmp_path_factory) -> tuple[Path, str, list[str]]:
     return folder, "outputs", follow(folder, "python -m jobs.launch init --config run.toml --set stage1.lr=0.001")
 
 
-def test_the_whole_path_is_printed(followed):
+def test_the_complete_path_is_printed(followed):
     """The recipe of the second stage is the one of the first, also where the conversion does not know it."""
     folder, home, lines = followed
     assert names(lines) == CHAIN
@@ -128,7 +128,7 @@ def test_the_whole_path_is_printed(followed):
     assert all(("--home" in line) == (home == "my home") for line in lines if "conversion" not in line)
 
 
-def test_commands_about_runs(followed):
+def test_commands_for_runs(followed):
     folder, home, _ = followed
     option = "" if home == "outputs" else f" --home '{home}'"
     for run in sorted((folder / home / "runs").iterdir())[-2:]:
@@ -149,8 +149,8 @@ def test_altered_captions_are_made_again(followed):
     execute(folder, line)
 
 
-def test_a_job_on_a_cluster_converts_there(followed):
-    """With --cluster, the conversion is a job too, and training goes on there."""
+def test_on_a_cluster_the_conversion_is_a_job(followed):
+    """With --cluster, the conversion is a job too, and training continues on the cluster."""
     folder, home, _ = followed
     option = f" --home '{home}'" if home != "outputs" else ""
     (checkpoint, *_) = sorted((folder / home).glob("runs/*-train-*/checkpoints/step-00000002"))

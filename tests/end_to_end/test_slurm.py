@@ -114,7 +114,7 @@ def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
     wait_until(lambda: runs.progress(run)[0] >= 20, description="step 20 of 300")
     check_ranks(run, per_node=1)
     assert launch.main(["cancel"]) == 0
-    assert wait_for_end(run) == {0: "failed"}
+    assert wait_for_end(run) == {0: "cancelled"}
 
     submit(home, "train", "--nodes", "4", "--gpus-per-node", "2", settings={"stage1.steps": 10})
     run = newest(home, "train")
@@ -131,8 +131,8 @@ def check_ranks(run: Run, *, per_node: int) -> None:
     words = [
         re.search(r"rank ([0-9]+) of ([0-9]+), local rank ([0-9]+) of ([0-9]+), master (.*)", log) for log in printed
     ]
-    found = [tuple(int(number) for number in match.groups()[:4]) for match in words]
-    assert found == [(rank, 4 * per_node, rank % per_node, per_node) for rank in range(4 * per_node)]
+    matches = [tuple(int(number) for number in match.groups()[:4]) for match in words]
+    assert matches == [(rank, 4 * per_node, rank % per_node, per_node) for rank in range(4 * per_node)]
     assert len({match[5] for match in words}) == 1
 
 
@@ -209,20 +209,99 @@ def test_pipeline_from_scenes_to_a_picture(profile, tmp_path, capsys):
     assert kinds == ["caption", "latents", "audit", "train", "convert", "train", "sample"]
 
 
-def test_a_pipeline_stops_where_an_element_fails(profile, tmp_path):
+def test_pipeline_stops_at_a_failed_element(profile, tmp_path):
     """Nothing is computed from an incomplete dataset: the jobs that follow are cancelled before they start."""
     settings = {"data.num_shards": SHARDS, "data.max_images": 64}
     submit(tmp_path, "init", "--cluster", str(profile), settings=settings)
     (tmp_path / "datasets/demo/captions/00003.parquet").mkdir(parents=True)  # blocks the output file of the element
     submit(tmp_path, "pipeline", "--cluster", str(profile), settings=settings)
     assert wait_for_end(newest(tmp_path, "caption")) == {0: "done", 1: "done", 2: "done", 3: "failed"}
-    assert set(wait_for_end(newest(tmp_path, "latents")).values()) == {"failed"}
-    assert wait_for_end(newest(tmp_path, "sample")) == {0: "failed"}
+    assert set(wait_for_end(newest(tmp_path, "latents")).values()) == {"cancelled"}
+    assert wait_for_end(newest(tmp_path, "sample")) == {0: "cancelled"}
     assert [path.parent.name.split("-")[2] for path in tmp_path.glob("runs/*/attempts.jsonl")] == ["caption"]
 
 
 def first_start(folder: Path) -> str:
     return attempts(folder)[0]["time"]
+
+
+def test_retry_never_trains_on_half_a_dataset(profile, tmp_path, capsys):
+    """Training is chained to latents, and latents are cancelled: a retry of training is refused, then chained again."""
+    words = ["--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
+    submit(tmp_path, "caption", *words, "--wait", settings={"data.num_shards": SHARDS, "data.max_images": 640})
+    slurm("scontrol", "update", "partition=main", "state=down")  # accepts jobs and starts none
+    try:
+        submit(tmp_path, "train", *words, settings={key: SMALL[key] for key in SMALL if key[:4] != "data"})
+        submit(tmp_path, "cancel", newest(tmp_path, "latents").folder.name)
+        train, latents = newest(tmp_path, "train"), newest(tmp_path, "latents")
+        assert set(wait_for_end(latents).values()) == {"cancelled"}
+    finally:
+        slurm("scontrol", "update", "partition=main", "state=up")
+    assert wait_for_end(train) == {0: "cancelled"}  # its dependency can never be fulfilled
+
+    capsys.readouterr()
+    submit(tmp_path, "retry", train.folder.name, code=2)
+    error = capsys.readouterr().err
+    assert "needs" in error
+    assert "retry" in error
+    assert len(runs.load(train.folder).jobs) == len(train.jobs)
+
+    submit(tmp_path, "retry", latents.folder.name)
+    assert set(wait_for_end(runs.load(latents.folder)).values()) == {"done"}
+    audit = newest(tmp_path, "audit")
+    if set(wait_for_end(audit).values()) != {"done"}:
+        submit(tmp_path, "retry", audit.folder.name)
+        assert wait_for_end(runs.load(audit.folder)) == {0: "done"}
+    submit(tmp_path, "retry", train.folder.name)
+    assert wait_for_end(runs.load(train.folder)) == {0: "done"}
+
+
+def test_the_third_part_of_an_array_is_refused(profile, tmp_path, capsys, monkeypatch, dev_cluster):
+    """What was accepted is recorded and runs; `retry` submits the others."""
+    limited = tmp_path / "bin"
+    limited.mkdir()
+    (limited / "sbatch").write_text(
+        f"""#!/bin/sh
+count=$(cat {tmp_path}/count 2>/dev/null || echo 0)
+echo $((count + 1)) > {tmp_path}/count
+if [ "$count" -ge 2 ]; then echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; fi
+exec {shutil.which("sbatch")} "$@"
+"""
+    )
+    (limited / "sbatch").chmod(0o755)
+    monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
+    words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{limited}:{os.environ['PATH']}")
+        submit(tmp_path, *words, settings={"data.num_shards": 6, "data.max_images": 48}, code=2)
+    error = capsys.readouterr().err
+    assert "QOSMaxSubmitJobPerUserLimit; 4 of 6 shards were submitted before" in error
+    run = newest(tmp_path, "caption")
+    assert wait_for_end(run) == {**dict.fromkeys(range(4), "done"), 4: "failed", 5: "failed"}
+    submit(tmp_path, "retry", run.folder.name)
+    assert set(wait_for_end(runs.load(run.folder)).values()) == {"done"}
+
+
+def test_a_controller_that_does_not_answer_ends_no_wait(profile, tmp_path, monkeypatch, capsys, dev_cluster):
+    """Three queries in a row fail while the launcher waits."""
+    broken = tmp_path / "bin"
+    broken.mkdir()
+    (broken / "squeue").write_text(
+        f"""#!/bin/sh
+count=$(cat {tmp_path}/count 2>/dev/null || echo 0)
+echo $((count + 1)) > {tmp_path}/count
+if [ "$count" -lt 3 ]; then echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1; fi
+exec {shutil.which("squeue")} "$@"
+"""
+    )
+    (broken / "squeue").chmod(0o755)
+    fast = tmp_path / "fast.toml"
+    fast.write_text(PROFILE.replace("cpus_per_task", "poll_seconds = 1\ncpus_per_task"))
+    monkeypatch.setenv("PATH", f"{broken}:{os.environ['PATH']}")
+    words = ["caption", "--cluster", str(fast), "--dataset", str(tmp_path / "dataset"), "--wait"]
+    submit(tmp_path, *words, settings={"data.num_shards": 2, "data.max_images": 16})
+    assert "Socket timed out" in capsys.readouterr().err
+    assert int((tmp_path / "count").read_text()) >= 3
 
 
 # Faults
@@ -301,7 +380,7 @@ def preempt(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
 
 def cancel(bench: Bench, run: Run, job: str, cluster: DevCluster) -> None:
     submit(bench.home, "cancel", run.folder.name)
-    assert "failed" in wait_for_end(run).values()
+    assert "cancelled" in wait_for_end(run).values()
     bench.retry(run)
 
 
@@ -427,11 +506,12 @@ def test_retry_submits_only_missing_elements(profile, tmp_path, capsys):
         os.kill(task_processes(line["job"])[-1], signal.SIGKILL)
     killed = sorted([line["arguments"][0][0] for line in running] + [40, 55, 63])
     states = wait_for_end(run, 600)
-    assert sorted(shard for shard, state in states.items() if state == "failed") == killed
+    assert sorted(shard for shard, state in states.items() if state in runs.UNFINISHED) == killed
+    assert {shard for shard, state in states.items() if state == "cancelled"} == {40, 55, 63}
     capsys.readouterr()
     submit(tmp_path, "status", run.folder.name, code=1)
     printed = capsys.readouterr().out
-    assert re.findall("failed: shard ([0-9]+)", printed) == [str(shard) for shard in killed]
+    assert re.findall("(?:failed|cancelled): shard ([0-9]+)", printed) == [str(shard) for shard in killed]
     submit(tmp_path, "retry", run.folder.name)
     again = runs.load(run.folder)
     assert sorted(shard for _, shards in again.jobs[len(run.jobs) :] for shard in shards) == killed
@@ -462,9 +542,12 @@ def test_status_agrees_with_slurm(dev_cluster, profile, tmp_path, tmp_path_facto
             if not killed and attempts(run.folder):
                 killed = attempts(run.folder)[0]["job"]
                 os.kill(task_processes(killed)[-1], signal.SIGKILL)
-        assert seen == {"pending", "running", "done", "failed"}
+        assert {"pending", "running", "done"} <= seen
         states = {element.job: element.state for element in runs.elements(run).values()}
-        assert {job for job, state in states.items() if state == "failed"} == {killed, run.job_of()[5]}
+        assert {job: state for job, state in states.items() if state in runs.UNFINISHED} == {
+            killed: "failed",
+            run.job_of()[5]: "cancelled",
+        }
         if accounting:
             slurm("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
             completed = set(states) - {killed, run.job_of()[5]}
@@ -499,7 +582,7 @@ def compare_states_with_squeue(run: Run) -> tuple[dict[str, str], bool]:
         for job, state in states.items():
             # A job whose data is complete may still have a process that is exiting.
             assert state == before.get(job, state) or (state == "done" and before[job] == "running"), (states, before)
-            assert job in before or state in ("done", "failed")
+            assert job in before or state in ("done", *runs.UNFINISHED)
     return states, bool(before)
 
 

@@ -43,7 +43,7 @@ def write(kind, target):
     return (target / "part").read_text()
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_writer(writer, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_by_the_next_writer(writer, tmp_path):
     process, kind = writer
     assert len(list(tmp_path.iterdir())) == 1
     process.send_signal(signal.SIGKILL)
@@ -52,7 +52,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_writer(writer, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_what_a_living_process_writes_is_left_alone(writer, tmp_path):
+def test_temporary_files_of_a_living_process_are_kept(writer, tmp_path):
     process, kind = writer
     assert write(kind, tmp_path / "target") == "complete"
     assert len(list(tmp_path.iterdir())) == 2

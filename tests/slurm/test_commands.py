@@ -124,7 +124,7 @@ def programs(monkeypatch, tmp_path):
     return write
 
 
-def test_a_controller_that_does_not_answer_says_nothing_about_jobs(programs):
+def test_a_controller_that_does_not_answer_ends_no_job(programs):
     programs(squeue="echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1")
     with pytest.raises(SlurmUnavailableError, match="Socket timed out"):
         commands.states("slurm", ["1"])
@@ -144,7 +144,7 @@ def test_squeue_goes_before_sacct(programs):
     assert (states["7"].state, states["8"].state) == ("PENDING", "TIMEOUT")
 
 
-def test_array_expressions_are_asked_for_in_full(programs, tmp_path):
+def test_array_expressions_are_not_cut_off(programs, tmp_path):
     programs(squeue=f"echo $SLURM_BITSTR_LEN > {tmp_path}/length")
     programs(sacct="true")
     commands.states("slurm", ["1"])

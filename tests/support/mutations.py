@@ -162,7 +162,7 @@ def decompression_bombs(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
     yield "png of 2**31 pixels a side", png(2**31 - 1, 2**31 - 1, rows=b"x")
     huge = zlib.compress(bytes(200_000_000), 9)
     for kind, head in ((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0"), (b"iCCP", b"a\0\0")):
-        yield f"png: {kind.decode()} bomb", png(96, 96, extra=png_chunk(kind, head + huge))
+        yield f"png: {kind.decode()} decompression bomb", png(96, 96, extra=png_chunk(kind, head + huge))
     yield "png: many texts", png(96, 96, extra=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6))) * 100)
     yield "png: 100,000 chunks", png(96, 96, extra=png_chunk(b"teSt", b"") * 100_000)
     yield "png of too few rows", png(96, 9600 // 96 * 3, rows=zlib.compress(bytes(289 * 20)))

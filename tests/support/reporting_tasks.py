@@ -54,7 +54,7 @@ def last_step(run: Path, task: int) -> int:
 
 
 def start(run: Path, task: int, steps: int, barrier: tuple[int, int] | None = None) -> int:
-    """Fork a task and return its process ID; with the pipe `gate`, it waits until the parent closes the pipe."""
+    """Fork a task and return its process ID; with the pipe `barrier`, it waits until the parent closes the pipe."""
     child = os.fork()
     if not child:
         if barrier:

@@ -99,7 +99,7 @@ def use_captions_of_dataset(launch: Launch, options: Options) -> None:
 
 
 def collect_prompts(options: Options) -> list[str]:
-    """Return the prompts of the command line and of --file, on one line each. Raises ValueError if there are none."""
+    """Return the prompts of the command line and of --file, on one line each. Raises ValueError without a prompt."""
     prompts = list(options.prompts)
     if options.file:
         prompts += [item["prompt"] for item in read_prompts(options.file)]

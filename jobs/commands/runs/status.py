@@ -85,13 +85,14 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     active = runs.is_active(elements)
     if run.kind == "train":
         console.print(describe_steps(run, active=active), markup=False)
-    failed = [(number, element) for number, element in elements.items() if element.state == "failed"]
+    failed = [(number, element) for number, element in elements.items() if element.state in runs.UNFINISHED]
     for number, element in failed[:MAX_FAILURES]:
         subject = f"shard {number}" if run.elements else run.kind
-        console.print(f"failed: {subject}, job {element.job}: {element.note}", markup=False)
+        note = f": {element.note}" if element.note else ""
+        console.print(f"{element.state}: {subject}, job {element.job or 'none'}{note}", markup=False)
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
-    following = "retry" if failed or counts["cancelled"] else "status" if active else "open"
+    following = "retry" if failed else "status" if active else "open"
     console.print(f"next: {next_command(options, following, run.folder.name)}", markup=False)
 
 

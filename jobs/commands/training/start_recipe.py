@@ -35,9 +35,10 @@ def recipe_of_checkpoint(home: Path, start: str, dataset: str | None) -> Recipe:
     made = [recipe for recipe in (make(str(home)) for make in RECIPES.values()) if fits(recipe, record, manifest)]
     if len(made) != 1:
         of = f" and the dataset {manifest['data']['path']}" if manifest else ""
-        found = f"the recipes {' and '.join(recipe.name for recipe in made)} fit" if made else "no recipe fits"
+        matches = f"the recipes {' and '.join(recipe.name for recipe in made)} fit" if made else "no recipe fits"
         raise ValueError(
-            f"--from {start}: {found} its model{of}; give --recipe NAME, one of {', '.join(RECIPES)}, or --config FILE"
+            f"--from {start}: {matches} its model{of}; give --recipe NAME, one of {', '.join(RECIPES)}, "
+            "or --config FILE"
         )
     return made[0]
 

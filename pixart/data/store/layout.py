@@ -8,6 +8,8 @@ import errno
 import hashlib
 import math
 import os
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Self
 import google_crc32c
 import numpy as np
 
-from pixart.atomic import file_lock, remove_leftovers, temporary_path
+from pixart.atomic import remove_leftovers, temporary_path
 from pixart.data.manifest import Manifest
 
 ZARR_FOLDER = "latents.zarr"
@@ -114,31 +116,42 @@ def columns_of(manifest: Manifest) -> dict[str, Column]:
 
 
 def create(manifest: Manifest) -> None:
-    """Create the empty Zarr arrays of a dataset; existing arrays are not changed. Processes do so one at a time."""
+    """Create the empty Zarr arrays of a dataset; existing arrays are not changed.
+
+    They are created under a temporary name and renamed, so that any number of processes may do so at once.
+    """
+    folder = Path(manifest.data.path) / ZARR_FOLDER
+    names = ["", *columns_of(manifest)]
+    missing = [name for name in names if not (folder / name / "zarr.json").exists()]
+    if not missing:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(folder)
+    try:
+        create_arrays(temporary, manifest)
+        for name in missing:
+            with suppress(OSError):  # another process has renamed its own
+                (temporary / name).replace(folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def create_arrays(folder: Path, manifest: Manifest) -> None:
+    """Create a Zarr group with the empty arrays of a dataset."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    folder = Path(manifest.data.path) / ZARR_FOLDER
-    metadata = [folder / "zarr.json", *(folder / name / "zarr.json" for name in columns_of(manifest))]
-    if all(file.exists() for file in metadata):
-        return
-    with file_lock(Path(manifest.data.path) / ".create.lock"):
-        create_arrays(zarr.open_group(folder, mode="a"), manifest, Crc32cCodec())
-
-
-def create_arrays(group: Any, manifest: Manifest, checksum: Any) -> None:
-    """Create the arrays of a Zarr group that do not exist, with a codec that appends checksums."""
+    group = zarr.open_group(folder, mode="w-")
     for name, column in columns_of(manifest).items():
-        if name not in group:
-            group.create_array(
-                name,
-                shape=(column.rows * manifest.data.num_shards, *column.shape),
-                dtype=column.dtype,
-                chunks=(column.chunk, *column.shape),
-                shards=(column.rows, *column.shape) if column.chunk < column.rows else None,
-                compressors=checksum,
-                fill_value=0,
-            )
+        group.create_array(
+            name,
+            shape=(column.rows * manifest.data.num_shards, *column.shape),
+            dtype=column.dtype,
+            chunks=(column.chunk, *column.shape),
+            shards=(column.rows, *column.shape) if column.chunk < column.rows else None,
+            compressors=Crc32cCodec(),
+            fill_value=0,
+        )
 
 
 def write_shard_file(root: Path, column: Column, shard: int, values: np.ndarray) -> None:

@@ -123,7 +123,7 @@ class Store:
         return out
 
     def prefetch(self, names: Iterable[str], rows: np.ndarray, cancelled: Event) -> None:
-        """Bring the blocks that contain these rows into a cache, until `cancelled` is set.
+        """Load the blocks that contain these rows into a cache, until `cancelled` is set.
 
         Does nothing if a sample of the blocks is cached already.
         """

@@ -1,6 +1,8 @@
 """Stage-1 checkpoints of the original JAX training, read while an import of jax would fail."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -142,3 +144,12 @@ def test_the_launcher_recognizes_the_checkpoint(step, monkeypatch):
     manifest.write_bytes(manifest.read_bytes()[:-1])
     with pytest.raises(ValueError, match="truncated"):
         check_lengths(step.parent)
+
+
+def test_a_path_with_dots_spaces_and_percent_signs(step, tmp_path, monkeypatch):
+    folder = tmp_path / "a b%20c"
+    folder.mkdir()
+    shutil.copytree(step, folder / step.name)
+    monkeypatch.chdir(folder)
+    checkpoint = read(Path("..") / folder.name / step.name)
+    assert torch.equal(checkpoint.model[Q_PROJ], read(step).model[Q_PROJ])

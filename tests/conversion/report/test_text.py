@@ -19,7 +19,7 @@ from jobs import launch
         (Options(calibration_dataset="other"), "data", ["--stage", "2", "--from", "a b.fp8", "--dataset", "other"]),
     ],
 )
-def test_the_command_names_what_the_checkpoint_does_not_record(options, dataset, expected):
+def test_the_command_names_options_that_the_checkpoint_does_not_record(options, dataset, expected):
     words = shlex.split(next_command(options, "a b.fp8", dataset))
     assert words == ["python", "-m", "jobs.launch", "train", *expected]
     launch.parse_command(words[3:])

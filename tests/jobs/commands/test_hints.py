@@ -78,7 +78,7 @@ def test_a_conversion_is_followed_by_training_with_the_configuration_file(tmp_pa
 
 
 @pytest.mark.parametrize("recipe", ["xl", "xl-mxfp8"])
-def test_a_recipe_that_the_command_found_is_named(recipe):
+def test_a_recipe_that_the_command_chose_is_named(recipe):
     assert next_command(options_of("train", "--from", "x"), "sample", "last", recipe=recipe).endswith(
         f"sample last --recipe {recipe}"
     )

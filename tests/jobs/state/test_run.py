@@ -117,7 +117,7 @@ def test_logs_are_followed_to_the_end_of_the_jobs(tmp_path, process, capsys):
     assert capsys.readouterr().out == "at first\nlater\n"
 
 
-def test_cancel_ends_what_runs(tmp_path, process, capsys):
+def test_cancel_ends_active_jobs(tmp_path, process, capsys):
     make_run(tmp_path, jobs=[(process, (0, 1)), ("999999991", (2, 3))])
     cancel.run(RunOptions(home=str(tmp_path), run=None))
     assert "cancelled 1 jobs" in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_frames_are_the_steps_and_the_last_one_is_the_image(pt_file, tmp_path):
         ({"text_dim": 384}, ("--vae", "demo", "--dataset", "data", "--prompt", "a"), "give either these or --dataset"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(pt_file, tmp_path, capsys, condition, words, message):
+def test_mismatches_are_refused_in_one_line(pt_file, tmp_path, capsys, condition, words, message):
     assert run_sample(tmp_path, pt_file(**condition), *words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error

@@ -53,7 +53,7 @@ def test_a_configuration_file_stores_the_text(recipe, tmp_path):
         ("data.captions.prompt=x", r"data\.captions\.prompt: unknown key"),
     ],
 )
-def test_errors_name_the_key_and_what_is_allowed(recipe, assignment, message):
+def test_errors_name_the_key_and_the_allowed_values(recipe, assignment, message):
     with pytest.raises(ValueError, match=message) as caught:
         overrides.apply(recipe, [assignment])
     assert "\n" not in str(caught.value)

@@ -25,7 +25,7 @@ def test_a_fresh_normalization_has_the_default_range():
     assert Normalization(mean=(0.0,), std=(1.0,)).pixel_range == (-1, 1)
 
 
-def test_a_mismatch_is_refused_with_both_values_and_what_to_do():
+def test_mismatch_error_names_both_values_and_the_remedy():
     models = {"vae": "aaaa", "text_encoder": "bbbb"}
     check_latent_space("C", (0, 1), {}, "D", (0, 1), models)
     check_latent_space("C", (0, 1), {"vae": "aaaa"}, "D", (0, 1), models)

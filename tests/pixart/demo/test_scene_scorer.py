@@ -52,7 +52,7 @@ def test_classification_is_robust_to_noise_and_blur(images: np.ndarray, scenes: 
     assert accuracy.shape >= 0.97
 
 
-def test_accuracy_counts_each_mistake():
+def test_accuracy_counts_every_mistake():
     scene = replace(make_scene(5, 0), shape="circle", color="red", background="white", dot=None, small=None)
     requested = [scene, replace(scene, color="blue"), replace(scene, shape="star"), replace(scene, shape="square")]
     assert score([render(scene)] * 4, requested) == SceneAccuracy(color=0.75, shape=0.5, total=4)

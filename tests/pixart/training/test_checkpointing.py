@@ -29,12 +29,12 @@ def ranks():
         yield ranks
 
 
-def test_a_new_manager_removes_its_own_leftovers_and_not_those_of_a_conversion(tmp_path, ranks):
+def test_new_manager_removes_leftovers_of_training_but_not_of_a_conversion(tmp_path, ranks):
     folder = tmp_path / "checkpoints"
-    own = folder / ".step-00000400.partial"
+    of_training = folder / ".step-00000400.partial"
     conversion = temporary_path(folder / "step-00000400.fp8")
     earlier_conversion = folder / ".step-00000400.fp8.0123abcd.partial"
-    for path in (own, conversion, earlier_conversion):
+    for path in (of_training, conversion, earlier_conversion):
         path.mkdir(parents=True)
     CheckpointManager(tmp_path, ranks, keep_last=1, keep_every=0).close()
     assert sorted(folder.iterdir()) == sorted([conversion, earlier_conversion])

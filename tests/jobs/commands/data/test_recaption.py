@@ -39,9 +39,9 @@ def test_the_recipe_gives_them_without_a_dataset(tmp_path, url):  # noqa: F811
     (tmp_path / "mine.txt").write_text("Rewrite it.\n")
     mine = ["--set", f"data.captions.rewrite_instruction=@{tmp_path}/mine.txt", "--set", "data.captions.top_k=7"]
     assert recaption(tmp_path, url) == recaption(tmp_path, url, *mine) == 0
-    default, own = FakeServer.bodies
+    default, custom = FakeServer.bodies
     assert default["messages"][0]["content"] == REWRITE_INSTRUCTION
-    assert (own["messages"][0]["content"], own["top_k"]) == ("Rewrite it.", 7)
+    assert (custom["messages"][0]["content"], custom["top_k"]) == ("Rewrite it.", 7)
 
 
 def test_another_instruction_than_the_datasets_is_refused(tmp_path, url, dataset, capsys):  # noqa: F811

@@ -84,9 +84,9 @@ def test_the_model_and_the_pixel_range_of_an_imported_checkpoint(tmp_path, model
 def test_the_dataset_decides_too(tmp_path, model, source, pixel_range, expected):
     """The dataset is the one that the command names, else the one that the checkpoint was trained on."""
     dataset = make_dataset(tmp_path / "data", source, pixel_range)
-    own = save(tmp_path / "own", model, dataset=dataset)
+    trained = save(tmp_path / "trained", model, dataset=dataset)
     imported = save(tmp_path / "imported", model)
-    for path, named in ((own, None), (imported, dataset)):
+    for path, named in ((trained, None), (imported, dataset)):
         if expected:
             assert recipe_of_checkpoint(tmp_path, str(path), named).name == expected
             continue
@@ -95,7 +95,7 @@ def test_the_dataset_decides_too(tmp_path, model, source, pixel_range, expected)
 
 
 def test_the_demo_recipe_is_refused_for_another_model(tmp_path, capsys, monkeypatch):
-    """One line names --recipe, with nothing written; a recipe that is named is taken as it is."""
+    """One line names --recipe, with nothing written; a recipe that is named is not changed."""
     monkeypatch.setenv("PIXART_CLUSTER", "local")
     path = save(tmp_path / "imported", "demo")
     record = json.loads((path / "training.json").read_text())

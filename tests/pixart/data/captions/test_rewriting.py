@@ -28,8 +28,8 @@ def test_invalid_answers_are_retried_once_and_then_replaced_by_the_request():
 
     def generate(conversations, sampling):
         requests = [messages[-1]["content"] for messages in conversations]
-        (temperature,) = {each["temperature"] for each in sampling}
-        (seed,) = {each["seed"] for each in sampling}
+        (temperature,) = {item["temperature"] for item in sampling}
+        (seed,) = {item["seed"] for item in sampling}
         calls.append((requests, temperature, seed))
         answers = {
             "dog": ("A brown dog on a red ball.", False),
@@ -57,10 +57,10 @@ def test_instruction_and_sampling_are_those_of_the_captions():
     assert [messages[0]["content"] for messages in first] == [captions.rewrite_instruction] * 2
     assert [messages[1]["content"] for messages in first] == ["dog", "cat"]
     settings = {"temperature": 0.7, "top_p": 0.85, "top_k": 30, "max_tokens": 120}
-    assert [{**each, "seed": 0} for each in sampled] == [{**settings, "seed": 0}] * 2
+    assert [{**item, "seed": 0} for item in sampled] == [{**settings, "seed": 0}] * 2
     assert sampled[0]["seed"] != sampled[1]["seed"] == alone[0]["seed"] < SEEDS
-    assert [each["seed"] for each in again] == [each["seed"] + 1 for each in sampled]
-    assert {each["temperature"] for each in again} == {0.7}
+    assert [item["seed"] for item in again] == [item["seed"] + 1 for item in sampled]
+    assert {item["temperature"] for item in again} == {0.7}
 
 
 @pytest.mark.parametrize(("temperature", "second"), [(0.0, 0.7), (0.2, 0.7), (0.7, 0.7), (1.2, 1.2)])
@@ -68,7 +68,7 @@ def test_the_second_attempt_is_never_colder(temperature, second):
     temperatures = []
 
     def generate(conversations, sampling):
-        temperatures.extend(each["temperature"] for each in sampling)
+        temperatures.extend(item["temperature"] for item in sampling)
         return [("", False)]
 
     rewrite(["dog"], CaptionsConfig(temperature=temperature), generate)
