@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from conversion.reading.transformer_engine import without_extra_states
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
+from pixart.data.torch_archive import check_archive
 
 SUITE_FORMAT = "checkpoint directory"
 
@@ -123,7 +123,7 @@ def read_pt(path: Path) -> StoredState:
 
     Raises ValueError if it cannot be read, or holds objects other than tensors, containers and plain values.
     """
-    check_archive(path)
+    check_archive(path, "PyTorch checkpoint")
     try:
         with torch.serialization.safe_globals([io.BytesIO]):  # inert bytes: extra states of early TransformerEngine
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -140,21 +140,6 @@ def read_pt(path: Path) -> StoredState:
     if "model" not in tensors and tensors and all(isinstance(value, Tensor) for value in tensors.values()):
         return StoredState(source_format=".pt, weights only", model=content, is_original=True)
     return dataclasses.replace(from_groups(content, path, ".pt of the original training"), is_original=True)
-
-
-def check_archive(path: Path) -> None:
-    """Raise ValueError for a zip archive that `torch.save` cannot have written.
-
-    Such entries are compressed, or claim more bytes than the file has: a decompression bomb.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: it is not a PyTorch checkpoint, or it is truncated") from error
-    claimed_bytes = sum(entry.file_size for entry in entries)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or claimed_bytes > path.stat().st_size:
-        raise ValueError(f"{path} cannot be read: its entries are compressed or overlap, so it is not from torch.save")
 
 
 def from_groups(content: Mapping[str, Any], path: Path, source_format: str) -> StoredState:

@@ -26,6 +26,10 @@ class Entry:
 GROUPS: dict[str, dict[str, Entry]] = {
     "Data": {
         "init": Entry("data.init", "Create a dataset: fix its source, shards, image size and models."),
+        "adopt": Entry(
+            "data.adopt",
+            "Make a dataset from latents and captions that are already computed, one shard per array element.",
+        ),
         "caption": Entry("data.caption", "Caption and screen the images of a dataset, one shard per array element."),
         "latents": Entry("data.latents", "Encode the images and captions of a dataset, one shard per array element."),
         "audit": Entry("data.audit", "Audit a dataset: report its statistics, and check them against limits."),

@@ -199,14 +199,14 @@ class Traversal:
         node = self.add_node(
             "dataset",
             path,
-            source=data["source"],
+            source=f"adopted from {data['source']}" if data["captioner"] == "adopted" else data["source"],
             images=f"{manifest['images']:,} of {data['image_size']} px in {data['num_shards']} shards",
             **captioner(data, models["captioner"]),
             VAE=f"{data['vae']} ({models['vae']})",
             text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",
             hash=manifest["hash"],
         )
-        for kind in ("caption", "latents", "audit"):
+        for kind in ("adopt", "caption", "latents", "audit"):
             names = {run.folder.name for run in self.known_runs() if run.kind == kind and run.dataset == path}
             if names:
                 node.facts[kind] = ", ".join(sorted(names))
@@ -218,6 +218,8 @@ def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
     """Return the facts about a dataset's captioner: for a model also the instruction, whose hash ends `fingerprint`."""
     from pixart.data.captions.captioner import prompt_hash, sampling_settings
 
+    if data["captioner"] == "adopted":
+        return {"captioner": f"adopted ({fingerprint})", "instruction": "adopted with the captions, and not known"}
     if data["captioner"] != "vllm":
         return {"captioner": data["captioner"]}
     captions = data_from_dict(data).captions

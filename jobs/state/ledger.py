@@ -20,6 +20,7 @@ from pixart.config.renamed_keys import rename_data
 
 MANIFEST = "manifest.json"
 ARRAYS = "latents.zarr"  # a folder
+ENTRIES_OF = {"adopt": ("caption", "latents")}  # entries that a job writes, where their names are not its own
 DATA_FOLDERS = {"caption": ("captions", ".parquet"), "latents": (f"{ARRAYS}/valid/c", "")}  # with the files' suffix
 NAME = re.compile(r"([0-9]+)\.json")
 
@@ -104,18 +105,27 @@ def require_complete(dataset: str | Path) -> None:
         raise ValueError(f"dataset {dataset} does not exist; run 'caption' to create it")
     for job in ("caption", "latents"):
         if missing := missing_shards(dataset, job, record):
-            raise ValueError(incomplete(dataset, job, len(missing), record["data"]["num_shards"]))
+            raise ValueError(incomplete(dataset, job, len(missing), record))
 
 
-def incomplete(dataset: str | Path, job: str, missing: int, shards: int) -> str:
-    """Return the error message about a dataset that is not complete."""
-    return f"dataset {dataset} is incomplete: {missing} of {shards} shards have no {job}; run '{job}'"
+def incomplete(dataset: str | Path, job: str, missing: int, manifest: Mapping[str, Any]) -> str:
+    """Return the error message about a dataset with this manifest that is not complete."""
+    count = f"dataset {dataset} is incomplete: {missing} of {manifest['data']['num_shards']} shards"
+    if is_adopted(manifest):
+        return f"{count} are not adopted; run 'adopt {manifest['data']['source']}'"
+    return f"{count} have no {job}; run '{job}'"
+
+
+def is_adopted(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a dataset with this manifest was made from precomputed latents, by `adopt`."""
+    return manifest["data"]["captioner"] == "adopted"
 
 
 def drop_stale_entries(dataset: str | Path, job: str, shards: list[int], manifest: str) -> None:
     """Remove the entries of these shards that are not current, before the job processes the shards again."""
-    for shard in set(shards) - current(dataset, job, shards, manifest):
-        path(dataset, job, shard).unlink(missing_ok=True)
+    for name in ENTRIES_OF.get(job, (job,)):
+        for shard in set(shards) - current(dataset, name, shards, manifest):
+            path(dataset, name, shard).unlink(missing_ok=True)
 
 
 def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:

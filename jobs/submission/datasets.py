@@ -3,6 +3,7 @@
 import functools
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
@@ -22,10 +23,11 @@ from slurm import profile as profiles
 from slurm.executor import Cluster, Shape
 
 
-def open_dataset(launch: Launch) -> dict[str, Any]:
+def open_dataset(launch: Launch, create: Callable[[], None] | None = None) -> dict[str, Any]:
     """Return the dataset's manifest, and set the recipe's `data` to it; create the dataset if it does not exist.
 
-    Raises ValueError if an override asks for another value than the dataset was created with.
+    `create` is the function of the init job that does so (default: the one for a source of images). Raises ValueError
+    if an override asks for another value than the dataset was created with.
     """
     manifest = ledger.manifest(launch.dataset)
     if manifest is None and launch.dry_run:
@@ -34,7 +36,7 @@ def open_dataset(launch: Launch) -> dict[str, Any]:
         raise ValueError(f"dataset {launch.dataset} does not exist; create it on a file system, and copy it there")
     if manifest is None:
         check_new_folder(launch.dataset)
-        create_dataset(launch)
+        create_dataset(launch, create or functools.partial(init_dataset.run, to_json(launch.recipe)))
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
     with of_this_version(f"{launch.dataset}/{ledger.MANIFEST}"):
@@ -62,12 +64,12 @@ def check_new_folder(dataset: str) -> None:
         )
 
 
-def create_dataset(launch: Launch) -> None:
+def create_dataset(launch: Launch, create: Callable[[], None]) -> None:
     """Run the init job on this machine: it lists the source and writes one small file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cluster = Cluster(profiles.load("local"), folder)
-        job = cluster.submit_ranks(Shape(kind="init"), functools.partial(init_dataset.run, to_json(launch.recipe)))
+        job = cluster.submit_ranks(Shape(kind="init"), create)
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
         try:
             while runs.is_active(elements := runs.elements(run)):

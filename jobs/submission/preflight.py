@@ -118,7 +118,11 @@ def check_sizes(recipe: Recipe, stage: int, ranks: int) -> None:
 
 
 def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: Record | None) -> None:
-    """Check that the model of the recipe, or of the checkpoint, fits the dataset."""
+    """Check that the model of the recipe, or of the checkpoint, fits the dataset, and that this has what is read."""
+    if stage == 2 and (manifest.get("adopted") or {}).get("form") == "labels":
+        raise ValueError(
+            f"dataset {recipe.data.path}: was adopted from shards of labels, without captions; stage 2 needs captions"
+        )
     classes, sizes = len(manifest["class_names"]), recipe.model.num_classes
     channels, side, _ = manifest["latent_shape"]
     if not record and recipe.model.in_dim != channels:

@@ -21,14 +21,14 @@ from jobs.state.run_metadata import add_tags, describe, set_status
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
-from jobs.tasks import audit, caption, convert, latents, recaption, sample, train, verify
+from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
 from slurm.commands import SlurmError
 from slurm.executor import Cluster, Shape, Submitted
 from slurm.task import RESULT
 
-ARRAY_JOBS = {"caption": caption.run, "latents": latents.run}
+ARRAY_JOBS = {"adopt": adopt.run, "caption": caption.run, "latents": latents.run}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
     "recaption": recaption.run,

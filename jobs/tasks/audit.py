@@ -36,6 +36,9 @@ def run(run_folder: str) -> str:
     folder = Path(dataset) / FOLDER
     groups = [(kind, members[:OF_GROUP].tolist(), len(members)) for kind, members in spread(duplicates, GROUPS)]
     accepted = spread([row for rows in merged.valid_rows for row in rows.tolist()], ACCEPTED)
+    adopted = adopted_rows(manifest, accepted) if manifest.adopted else None
+    if adopted:
+        accepted = []
     picture = pictures(manifest, accepted + [row for _, rows, _ in groups for row in rows])
     html = page(
         dataset,
@@ -46,6 +49,7 @@ def run(run_folder: str) -> str:
         },
         [picture[row] for row in accepted],
         [(kind, count, [picture[row] for row in rows]) for kind, rows, count in groups],
+        adopted,
     )
     write_duplicates(folder / DUPLICATES, duplicates)
     write_atomically(folder / PAGE, html)
@@ -89,7 +93,7 @@ def merge(manifest):
     from jobs.tasks.caption import read_part
     from pixart.data.audit.statistics import Audit
 
-    merged = Audit()
+    merged = Audit(has_images=manifest.adopted is None)
     for shard in range(manifest.data.num_shards):
         merged.add(read_part(manifest.data.path, shard), manifest.shard_range(shard)[0])
     return merged
@@ -105,12 +109,28 @@ def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
     from pixart.data.images.screening import decode, thumbnail
     from pixart.data.manifest import open_images
 
+    if not rows:
+        return {}
     source = open_images(manifest)
     images = {}
     for row in rows:
         item = next(source.read(row, row + 1))
         images[row] = (item.id, thumbnail(decode(item.data, manifest.data.screening)))
     return images
+
+
+def adopted_rows(manifest, rows: list[int]):
+    """Return the origin of an adopted dataset, with the captions of these rows, for the audit's page."""
+    from jobs.tasks.caption import read_part
+    from pixart.data.audit.page import AdoptedRows
+
+    captions: list[tuple[str, str, str]] = []
+    for shard in sorted({row // manifest.rows_per_shard for row in rows}):
+        first = manifest.shard_range(shard)[0]
+        table = read_part(manifest.data.path, shard).select(["id", "caption", "short_caption"])
+        of_shard = [row - first for row in rows if row // manifest.rows_per_shard == shard]
+        captions += [tuple(line.values()) for line in table.take(of_shard).to_pylist()]
+    return AdoptedRows(source=manifest.data.source, form=manifest.adopted.form, captions=captions)
 
 
 def write_duplicates(path: Path, duplicates) -> None:

@@ -101,6 +101,8 @@ def open_pipeline(model, record: dict[str, Any], configuration: Recipe, checkpoi
             manifests.check_model(dataset, kind)
         components = loading.Components.of_dataset(dataset)
         sources = {"dataset": data.path, "dataset_hash": dataset.hash}
+        if dataset.adopted:
+            sources["captions"] = f"adopted from {dataset.data.source}"
     else:
         pixel_range = recorded_pixel_range(record)
         components = loading.Components.of_config(replace(data, pixel_range=pixel_range), model.stage)

@@ -98,8 +98,9 @@ class DataConfig:
     """Whether to store the tokens (and embeddings) of the captions' first sentences too; see
     stage2.short_caption_prob."""
 
-    captioner: Literal["labels", "vllm"] = "labels"
-    """Origin of the captions: `labels` takes the source's own text, `vllm` generates them with `caption_model`."""
+    captioner: Literal["labels", "vllm", "adopted"] = "labels"
+    """Origin of the captions: `labels` takes the source's own text, `vllm` generates them with `caption_model`;
+    `adopted` is that of the datasets which the command `adopt` makes from precomputed latents and captions."""
 
     caption_model: str = "Qwen/Qwen3-VL-2B-Instruct"
     """Folder or hub name of the vision-language model that the captioner `vllm` runs."""

@@ -1,6 +1,8 @@
 """The dataset manifest: everything that is fixed before the first task of a dataset runs.
 
-Row r of shard s is always source item `s * rows_per_shard + r`; an item that is rejected keeps its row.
+Row r of shard s is always source item `s * rows_per_shard + r`; an item that is rejected keeps its row. The shards of
+an adopted dataset are files of different lengths: row r of shard s is row r of file s, `rows_per_shard` is the length
+of the longest file, and the rows of the store behind the end of a shorter one are padding, which is never valid.
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from pixart.atomic import write_atomically
 from pixart.config.dataset import DataConfig, data_from_dict, is_url
@@ -25,6 +27,17 @@ ADDED_KEYS = {"pixel_range": 4, "captions": 4}  # keys of `data`, by the first f
 FILE = "manifest.json"
 ROW_COUNTS_FILE = "source-files.json"  # number of rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
+ADOPTED = "adopted"  # captioner of a dataset whose captions and latents were computed elsewhere
+
+Form = Literal["labels", "captions", "tokens", "texts"]  # what the shards of an adopted dataset hold beside latents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adoption:
+    """The shards that a dataset was adopted from: one file each, of different lengths."""
+
+    form: Form
+    shard_rows: tuple[int, ...]  # rows of each file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +54,12 @@ class Manifest:
     latent_shape: tuple[int, int, int]  # (channels, height, width)
     text_dim: int
     models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
+    adopted: Adoption | None = None  # None for a dataset of images
     format: int = FORMAT
 
     @property
     def rows(self) -> int:
-        """Number of rows of the store. Every shard has `rows_per_shard` rows, of which the last may be padding."""
+        """Number of rows of the store, padding included. Every shard has `rows_per_shard` rows."""
         return self.rows_per_shard * self.data.num_shards
 
     def shard_range(self, shard: int) -> tuple[int, int]:
@@ -57,6 +71,9 @@ class Manifest:
             raise ValueError(
                 f"shard {shard} does not exist; the dataset {self.data.path} has shards 0 to {self.data.num_shards - 1}"
             )
+        if self.adopted:
+            start = shard * self.rows_per_shard
+            return start, start + self.adopted.shard_rows[shard]
         start = min(shard * self.rows_per_shard, self.images)
         return start, min(start + self.rows_per_shard, self.images)
 
@@ -70,6 +87,8 @@ class Manifest:
         """Return the manifest as JSON values, with the keys of its format."""
         values = dataclasses.asdict(self)
         version = values.pop("format")
+        if self.adopted is None:
+            del values["adopted"]
         values["data"] = {key: value for key, value in values["data"].items() if ADDED_KEYS.get(key, 0) <= version}
         if version == LEGACY_FORMAT:
             values["data"] = original_data(values["data"])
@@ -82,6 +101,8 @@ def open_images(manifest: Manifest) -> Source:
     Raises ValueError if its number of items has changed since the dataset was created.
     """
     data = manifest.data
+    if manifest.adopted:
+        raise ValueError(f"dataset {data.path} was adopted: it has latents and captions, and no images")
     source = open_configured_source(data, Path(data.path) / ROW_COUNTS_FILE)
     if len(source) != manifest.images:
         raise ValueError(
@@ -107,6 +128,8 @@ def make(data: DataConfig) -> Manifest:
     from pixart.data.encoders.text_encoder import text_dim
     from pixart.data.encoders.vae import latent_shape
 
+    if data.captioner == ADOPTED:
+        raise ValueError("data.captioner=adopted: is the captioner of datasets that 'adopt' creates; run 'adopt'")
     if not is_url(data.source) and Path(data.source).resolve() in Path(data.path).resolve().parents:
         raise ValueError(f"the dataset {data.path} would be inside its own source {data.source}; choose another --home")
     with TemporaryDirectory() as folder:
@@ -135,10 +158,15 @@ def model_fingerprint(data: DataConfig, kind: str) -> str:
     from pixart.data.encoders.vae import vae_path
 
     if kind == "captioner":
-        if data.captioner == "labels":
-            return "labels"
+        if data.captioner != "vllm":
+            return data.captioner
         return f"{fingerprint(data.caption_model)}-{prompt_hash(data.captions.image_instruction)}"
     return fingerprint(vae_path(data.vae) if kind == "vae" else encoder_path(data.text_encoder))
+
+
+def read_adoption(record: dict[str, Any] | None) -> Adoption | None:
+    """Return the shards of an adopted dataset from the manifest's record of them; None if it has none."""
+    return Adoption(form=record["form"], shard_rows=tuple(record["shard_rows"])) if record else None
 
 
 def check_model(manifest: Manifest, kind: str) -> None:
@@ -181,6 +209,7 @@ def read(path: str | Path) -> Manifest:
             latent_shape=tuple(record["latent_shape"]),
             text_dim=record["text_dim"],
             models=record["models"],
+            adopted=read_adoption(record.get("adopted")),
             format=record["format"],
         )
     except (KeyError, TypeError) as error:

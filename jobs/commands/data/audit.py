@@ -26,9 +26,10 @@ def audit(launch: Launch, options: DatasetOptions) -> str:
     submitted = submit_dataset_job(launch, "audit")
     if not launch.wait:
         return describe_submission(options, submitted)
+    stage = 1 if (manifest.get("adopted") or {}).get("form", "labels") == "labels" else 2
     return (
         f"audited: {launch.dataset}/{audit_files.FOLDER}/{audit_files.PAGE}\n"
-        f"next: {next_command(options, 'train', '--stage', '1')}"
+        f"next: {next_command(options, 'train', '--stage', str(stage))}"
     )
 
 

@@ -3,7 +3,13 @@
 Creates the dataset if it does not exist. Shards that are done are not captioned again.
 """
 
-from jobs.commands.data.dataset import ArrayOptions, describe_shards, open_writable_dataset, select_shards
+from jobs.commands.data.dataset import (
+    ArrayOptions,
+    describe_shards,
+    open_writable_dataset,
+    refuse_adopted,
+    select_shards,
+)
 from jobs.commands.data.shard_ranges import parse_array
 from jobs.commands.hints import describe_submission
 from jobs.commands.launching import launching, read_recipe
@@ -24,6 +30,7 @@ def caption(launch: Launch, options: ArrayOptions) -> str:
     """Submit the array of caption tasks."""
     selected, limit = parse_array(options.array)
     manifest = open_writable_dataset(launch, create=True, shards=selected)
+    refuse_adopted(launch, manifest)
     shards = select_shards(launch, manifest["data"]["num_shards"], selected)
     submitted = run_array(launch, "caption", shards, limit)
     if not launch.wait:

@@ -50,6 +50,15 @@ def open_writable_dataset(launch: Launch, *, create: bool = False, shards: list[
     return open_dataset(launch)
 
 
+def refuse_adopted(launch: Launch, manifest: dict[str, Any]) -> None:
+    """Raise ValueError for an adopted dataset, whose images the command would need."""
+    if ledger.is_adopted(manifest):
+        raise ValueError(
+            f"{launch.command}: the dataset {launch.dataset} was adopted from {manifest['data']['source']} with its "
+            "captions and latents, and has no images; run 'adopt' for shards that are missing"
+        )
+
+
 def select_shards(launch: Launch, count: int, shards: list[int] | None = None) -> list[int]:
     """Return `shards`, in ascending order, or all shards. Raises ValueError for one beyond the dataset's `count`."""
     if shards is None:
@@ -96,8 +105,9 @@ def prepare_dataset(launch: Launch, manifest: dict[str, Any], *, any_source: boo
     after: list[str] = []
     for job in ("caption", "latents"):
         missing = ledger.missing_shards(launch.dataset, job, manifest) if "hash" in manifest else shards
-        if missing and not any_source and launch.recipe.data.source != "demo":
-            raise ValueError(ledger.incomplete(launch.dataset, job, len(missing), len(shards)))
+        is_refused = ledger.is_adopted(manifest) or not (any_source or launch.recipe.data.source == "demo")
+        if missing and is_refused:
+            raise ValueError(ledger.incomplete(launch.dataset, job, len(missing), manifest))
         if missing:
             print(f"running {job} first: {len(missing)} of {len(shards)} shards are missing", flush=True)
         if missing and not launch.dry_run:

@@ -3,7 +3,13 @@
 Needs the captions of the same shards. Shards that are done are not encoded again.
 """
 
-from jobs.commands.data.dataset import ArrayOptions, describe_shards, open_writable_dataset, select_shards
+from jobs.commands.data.dataset import (
+    ArrayOptions,
+    describe_shards,
+    open_writable_dataset,
+    refuse_adopted,
+    select_shards,
+)
 from jobs.commands.data.shard_ranges import parse_array
 from jobs.commands.hints import describe_submission
 from jobs.commands.launching import launching, read_recipe
@@ -25,6 +31,7 @@ def latents(launch: Launch, options: ArrayOptions) -> str:
     """Submit the array of latents tasks. Raises ValueError if captions are missing."""
     selected, limit = parse_array(options.array)
     manifest = open_writable_dataset(launch, shards=selected)
+    refuse_adopted(launch, manifest)
     shards = select_shards(launch, manifest["data"]["num_shards"], selected)
     ledger.captions(launch.dataset, shards)
     submitted = run_array(launch, "latents", shards, limit)

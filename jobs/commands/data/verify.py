@@ -7,6 +7,7 @@ from jobs.commands.data.dataset import DatasetOptions, open_writable_dataset, su
 from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
+from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.submission.launch import Launch
 
@@ -20,7 +21,7 @@ def run(options: DatasetOptions) -> int:
 
 def verify(launch: Launch, options: DatasetOptions) -> str:
     """Submit the verification, and describe the altered shards."""
-    open_writable_dataset(launch)
+    manifest = open_writable_dataset(launch)
     submitted = submit_dataset_job(launch, "verify")
     if not launch.wait:
         return describe_submission(options, submitted)
@@ -28,7 +29,8 @@ def verify(launch: Launch, options: DatasetOptions) -> str:
     if not altered:
         return f"verified: every file of {launch.dataset} matches its ledger"
     summary = "; ".join(f"{job} {len(shards)} shards, such as {shards[0]}" for job, shards in altered.items())
-    return f"altered: {summary}; they no longer count as done\nnext: {next_command(options, next(iter(altered)))}"
+    following = ["adopt", manifest["data"]["source"]] if ledger.is_adopted(manifest) else [next(iter(altered))]
+    return f"altered: {summary}; they no longer count as done\nnext: {next_command(options, *following)}"
 
 
 COMMAND = Command(DatasetOptions, run)

@@ -49,7 +49,8 @@ def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     if launch.dry_run:
         raise NothingSubmitted(describe_plan(launch, options.nodes))
     manifest = open_dataset(launch)
-    check_dataset(launch.recipe, 1, manifest, None)
+    for stage in (1, 2):
+        check_dataset(launch.recipe, stage, manifest, None)
     after = prepare_dataset(launch, manifest, any_source=True)
     audited = not options.accept_failed_audit
     if audited:

@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pixart.data.images.screening import Reason
@@ -38,27 +39,58 @@ GALLERY = """
 Thumbnail = tuple[str, bytes]  # caption and JPEG, which is empty if the image could not be decoded
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdoptedRows:
+    """What is known of a dataset of precomputed latents."""
+
+    source: str
+    form: str
+    captions: Sequence[tuple[str, str, str]]  # id, caption and short caption of sampled rows
+
+
 def page(
     name: str,
     summary: Mapping[str, Any],
     rejected: Mapping[str, Sequence[Thumbnail]],
     accepted: Sequence[Thumbnail],
     duplicates: Sequence[tuple[str, int, Sequence[Thumbnail]]],
+    adopted: AdoptedRows | None = None,
 ) -> str:
     """Render the page of an audit.
 
     `summary` comes from `statistics.summary`, `rejected` maps reasons to examples, and each of `duplicates` is the
-    kind of a group, its number of images and thumbnails of the first ones.
+    kind of a group, its number of images and thumbnails of the first ones. `adopted` describes a dataset that has no
+    images, and so no accepted ones and no duplicates.
     """
+    if adopted:
+        origin, ending = adopted_rows(adopted), ""
+    else:
+        origin, ending = "", duplicate_groups(summary, duplicates)
     sections = (
         verdict(name, summary),
+        origin,
         rejections(summary, rejected),
         f"<h2>Accepted images</h2>\n<p>An evenly spaced sample.</p>{gallery(accepted)}" if accepted else "",
         distributions(summary),
         first_words(summary),
-        duplicate_groups(summary, duplicates),
+        ending,
     )
-    return document(f"{'PASS' if summary['passed'] else 'FAIL'}: audit of {name}", "".join(sections), GALLERY)
+    return document(title(name, summary), "".join(sections), GALLERY)
+
+
+def title(name: str, summary: Mapping[str, Any]) -> str:
+    return f"{'PASS' if summary['passed'] else 'FAIL'}: audit of {name}"
+
+
+def adopted_rows(adopted: AdoptedRows) -> str:
+    """Return the section about the origin of an adopted dataset, with a sample of its captions."""
+    rows = [(id, caption or "none", short or "none") for id, caption, short in adopted.captions]
+    sample = table(("row", "caption", "short caption"), rows) if rows else ""
+    return (
+        f"<h2>Adopted captions</h2>\n<p>Captions and latents were adopted from {text(adopted.source)} "
+        f"({text(adopted.form)}). The dataset has no images, so that neither their properties nor duplicates are "
+        f"known. An evenly spaced sample of the valid rows:</p>\n{sample}"
+    )
 
 
 def verdict(name: str, summary: Mapping[str, Any]) -> str:
@@ -109,6 +141,7 @@ def distributions(summary: Mapping[str, Any]) -> str:
     figures = (
         histogram(caption, summary["histograms"][name]["edges"], summary["histograms"][name]["counts"], label)
         for name, (label, caption) in HISTOGRAMS.items()
+        if name in summary["histograms"]
     )
     return f"<h2>Valid images</h2>\n{''.join(figures)}"
 

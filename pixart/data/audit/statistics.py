@@ -21,6 +21,7 @@ BINS = {
     "aspect": np.linspace(1, 5, 41),  # longer over shorter side
     "words": np.arange(0, 122, 2),  # per caption
 }
+WORDS = "words"  # the one of them that is measured without images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,13 +34,19 @@ class RejectedExample:
 
 
 class Audit:
-    """Statistics of a dataset, accumulated over its caption parts in the order of their shards."""
+    """Statistics of a dataset, accumulated over its caption parts in the order of their shards.
 
-    def __init__(self) -> None:
+    Without `has_images`, which adopted datasets have not, they are those of the captions alone.
+    """
+
+    def __init__(self, *, has_images: bool = True) -> None:
+        self.has_images = has_images
         self.rows = self.valid = 0
         self.reasons: Counter[str] = Counter()
         self.rejected: dict[str, list[tuple[int, RejectedExample]]] = {}
-        self.histograms = {name: np.zeros(len(edges) - 1, dtype=np.int64) for name, edges in BINS.items()}
+        self.histograms = {
+            name: np.zeros(len(BINS[name]) - 1, dtype=np.int64) for name in BINS if has_images or name == WORDS
+        }
         self.first_words: Counter[str] = Counter()
         self.digests: list[np.ndarray] = []
         self.phashes: list[np.ndarray] = []
@@ -53,24 +60,30 @@ class Audit:
         for row in np.flatnonzero(~valid):
             self.add_rejected(table.slice(row, 1).to_pylist()[0])
         accepted = table.filter(pa.array(valid))
-        width, height = (accepted[name].to_numpy().astype(np.float64) for name in ("width", "height"))
         captions = accepted["caption"].to_pylist()
-        values = {
-            "brightness": accepted["brightness"].to_numpy(),
-            "entropy": accepted["entropy"].to_numpy(),
-            "shorter side": np.minimum(width, height),
-            "aspect": np.maximum(width, height) / np.maximum(np.minimum(width, height), 1),
-            "words": np.array([len(caption.split()) for caption in captions]),
-        }
-        for name, edges in BINS.items():
-            inside = np.clip(
-                values[name], edges[0], np.nextafter(edges[-1], edges[0])
-            )  # the outer bins include outliers
-            self.histograms[name] += np.histogram(inside, edges)[0]
-        self.first_words.update(first_three_words(caption) for caption in captions)
+        self.add_histogram(WORDS, np.array([len(caption.split()) for caption in captions]))
+        self.valid_rows.append(first_row + np.flatnonzero(valid))
+        if self.has_images:
+            self.first_words.update(first_three_words(caption) for caption in captions)
+            self.add_images(accepted)
+        else:
+            self.first_words.update(first_three_words(caption) for caption in captions if caption)
+
+    def add_images(self, accepted: pa.Table) -> None:
+        """Add the statistics of the images of valid rows."""
+        width, height = (accepted[name].to_numpy().astype(np.float64) for name in ("width", "height"))
+        self.add_histogram("brightness", accepted["brightness"].to_numpy())
+        self.add_histogram("entropy", accepted["entropy"].to_numpy())
+        self.add_histogram("shorter side", np.minimum(width, height))
+        self.add_histogram("aspect", np.maximum(width, height) / np.maximum(np.minimum(width, height), 1))
         self.digests.append(np.frombuffer(b"".join(accepted["digest"].to_pylist()), dtype="S16"))
         self.phashes.append(accepted["phash"].to_numpy())
-        self.valid_rows.append(first_row + np.flatnonzero(valid))
+
+    def add_histogram(self, name: str, values: np.ndarray) -> None:
+        """Count values in the bins of a histogram; the outer bins include what lies beyond them."""
+        edges = BINS[name]
+        inside = np.clip(values, edges[0], np.nextafter(edges[-1], edges[0]))
+        self.histograms[name] += np.histogram(inside, edges)[0]
 
     def add_rejected(self, row: dict[str, Any]) -> None:
         """Count a rejected row and keep it as an example if its id has one of the lowest hashes.
@@ -94,7 +107,7 @@ class Audit:
 
         Of each exact group, only the first row takes part in the search for near duplicates.
         """
-        if not self.valid:
+        if not self.valid or not self.has_images:
             return []
         rows, digests, phashes = (np.concatenate(part) for part in (self.valid_rows, self.digests, self.phashes))
         exact = exact_groups(digests)
@@ -121,6 +134,8 @@ def checks(audit: Audit, duplicates: list[tuple[str, np.ndarray]], limits: Audit
         "duplicates": (redundant, audit.valid, limits.max_duplicates),
         "captions with the same first words": (most_common, audit.valid, limits.max_same_opening),
     }
+    if not audit.has_images:
+        del shares["solid-color or uniform"], shares["duplicates"]
     results = [
         {"name": name, "value": count / max(1, total), "limit": limit, "passed": count <= limit * total}
         for name, (count, total, limit) in shares.items()

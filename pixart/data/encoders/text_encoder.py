@@ -1,6 +1,7 @@
 """Tokenization and encoding of captions by a frozen text encoder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,19 @@ def encoder_path(name: str) -> str:
 
 def text_dim(name: str) -> int:
     """Return the width of an encoder's hidden states."""
-    config = read_config(encoder_path(name))
-    config = config.get("encoder", config)  # nested in encoder-decoders such as T5Gemma
+    config = encoder_config(name)
     return config.get("hidden_size") or config["d_model"]
+
+
+def vocabulary_size(name: str) -> int:
+    """Return the number of token ids that an encoder has embeddings of."""
+    return encoder_config(name)["vocab_size"]
+
+
+def encoder_config(name: str) -> dict[str, Any]:
+    """Return the configuration of an encoder, which is nested in that of an encoder-decoder such as T5Gemma."""
+    config = read_config(encoder_path(name))
+    return config.get("encoder", config)
 
 
 def load_tokenizer(name: str):

@@ -43,16 +43,26 @@ def vae_path(name: str) -> str:
     return str(DEMO_VAE) if name == "demo" else name
 
 
+def latent_channels(name: str) -> int:
+    """Return the number of channels of a VAE's latents."""
+    return read_config(vae_path(name))["latent_channels"]
+
+
+def downsampling_factor(name: str) -> int:
+    """Return the side of the image area that one latent pixel stands for, in pixels."""
+    config = read_config(vae_path(name))
+    return config["patch_size"] if "patch_size" in config else 2 ** (len(config["block_out_channels"]) - 1)
+
+
 def latent_shape(name: str, image_size: int) -> tuple[int, int, int]:
     """Return the shape (channels, height, width) of the latents of square images of `image_size` pixels.
 
     Raises ValueError if the VAE cannot encode this size.
     """
-    config = read_config(vae_path(name))
-    factor = config["patch_size"] if "patch_size" in config else 2 ** (len(config["block_out_channels"]) - 1)
+    factor = downsampling_factor(name)
     if image_size % factor:
         raise ValueError(f"data.image_size={image_size}: must be a multiple of {factor}, the VAE's downsampling factor")
-    return config["latent_channels"], image_size // factor, image_size // factor
+    return latent_channels(name), image_size // factor, image_size // factor
 
 
 @cache

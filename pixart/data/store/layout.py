@@ -5,6 +5,7 @@ followed by the shard index, so that the offset of every row is known in advance
 """
 
 import errno
+import hashlib
 import math
 import os
 import shutil
@@ -12,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
 
-from pixart.atomic import atomic_path, temporary_path
+from pixart.atomic import remove_leftovers, temporary_path
 from pixart.data.manifest import Manifest
 
 ZARR_FOLDER = "latents.zarr"
@@ -78,6 +79,17 @@ class Column:
 def crc32c(data: bytes | np.ndarray) -> bytes:
     """Return the CRC-32C of data as 4 little-endian bytes."""
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
+
+
+def row_digest(values: np.ndarray) -> bytes:
+    """Return a SHA-256 of a column (B, ...): over the CRC-32C of each row, which the file holds, or over scalars.
+
+    It takes a fraction of the time of a SHA-256 over all values.
+    """
+    if values.ndim == 1:
+        return hashlib.sha256(values.data).digest()
+    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    return hashlib.sha256(b"".join(crc32c(row) for row in rows)).digest()
 
 
 def layout(manifest: Manifest) -> Layout:
@@ -144,17 +156,60 @@ def create_arrays(folder: Path, manifest: Manifest) -> None:
 
 def write_shard_file(root: Path, column: Column, shard: int, values: np.ndarray) -> None:
     """Write the file of one column and shard atomically; rows missing in `values` are filled with zeros."""
-    data = np.ascontiguousarray(values, column.dtype).reshape(-1).view(np.uint8)
-    if missing := column.rows * column.row_bytes - len(data):
-        data = np.concatenate([data, np.zeros(missing, np.uint8)])
-    chunks = data.reshape(-1, column.stride - CRC_BYTES)
-    parts: list[Any] = [part for chunk in chunks for part in (chunk, crc32c(chunk))]
-    parts.append(column.index)
-    target = root / column.file(shard)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(target) as temporary, temporary.open("wb", buffering=0) as file:
+    with ShardFile(root, column, shard) as file:
+        file.append(values)
+        file.commit()
+
+
+class ShardFile:
+    """The file of one column and shard while it is written in blocks of consecutive rows.
+
+    The file gets its name by `commit`. Without it, nothing is left at the end of the context.
+    """
+
+    def __init__(self, root: Path, column: Column, shard: int) -> None:
+        self.column, self.target = column, root / column.file(shard)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.target)
+        self.temporary = temporary_path(self.target)
+        self.rows, self.digest = 0, hashlib.sha256()  # of the CRC-32C of every chunk that was appended
+        self._file = self.temporary.open("wb", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self.temporary.unlink(missing_ok=True)
+
+    def append(self, values: np.ndarray) -> None:
+        """Write the next rows, (B, ...). A file of a single chunk takes all of its rows at once."""
+        column = self.column
+        self.rows += len(values)
+        data = np.ascontiguousarray(values, column.dtype).reshape(-1).view(np.uint8)
+        if column.chunk > 1 and (missing := column.chunk * column.row_bytes - len(data)):
+            data = np.concatenate([data, np.zeros(missing, np.uint8)])
+            self.rows = column.rows
+        chunks = data.reshape(-1, column.stride - CRC_BYTES)
+        checksums = [crc32c(chunk) for chunk in chunks]
+        self.digest.update(b"".join(checksums))
+        self._write([part for pair in zip(chunks, checksums, strict=True) for part in pair])
+
+    def synchronize(self) -> None:
+        """Bring what is written to the disk, so that `commit` need not wait for all of the file."""
+        os.fdatasync(self._file.fileno())
+
+    def commit(self) -> None:
+        """Fill the missing rows with zeros, bring the file to the disk and give it its name."""
+        zeros = np.zeros(self.column.row_bytes, np.uint8)
+        self._write([zeros, crc32c(zeros)] * (self.column.rows - self.rows))
+        self._write([self.column.index])
+        os.fsync(self._file.fileno())
+        self.temporary.replace(self.target)
+
+    def _write(self, parts: list[Any]) -> None:
+        """Write buffers by vectored system calls. Raises OSError if the disk is full."""
         for start in range(0, len(parts), MAX_BUFFERS):
             group = parts[start : start + MAX_BUFFERS]
-            if os.writev(file.fileno(), group) < sum(len(part) for part in group):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        os.fsync(file.fileno())
+            if os.writev(self._file.fileno(), group) < sum(len(part) for part in group):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
