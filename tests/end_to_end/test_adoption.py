@@ -91,7 +91,7 @@ def test_commands_that_need_images_or_captions_are_refused(home):
     assert "data.captioner=adopted" in refused(home, "init", "--dataset", "new", settings={"data.captioner": "adopted"})
 
 
-def test_what_is_missing_is_adopted_by_the_same_command(home, tmp_path):
+def test_missing_shards_are_adopted_by_the_same_command(home, tmp_path):
     write_torch_shards(tmp_path / "shards", "tokens", [30, 20, 10])
     arguments = ["adopt", f"{tmp_path}/shards/shard_*.pt", "--dataset", "part"]
     succeed(tmp_path, *arguments, "--array", "1", settings=MODELS)

@@ -156,11 +156,11 @@ def count_reasons(dataset: str, shards: list[int]) -> Counter[str]:
     """Return how many rows of the caption parts are invalid for each reason."""
     import pyarrow.parquet as pq
 
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for shard in shards:
         reasons = pq.read_table(task.part_path(dataset, shard), columns=["reason"])["reason"]
-        found.update({item["values"]: item["counts"] for item in reasons.value_counts().to_pylist() if item["values"]})
-    return found
+        counts.update({item["values"]: item["counts"] for item in reasons.value_counts().to_pylist() if item["values"]})
+    return counts
 
 
 COMMAND = Command(Options, run)

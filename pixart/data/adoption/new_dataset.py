@@ -18,7 +18,7 @@ from pixart.data.encoders.text_encoder import text_dim
 from pixart.data.encoders.vae import downsampling_factor, latent_channels
 from pixart.data.manifest import ADOPTED, Adoption, Form, Manifest, model_fingerprint
 
-ROWS_PER_LOOK = 64  # rows whose latents are read together to find the largest label
+LABEL_BATCH_SIZE = 64  # rows whose latents are read together to find the largest label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,16 +80,16 @@ def summarize(path: Path, *, is_sample: bool) -> Summary:
 
 def largest_label(shard: Shard, *, is_sample: bool) -> int | None:
     """Return the largest label of a row with latents; None for forms without labels or a shard without such a row."""
-    found = shard.labels(is_sample=is_sample)
-    if found is None:
+    rows_and_labels = shard.labels(is_sample=is_sample)
+    if rows_and_labels is None:
         return None
-    rows, labels = found
+    rows, labels = rows_and_labels
     order = np.argsort(labels, kind="stable")[::-1]
-    for start in range(0, len(order), ROWS_PER_LOOK):
-        look = order[start : start + ROWS_PER_LOOK]
-        valid = convert_latents(shard.take(rows[look])).problems == ""
+    for start in range(0, len(order), LABEL_BATCH_SIZE):
+        batch = order[start : start + LABEL_BATCH_SIZE]
+        valid = convert_latents(shard.take(rows[batch])).problems == ""
         if valid.any():
-            return int(labels[look][valid][0])
+            return int(labels[batch][valid][0])
     return None
 
 

@@ -114,9 +114,9 @@ def read_record(content: bytes) -> dict[str, Any]:
     Raises ValueError, without running anything, for a pickle of anything but str, integers and integer arrays.
     """
     try:
-        found = RecordUnpickler(io.BytesIO(content)).load()
+        record = RecordUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle raises any type of exception
         raise ValueError(f"is not a pickled record: {' '.join(str(error).split()) or type(error).__name__}") from None
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(record, dict) or not all(isinstance(key, str) for key in record):
         raise ValueError("is not a pickled record: it holds no dict of names")
-    return {key: value.value if isinstance(value, Array) else value for key, value in found.items()}
+    return {key: value.value if isinstance(value, Array) else value for key, value in record.items()}

@@ -47,16 +47,16 @@ class TextColumns:
         texts = [""] * len(block)
         rows = np.flatnonzero(valid)
         if prefix in block.texts:
-            found = [block.texts[prefix][row] for row in rows]
+            captions = [block.texts[prefix][row] for row in rows]
         elif prefix in block.tokens:
             ids, mask = block.tokens[prefix]
             lengths = mask[rows].sum(1)
-            found = decode(
+            captions = decode(
                 self.tokenizer, [ids[row, :length].tolist() for row, length in zip(rows, lengths, strict=True)]
             )
         else:
             return texts
-        for row, text in zip(rows, found, strict=True):
+        for row, text in zip(rows, captions, strict=True):
             texts[row] = text
         return texts
 

@@ -32,19 +32,19 @@ class ShardRecord:
 def find_shards(source: str) -> list[Path]:
     """Return the shard files of a folder, of a pattern such as `latents/shard_*.pt`, or of one file, by name.
 
-    Hidden files and files with other suffixes are skipped. Raises ValueError if there are none, or both kinds.
+    Hidden files and files with other suffixes are skipped. Raises ValueError without a shard, or for both kinds.
     """
     if is_url(source):
         raise ValueError(f"source {source}: is a URL; copy the shards to a file system, where they can be mapped")
     path = Path(source)
     if path.is_dir():
-        found = list(path.iterdir())
+        candidates = list(path.iterdir())
     elif any(wildcard in source for wildcard in "*?["):
-        found = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        candidates = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     else:
-        found = [path]
+        candidates = [path]
     shards = sorted(
-        item for item in found if item.suffix in SUFFIXES and item.is_file() and not item.name.startswith(".")
+        item for item in candidates if item.suffix in SUFFIXES and item.is_file() and not item.name.startswith(".")
     )
     if not shards:
         raise ValueError(f"source {source}: there are no shards; {ALLOWED}")

@@ -99,7 +99,7 @@ def text_problems(texts: list[str]) -> NDArray[Any]:
 
 def first_problem(problems: list[NDArray[Any]]) -> NDArray[Any]:
     """Return the first problem of each row, "" for a valid one."""
-    found = problems[0].copy()
+    first = problems[0].copy()
     for other in problems[1:]:
-        found[found == ""] = other[found == ""]
-    return found
+        first[first == ""] = other[first == ""]
+    return first

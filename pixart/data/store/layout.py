@@ -196,11 +196,11 @@ class ShardFile:
         self._write([part for pair in zip(chunks, checksums, strict=True) for part in pair])
 
     def synchronize(self) -> None:
-        """Bring what is written to the disk, so that `commit` need not wait for all of the file."""
+        """Flush the written data to the disk, so that `commit` has less to flush."""
         os.fdatasync(self._file.fileno())
 
     def commit(self) -> None:
-        """Fill the missing rows with zeros, bring the file to the disk and give it its name."""
+        """Fill the missing rows with zeros, flush the file to the disk and rename it to its final name."""
         zeros = np.zeros(self.column.row_bytes, np.uint8)
         self._write([zeros, crc32c(zeros)] * (self.column.rows - self.rows))
         self._write([self.column.index])

@@ -56,11 +56,11 @@ def test_shards_of_labels_of_different_lengths(tmp_path):
     store = Store(manifest)
     assert store.valid_rows().tolist() == [*range(40), *range(60, 85), *range(120, 180)]
     for shard, rows in enumerate(lengths):
-        where = np.arange(*manifest.shard_range(shard))
-        assert len(where) == rows
+        row_numbers = np.arange(*manifest.shard_range(shard))
+        assert len(row_numbers) == rows
         expected = torch_entries("labels", rows, seed=shard)
-        assert np.abs(store.read("latents", where) - expected["latents"].float().numpy()).max() <= 3e-8
-        assert (store.read("label", where) == expected["labels"].numpy()).all()
+        assert np.abs(store.read("latents", row_numbers) - expected["latents"].float().numpy()).max() <= 3e-8
+        assert (store.read("label", row_numbers) == expected["labels"].numpy()).all()
         assert caption.read_part(manifest.data.path, shard)["id"].to_pylist()[-1] == f"shard_{shard:06d}.pt:{rows - 1}"
     stored = np.concatenate(
         [torch_entries("labels", n, seed=i)["latents"].float().numpy() for i, n in enumerate(lengths)]
@@ -84,9 +84,9 @@ def test_token_ids_are_stored_unchanged_and_decoded(tmp_path, form):
         entries, part = torch_entries(form, rows, seed=shard), caption.read_part(manifest.data.path, shard)
         for name, prefix in zip(IDS[form], ("", "short_"), strict=False):
             ids, mask = entries[name].numpy(), entries[MASKS[name]].numpy()
-            where = np.arange(*manifest.shard_range(shard))
-            assert (store.read(f"{prefix}token_ids", where) == ids).all()
-            assert (store.read(f"{prefix}token_mask", where) == (mask == 1)).all()
+            row_numbers = np.arange(*manifest.shard_range(shard))
+            assert (store.read(f"{prefix}token_ids", row_numbers) == ids).all()
+            assert (store.read(f"{prefix}token_mask", row_numbers) == (mask == 1)).all()
             texts = [
                 tokenizer.decode(row[kept == 1].tolist(), skip_special_tokens=True)
                 for row, kept in zip(ids, mask, strict=True)
@@ -113,10 +113,10 @@ def test_rows_that_were_never_filled_keep_their_place_with_a_reason(tmp_path):
     invalid = {3, 4, 5, 6, 7, 8, *range(40, 64)}
     store, rows = Store(manifest), np.arange(64)
     assert set(range(64)) - set(store.valid_rows().tolist()) == invalid
-    found = problems(manifest)
-    assert found[3:9] == [Problem.MASK] * 2 + [Problem.VOCABULARY] * 2 + [Problem.NOT_FINITE, Problem.CONSTANT]
-    assert found[40:50] == [Problem.CONSTANT] * 10
-    assert set(found[50:]) == {Problem.NOT_FINITE}
+    row_problems = problems(manifest)
+    assert row_problems[3:9] == [Problem.MASK] * 2 + [Problem.VOCABULARY] * 2 + [Problem.NOT_FINITE, Problem.CONSTANT]
+    assert row_problems[40:50] == [Problem.CONSTANT] * 10
+    assert set(row_problems[50:]) == {Problem.NOT_FINITE}
     for name in ("latents", "token_ids", "short_token_mask"):
         assert not store.read(name, rows)[sorted(invalid)].any()
     assert ledger.read(manifest.data.path, "latents", 0).valid == 64 - len(invalid)
@@ -230,8 +230,8 @@ def test_a_shard_that_is_done_is_not_adopted_again_and_an_altered_one_is(tmp_pat
 def test_a_killed_job_that_runs_again_leaves_the_same_bytes(tmp_path):
     """Kill the process at several moments of the second shard, and compare with an uninterrupted job."""
     source = write_torch_shards(tmp_path / "shards", "tokens", [600, 4000])
-    whole = adopted(tmp_path / "whole", source)
-    expected = files(Path(whole.data.path))
+    uninterrupted = adopted(tmp_path / "whole", source)
+    expected = files(Path(uninterrupted.data.path))
     dataset = init(tmp_path, source).data.path
     code = f"from jobs.tasks import adopt; adopt.run({dataset!r}, [0, 1])"
     for pause in (0.0, 0.01, 0.05, 0.2):

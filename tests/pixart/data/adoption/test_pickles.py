@@ -17,18 +17,18 @@ LATENT = np.arange(-8, 8, dtype=np.int16).reshape(4, 2, 2)
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @pytest.mark.parametrize("label", [7, np.int64(7), np.int32(7), np.uint8(7)])
 def test_records_are_those_that_were_pickled(protocol, label):
-    found = read_record(pickle.dumps({"latent": LATENT, "label": label}, protocol=protocol))
-    assert found["label"] == 7
-    assert isinstance(found["label"], int)
-    assert found["latent"].dtype == np.int16
-    assert (found["latent"] == LATENT).all()
+    record = read_record(pickle.dumps({"latent": LATENT, "label": label}, protocol=protocol))
+    assert record["label"] == 7
+    assert isinstance(record["label"], int)
+    assert record["latent"].dtype == np.int16
+    assert (record["latent"] == LATENT).all()
     texts = {"latent": LATENT, "short_caption": "a dog", "long_caption": "é \N{DOG FACE}"}
     assert read_record(pickle.dumps(texts, protocol=protocol))["long_caption"] == texts["long_caption"]
 
 
 def test_arrays_in_the_order_of_fortran_and_of_the_older_numpy_are_read():
-    found = read_record(pickle.dumps({"latent": np.asfortranarray(LATENT)}, protocol=4))
-    assert (found["latent"] == LATENT).all()
+    record = read_record(pickle.dumps({"latent": np.asfortranarray(LATENT)}, protocol=4))
+    assert (record["latent"] == LATENT).all()
     content = pickle.dumps({"latent": LATENT}, protocol=2)
     assert b"numpy._core.multiarray" in content
     older = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")

@@ -24,12 +24,12 @@ def naive_problem(row: torch.Tensor) -> str:
 
 def test_latents_are_kept_to_the_precision_of_float16():
     latents = random_latents(33)
-    found = convert_latents(latents)
-    assert (found.problems == "").all()
-    assert np.abs(found.values.astype(np.float64) - latents.double().numpy()).max() <= 3e-8
+    converted = convert_latents(latents)
+    assert (converted.problems == "").all()
+    assert np.abs(converted.values.astype(np.float64) - latents.double().numpy()).max() <= 3e-8
     exact = latents.double().flatten(2)
-    assert np.allclose(found.sums[:, 0], exact.sum(-1), atol=1e-3)
-    assert np.allclose(found.sums[:, 1], exact.square().sum(-1), rtol=1e-5)
+    assert np.allclose(converted.sums[:, 0], exact.sum(-1), atol=1e-3)
+    assert np.allclose(converted.sums[:, 1], exact.square().sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-3, 0.1, 5.0, -300.0, 60_000.0, 1e30, float("nan"), float("inf")])
@@ -49,9 +49,9 @@ def test_a_single_value_makes_a_row_invalid(value):
 def test_random_bits_are_never_valid_and_never_an_error():
     bits = torch.randint(-(2**15), 2**15, (200, 16, 8, 8), generator=torch.Generator().manual_seed(0))
     latents = bits.to(torch.int16).view(torch.bfloat16)
-    found = convert_latents(latents).problems
-    assert found.tolist() == [naive_problem(row) for row in latents]
-    assert (found == "").sum() == 0
+    problems = convert_latents(latents).problems
+    assert problems.tolist() == [naive_problem(row) for row in latents]
+    assert (problems == "").sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_random_bits_are_never_valid_and_never_an_error():
     ],
 )
 def test_masks_are_prefixes_of_ones(mask, problem):
-    found = token_problems(np.full((1, 4), 5, np.int32), np.array([mask], np.int8), 10)
-    assert found.tolist() == [problem]
+    problems = token_problems(np.full((1, 4), 5, np.int32), np.array([mask], np.int8), 10)
+    assert problems.tolist() == [problem]
 
 
 @pytest.mark.parametrize(("token", "problem"), [(0, ""), (9, ""), (10, Problem.VOCABULARY), (-1, Problem.VOCABULARY)])
-def test_ids_are_of_the_vocabulary_behind_the_mask_too(token, problem):
+def test_masked_ids_must_be_in_the_vocabulary(token, problem):
     ids = np.array([[1, 2, token], [1, 2, 3]], np.int32)
     assert token_problems(ids, np.array([[1, 0, 0]] * 2, np.int8), 10).tolist() == [problem, ""]
 

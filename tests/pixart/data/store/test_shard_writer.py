@@ -68,7 +68,7 @@ def test_the_files_are_those_of_a_shard_written_at_once(tmp_path, rows, size):
     assert manifests[1].shard_range(1) == (ROWS, ROWS + rows)
 
 
-def test_without_commit_nothing_is_left_and_what_a_killed_attempt_left_is_removed(tmp_path):
+def test_uncommitted_files_and_leftovers_of_a_killed_attempt_are_removed(tmp_path):
     manifest = make_manifest(tmp_path, ROWS)
     create(manifest)
     before = files(tmp_path)
