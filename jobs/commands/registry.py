@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "init": Entry("data.init", "Create a dataset: fix its source, shards, image size and models."),
         "adopt": Entry(
             "data.adopt",
-            "Make a dataset from latents and captions that are already computed, one shard per array element.",
+            "Make a dataset of latents and captions that are already computed.",
         ),
         "caption": Entry("data.caption", "Caption and screen the images of a dataset, one shard per array element."),
         "latents": Entry("data.latents", "Encode the images and captions of a dataset, one shard per array element."),

@@ -29,7 +29,7 @@ from pixart.training.trainer import Trainer
 
 DAMAGED_SUFFIX = ".damaged"
 REMOVED_SUFFIX = ".old"  # of a checkpoint that is being removed
-LOCK, OWNER = ".lock", ".lock-owner"  # files in the folder of checkpoints
+LOCK, OWNER = ".train.lock", ".train.lock-owner"  # files in the run folder
 logger = logging.getLogger(__name__)
 
 
@@ -130,13 +130,13 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
 
     Raises ValueError if another process trains the run. Without effect on a file system that has no locks.
     """
-    folder, error = run / "checkpoints", ""
-    with file_lock(folder / LOCK, wait=False) if ranks.is_first else nullcontext(True) as held:
+    error = ""
+    with file_lock(run / LOCK, wait=False) if ranks.is_first else nullcontext(True) as held:
         if not held:
-            owner = (folder / OWNER).read_text().strip() if (folder / OWNER).exists() else "another process"
+            owner = (run / OWNER).read_text().strip() if (run / OWNER).exists() else "another process"
             error = f"{run}: is being trained by {owner}; wait for its end, or cancel it"
         elif ranks.is_first:
-            (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            (run / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         if error := ranks.broadcast_object(error):
             raise ValueError(error)
         yield

@@ -77,7 +77,7 @@ def test_conversion_keeps_stage_and_training_state(stage2_file, capsys):
     assert report["cond_dropout_prob"] == saved.provenance["cond_dropout_prob"] == 0
     assert report["stages"] == [2, 2]
     assert UNTRAINED_GUIDANCE.replace(">", "&gt;") in html
-    command = f"train --stage 2 --from {stage2_file.with_suffix('.fp8')}"
+    command = f"train --stage 2 --from {stage2_file.with_suffix('.fp8')} --dataset DATASET"
     if "qk_norm_eps" in source.config:
         skipped = "never unpickled: 37 in model and 37 in model_ema"
         assert report["skipped_extra_states"] == {"model": 37, "model_ema": 37}
@@ -139,7 +139,13 @@ def test_eps_is_kept_by_export_and_from_pretrained(tmp_path, capsys):
 
     assert to_bf16.main([str(folder)]) == 0
     again = to_fp8.training_of_source(formats.read(tmp_path / "model_3.bf16"), 2)  # nothing is skipped in this one
-    assert again == {"stages": [2, 2], "skipped_extra_states": {}, "cond_dropout_prob": 0.0, "decay_qk_norm": True}
+    assert again == {
+        "stages": [2, 2],
+        "skipped_extra_states": {},
+        "dropped_tensors": {},
+        "cond_dropout_prob": 0.0,
+        "decay_qk_norm": True,
+    }
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -87,8 +87,11 @@ def write_array_record(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def make_t5gemma(folder: Path, vocabulary: int) -> Path:
-    """Write a very small T5Gemma with random weights, and a tokenizer with a word for each id; return the folder."""
+def make_t5gemma(folder: Path, vocabulary: int, width: int = 16) -> Path:
+    """Write a very small T5Gemma with random weights, and a tokenizer with a word for each id; return the folder.
+
+    `width` is that of its text embeddings.
+    """
     from tokenizers import Tokenizer as Words
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -101,7 +104,7 @@ def make_t5gemma(folder: Path, vocabulary: int) -> Path:
     tokenizer.pre_tokenizer = Whitespace()
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     module = T5GemmaModuleConfig(vocab_size=vocabulary, num_key_value_heads=1, head_dim=8, **sizes)
     T5GemmaModel(T5GemmaConfig(encoder=module, decoder=module, vocab_size=vocabulary)).save_pretrained(folder)
     return folder

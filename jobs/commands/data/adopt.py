@@ -1,6 +1,6 @@
-"""Make a dataset from latents and captions that are already computed, one shard per array element.
+"""Make a dataset of latents and captions that are already computed.
 
-SOURCE holds `.pt` files with latents and labels, token ids or both captions' token ids, or `.array_record` files with
+One array element makes one shard. SOURCE holds `.pt` files with latents and labels, token ids or both captions' token ids, or `.array_record` files with
 latents and labels or texts. Nothing is computed again: token ids are stored as they are, and texts are tokenized.
 Shards that are done are not adopted again.
 """
