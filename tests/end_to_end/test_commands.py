@@ -140,7 +140,7 @@ def tree(folder: Path) -> list[str]:
         ("python -m jobs.launch train --from nowhere", "nowhere"),
         ("python -m jobs.launch train --from broken.pt", "no checkpoint directory"),
         ("python -m jobs.launch train --from truncated", "truncated"),
-        ("python -m jobs.launch train --from half", "ema/config.json: missing, damaged or truncated"),
+        ("python -m jobs.launch train --from half", "half/ema/config.json: missing, damaged or truncated"),
         ("python -m jobs.launch sample text --file prompts.CSV", "one prompt per line, or a .jsonl file"),
         ("python -m jobs.launch train --from damaged", "training.json is damaged"),
         ("python -m jobs.launch train --set model.num_blocks=0", "model.num_blocks=0"),

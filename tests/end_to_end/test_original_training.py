@@ -1,4 +1,4 @@
-"""From the files of the original training to a sampled image: adopted latents, TransformerEngine and JAX checkpoints."""
+"""From the files of the original training to an image: adopted latents, TransformerEngine and JAX checkpoints."""
 
 from pathlib import Path
 

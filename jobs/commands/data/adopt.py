@@ -1,8 +1,8 @@
 """Make a dataset of latents and captions that are already computed.
 
-One array element makes one shard. SOURCE holds `.pt` files with latents and labels, token ids or both captions' token ids, or `.array_record` files with
-latents and labels or texts. Nothing is computed again: token ids are stored as they are, and texts are tokenized.
-Shards that are done are not adopted again.
+One array element makes one shard of one file. SOURCE holds `.pt` files with latents and labels, token ids or both
+captions' token ids, or `.array_record` files with latents and labels or texts. Nothing is computed again: token ids are
+stored as they are, and texts are tokenized. Shards that are done are not adopted again.
 """
 
 from collections import Counter
