@@ -77,11 +77,15 @@ class TextColumns:
 def decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
     """Return the texts of token ids without special tokens, as the tokenizer's `batch_decode` does.
 
-    A tokenizer of the tokenizers library decodes on all processors, unless it cleans the text up afterwards.
+    A tokenizer of the tokenizers library decodes on all processors.
     """
-    if tokenizer.is_fast and not tokenizer.clean_up_tokenization_spaces:
-        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if not tokenizer.is_fast:
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
+    # transformers cleans up the text of BPE tokenizers under a condition of its own; none of them asks for it.
+    if tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
+        texts = [tokenizer.clean_up_tokenization(text) for text in texts]
+    return texts
 
 
 @dataclass(kw_only=True)
