@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from jobs.state import run as runs
 from pixart.checkpoint import directory as checkpoints
+from pixart.data.encoders.vae import decode, load_vae
+from pixart.data.store.zarr_store import Store
 from tests.end_to_end.test_adoption import newest_run, succeed
+from tests.pixart.data.encoders.test_vae import psnr
+from tests.support.adoption import adopted
 from tests.support.demo_fixture import launch
 from tests.support.precomputed import make_t5gemma
 
@@ -70,3 +76,28 @@ def test_stage_1_of_jax_continues_through_stage_2(home, shared_data):
     assert (start.stage, start.config["qk_norm_bias"], start.config["text_dim"]) == (2, True, TEXT_DIM)
     assert runs.folders(home / "outputs")
     train_and_sample(home, output, start.step, "--accept-failed-conversion")
+
+
+def test_adopted_latents_decode_as_in_the_original_training(shared_data, tmp_path):
+    """Sixteen photos, encoded and decoded as the original training does, against the adopted dataset's latents."""
+    vae_folder = str(shared_data / "tiny-vae")
+    paths = sorted(shared_data.glob("photos/*/*.jpg"))[:16]
+    photos = np.stack([np.asarray(Image.open(path).convert("RGB").crop((0, 0, 256, 256))) for path in paths])
+    vae = load_vae(vae_folder)
+    with torch.no_grad():
+        pixels = torch.from_numpy(photos).permute(0, 3, 1, 2).float() / 255
+        latents = vae.encode(pixels).latent_dist.mean.bfloat16().contiguous()
+        decoded = vae.decode(latents.float()).sample.clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).numpy()
+    (tmp_path / "shards").mkdir()
+    labels = torch.arange(16, dtype=torch.int16)
+    torch.save({"latents": latents, "labels": labels}, tmp_path / "shards/shard_000000.pt")
+
+    manifest = adopted(tmp_path, tmp_path / "shards", vae=vae_folder)
+    assert manifest.data.pixel_range == (0, 1)
+    store = Store(manifest)
+    assert store.valid_rows().tolist() == list(range(16))
+    ours = decode(vae, store.read("latents", np.arange(16)), manifest.data.pixel_range)
+    expected = psnr(photos, decoded)
+    assert psnr(photos, ours) == pytest.approx(expected, abs=0.1)
+    washed_out = decode(vae, store.read("latents", np.arange(16)), (-1, 1))
+    assert psnr(photos, washed_out) < expected - 5
