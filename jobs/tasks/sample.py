@@ -59,6 +59,8 @@ def run(
     requests: list[dict[str, Any]] = list(prompts)
     if pipeline.transformer.stage == 1:
         requests = classes_of(pipeline, configuration, classes)
+    elif not requests and not configuration.data.path:
+        raise ValueError(f"{checkpoint}: without a dataset there are no captions to sample; give --prompt or --file")
     elif not requests and configuration.data.source == "demo":
         scenes, requests = unseen_scenes(configuration)
     elif not requests:
@@ -66,12 +68,24 @@ def run(
     if not requests:
         raise ValueError(f"dataset {configuration.data.path} has no captions to sample; give --prompt")
     painted = paint(folder, pipeline, configuration, requests, per_prompt, provenance, frames=frames)
-    result = {**painted, "export": export}
+    warning = "" if is_known(path) else guidance_warning(path, record, configuration.sample.guidance)
+    result = {**painted, "export": export, "warning": warning}
     if scenes:
         repeated = [scene for scene in scenes for _ in range(per_prompt)]
         result |= count_right(folder, repeated)
     write_atomically(folder / "samples.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def guidance_warning(checkpoint: Path, record: dict[str, Any], guidance: float) -> str:
+    """Return a warning if a model that never saw the null condition in training is guided against it, else ""."""
+    if guidance == 1 or record.get("provenance", {}).get("cond_dropout_prob") != 0:
+        return ""
+    return (
+        f"warning: guidance is untrained: {checkpoint} was trained with cond_dropout_prob=0, so "
+        f"sample.guidance={guidance:g} extrapolates from a null condition that it has not learned; "
+        "--set sample.guidance=1 samples without guidance"
+    )
 
 
 def load_weights(checkpoint: Path, weights: str, base_latent_size: int | None):
@@ -84,10 +98,15 @@ def load_weights(checkpoint: Path, weights: str, base_latent_size: int | None):
     from pixart.model.dit import load_model
     from pixart.sampling import loading
 
-    if (checkpoint / INFERENCE).exists() or (checkpoint / MARKER).exists():
+    if is_known(checkpoint):
         return loading.load(checkpoint, weights)
     start = formats.read(checkpoint, base_latent_size=base_latent_size)
     return load_model(start.config, start.ema if weights == "ema" else start.model).eval(), record_of(start)
+
+
+def is_known(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is one of this suite, whose record the launcher reads as well."""
+    return (checkpoint / INFERENCE).exists() or (checkpoint / MARKER).exists()
 
 
 def open_pipeline(model, record: dict[str, Any], configuration: Recipe, checkpoint: Path, *, export: bool):

@@ -24,6 +24,7 @@ from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
 from jobs.submission.wait import dependencies
+from jobs.tasks.sample import guidance_warning
 from pixart.config.dataset import DataConfig
 from pixart.config.overrides import apply
 from pixart.config.recipe import Recipe
@@ -144,7 +145,8 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
             check_model(model, manifest, launch.dataset)
             check_latents(str(checkpoint), record, launch.dataset, manifest)
             num_classes = model.get("num_classes")
-    warn_of_untrained_guidance(checkpoint, record or {}, launch.recipe.sample.guidance)
+    if record and (warning := guidance_warning(checkpoint, record, launch.recipe.sample.guidance)):
+        print(warning, file=sys.stderr)
     prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
     if options.recaption and not prompts:
         raise ValueError("--recaption rewrites prompts; give --prompt or --file")
@@ -159,17 +161,6 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
         frames=options.frames,
         export=Path(options.export_pipeline).absolute() if options.export_pipeline else None,
     )
-
-
-def warn_of_untrained_guidance(checkpoint: Path, record: dict[str, Any], guidance: float) -> None:
-    """Print a warning if a model that never saw the null condition in training is sampled with guidance against it."""
-    if guidance != 1 and record.get("provenance", {}).get("cond_dropout_prob") == 0:
-        print(
-            f"warning: guidance is untrained: {checkpoint} was trained with cond_dropout_prob=0, so sample.guidance="
-            f"{guidance:g} extrapolates from a null condition that it has not learned; --set sample.guidance=1 "
-            "samples without guidance",
-            file=sys.stderr,
-        )
 
 
 def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) -> tuple[SamplingRequest, list[str]]:

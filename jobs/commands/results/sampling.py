@@ -56,7 +56,8 @@ def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[st
 
 def describe_samples(result: dict[str, Any]) -> str:
     """Return the lines that the launcher prints about a finished sampling job."""
-    lines = [f"sampled: {result['sheet']}"] if "sheet" in result else []
+    lines = [result["warning"]] if result.get("warning") else []
+    lines += [f"sampled: {result['sheet']}"] if "sheet" in result else []
     if "color" in result:
         lines.append(
             f"accuracy: main color right in {result['color']:.0%}, main shape in {result['shape']:.0%} "

@@ -63,10 +63,11 @@ def test_a_pt_file_of_stage_1_is_sampled_by_class_and_by_the_command_in_the_imag
 
 
 @pytest.mark.slow
-def test_a_pt_file_of_stage_2_is_sampled_by_prompt_and_exported_with_its_pixel_range(pt_file, tmp_path):
+def test_a_pt_file_of_stage_2_is_sampled_by_prompt_and_exported_with_its_pixel_range(pt_file, tmp_path, capsys):
     path, target = pt_file(text_dim=text_dim("minilm")), tmp_path / "pipeline"
     words = ("--vae", "demo", "--text-encoder", "minilm", "--export-pipeline", str(target))
     assert run_sample(tmp_path, path, *words, "--prompt", "a red circle") == 0
+    assert "guidance is untrained" not in capsys.readouterr().out  # it is sampled without guidance
     (image,) = samples(tmp_path)
     assert (Image.open(image).text["prompt"], Image.open(image).text["text_encoder"]) == ("a red circle", "minilm")
     pipeline = DiffusionPipeline.from_pretrained(target, trust_remote_code=True)
@@ -74,6 +75,10 @@ def test_a_pt_file_of_stage_2_is_sampled_by_prompt_and_exported_with_its_pixel_r
     settings = {"num_inference_steps": 3, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
     (again,) = pipeline("a red circle", **settings).images
     assert np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(image))).max() <= 1
+
+    guided = (*SETTINGS[:2], "sample.steps=1", "sample.guidance=3")
+    assert run_sample(tmp_path / "guided", path, *words[:4], "--prompt", "a star", settings=guided) == 0
+    assert "warning: guidance is untrained" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -107,6 +112,7 @@ def test_frames_are_the_steps_and_the_last_one_is_the_image(pt_file, tmp_path):
         ({"text_dim": 48}, ("--vae", "demo", "--text-encoder", "minilm", "--prompt", "a"), "reads 48"),
         ({"text_dim": 384}, ("--text-encoder", "minilm", "--prompt", "a"), "give --vae"),
         ({"text_dim": 384}, ("--vae", "demo", "--class", "1"), "is a checkpoint of stage 2"),
+        ({"text_dim": 384}, ("--vae", "demo", "--text-encoder", "minilm"), "no captions to sample; give --prompt"),
         ({"text_dim": 384}, ("--vae", "demo", "--dataset", "data", "--prompt", "a"), "give either these or --dataset"),
     ],
 )
