@@ -51,6 +51,7 @@ class Options:
     margin: int = 1
     exports: tuple[Export, ...] = ()
     device: Device = "auto"
+    ignore_unknown: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -192,6 +193,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=default.device,
         help="Device that runs the fit, calibration and verification; auto is cuda where there is one "
         "(default: %(default)s).",
+    )
+    parser.add_argument(
+        "--ignore-unknown",
+        action="store_true",
+        help="Read a checkpoint without the parts of it that look like training state and are not understood.",
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace the output of an earlier conversion.")
 

@@ -135,6 +135,7 @@ def training_of_source(start: Checkpoint, stage: int) -> dict[str, Any]:
     return {
         "stages": [start.stage, stage],
         "skipped_extra_states": {} if is_suite_checkpoint else start.provenance.get("skipped_extra_states", {}),
+        "unused_entries": {} if is_suite_checkpoint else start.provenance.get("unused_entries", {}),
         "dropped_tensors": {} if is_suite_checkpoint else start.provenance.get("dropped_tensors", {}),
         "cond_dropout_prob": start.provenance.get("cond_dropout_prob"),
         "decay_qk_norm": start.provenance.get("decay_qk_norm", False),
@@ -159,7 +160,7 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     Returns the checkpoint, the batches, and the dataset that they were drawn from (None for synthetic data). Raises
     ValueError for invalid input.
     """
-    start = formats.read(source, base_latent_size=options.base_latent_size)
+    start = formats.read(source, base_latent_size=options.base_latent_size, ignore_unknown=options.ignore_unknown)
     if output.exists() and not options.overwrite:
         raise ValueError(f"{output} exists; choose another --output, or give --overwrite")
     if output.exists() and not (output / checkpoints.MARKER).exists():

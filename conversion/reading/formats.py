@@ -1,54 +1,56 @@
 """Reading of training checkpoints in several formats, recognized by content.
 
     a directory with training.json   checkpoint directory of this suite, or a run folder that has one
-    a directory with .metadata       torch.distributed.checkpoint: {"model", "model_ema", "optimizer", "step"}
+    a directory with .metadata       torch.distributed.checkpoint of parts, as `parts` recognizes them
     a directory with config.json     weights only, as `DiT.save_pretrained` writes them
     a directory with _METADATA       Orbax of the original JAX training: an item, its step, or the folder of all steps
-    a zip archive                    `.pt` file of the original training: the same four entries, or weights only
+    a zip archive                    `.pt` file of `torch.save`: the same parts, or weights only
+    torch's magic number             the same, in the format before torch 1.6
     a safetensors file               weights only
 
-Parameter names may carry the prefixes `_orig_mod.` and `module.`; tensors may be float32 or bfloat16. Tensors are
-memory-mapped, and converted to float32 when they are accessed. No code in a file is ever executed. In state
-dictionaries of TransformerEngine, extra states are skipped.
+Parameter names may have the names of wrappers in them, such as `_orig_mod.` and `module.`; tensors may be float32 or
+bfloat16. Tensors are memory-mapped, and converted to float32 when they are accessed. No code in a file is ever
+executed. In state dictionaries of TransformerEngine, extra states are skipped.
 """
 
 import dataclasses
 import hashlib
-import io
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conversion.reading import orbax, orbax_metadata
+from conversion.reading import orbax, orbax_metadata, torch_file
+from conversion.reading.parts import Parts, find_parts
+from conversion.reading.state_dicts import is_state
 from conversion.reading.training_state import StoredState, assemble, validated
-from conversion.reading.transformer_engine import without_extra_states
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
-from pixart.data.torch_archive import check_archive
+from pixart.checkpoint.inert_pickle import Inert, as_value
+from pixart.training.optimizer import MOMENTS
 
 SUITE_FORMAT = "checkpoint directory"
 
 
-def read(path: str | Path, *, base_latent_size: int | None = None) -> Checkpoint:
+def read(path: str | Path, *, base_latent_size: int | None = None, ignore_unknown: bool = False) -> Checkpoint:
     """Read a checkpoint, whichever format it has.
 
-    Raises ValueError, with a message of one line, if the path does not exist, is not a checkpoint or is truncated, or
-    if the shapes of its tensors do not make a model. A tensor with a value that is not finite raises ValueError when
+    Raises ValueError, with a message of one line, if the path does not exist, is not a checkpoint or is truncated, if
+    the shapes of its tensors do not make a model, or, unless `ignore_unknown`, if a part of it looks like training
+    state and is not understood. A tensor with a value that is not finite raises ValueError when
     it is accessed.
     """
     path = locate(Path(path))
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir() and (path / dcp_reader.METADATA).exists():
-        stored = from_groups(dcp_reader.read_training_state(path), path, "torch.distributed.checkpoint")
+        parts = find_parts(dcp_reader.read_content(path), path, ignore_unknown=ignore_unknown)
+        stored = from_parts(parts, path, "torch.distributed.checkpoint", ignore_unknown=ignore_unknown)
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
         stored = read_diffusers(path)
     elif orbax_metadata.find(path):
@@ -61,9 +63,10 @@ def read(path: str | Path, *, base_latent_size: int | None = None) -> Checkpoint
             )
         return read_checkpoint_directory(checkpoints.find(path))
     elif is_safetensors(path):
-        stored = StoredState(source_format="safetensors", model=load_safetensors(path))
+        parts = find_parts(load_safetensors(path), path, ignore_unknown=ignore_unknown)
+        stored = from_parts(parts, path, "safetensors", ignore_unknown=ignore_unknown)
     else:
-        stored = read_pt(path)
+        stored = read_pt(path, ignore_unknown=ignore_unknown)
     return assemble(stored, path, base_latent_size)
 
 
@@ -118,60 +121,76 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read: it is not a safetensors file, or it is truncated") from error
 
 
-def read_pt(path: Path) -> StoredState:
-    """Read a file that `torch.save` wrote, memory-mapped.
+def read_pt(path: Path, *, ignore_unknown: bool) -> StoredState:
+    """Read a file that `torch.save` wrote, memory-mapped where its format allows it.
 
-    Raises ValueError if it cannot be read, or holds objects other than tensors, containers and plain values.
+    Raises ValueError if it cannot be read, or as `find_parts` does.
     """
-    check_archive(path, "PyTorch checkpoint")
-    try:
-        with torch.serialization.safe_globals([io.BytesIO]):  # inert bytes: extra states of early TransformerEngine
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises many types of exception for a damaged archive
-        if refused := re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", str(error)):
+    content = as_value(torch_file.load(path))
+    if isinstance(content, Inert):
+        raise ValueError(f"{path}: is an object of {content.path}, whose class is not loaded; save its state_dict()")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} is not a training checkpoint: it has no entry 'model' with named tensors")
+    parts = find_parts(content, path, ignore_unknown=ignore_unknown)
+    is_bare = not parts.ema and parts.optimizer is None and not parts.unused and is_state(content)
+    source_format = ".pt, weights only" if is_bare else ".pt of the original training"
+    return dataclasses.replace(from_parts(parts, path, source_format, ignore_unknown=ignore_unknown), is_original=True)
+
+
+def from_parts(parts: Parts, path: Path, source_format: str, *, ignore_unknown: bool) -> StoredState:
+    """Return the state that the parts of a checkpoint make.
+
+    Raises ValueError if the step is not a number of steps, or if the optimizer is not AdamW.
+    """
+    optimizer, unused = parts.optimizer or {}, list(parts.unused)
+    states = {str(key): as_value(value) for key, value in as_value(optimizer.get("state", {})).items()}
+    groups = as_value(optimizer.get("param_groups"))
+    if states and not any(MOMENTS[0] in state for state in states.values()):
+        if not ignore_unknown:
+            fields = ", ".join(map(str, next(iter(states.values())))) or "nothing"
             raise ValueError(
-                f"{path} cannot be read: it refers to {refused[1]}, and only tensors, containers and plain values are "
-                "loaded; save the state dictionaries with plain tensors"
-            ) from error
-        raise ValueError(f"{path} cannot be read: it is not a PyTorch checkpoint, or it is truncated") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a training checkpoint: it has no entry 'model' with named tensors")
-    tensors = without_extra_states(content)
-    if "model" not in tensors and tensors and all(isinstance(value, Tensor) for value in tensors.values()):
-        return StoredState(source_format=".pt, weights only", model=content, is_original=True)
-    return dataclasses.replace(from_groups(content, path, ".pt of the original training"), is_original=True)
-
-
-def from_groups(content: Mapping[str, Any], path: Path, source_format: str) -> StoredState:
-    """Check the types of `{"model", "model_ema", "optimizer", "step"}`; only "model" is required.
-
-    Raises ValueError if an entry has the wrong type.
-    """
-    model, ema, step = content.get("model"), content.get("model_ema"), content.get("step", -1)
-    optimizer = content.get("optimizer") or {}
-    states = optimizer.get("state") if isinstance(optimizer, Mapping) else None
-    param_groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
-    if not isinstance(model, Mapping) or not model:
-        raise ValueError(f"{path} is not a training checkpoint: it has no entry 'model' with named tensors")
-    if ema is not None and not isinstance(ema, Mapping):
-        raise ValueError(f"{path}: 'model_ema' does not hold named tensors")
-    if optimizer and not (isinstance(states, Mapping) and all(isinstance(state, Mapping) for state in states.values())):
-        raise ValueError(f"{path}: 'optimizer' is not a state dict of AdamW")
-    if isinstance(step, Tensor) and step.numel() == 1:
-        step = step.item()
-    if not isinstance(step, int) or step < -1:
-        raise ValueError(f"{path}: 'step' is not a step number, an integer of at least -1")
-    if param_groups is not None and not isinstance(param_groups, list):
+                f"{path}: 'optimizer' is not a state dict of AdamW: the state of a parameter has {fields}; give "
+                "--ignore-unknown to start with moments of zero"
+            )
+        states = {}
+        unused.append("optimizer")
+    if groups is not None and not isinstance(groups, list):
         raise ValueError(f"{path}: 'param_groups' of the optimizer is not a list")
-    moments = {f"{key}.{name}": value for key, state in (states or {}).items() for name, value in state.items()}
+    moments = {f"{key}.{name}": as_value(value) for key, state in states.items() for name, value in state.items()}
+    others = sorted({str(name) for state in states.values() for name in state} - {*MOMENTS, "step"})
     return StoredState(
         source_format=source_format,
-        model=model,
-        ema=ema or None,
+        model=parts.model,
+        ema=parts.ema or None,
         moments=moments or None,
-        param_groups=param_groups,
-        step=step,
+        param_groups=groups,
+        step=last_step(parts, states, path),
+        unused=[*unused, *(f"optimizer.{name}" for name in others)],
     )
+
+
+def last_step(parts: Parts, states: Mapping[str, Mapping[str, Any]], path: Path) -> int:
+    """Return the index of the last completed step, or -1.
+
+    The original training saves this index, others the number of completed steps: AdamW's own count, where the file has
+    one, tells which it is. Raises ValueError if the file's step is not a number of steps.
+    """
+    counts = [number_of(state.get("step")) for state in states.values()]
+    count = max((int(value) for value in counts if isinstance(value, int | float)), default=0)
+    if parts.step_name is None:
+        return count - 1
+    step = number_of(parts.step)
+    if isinstance(step, float) and step.is_integer():
+        step = int(step)
+    if not isinstance(step, int) or isinstance(step, bool) or step < -1:
+        raise ValueError(f"{path}: '{parts.step_name}' is not a step number, an integer of at least -1")
+    return step - 1 if step == count and count else step
+
+
+def number_of(value: Any) -> Any:
+    """Return a tensor of one value as a number, and any other value unchanged."""
+    value = as_value(value)
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def file_hash(path: str | Path) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conversion.reading.names import bare_names
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.model.dit import DiT, parameter_groups
 from pixart.training.optimizer import MOMENTS
 
-PREFIXES = ("_orig_mod.", "module.")
+Q_NORM = ".q_norm.weight"
 
 
 def name_moments(
@@ -35,12 +36,12 @@ def name_moments(
     fields = {field: shapes for field in MOMENTS} | {"step": dict.fromkeys(shapes, ())}
     if moments is None:
         return LazyTensors({f"{n}.{f}": zeros(shape[n]) for f, shape in fields.items() for n in shapes}), False
-    stored = {strip_prefix(key): value for key, value in moments.items()}
+    stored = {name: moments[key] for name, key in bare_names(moments, f"{path}: optimizer").items()}
     count = len({key.rpartition(".")[0] for key in stored})
     if count != len(shapes):
         raise ValueError(f"{path}: the optimizer has state for {count} parameters, the model has {len(shapes)}")
     if any(f"{name}.{MOMENTS[0]}" in stored for name in shapes):
-        stored_key, decay_qk_norm = {name: name for name in shapes}, False
+        stored_key, decay_qk_norm = {name: name for name in shapes}, decays_qk_norm(param_groups)
     else:
         stored_key, decay_qk_norm = stored_indices(model, param_groups, path)
     state = {}
@@ -89,19 +90,21 @@ def stored_indices(model: DiT, param_groups: Sequence[Any] | None, path: Path) -
     )
 
 
+def decays_qk_norm(param_groups: Sequence[Any] | None) -> bool:
+    """Return whether groups of named parameters, as FSDP saves them, have weight decay of the norms of queries."""
+    return any(
+        group.get("weight_decay", 0) != 0 and any(str(name).endswith(Q_NORM) for name in group.get("params", ()))
+        for group in param_groups or ()
+        if isinstance(group, Mapping)
+    ) and any(isinstance(group, Mapping) and group.get("weight_decay", 0) == 0 for group in param_groups or ())
+
+
 def indices_of(group: object, path: Path) -> list[int]:
     """Return the parameter indices of a group of `AdamW.state_dict()`. Raises ValueError for an empty group."""
     indices = group.get("params") if isinstance(group, Mapping) else None
     if not isinstance(indices, Sequence) or not all(isinstance(index, int) for index in indices):
         raise ValueError(f"{path}: 'param_groups' of the optimizer is not that of AdamW.state_dict(): a list of groups")
     return list(indices)
-
-
-def strip_prefix(key: str) -> str:
-    """Return a parameter name without the prefixes of torch.compile and DDP."""
-    while key.startswith(PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
 
 
 def zeros(shape: tuple[int, ...]) -> Callable[[], Tensor]:

@@ -1,11 +1,12 @@
 """Mapping of the state stored in a file to a training state under the model's parameter names.
 
-The prefixes of torch.compile and DDP are removed from parameter names, TransformerEngine's extra states are skipped,
-moments that are stored by parameter index are mapped to the parameter's name, and a configuration that is not stored is
-inferred: the sizes from the tensors' shapes, and the eps of the norms of queries and keys from what wrote the file. The
-eps is TransformerEngine's if a state dictionary has an extra state, or if the optimizer's groups are those of its
-RMSNorm, and otherwise PyTorch's default, which BF16 files were trained with. Weights of TransformerEngine that were
-saved alone and without extra states cannot be distinguished from BF16 files; their outputs change by about 4e-6.
+The names of wrappers, such as those of torch.compile, DDP and FSDP, are removed from parameter names,
+TransformerEngine's extra states are skipped, moments that are stored by parameter index are mapped to the parameter's
+name, and a configuration that is not stored is inferred: the sizes from the tensors' shapes, and the eps of the norms
+of queries and keys from what wrote the file. The eps is TransformerEngine's if a state dictionary has an
+extra state, or if the optimizer's groups are those of its RMSNorm, and otherwise PyTorch's default, which BF16 files
+were trained with. Weights of TransformerEngine that were saved alone and without extra states cannot be distinguished
+from BF16 files; their outputs change by about 4e-6.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from conversion.options import BASE_LATENT_SIZE
 from conversion.reading import transformer_engine
-from conversion.reading.moments import name_moments, strip_prefix
+from conversion.reading.moments import name_moments
+from conversion.reading.names import bare_names
 from pixart.checkpoint.directory import Checkpoint
+from pixart.checkpoint.inert_pickle import describe
 from pixart.checkpoint.integrity import check_shapes
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
@@ -32,6 +35,8 @@ LEGACY_SCALE, LEGACY_SHIFT = 1.5305, 0.177456
 # The original training replaced this fraction of the labels by the null class, and no caption by the empty text.
 LEGACY_COND_DROPOUT_PROB = {1: 0.1, 2: 0.0}
 INFERRED = "inferred from shapes"
+BUFFERS = ("time_proj.freqs", "pos_embed.div_term")  # tensors of the model that are not parameters
+MOST_NAMES = 10  # of unused entries that are listed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,25 +48,26 @@ class StoredState:
 
     source_format: str
     model: Mapping[str, Any]
-    ema: Mapping[str, Any] | None = None
+    ema: Mapping[str, Any] | Sequence[Any] | None = None  # a sequence is in the order of the model's parameters
     moments: Mapping[str, Any] | None = None
     param_groups: Sequence[Any] | None = None
     step: int = -1  # index of the last completed step
     config: dict[str, Any] | None = None  # inferred from shapes if the file has none
     is_original: bool = False  # whether the original training code wrote the file
+    unused: Sequence[str] = ()  # entries of the file that are not part of this state
 
 
 def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> Checkpoint:
     """Build a checkpoint from a stored state. Raises ValueError if its tensors do not make a model of this suite."""
-    states = {"model": stored.model} | ({"model_ema": stored.ema} if stored.ema else {})
+    states = {"model": stored.model} | ({"model_ema": stored.ema} if isinstance(stored.ema, Mapping) else {})
     extra_states = {name: sum(map(transformer_engine.is_extra_state, state)) for name, state in states.items()}
     has_extra_states = any(extra_states.values())
-    model = strip_prefixes(stored.model, f"{path}: model")
+    model = strip_wrappers(stored.model, f"{path}: model")
     if has_extra_states:
         transformer_engine.check_layout(model, path)
     config = stored.config or infer_config(model, base_latent_size or BASE_LATENT_SIZE, path)
     check_config(config, path)
-    ema = strip_prefixes(stored.ema, f"{path}: model_ema") if stored.ema else model
+    ema = average_of(stored.ema, model, f"{path}: model_ema") if stored.ema else model
     for name, state in (("model", model), ("model_ema", ema)):
         check_shapes(state, config, f"{path}: {name}")
     moments, decay_qk_norm = name_moments(stored.moments, stored.param_groups, config, path)
@@ -77,6 +83,11 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
         provenance["cond_dropout_prob"] = LEGACY_COND_DROPOUT_PROB[stage]
     if has_extra_states:
         provenance["skipped_extra_states"] = extra_states
+    if stored.unused:
+        provenance["unused_entries"] = {
+            "count": len(stored.unused),
+            "names": [printable(name) for name in stored.unused[:MOST_NAMES]],
+        }
     if decay_qk_norm:
         provenance["decay_qk_norm"] = True
     return Checkpoint(
@@ -89,6 +100,11 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
         normalization=original_normalization(config["in_dim"]),
         provenance=provenance,
     )
+
+
+def printable(name: str) -> str:
+    """Return a name from a file for a terminal and a page: up to 80 characters, those of control escaped."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in name[:80])
 
 
 def original_normalization(channels: int) -> Normalization:
@@ -111,20 +127,38 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"--base-latent-size {side}: must be a multiple of the patch size, {patch}")
 
 
-def strip_prefixes(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the tensors of `state` without the name prefixes of torch.compile and DDP, and without extra states.
+def strip_wrappers(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Return the tensors of `state` without the names of wrappers within theirs, and without extra states.
 
-    Raises ValueError if a value is not a floating-point tensor.
+    Raises ValueError if a value is not a floating-point tensor, or if two names become one.
     """
+    stored = transformer_engine.without_extra_states(state)
     tensors = {}
-    for key, tensor in transformer_engine.without_extra_states(state).items():
-        key = strip_prefix(key)
+    for key, stored_key in bare_names(stored, name).items():
+        tensor = stored[stored_key]
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: {key!r} is not a tensor but {type(tensor).__name__}")
+            raise ValueError(f"{name}: {key!r} is not a tensor but {describe(tensor)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: {key!r} has dtype {tensor.dtype}; it must be a floating-point tensor")
         tensors[key] = tensor
     return tensors
+
+
+def average_of(stored: Mapping[str, Any] | Sequence[Any], model: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the EMA weights by the names of the model's tensors.
+
+    An EMA without names is in the order of the model's parameters, names may lack their dots, and buffers, which are
+    not averaged, are the model's. Raises ValueError if the number of tensors is not that of the parameters.
+    """
+    buffers = {key: model[key] for key in BUFFERS if key in model}
+    if not isinstance(stored, Mapping):
+        names = list(model) if len(stored) == len(model) else [key for key in model if key not in BUFFERS]
+        if len(stored) != len(names):
+            raise ValueError(f"{name}: has {len(stored)} tensors, the model has {len(names)} parameters")
+        stored = dict(zip(names, stored, strict=True))
+    tensors = strip_wrappers(stored, name)
+    dotted = {key.replace(".", ""): key for key in model}
+    return buffers | {dotted.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def validated(state: State, name: str) -> LazyTensors:

@@ -12,6 +12,7 @@ from conversion.report.text import (
     SYNTHETIC,
     UNTRAINED_GUIDANCE,
     describe_extra_states,
+    describe_unused_entries,
     is_guidance_untrained,
 )
 from pixart.html.charts import MARKS, Axis, Series, chart, drawable, kinds_axis, linear_axis, log_axis, within
@@ -67,6 +68,8 @@ def source(report: Mapping[str, Any]) -> str:
     }
     if report["skipped_extra_states"]:
         rows["skipped"] = describe_extra_states(report["skipped_extra_states"])
+    if report["unused_entries"]:
+        rows["unused"] = describe_unused_entries(report["unused_entries"])
     if report["decay_qk_norm"]:
         rows["weight decay"] = DECAYED_QK_NORM
     alarm = (

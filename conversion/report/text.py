@@ -75,6 +75,8 @@ def describe_source(report: Mapping[str, Any]) -> list[str]:
     lines = [f"dropped     {count} {reason}" for reason, count in report["dropped_tensors"].items()]
     if report["skipped_extra_states"]:
         lines.append(f"skipped     {describe_extra_states(report['skipped_extra_states'])}")
+    if report["unused_entries"]:
+        lines.append(f"unused      {describe_unused_entries(report['unused_entries'])}")
     if report["decay_qk_norm"]:
         lines.append(f"optimizer   {DECAYED_QK_NORM}")
     if is_guidance_untrained(report):
@@ -86,6 +88,13 @@ def describe_extra_states(counts: Mapping[str, int]) -> str:
     """Return a text about the extra states that were skipped, whose number is given by state dictionary."""
     numbers = " and ".join(f"{count} in {name}" for name, count in counts.items())
     return f"_extra_state entries of TransformerEngine, which hold no parameters and are never unpickled: {numbers}"
+
+
+def describe_unused_entries(unused: Mapping[str, Any]) -> str:
+    """Return a text about the entries of the source that are not part of the training state: names and their number."""
+    names, count = unused["names"], unused["count"]
+    more = f" and {count - len(names)} more" if count > len(names) else ""
+    return f"{count} {'entry' if count == 1 else 'entries'} of the source: {', '.join(names)}{more}"
 
 
 def is_guidance_untrained(report: Mapping[str, Any]) -> bool:

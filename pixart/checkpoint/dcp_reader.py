@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import _get_layout
 
+from pixart.checkpoint import inert_pickle
 from pixart.checkpoint.lazy_tensors import LazyTensors
 
 METADATA = ".metadata"
@@ -50,7 +51,7 @@ ALLOWED_CLASSES = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "strided"},
+    "torch": {"Size", "strided", *inert_pickle.DTYPES},
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
 }
@@ -144,6 +145,14 @@ class RestrictedReader(FileSystemReader):
         """Metadata of each stored tensor or object, by key."""
         return self.read_metadata().state_dict_metadata
 
+    def path_of(self, key: str) -> list[str]:
+        """Return the keys of the nested dictionaries that an entry was saved in; without them, its first word."""
+        paths = self.read_metadata().planner_data
+        path = paths.get(key) if isinstance(paths, dict) else None
+        if isinstance(path, tuple | list) and path:
+            return [str(part) for part in path]
+        return key.split(".", 1)
+
     def read_value(self, key: str) -> Any:
         """Return the unsharded tensor, or the object, that is stored under `key`."""
         with raise_value_error(Path(self.path)):
@@ -155,34 +164,29 @@ class RestrictedReader(FileSystemReader):
 
 
 class WeightsOnlyPlanner(DefaultLoadPlanner):
-    """Load planner that reads objects other than tensors, such as the step, with `weights_only=True`."""
+    """Load planner that reads objects other than tensors, such as the step, without running code."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.original_state_dict[read_item.dest_index.fqn] = inert_pickle.load_archive(value)
 
 
-def read_training_state(path: Path) -> dict[str, Any]:
-    """Read the entries of `{"model", "model_ema", "optimizer", "step"}` that exist into memory.
+def read_content(path: Path) -> dict[str, Any]:
+    """Read everything into memory, nested as it was saved; lists become dictionaries by index.
 
     Raises ValueError for a directory that is not a checkpoint, is damaged, or names code.
     """
     with raise_value_error(path):
         reader = RestrictedReader(path)
-        state: dict[str, Any] = {}
-        for group in ("model", "model_ema"):
-            keys = {key.removeprefix(f"{group}."): key for key in reader.entries if key.startswith(group + ".")}
-            if keys:
-                state[group] = {name: reader.read_value(key) for name, key in keys.items()}
-        parameters: dict[str, dict[str, Any]] = {}
+        content: dict[str, Any] = {}
         for key in reader.entries:
-            if key.startswith("optimizer.state."):
-                name, _, field = key.removeprefix("optimizer.state.").rpartition(".")
-                parameters.setdefault(name, {})[field] = reader.read_value(key)
-        if parameters:
-            state["optimizer"] = {"state": parameters}
-        if "step" in reader.entries:
-            state["step"] = reader.read_value("step")
-        return state
+            *folders, name = reader.path_of(key)
+            target = content
+            for folder in folders:
+                target = target.setdefault(folder, {})
+                if not isinstance(target, dict):
+                    raise pickle.UnpicklingError(f"{key} is within another entry")
+            target[name] = reader.read_value(key)
+        return content
 
 
 def lazy_groups(folder: Path, groups: Sequence[str]) -> dict[str, LazyTensors]:
@@ -212,6 +216,7 @@ def raise_value_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
+        cause = f" ({error})" if isinstance(error, pickle.UnpicklingError) else ""
         raise ValueError(
-            f"{path}: cannot be read; it is not a torch.distributed.checkpoint directory, or it is damaged"
+            f"{path}: cannot be read; it is not a torch.distributed.checkpoint directory, or it is damaged{cause}"
         ) from error

@@ -142,6 +142,7 @@ def test_eps_is_kept_by_export_and_from_pretrained(tmp_path, capsys):
     assert again == {
         "stages": [2, 2],
         "skipped_extra_states": {},
+        "unused_entries": {},
         "dropped_tensors": {},
         "cond_dropout_prob": 0.0,
         "decay_qk_norm": True,

@@ -88,6 +88,7 @@ def make_report(blocks: int = 2) -> dict[str, Any]:
         "output": "/runs/one/step_400000.fp8",
         "stages": [1, 2],
         "skipped_extra_states": {},
+        "unused_entries": {},
         "cond_dropout_prob": None,
         "decay_qk_norm": False,
         "step": 400000,
