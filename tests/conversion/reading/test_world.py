@@ -1,6 +1,7 @@
 """Checkpoints as other trainers and libraries write them: the same state is read whatever its parts are called."""
 
 import argparse
+import json
 import os
 import pathlib
 import random
@@ -407,6 +408,17 @@ def test_unused_entries_are_listed(content, tmp_path, capsys):
     assert main(words) == 2
     assert "--ignore-unknown" in capsys.readouterr().err
     assert main([*words, "--ignore-unknown"]) == 0
+
+
+def test_unused_entries_are_in_the_report(content, tmp_path, capsys):
+    torch.save({**content, "epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "c.pt")
+    words = ["--base-latent-size", "8", "--text-dim", "16", "--num-batches", "1", "--batch-size", "2", "--stage", "1"]
+    assert main([str(tmp_path / "c.pt"), *words]) in (0, 3)
+    text = "2 entries of the source: epoch, args"
+    assert f"unused      {text}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "c.fp8/report.json").read_text())
+    assert report["unused_entries"] == {"count": 2, "names": ["epoch", "args"]}
+    assert text in (tmp_path / "c.fp8/report.html").read_text()
 
 
 CASES = ("names_*", "wrapped_*", "average_swa.pt", "beside_*", "step_numpy.pt", "format_before_1_6.pt", "dcp_*")

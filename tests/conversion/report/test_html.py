@@ -356,6 +356,13 @@ def test_names_are_escaped():
     assert html.count("alert") > len(bad["tensor_provenance"])
 
 
+def test_unused_entries_are_listed():
+    report = make_report()
+    assert "unused" not in page(report)
+    report["unused_entries"] = {"count": 12, "names": ["args", "<b>epoch</b>"]}
+    assert "12 entries of the source: args, &lt;b&gt;epoch&lt;/b&gt; and 10 more" in page(report)
+
+
 def test_name_that_is_not_utf8():
     report = make_report()
     report["source"] = b"/runs/caf\xe9.pt".decode("utf-8", "surrogateescape")
