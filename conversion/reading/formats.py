@@ -31,7 +31,7 @@ from conversion.reading.training_state import StoredState, assemble, validated
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
-from pixart.checkpoint.inert_pickle import Inert, as_value
+from pixart.checkpoint.inert import Inert, as_value
 from pixart.training.optimizer import MOMENTS
 
 SUITE_FORMAT = "checkpoint directory"
@@ -49,7 +49,7 @@ def read(path: str | Path, *, base_latent_size: int | None = None, ignore_unknow
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir() and (path / dcp_reader.METADATA).exists():
-        parts = find_parts(dcp_reader.read_content(path), path, ignore_unknown=ignore_unknown)
+        parts = find_parts(dcp_reader.read_training_state(path), path, ignore_unknown=ignore_unknown)
         stored = from_parts(parts, path, "torch.distributed.checkpoint", ignore_unknown=ignore_unknown)
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
         stored = read_diffusers(path)

@@ -19,13 +19,14 @@ from conversion.reading.state_dicts import (
     find_optimizer,
     find_state,
     floating_tensors,
+    is_foreign,
     is_list_of_tensors,
     is_number,
     is_state,
     split,
 )
 from conversion.reading.transformer_engine import without_extra_states
-from pixart.checkpoint.inert_pickle import Inert, as_value, describe
+from pixart.checkpoint.inert import Inert, as_value, describe
 
 FOLDER = "/"  # between the name of an entry and that of the entry that it is nested in
 MANY = 8  # tensors that make an unknown entry look like training state
@@ -78,6 +79,7 @@ def find_parts(content: Mapping[Any, Any], path: Path, *, ignore_unknown: bool =
         if part is not None:
             taken.add(part.name)
             take(parts, kind, part)
+            refuse_modules(parts, kind, part.name, path, ignore_unknown=ignore_unknown)
     if not parts.model:
         listed = ", ".join(f"{name!r} ({describe(value)})" for name, value in list(entries.items())[:5])
         raise ValueError(
@@ -130,9 +132,10 @@ def with_current_weights(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_modules(entries: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError if an entry is a whole module that was saved, whose class is not loaded."""
+    """Raise ValueError if a part is a whole module that was saved, whose class is not loaded."""
     for name, value in entries.items():
-        if isinstance(value, Inert) and isinstance(value.state, Mapping) and "_modules" in value.state:
+        is_module = isinstance(value, Inert) and isinstance(value.state, Mapping) and "_modules" in value.state
+        if is_module and kind_of(name.rpartition(FOLDER)[2]) in (MODEL, EMA):
             raise ValueError(
                 f"{path}: {name!r} is a whole module, {value.path}, whose class is not loaded; save its state_dict()"
             )
@@ -150,7 +153,7 @@ def find_candidates(entries: Mapping[str, Any], path: Path) -> dict[str, list[Ca
             if (optimizer := find_optimizer(value)) is not None:
                 candidates[kind].append(Candidate(name=name, value=optimizer))
             elif name == OPTIMIZER and value:
-                raise ValueError(f"{path}: {name!r} is not a state dict of AdamW")
+                raise ValueError(f"{path}: {name!r} is not a state dict of AdamW but {describe(value)}")
         elif kind in (MODEL, EMA):
             found = find_state(value, allow_list=kind == EMA)
             if found and (name == kind or is_state(found[0]) or is_list_of_tensors(found[0])):
@@ -188,6 +191,30 @@ def take(parts: Parts, kind: str, part: Candidate) -> None:
             parts.ema = average or online
             unused += online if average else ()
     parts.unused += [f"{part.name}.{name}" for name in unused]
+
+
+def refuse_modules(parts: Parts, kind: str, name: str, path: Path, *, ignore_unknown: bool) -> None:
+    """Raise ValueError for weights of other modules, such as a VAE, within a part; if `ignore_unknown`, leave them out.
+
+    Lightning saves all modules in one state dictionary.
+    """
+    state = parts.model if kind == MODEL else parts.ema
+    if kind == OPTIMIZER or not isinstance(state, Mapping):
+        return
+    foreign = [key for key in state if is_foreign(key)]
+    if not foreign or len(foreign) == len(state):
+        return
+    if not ignore_unknown:
+        raise ValueError(
+            f"{path}: {name!r} has {len(foreign)} tensors that the model does not have, for example {foreign[0]!r}; "
+            "remove them, or give --ignore-unknown to read the rest"
+        )
+    kept = {key: value for key, value in state.items() if key not in set(foreign)}
+    parts.unused += [f"{name}.{key}" for key in foreign]
+    if kind == MODEL:
+        parts.model = kept
+    else:
+        parts.ema = kept
 
 
 def find_step(entries: Mapping[str, Any]) -> str | None:

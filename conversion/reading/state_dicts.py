@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from conversion.reading.names import EMA, EMA_MODULES, MODEL, ONLINE_MODULES, PARAMETER, bare_name, kind_of
-from pixart.checkpoint.inert_pickle import Inert, as_value
+from conversion.reading.transformer_engine import parameter_names
+from pixart.checkpoint.inert import Inert, as_value
 
 SHADOWS = ("shadow_params", "shadow", "params")  # entries that have the tensors of an EMA
 COUNTERS = frozenset(("n_averaged", "initted", "step", "decay", "num_updates", "optimization_step"))
@@ -58,6 +59,12 @@ def split(state: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[str, Any], lis
         else:
             model[name] = value
     return model, ema, rest
+
+
+def is_foreign(key: str) -> bool:
+    """Return whether a key is that of another module than this suite's model, such as a VAE."""
+    module, _, name = bare_name(key).partition(".")
+    return bool(name) and module not in {each.partition(".")[0] for each in parameter_names()}
 
 
 def is_number(value: Any) -> bool:

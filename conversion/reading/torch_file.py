@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from conversion.reading.pickle_format import is_pickle_format
 from pixart.checkpoint import inert_pickle
-from pixart.checkpoint.inert_pickle import RefusedPickleError
+from pixart.checkpoint.inert import RefusedPickleError
 from pixart.data.torch_archive import check_archive
 
 KIND = "PyTorch checkpoint"
-MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # torch's own, near the start of a file before version 1.6
 
 
 def load(path: Path) -> Any:
@@ -46,7 +46,7 @@ def check_format(path: Path) -> bool:
     Raises ValueError, which names the cause, if it has neither format.
     """
     with path.open("rb") as file:
-        head = file.read(32)
+        head = file.read(2)
     if head.startswith(b"PK"):
         if any(name.rpartition("/")[2] == inert_pickle.TORCHSCRIPT for name in entry_names(path)):
             raise ValueError(f"{path} cannot be read: it is a TorchScript archive; save the model's state_dict()")
@@ -57,7 +57,7 @@ def check_format(path: Path) -> bool:
             f"{path} cannot be read: it is a tar archive, as torch.save wrote before version 0.1.10; load it with that "
             "version and save it again"
         )
-    if MAGIC not in head:
+    if not is_pickle_format(path):
         cause = "a pickle of another program and" if is_pickle(head) else "truncated, or"
         raise ValueError(f"{path} cannot be read: it is {cause} not a {KIND}; write the checkpoint with torch.save")
     return False
@@ -74,4 +74,4 @@ def entry_names(path: Path) -> list[str]:
 
 def is_pickle(head: bytes) -> bool:
     """Return whether a file that starts with `head` is a pickle of protocol 2 or later."""
-    return head[:1] == pickle.PROTO and 2 <= head[1] <= pickle.HIGHEST_PROTOCOL
+    return head[:1] == pickle.PROTO and len(head) > 1 and 2 <= head[1] <= pickle.HIGHEST_PROTOCOL

@@ -22,7 +22,7 @@ from conversion.reading import transformer_engine
 from conversion.reading.moments import name_moments
 from conversion.reading.names import bare_names
 from pixart.checkpoint.directory import Checkpoint
-from pixart.checkpoint.inert_pickle import describe
+from pixart.checkpoint.inert import describe, printable
 from pixart.checkpoint.integrity import check_shapes
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
@@ -100,11 +100,6 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
         normalization=original_normalization(config["in_dim"]),
         provenance=provenance,
     )
-
-
-def printable(name: str) -> str:
-    """Return a name from a file for a terminal and a page: up to 80 characters, those of control escaped."""
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in name[:80])
 
 
 def original_normalization(channels: int) -> Normalization:

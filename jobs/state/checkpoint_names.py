@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.reading import orbax_metadata
+from conversion.reading.pickle_format import is_pickle_format
 from jobs.state.json_record import read_record
 from pixart import records
 
@@ -89,11 +90,11 @@ def is_foreign(directory: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Check that a file is a complete safetensors file or a zip archive, as torch.save writes.
+    """Check that a file is a complete safetensors file, or has a format of torch.save: a zip archive, or pickles.
 
     Raises ValueError if it is neither, or is truncated.
     """
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path) or is_pickle_format(path):
         return
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":

@@ -145,13 +145,13 @@ class RestrictedReader(FileSystemReader):
         """Metadata of each stored tensor or object, by key."""
         return self.read_metadata().state_dict_metadata
 
-    def path_of(self, key: str) -> list[str]:
-        """Return the keys of the nested dictionaries that an entry was saved in; without them, its first word."""
+    def path_of(self, key: str) -> list[str | int]:
+        """Return the keys and indices that an entry was nested in, or its first word and the rest if none are."""
         paths = self.read_metadata().planner_data
         path = paths.get(key) if isinstance(paths, dict) else None
         if isinstance(path, tuple | list) and path:
-            return [str(part) for part in path]
-        return key.split(".", 1)
+            return [part if isinstance(part, int) else str(part) for part in path]
+        return [*key.split(".", 1)]
 
     def read_value(self, key: str) -> Any:
         """Return the unsharded tensor, or the object, that is stored under `key`."""
@@ -170,14 +170,14 @@ class WeightsOnlyPlanner(DefaultLoadPlanner):
         self.original_state_dict[read_item.dest_index.fqn] = inert_pickle.load_archive(value)
 
 
-def read_content(path: Path) -> dict[str, Any]:
-    """Read everything into memory, nested as it was saved; lists become dictionaries by index.
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Read everything into memory, nested as it was saved.
 
     Raises ValueError for a directory that is not a checkpoint, is damaged, or names code.
     """
     with raise_value_error(path):
         reader = RestrictedReader(path)
-        content: dict[str, Any] = {}
+        content: dict[str | int, Any] = {}
         for key in reader.entries:
             *folders, name = reader.path_of(key)
             target = content
@@ -186,7 +186,17 @@ def read_content(path: Path) -> dict[str, Any]:
                 if not isinstance(target, dict):
                     raise pickle.UnpicklingError(f"{key} is within another entry")
             target[name] = reader.read_value(key)
-        return content
+        return {str(name): with_lists(value) for name, value in content.items()}
+
+
+def with_lists(value: Any) -> Any:
+    """Return nested dictionaries with those whose keys are the indices of a list, 0 to n - 1, as that list."""
+    if not isinstance(value, dict):
+        return value
+    items = {name: with_lists(item) for name, item in value.items()}
+    if all(isinstance(name, int) for name in items) and sorted(items) == list(range(len(items))):
+        return [items[index] for index in range(len(items))]
+    return {str(name): item for name, item in items.items()}
 
 
 def lazy_groups(folder: Path, groups: Sequence[str]) -> dict[str, LazyTensors]:

@@ -8,131 +8,68 @@ This module has what `torch.load` requires of its `pickle_module`: `Unpickler` a
 """
 
 import io
-import math
 import pickle
-import re
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-RULE = "only tensors, containers and plain values are loaded"
+from pixart.checkpoint.inert import (
+    RULE,
+    Dtype,
+    Inert,
+    RefusedPickleError,
+    array,
+    default_dict,
+    encode,
+    inert_class,
+    printable,
+    scalar,
+)
+
 ZIP = b"PK\x03\x04"  # the start of a zip archive, by which torch.load decides
 TORCHSCRIPT = "constants.pkl"  # an entry that only archives of TorchScript have
 PythonUnpickler: Any = pickle._Unpickler
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-# Modules whose functions run code, and of each of them the classes that are mere values.
-PROCESSES = (
-    *("asyncio", "code", "codeop", "commands", "ctypes", "importlib", "marshal", "multiprocessing", "nt", "os"),
-    *("pickle", "posix", "pty", "runpy", "shutil", "signal", "socket", "subprocess", "sys", "threading", "timeit"),
-    "webbrowser",
-)
-NUMBERS_AND_CONTAINERS = frozenset(
+# Functions that run code, by module; all of a module that is not listed with its functions.
+REFUSED_MODULES = frozenset(
     (
-        *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range"),
-        *("set", "slice", "str", "tuple"),
+        *("code", "codeop", "commands", "ctypes", "importlib", "marshal", "nt", "os", "pickle", "posix", "pty"),
+        *("runpy", "shutil", "socket", "subprocess", "sys", "timeit", "webbrowser"),
     )
 )
-STREAMS = frozenset({"BytesIO", "StringIO"})
-REFUSED_MODULES: dict[str, frozenset[str]] = {
-    **dict.fromkeys(PROCESSES, frozenset[str]()),
-    **dict.fromkeys(("builtins", "__builtin__"), NUMBERS_AND_CONTAINERS),
-    **dict.fromkeys(("io", "_io"), STREAMS),
+EXECUTING = frozenset(
+    (
+        *("__import__", "apply", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "file", "globals"),
+        *("getattr", "input", "locals", "open", "setattr", "vars"),
+    )
+)
+REFUSED_FUNCTIONS = {
+    **dict.fromkeys(("builtins", "__builtin__"), EXECUTING),
+    **dict.fromkeys(("io", "_io"), frozenset(("FileIO", "open", "open_code"))),
 }
-NUMBER_DTYPES = r"b1|i[1248]|u[1248]|f[248]|c8|c16"  # NumPy's names of them
 
 
-class RefusedPickleError(pickle.UnpicklingError):
-    """A pickle has something that is not loaded, which the message names."""
+def inert_attribute(*arguments: Any) -> type[Inert]:
+    """Return the class that stands for an attribute of another, as protocol 2 has nested classes and bound methods."""
+    match arguments:
+        case [type() as owner, str() as name] if issubclass(owner, Inert):
+            return inert_class(f"{owner.path}.{name}")
+        case [Inert() as owner, str() as name]:
+            return inert_class(f"{owner.path}.{name}")
+    raise RefusedPickleError(f"it refers to builtins.getattr, and {RULE}")
 
 
-class Inert:
-    """Object of a class that is not loaded: it keeps the arguments, the state and the items that a pickle gives it."""
-
-    path = ""  # MODULE.NAME of the class that it stands for
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.arguments, self.named = arguments, named
-        self.state: Any = None
-        self.entries: dict[Any, Any] = {}
-        self.elements: list[Any] = []
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.entries[key] = value
-
-    def append(self, value: Any) -> None:
-        self.elements.append(value)
-
-    add = append
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+def is_method(path: str) -> bool:
+    """Return whether a path is MODULE.CLASS.NAME of what by its name is a method, and no nested class."""
+    *_, owner, name = ["", *path.split(".")]
+    return owner.lstrip("_")[:1].isupper() and not name.lstrip("_")[:1].isupper()
 
 
-class Dtype(Inert):
-    """A NumPy dtype, whose state has its byte order."""
-
-    path = "numpy.dtype"
-
-    def dtype(self) -> np.dtype[Any] | None:
-        """Return the dtype if it is one of numbers."""
-        name = self.arguments[0] if self.arguments else None
-        if not isinstance(name, str) or not re.fullmatch(NUMBER_DTYPES, name):
-            return None
-        is_big_endian = isinstance(self.state, tuple) and len(self.state) > 1 and self.state[1] == ">"
-        return np.dtype(name).newbyteorder(">" if is_big_endian else "<")
-
-
-class Array(Inert):
-    """A NumPy array, whose state is its version, shape, dtype, order and bytes."""
-
-    path = "numpy.ndarray"
-
-    def tensor(self) -> torch.Tensor | None:
-        """Return the array as a tensor if it is one of numbers, and not damaged."""
-        try:
-            _, shape, dtype, is_fortran, data = self.state
-            values = np.frombuffer(data, dtype.dtype()).reshape(shape, order="F" if is_fortran else "C")
-            return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), order="C"))
-        except (TypeError, ValueError, AttributeError):
-            return None
-
-
-class Scalar(Inert):
-    """A NumPy scalar that is not a number."""
-
-    path = "numpy.generic"
-
-
-def scalar(dtype: Any, data: Any = b"") -> Any:
-    """Return NumPy's scalar of that dtype and bytes as a number, or an inert object if it is none."""
-    number_dtype = dtype.dtype() if isinstance(dtype, Dtype) else None
-    if number_dtype is None or not isinstance(data, bytes) or len(data) != number_dtype.itemsize:
-        return Scalar(dtype, data)
-    return np.frombuffer(data, number_dtype)[0].item()
-
-
-def array(*_: Any) -> Array:
-    """Return an array that is still without its state."""
-    return Array()
-
-
-def encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """Return the bytes that a pickle of protocol 2 keeps as text."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise RefusedPickleError("bytes are damaged")
-    return text.encode("latin1")
-
-
-def default_dict(*_: Any) -> dict[Any, Any]:
-    """Return a dictionary without the function that makes missing values."""
-    return {}
-
-
+ATTRIBUTE = ("builtins.getattr", "__builtin__.getattr")
 FUNCTIONS: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": default_dict,
@@ -151,7 +88,7 @@ FUNCTIONS: dict[str, Any] = {
     **{f"{module}.multiarray.scalar": scalar for module in ("numpy.core", "numpy._core")},
     **{f"{module}.multiarray._reconstruct": array for module in ("numpy.core", "numpy._core")},
 }
-CALLED = frozenset(FUNCTIONS.values())
+CALLED = frozenset((*FUNCTIONS.values(), inert_attribute))
 
 
 class Unpickler(PythonUnpickler):
@@ -169,14 +106,17 @@ class Unpickler(PythonUnpickler):
             return FUNCTIONS[path]
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        allowed = REFUSED_MODULES.get(module.partition(".")[0])
-        if allowed is not None and name not in allowed:
-            raise RefusedPickleError(f"it refers to {path}, and {RULE}")
-        return type(name.rpartition(".")[2], (Inert,), {"path": path})
+        if path in ATTRIBUTE:
+            return inert_attribute
+        if module.partition(".")[0] in REFUSED_MODULES or name in REFUSED_FUNCTIONS.get(module, ()):
+            raise RefusedPickleError(f"it refers to {printable(path)}, and {RULE}")
+        return inert_class(path)
 
     def call(self, function: Any, arguments: Any, named: Mapping[str, Any]) -> Any:
         """Return an allowed function's value. Raises RefusedPickleError for any other function."""
         is_inert = isinstance(function, type) and issubclass(function, Inert)
+        if is_inert and is_method(function.path):
+            raise RefusedPickleError(f"it refers to {function.path}, and {RULE}")
         if not is_inert and not any(function is called for called in CALLED):
             raise RefusedPickleError(f"it calls {str(function)[:80]}, and {RULE}")
         return function(*arguments, **named)
@@ -238,31 +178,16 @@ def load_archive(source: Path | io.BytesIO, *, mmap: bool = False) -> Any:
 
     Raises RefusedPickleError if something in it is refused, or if it is no such archive.
     """
-    file = io.BytesIO(source.getvalue()[:4]) if isinstance(source, io.BytesIO) else source.open("rb")
-    with file:
-        if file.read(4) != ZIP:
-            raise RefusedPickleError("it is not a zip archive")
-    if torch._C.PyTorchFileReader(source if isinstance(source, io.BytesIO) else str(source)).has_record(TORCHSCRIPT):
+    if isinstance(source, io.BytesIO):
+        head = source.getvalue()[: len(ZIP)]
+    else:
+        with source.open("rb") as file:
+            head = file.read(len(ZIP))
+    if head != ZIP:
+        raise RefusedPickleError("it is not a zip archive")
+    stream = io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else str(source)
+    if torch._C.PyTorchFileReader(stream).has_record(TORCHSCRIPT):
         raise RefusedPickleError("it is a TorchScript archive, whose code is not loaded")
     if isinstance(source, io.BytesIO):
         source.seek(0)
     return torch.load(source, map_location="cpu", weights_only=False, pickle_module=sys.modules[__name__], mmap=mmap)
-
-
-def as_value(value: Any) -> Any:
-    """Return NumPy's arrays of numbers as tensors, inert dictionaries as dictionaries, and other values unchanged."""
-    if isinstance(value, Array):
-        tensor = value.tensor()
-        return value if tensor is None else tensor
-    if isinstance(value, Inert) and value.entries:
-        return value.entries
-    return value
-
-
-def describe(value: Any) -> str:
-    """Return what a value is: the path of a class that was not loaded, the size of a container, or the type."""
-    if isinstance(value, Inert):
-        return value.path or type(value).__name__
-    if isinstance(value, torch.Tensor):
-        return f"tensor of {math.prod(value.shape)} values"
-    return type(value).__name__
