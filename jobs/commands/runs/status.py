@@ -71,8 +71,9 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     counts = Counter(element.state for element in elements.values())
     reasons = Counter(element.note for element in elements.values() if element.state == "pending")
     table = Table(box=None, pad_edge=False)
-    for name in ("state", "shards" if run.elements else "runs", "note"):
-        table.add_column(name, justify="right" if name in ("shards", "runs") else "left")
+    table.add_column("state")
+    table.add_column("shards" if run.elements else "runs", justify="right")
+    table.add_column("note")
     notes = {
         "done": describe_rate(run, elements),
         "pending": ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items()),
