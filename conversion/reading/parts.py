@@ -231,7 +231,7 @@ def refuse_training_state(unknown: Mapping[str, Any], parts: Parts, path: Path) 
     for name, value in unknown.items():
         tensors = list(floating_tensors(value))
         is_large = len(tensors) >= MANY or sum(tensor.numel() for tensor in tensors) > SHARE * size
-        if is_large or find_optimizer(value) is not None:
+        if is_large or (tensors and find_optimizer(value) is not None):
             raise ValueError(
                 f"{path}: {name!r} looks like training state ({describe(value)} with {len(tensors)} tensors) and is "
                 "not understood; rename it to model, model_ema or optimizer, or give --ignore-unknown to read the rest"

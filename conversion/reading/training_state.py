@@ -22,12 +22,13 @@ from conversion.reading import transformer_engine
 from conversion.reading.moments import name_moments
 from conversion.reading.names import bare_names
 from pixart.checkpoint.directory import Checkpoint
-from pixart.checkpoint.inert import describe, printable
+from pixart.checkpoint.inert import MOST_LETTERS, describe
 from pixart.checkpoint.integrity import check_shapes
 from pixart.checkpoint.lazy_tensors import LazyTensors, State
 from pixart.checkpoint.normalization import Normalization
 from pixart.config.latent_space import ORIGINAL_PIXEL_RANGE
 from pixart.model.dit import state_shapes
+from pixart.terminal import printable
 from pixart.training.optimizer import MOMENTS
 
 # The original training normalized latents of the SD3 VAE as latent * scaling_factor - shift.
@@ -86,7 +87,7 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
     if stored.unused:
         provenance["unused_entries"] = {
             "count": len(stored.unused),
-            "names": [printable(name) for name in stored.unused[:MOST_NAMES]],
+            "names": [printable(name[:MOST_LETTERS]) for name in stored.unused[:MOST_NAMES]],
         }
     if decay_qk_norm:
         provenance["decay_qk_norm"] = True

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pixart.terminal import printable
+
+MOST_LETTERS = 80  # of a name that is shown
 RULE = "only tensors, containers and plain values are loaded"
 NUMBER_DTYPES = r"b1|i[1248]|u[1248]|f[248]|c8|c16"  # NumPy's names of them
 
@@ -103,7 +106,7 @@ def default_dict(*_: Any) -> dict[Any, Any]:
 
 def inert_class(path: str) -> type[Inert]:
     """Return a new class of inert objects that stands for the class or function MODULE.NAME."""
-    return type(path.rpartition(".")[2], (Inert,), {"path": printable(path)})
+    return type(path.rpartition(".")[2], (Inert,), {"path": printable(path[:MOST_LETTERS])})
 
 
 def as_value(value: Any) -> Any:
@@ -114,11 +117,6 @@ def as_value(value: Any) -> Any:
     if isinstance(value, Inert) and value.entries:
         return value.entries
     return value
-
-
-def printable(name: str) -> str:
-    """Return a name from a file for a terminal and a page: up to 80 characters, those of control escaped."""
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in name[:80])
 
 
 def describe(value: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pixart.checkpoint.inert import (
+    MOST_LETTERS,
     RULE,
     Dtype,
     Inert,
@@ -26,9 +27,9 @@ from pixart.checkpoint.inert import (
     default_dict,
     encode,
     inert_class,
-    printable,
     scalar,
 )
+from pixart.terminal import printable
 
 ZIP = b"PK\x03\x04"  # the start of a zip archive, by which torch.load decides
 TORCHSCRIPT = "constants.pkl"  # an entry that only archives of TorchScript have
@@ -109,7 +110,7 @@ class Unpickler(PythonUnpickler):
         if path in ATTRIBUTE:
             return inert_attribute
         if module.partition(".")[0] in REFUSED_MODULES or name in REFUSED_FUNCTIONS.get(module, ()):
-            raise RefusedPickleError(f"it refers to {printable(path)}, and {RULE}")
+            raise RefusedPickleError(f"it refers to {printable(path[:MOST_LETTERS])}, and {RULE}")
         return inert_class(path)
 
     def call(self, function: Any, arguments: Any, named: Mapping[str, Any]) -> Any:

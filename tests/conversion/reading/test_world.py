@@ -243,6 +243,7 @@ WRITERS: dict[str, Writer] = {
     "functions": beside(function=abs, kind=int, numbers=range(3), partial=functools.partial(int, "3")),
     "a small module": beside(probe=torch.nn.Linear(2, 2)),
     "losses": beside(losses=[torch.tensor(1.0)] * 100, betas={"beta": torch.linspace(0, 1, 100)}),
+    "state of a data loader": beside(loader={"state": {"epoch": {"index": 3}}}),
     "empty EMA": beside(ema=None, ema_decay=0.999, swa=False),
 }
 
