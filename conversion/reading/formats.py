@@ -173,7 +173,7 @@ def last_step(parts: Parts, states: Mapping[str, Mapping[str, Any]], path: Path)
     """Return the index of the last completed step, or -1.
 
     The original training saves this index, others the number of completed steps: AdamW's own count, where the file has
-    one, tells which it is. Raises ValueError if the file's step is not a number of steps.
+    one, decides which it is. Raises ValueError if the file's step is not a number of steps.
     """
     counts = [number_of(state.get("step")) for state in states.values()]
     count = max((int(value) for value in counts if isinstance(value, int | float)), default=0)

@@ -116,7 +116,7 @@ def unnested(entries: dict[str, Any]) -> dict[str, Any]:
 def has_weights(entries: Mapping[str, Any]) -> bool:
     """Return whether an entry has the name of a model's weights, and tensors."""
     return any(
-        kind_of(name) == MODEL and (found := find_state(value)) and is_state(found[0])
+        kind_of(name) == MODEL and (state := find_state(value)) and is_state(state[0])
         for name, value in entries.items()
     )
 
@@ -155,9 +155,9 @@ def find_candidates(entries: Mapping[str, Any], path: Path) -> dict[str, list[Ca
             elif name == OPTIMIZER and value:
                 raise ValueError(f"{path}: {name!r} is not a state dict of AdamW but {describe(value)}")
         elif kind in (MODEL, EMA):
-            found = find_state(value, allow_list=kind == EMA)
-            if found and (name == kind or is_state(found[0]) or is_list_of_tensors(found[0])):
-                candidates[kind].append(Candidate(name=name, value=found[0], beside=found[1]))
+            state = find_state(value, allow_list=kind == EMA)
+            if state and (name == kind or is_state(state[0]) or is_list_of_tensors(state[0])):
+                candidates[kind].append(Candidate(name=name, value=state[0], beside=state[1]))
             elif name == EMA and value is not None and value != {}:
                 raise ValueError(f"{path}: {name!r} does not hold named tensors")
     return candidates
@@ -166,7 +166,7 @@ def find_candidates(entries: Mapping[str, Any], path: Path) -> dict[str, list[Ca
 def choose(kind: str, candidates: list[Candidate], path: Path, *, ignore_unknown: bool) -> Candidate | None:
     """Return the only candidate for a part, if any. Raises ValueError for several, unless `ignore_unknown`."""
     if len(candidates) > 1 and kind != OPTIMIZER:
-        candidates = [each for each in candidates if each.has_parameters] or candidates
+        candidates = [item for item in candidates if item.has_parameters] or candidates
     if len(candidates) > 1 and not ignore_unknown:
         raise ValueError(
             f"{path}: {candidates[0].name!r} and {candidates[1].name!r} may both be {kind!r}; remove one of them, or "

@@ -16,7 +16,7 @@ COUNTERS = frozenset(("n_averaged", "initted", "step", "decay", "num_updates", "
 def is_state(value: Any) -> bool:
     """Return whether a value is a state dictionary: a mapping with a tensor of at least one dimension."""
     return isinstance(value, Mapping) and any(
-        isinstance(item := as_value(each), Tensor) and item.ndim > 0 for each in value.values()
+        isinstance(item := as_value(element), Tensor) and item.ndim > 0 for element in value.values()
     )
 
 
@@ -64,7 +64,7 @@ def split(state: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[str, Any], lis
 def is_foreign(key: str) -> bool:
     """Return whether a key is that of another module than this suite's model, such as a VAE."""
     module, _, name = bare_name(key).partition(".")
-    return bool(name) and module not in {each.partition(".")[0] for each in parameter_names()}
+    return bool(name) and module not in {item.partition(".")[0] for item in parameter_names()}
 
 
 def is_number(value: Any) -> bool:

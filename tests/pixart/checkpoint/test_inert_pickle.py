@@ -68,7 +68,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_may_run_code_is_refused(name):
+def test_pickles_that_may_run_code_are_refused(name):
     with pytest.raises(RefusedPickleError, match=r"only tensors|not allowed"):
         load(REFUSED[name])
 
