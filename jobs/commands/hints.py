@@ -1,4 +1,4 @@
-"""The command that comes next, as commands print it: complete, so that it runs as it is printed.
+"""Construction of the next command that a command prints; it can be executed verbatim.
 
 It has the options of the command that prints it, as far as the next command has them too. Values that come from a
 configuration file are given by --config.

@@ -41,7 +41,8 @@ def run(dataset: str, shards: list[int]) -> None:
     from pixart.data.store.zarr_store import create
 
     manifest = manifests.read(dataset)
-    todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
+    complete = [ledger.current(dataset, job, shards, manifest.hash) for job in ledger.ENTRIES_OF["adopt"]]
+    todo = [shard for shard in shards if not all(shard in done for done in complete)]
     if not todo:
         return
     manifests.check_model(manifest, "text_encoder")
@@ -49,11 +50,6 @@ def run(dataset: str, shards: list[int]) -> None:
     text = TextColumns(manifest, load_tokenizer(manifest.data.text_encoder))
     with one_torch_thread():
         for_each_shard(todo, lambda shard: adopt_shard(manifest, shard, text))
-
-
-def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
-    """Return whether the captions and latents of a shard are there and belong to this manifest."""
-    return all(ledger.current(dataset, job, [shard], manifest_hash) for job in ledger.ENTRIES_OF["adopt"])
 
 
 @contextmanager

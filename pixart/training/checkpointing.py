@@ -156,41 +156,43 @@ def remove(directory: Path) -> None:
             logger.warning("%s cannot be removed now, and is removed later: %s", obsolete, error)
 
 
-def verify(directory: Path, ranks: Ranks) -> None:
-    """Compare the files of a checkpoint with their checksums, each rank a share of them; every rank must call it.
+def find_damage(directory: Path, ranks: Ranks) -> str:
+    """Return what is missing or altered in a checkpoint, "" if nothing is; each rank reads a share of the files.
 
-    Raises ValueError on every rank if a file is missing or altered.
+    Every rank must call it, and every rank gets the same answer.
     """
-    error = ""
+    local_error = ""
     try:
         checkpoints.check_files(directory, slice(ranks.rank, None, ranks.world_size))
-    except ValueError as damage:
-        error = str(damage)
-    if ranks.all_reduce_max(bool(error)):
-        errors = [message for message in ranks.gather(error) if message]
-        raise ValueError(ranks.broadcast_object(errors)[0])
+        checkpoints.load_without_tensors(directory)
+    except ValueError as error:
+        local_error = str(error)
+    if not ranks.all_reduce_max(bool(local_error)):
+        return ""
+    errors = [message for message in ranks.gather(local_error) if message]
+    return ranks.broadcast_object(errors)[0]
+
+
+def verify(directory: Path, ranks: Ranks) -> None:
+    """Raise ValueError on every rank if a file of a checkpoint is missing or altered; every rank must call it."""
+    if damage := find_damage(directory, ranks):
+        raise ValueError(damage)
 
 
 def find_newest_valid(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """Return the newest undamaged checkpoint of a run, or None, and an error message for each newer one.
 
-    Damaged checkpoints are renamed so that no later attempt uses them. Every rank must call it and reads a share of the
-    files; the messages are on rank 0 only.
+    Damaged checkpoints are renamed so that no later attempt uses them. Every rank must call it; the messages are on
+    rank 0 only.
     """
     errors: list[str] = []
     for directory in reversed(checkpoints.list_checkpoints(run)):
-        local_error = ""
-        try:
-            checkpoints.check_files(directory, slice(ranks.rank, None, ranks.world_size))
-            checkpoints.load_without_tensors(directory)
-        except ValueError as error:
-            local_error = str(error)
-        if not ranks.all_reduce_max(bool(local_error)):
+        damage = find_damage(directory, ranks)
+        if not damage:
             return directory, errors
-        gathered = [message for message in ranks.gather(local_error) if message]
         if ranks.is_first:
             directory.replace(directory.with_name(directory.name + DAMAGED_SUFFIX))
-            errors.append(f"{directory.name} is skipped, resuming from the checkpoint before it: {gathered[0]}")
+            errors.append(f"{directory.name} is skipped, resuming from the checkpoint before it: {damage}")
             logger.warning(errors[-1])
         ranks.barrier()  # no rank lists checkpoints before the directory is renamed
     return None, errors

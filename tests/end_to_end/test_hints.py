@@ -1,4 +1,4 @@
-"""Every command that a command prints as the next one is executed as it is printed, for two recipes."""
+"""Every next command that a command prints is executed verbatim, for two recipes."""
 
 import re
 import subprocess
