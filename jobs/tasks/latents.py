@@ -23,7 +23,9 @@ def run(dataset: str, shards: list[int]) -> None:
 
     manifest = manifests.read(dataset)
     data = manifest.data
-    todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
+    ledger.captions(dataset, shards)
+    complete = ledger.current(dataset, "latents", shards, manifest.hash)
+    todo = [shard for shard in shards if shard not in complete]
     if not todo:
         return
     for kind in ("vae", "text_encoder"):
@@ -37,16 +39,6 @@ def run(dataset: str, shards: list[int]) -> None:
         else Tokenizer(load_tokenizer(data.text_encoder), max_tokens=data.max_text_tokens)
     )
     for_each_shard(todo, lambda shard: encode_shard(manifest, shard, source, vae, text))
-
-
-def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
-    """Return whether a shard was encoded for this manifest from its present captions.
-
-    Raises ValueError if the shard has no captions.
-    """
-    if ledger.read(dataset, "caption", shard) is None:
-        raise ValueError(f"shard {shard} has no captions yet; run 'caption' first")
-    return shard in ledger.current(dataset, "latents", [shard], manifest_hash)
 
 
 def checksum(columns) -> str:
@@ -69,7 +61,7 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
 
     begun = time.monotonic()
     captions = ledger.read(manifest.data.path, "caption", shard)
-    assert captions is not None  # checked by `complete`
+    assert captions is not None  # checked by `run`
     captions_of = {"": "caption", "short_": "short_caption"} if manifest.data.short_captions else {"": "caption"}
     names = ["id", "digest", "label", "valid", *captions_of.values()]
     table = read_part(manifest.data.path, shard).select(names).to_pydict()

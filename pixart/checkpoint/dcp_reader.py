@@ -38,23 +38,6 @@ from pixart.checkpoint.lazy_tensors import LazyTensors
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 512 << 20  # the metadata of a model on 4,096 ranks is a tenth of it
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # reading in one process is intended
-ALLOWED_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "strided", *inert_pickle.DTYPES},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-}
 MOVED_MODULES = {"pathlib._local": "pathlib"}  # where Python 3.13 says that the class is
 CALLABLE = (torch.Size, OrderedDict, PosixPath, _get_layout, _MEM_FORMAT_ENCODING)  # may be called with arguments
 DATACLASSES = (
@@ -67,13 +50,19 @@ DATACLASSES = (
     TensorStorageMetadata,
     _StorageInfo,
 )  # may be created and given attributes
+ALLOWED = {
+    **{f"{item.__module__}.{item.__qualname__}": item for item in (*CALLABLE, *DATACLASSES)},
+    "pathlib.PosixPath": PosixPath,
+    "torch.strided": torch.strided,
+    **{f"torch.{name}": dtype for name, dtype in inert_pickle.DTYPES.items()},
+}  # by the name in a pickle
 
 
 PythonUnpickler: Any = pickle._Unpickler
 
 
 class RestrictedUnpickler(PythonUnpickler):
-    """Unpickler that loads ALLOWED_CLASSES only, and sets attributes of new instances of DATACLASSES only.
+    """Unpickler that loads ALLOWED only, and sets attributes of new instances of DATACLASSES only.
 
     It is the implementation in Python, whose operations can be overridden. Raises UnpicklingError for anything else.
     """
@@ -81,10 +70,10 @@ class RestrictedUnpickler(PythonUnpickler):
     dispatch = PythonUnpickler.dispatch.copy()
 
     def find_class(self, module: str, name: str) -> Any:
-        module = MOVED_MODULES.get(module, module)
-        if name not in ALLOWED_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the metadata of a checkpoint")
-        return super().find_class(module, name)
+        path = f"{MOVED_MODULES.get(module, module)}.{name}"
+        if path not in ALLOWED:
+            raise pickle.UnpicklingError(f"{path} is not allowed in the metadata of a checkpoint")
+        return ALLOWED[path]
 
     def load_build(self) -> None:
         if type(self.stack[-2]) not in DATACLASSES:
