@@ -258,19 +258,28 @@ def test_retry_never_trains_on_half_a_dataset(profile, tmp_path, capsys):
     assert wait_for_end(runs.load(train.folder)) == {0: "done"}
 
 
-def test_the_third_part_of_an_array_is_refused(profile, tmp_path, capsys, monkeypatch, dev_cluster):
-    """What was accepted is recorded and runs; `retry` submits the others."""
-    limited = tmp_path / "bin"
-    limited.mkdir()
-    (limited / "sbatch").write_text(
+def failing_command(folder: Path, name: str, condition: str, message: str) -> Path:
+    """Write a Slurm command that fails with a message in the calls whose number, from 0, meets a condition of `test`.
+
+    Returns the folder of the command, for PATH. The number of calls is in `folder / "count"`.
+    """
+    (folder / "bin").mkdir()
+    script = folder / "bin" / name
+    script.write_text(
         f"""#!/bin/sh
-count=$(cat {tmp_path}/count 2>/dev/null || echo 0)
-echo $((count + 1)) > {tmp_path}/count
-if [ "$count" -ge 2 ]; then echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; fi
-exec {shutil.which("sbatch")} "$@"
+count=$(cat {folder}/count 2>/dev/null || echo 0)
+echo $((count + 1)) > {folder}/count
+if [ "$count" {condition} ]; then echo '{message}' >&2; exit 1; fi
+exec {shutil.which(name)} "$@"
 """
     )
-    (limited / "sbatch").chmod(0o755)
+    script.chmod(0o755)
+    return folder / "bin"
+
+
+def test_the_third_part_of_an_array_is_refused(profile, tmp_path, capsys, monkeypatch, dev_cluster):
+    """What was accepted is recorded and runs; `retry` submits the others."""
+    limited = failing_command(tmp_path, "sbatch", "-ge 2", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
     monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
     words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
     with monkeypatch.context() as patch:
@@ -298,17 +307,8 @@ def test_a_launcher_within_a_job_with_memory_per_processor(tmp_path, dev_cluster
 
 def test_a_controller_that_does_not_answer_ends_no_wait(profile, tmp_path, monkeypatch, capsys, dev_cluster):
     """Three queries in a row fail while the launcher waits."""
-    broken = tmp_path / "bin"
-    broken.mkdir()
-    (broken / "squeue").write_text(
-        f"""#!/bin/sh
-count=$(cat {tmp_path}/count 2>/dev/null || echo 0)
-echo $((count + 1)) > {tmp_path}/count
-if [ "$count" -lt 3 ]; then echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1; fi
-exec {shutil.which("squeue")} "$@"
-"""
-    )
-    (broken / "squeue").chmod(0o755)
+    timed_out = "slurm_load_jobs error: Socket timed out on send/recv operation"
+    broken = failing_command(tmp_path, "squeue", "-lt 3", timed_out)
     fast = tmp_path / "fast.toml"
     fast.write_text(PROFILE.replace("cpus_per_task", "poll_seconds = 1\ncpus_per_task"))
     monkeypatch.setenv("PATH", f"{broken}:{os.environ['PATH']}")
