@@ -27,7 +27,7 @@ MAX_RLE_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes 
 
 
 class Reason(StrEnum):
-    """Reasons why an image is rejected. The values are stored in caption parts and must not change."""
+    """Reasons why a source item is rejected. The values are stored in caption parts and must not change."""
 
     UNREADABLE = "unreadable"
     TRUNCATED = "truncated"
@@ -36,6 +36,9 @@ class Reason(StrEnum):
     EXTREME_ASPECT = "extreme aspect"
     SOLID_COLOR = "plain"
     UNIFORM = "near-plain"
+    UNREADABLE_LABEL = "unreadable label"
+    UNREADABLE_TEXT = "unreadable text"
+    NO_WORDS = "no words"
 
 
 class Rejected(Exception):  # noqa: N818 - a screening result, not a failure

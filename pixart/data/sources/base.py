@@ -18,6 +18,9 @@ class Item:
     label: int  # class index, -1 if the source has no labels
     text: str  # the caption or class name in the source, "" if it has neither
     text_is_class: bool = False  # `text` is the name of the class, not a caption
+    image_problem: str = ""  # why the image could not be read; `data` is empty then
+    label_problem: str = ""  # why the label could not be read; `label` is -1 then
+    text_problem: str = ""  # why the text could not be read; `text` is "" then
 
 
 class Source(Protocol):

@@ -12,9 +12,22 @@ import fsspec
 
 from pixart.atomic import write_atomically
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+)
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation")
 ALLOWED = (
-    "a source must be `demo`, or the path or fsspec URL of an image folder (.jpg, .jpeg, .png, .webp), "
+    "a source must be `demo`, or the path or fsspec URL of an image folder (.jpg, .png, .webp and others), "
     "of .parquet files or of uncompressed .tar files"
 )
 
@@ -106,13 +119,18 @@ class RowIndex:
         if counts_file and missing:
             write_atomically(counts_file, json.dumps({name: known[name] for name in files.sizes}))
         self._names = list(files.sizes)
-        self._ends = [0, *accumulate(known[name][1] for name in self._names)]
+        self._counts = {name: known[name][1] for name in self._names}
+        self._ends = [0, *accumulate(self._counts.values())]
         self._rows = min(self._ends[-1], max_images or self._ends[-1])
         if not self._rows:
             raise ValueError(f"source {files.url!r}: its files contain no images; {ALLOWED}")
 
     def __len__(self) -> int:
         return self._rows
+
+    def count(self, name: str) -> int:
+        """Return the number of rows of a file."""
+        return self._counts[name]
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
         """Yield the files that contain rows start to stop - 1, each with the range of its rows to read."""

@@ -39,7 +39,7 @@ def open_source(
         return ParquetSource(files.with_suffix(".parquet"), max_images, counts_file)
     from pixart.data.sources.webdataset import WebDatasetSource
 
-    return WebDatasetSource(files.with_suffix(".tar"), max_images, counts_file)
+    return WebDatasetSource(files.with_suffix(".tar"), max_images, counts_file, seed)
 
 
 def _kind(name: str) -> str | None:
