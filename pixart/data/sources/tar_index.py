@@ -100,7 +100,7 @@ def _members(file: Any) -> Iterator[tarfile.TarInfo]:
     while True:
         file.seek(begin)
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closing it would close nothing
-        if begin and tar.firstmember is None:
+        if begin and next(iter(tar), None) is None:
             return  # bytes behind the end of an archive that are not another one
         for member in tar:
             if member.size < 0:
