@@ -11,6 +11,7 @@ class Contents:
     """Counts over the files of a source; those of several files are added by `merge`."""
 
     items: int = 0
+    labelled: int = 0  # items that have a label
     left_out: Counter[str] = field(default_factory=Counter)  # by reason
     largest_label: int = -1  # -1 if no item has a label
     has_words: bool = False  # whether any item has a caption or the name of a class
@@ -19,6 +20,7 @@ class Contents:
     def merge(self, other: "Contents") -> None:
         """Add the counts of further files."""
         self.items += other.items
+        self.labelled += other.labelled
         self.left_out.update(other.left_out)
         self.largest_label = max(self.largest_label, other.largest_label)
         self.has_words = self.has_words or other.has_words
@@ -30,6 +32,7 @@ class Contents:
         """Return the counts as JSON values."""
         return {
             "items": self.items,
+            "labelled": self.labelled,
             "left_out": dict(sorted(self.left_out.items())),
             "largest_label": self.largest_label,
             "has_words": self.has_words,

@@ -1,16 +1,19 @@
 """File listings by URL on any file system, and row indices of files that contain many items."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from pixart.atomic import write_atomically
+from pixart.data.sources.local_files import walk_local
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -40,6 +43,7 @@ class FileList:
     system: Any  # fsspec.AbstractFileSystem
     root: str
     sizes: dict[str, int]  # bytes, -1 if the file system does not report it
+    left_out: Counter[str] = field(default_factory=Counter)  # files that are not listed, by reason
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -47,7 +51,7 @@ class FileList:
     def with_suffix(self, suffix: str) -> "FileList":
         """Return only the files with a suffix such as ".tar"."""
         sizes = {name: size for name, size in self.sizes.items() if suffix_of(name) == suffix}
-        return FileList(url=self.url, system=self.system, root=self.root, sizes=sizes)
+        return FileList(url=self.url, system=self.system, root=self.root, sizes=sizes, left_out=self.left_out)
 
 
 def list_files(url: str) -> FileList:
@@ -60,6 +64,12 @@ def list_files(url: str) -> FileList:
     except (ValueError, ImportError) as error:  # an unknown protocol, or its package is not installed
         raise ValueError(f"source {url!r}: {error}; {ALLOWED}") from None
     try:
+        if isinstance(system, LocalFileSystem) and system.isdir(path):
+            root = path.rstrip("/")
+            local, left_out = walk_local(root)
+            if not local and not left_out:
+                raise FileNotFoundError(f"does not exist or is empty; {ALLOWED}")
+            return FileList(url=url, system=system, root=root, sizes=local, left_out=left_out)
         root, infos = _list(system, path.rstrip("/"))
     except Exception as error:  # every file system has its own exceptions
         raise ValueError(f"source {url!r}: {' '.join(str(error).split())}") from error
@@ -76,20 +86,11 @@ def list_files(url: str) -> FileList:
 def _list(system: Any, path: str) -> tuple[str, dict[str, dict]]:
     """Return the folder that names are relative to, and the info of each file by its full name."""
     if system.isdir(path):
-        return path, dict(_walk(system, path))
+        return path, system.find(path, detail=True)
     if system.isfile(path):
         return path.rpartition("/")[0], {path: system.info(path)}
     prefix = path[: min((path.index(wildcard) for wildcard in "*?[" if wildcard in path), default=0)]
     return prefix.rpartition("/")[0], system.glob(path, detail=True) if prefix else {}
-
-
-def _walk(system: Any, path: str) -> Iterator[tuple[str, dict]]:
-    """Yield the files below a folder. Follows links to directories, which fsspec's `find` reports as files."""
-    for name, info in system.find(path, detail=True).items():
-        if info.get("islink") and system.isdir(name):
-            yield from _walk(system, name)
-        else:
-            yield name, info
 
 
 def is_file(path: str, info: dict[str, Any]) -> bool:

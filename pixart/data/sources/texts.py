@@ -5,9 +5,11 @@ Nothing here raises for damaged content: what cannot be read is described, so th
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
+
+from pixart.config.columns import ColumnsConfig
 
 CAPTION_NAMES = (
     "text",
@@ -25,8 +27,19 @@ CAPTION_NAMES = (
     "raw",
     "TEXT",
 )  # columns and JSON keys that hold captions, in the order in which they are tried
-LABEL_NAMES = ("label", "labels", "class_label", "fine_label", "class_id", "class_index", "target", "cls")
+LABEL_NAMES = ("label", "labels", "class_label", "fine_label", "class_id", "class_index", "target", "cls", "class")
+LABEL_MAX = 2**31
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def caption_names(columns: ColumnsConfig) -> Sequence[str]:
+    """Return the columns or keys of captions, in the order in which they are tried."""
+    return (columns.caption,) if columns.caption else CAPTION_NAMES
+
+
+def label_names(columns: ColumnsConfig) -> Sequence[str]:
+    """Return the columns or keys of labels, in the order in which they are tried."""
+    return (columns.label,) if columns.label else LABEL_NAMES
 
 
 def decode_text(data: bytes) -> str:
@@ -93,4 +106,4 @@ def label_of(value: Any) -> tuple[int, str]:
         label = int(text)
     except (TypeError, ValueError, OverflowError):
         return -1, f"its label is {valid_unicode(str(text))!r:.60}, not an integer"
-    return (label, "") if -1 <= label < 2**31 else (-1, f"its label is {label}, out of range")
+    return (label, "") if -1 <= label < LABEL_MAX else (-1, f"its label is {label}, out of range")

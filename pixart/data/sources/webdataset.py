@@ -11,11 +11,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pixart.config.columns import ColumnsConfig
 from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.contents import Contents, merged
 from pixart.data.sources.file_index import SPLITS, FileList, RowIndex
 from pixart.data.sources.tar_index import Member, TarIndex, scan_tar
-from pixart.data.sources.texts import CAPTION_NAMES, LABEL_NAMES, decode_text, first_caption, label_of, parse_json
+from pixart.data.sources.texts import caption_names, decode_text, first_caption, label_names, label_of, parse_json
 
 WORDNET_ID = re.compile(r"n\d{8}")  # of a noun
 
@@ -26,8 +27,16 @@ class WebDatasetSource:
     One caption of a list is chosen by `seed`.
     """
 
-    def __init__(self, files: FileList, max_images: int | None, counts_file: Path | None, seed: int = 0):
+    def __init__(
+        self,
+        files: FileList,
+        max_images: int | None,
+        counts_file: Path | None,
+        seed: int = 0,
+        columns: ColumnsConfig | None = None,
+    ):
         self._files, self._seed = files, seed
+        self._columns = columns or ColumnsConfig()
         classes = _classes_by_tar(list(files.sizes))
         self.class_names = [printable_name(name) for name in sorted(set(classes.values()))]
         self._labels = {name: sorted(set(classes.values())).index(directory) for name, directory in classes.items()}
@@ -68,6 +77,7 @@ class WebDatasetSource:
                     kinds = ["text", "json"]
                 parts = {kind: _read(file, members[kind]) for kind in kinds if kind in members}
                 item = self._item(name, key, {"image": b"", **parts}, 0)
+                counts.labelled += item.label >= 0
                 counts.largest_label = max(counts.largest_label, item.label)
                 counts.has_words = counts.has_words or bool(item.text)
         self._contents[name] = counts
@@ -79,11 +89,15 @@ class WebDatasetSource:
         if text:
             problem = ""
         elif not problem:
-            text, problem = first_caption((values.get(caption) for caption in CAPTION_NAMES), self._seed, row)
+            text, problem = first_caption(
+                (values.get(caption) for caption in caption_names(self._columns)), self._seed, row
+            )
         if "label" in parts:
             label, label_problem = label_of(parts["label"])
         else:
-            label = next((label for key in LABEL_NAMES if (label := label_of(values.get(key))[0]) >= 0), -1)
+            label = next(
+                (label for key in label_names(self._columns) if (label := label_of(values.get(key))[0]) >= 0), -1
+            )
             label, label_problem = label if label >= 0 else self._labels.get(name, -1), ""
         text_is_class = not text and not problem and 0 <= label < len(self.class_names)
         return Item(
