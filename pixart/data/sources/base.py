@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from pixart.data.sources.contents import Contents
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
@@ -32,6 +34,10 @@ class Source(Protocol):
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         """Yield the items of rows start to stop - 1, or up to the last row."""
+        ...
+
+    def contents(self) -> Contents:
+        """Count what the source holds and what is left out of it."""
         ...
 
 

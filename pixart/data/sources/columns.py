@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pixart.config.columns import ColumnsConfig
+from pixart.config.dataset import ColumnsConfig
 from pixart.data.sources.texts import caption_names, label_names
 
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")

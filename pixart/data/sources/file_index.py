@@ -98,6 +98,14 @@ def is_file(path: str, info: dict[str, Any]) -> bool:
     return info["type"] == "file" or (info.get("islink", False) and Path(path).is_file())
 
 
+def suffix_reason(name: str) -> str:
+    """Return the reason for leaving out a file that is no image, which can be shown whatever its name is."""
+    suffix = suffix_of(name)[1:]
+    if not suffix:
+        return "no suffix"
+    return f"suffix .{suffix}" if suffix.isascii() and suffix.isalnum() and len(suffix) < 16 else "other suffix"
+
+
 def suffix_of(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
 

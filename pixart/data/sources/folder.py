@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from pixart.config.columns import ColumnsConfig
+from pixart.config.dataset import ColumnsConfig
 from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.contents import Contents
-from pixart.data.sources.file_index import SPLITS, FileList, suffix_of
+from pixart.data.sources.file_index import SPLITS, FileList, suffix_reason
 from pixart.data.sources.metadata import read_metadata
 from pixart.data.sources.texts import caption_names, decode_text, first_caption, parse_json
 
@@ -75,11 +75,7 @@ class FolderSource:
         """Count what the folder holds and what is left out of it. Reads texts up to the first words."""
         labels = [self._labels[name] for name in self._names if name in self._labels]
         used = {path for name in self._all_images for path in (name, *self._sidecars(name))} | set(self._metadata.files)
-        others = Counter(
-            f"suffix {suffix}" if (suffix := suffix_of(name)) else "no suffix"
-            for name in self._files.sizes
-            if name not in used
-        )
+        others = Counter(suffix_reason(name) for name in self._files.sizes if name not in used)
         return Contents(
             items=len(self),
             labelled=len(labels),

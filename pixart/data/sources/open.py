@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from pixart.config.columns import ColumnsConfig
+from pixart.config.dataset import ColumnsConfig
 from pixart.data.sources.base import Source
 from pixart.data.sources.demo import DemoSource
 from pixart.data.sources.file_index import ALLOWED, IMAGE_SUFFIXES, FileList, list_files, suffix_of

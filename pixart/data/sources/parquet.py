@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pixart.atomic import write_atomically
-from pixart.config.columns import ColumnsConfig
+from pixart.config.dataset import ColumnsConfig
 from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.columns import Layout, class_names_of, find_layout, partition_of, values_of
 from pixart.data.sources.contents import Contents, merged

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pixart.data.sources.file_index import IMAGE_SUFFIXES
+from pixart.data.sources.file_index import IMAGE_SUFFIXES, suffix_reason
 
 TEXT_SUFFIXES = (".txt", ".text", ".caption")
 KINDS = {
@@ -60,7 +60,7 @@ def scan_tar(file: Any) -> TarIndex:
         if not stem:
             index.left_out["hidden file"] += 1
         elif suffix not in KINDS:
-            index.left_out[f"suffix {suffix}" if extension else "no suffix"] += 1
+            index.left_out[suffix_reason(base)] += 1
         else:
             fields.add(directory + slash + stem, KINDS[suffix], extension.lower(), place)
     for key, members in fields.by_key.items():

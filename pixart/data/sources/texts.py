@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from pixart.config.columns import ColumnsConfig
+from pixart.config.dataset import ColumnsConfig
 
 CAPTION_NAMES = (
     "text",

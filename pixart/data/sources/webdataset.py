@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pixart.config.columns import ColumnsConfig
+from pixart.config.dataset import ColumnsConfig
 from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.contents import Contents, merged
 from pixart.data.sources.file_index import SPLITS, FileList, RowIndex

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart.config.columns import ColumnsConfig
+from pixart.config.dataset import ColumnsConfig
 from pixart.data.sources.open import open_source
 from tests.pixart.data.sources.test_sources import noise_image
 from tests.pixart.data.sources.test_world import CASES, cases, items_of, part_of
