@@ -182,7 +182,7 @@ def without_metadata(data: bytes) -> bytes:
     """Return a PNG without the chunks that its pixels do not depend on, of which Pillow refuses large ones.
 
     A wrong checksum there is of no concern; a chunk of transparency or EXIF data with one is left out too. Of texts,
-    XMP and EXIF data stay, which may have the orientation. What follows a chunk that is cut stays as it is.
+    XMP and EXIF data stay, which may have the orientation. What follows a truncated chunk is not changed.
     """
     kept, offset = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while offset + 12 <= len(data):

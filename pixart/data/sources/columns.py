@@ -1,14 +1,17 @@
 """The columns of a parquet file that hold the image, the captions and the class."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pixart.config.dataset import ColumnsConfig
+from pixart.data.sources.file_index import FileList
 from pixart.data.sources.texts import caption_names, label_names
 
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
@@ -120,7 +123,7 @@ def partition_of(name: str) -> dict[str, str]:
 
 
 def class_names_of(schema: pa.Schema, label: str | None) -> list[str]:
-    """Return the class names that Hugging Face datasets stores in a schema, [] if there are none."""
+    """Return the class names that Hugging Face datasets stores in a schema; an empty list without them."""
     try:
         info: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         return [str(name) for name in info["info"]["features"][label]["names"]]
@@ -153,3 +156,43 @@ def _with_bytes(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, _with_bytes(field.type)) for field in kind])
     return kind
+
+
+@contextmanager
+def open_parquet(files: FileList, name: str) -> Iterator[pq.ParquetFile]:
+    """Open a file of a source. Raises ValueError if it is not a parquet file."""
+    with files.system.open(files.path(name), "rb") as raw:
+        try:
+            file = pq.ParquetFile(raw)
+        except pa.ArrowInvalid:
+            raise ValueError(f"source {files.url!r}: {name} is not a parquet file") from None
+        with file:
+            yield file
+
+
+def image_storage(files: FileList, columns: ColumnsConfig) -> Literal["bytes", "path"] | None:
+    """Return whether the first file holds images or their paths; None if it holds neither."""
+    name = next(iter(files.sizes))
+    with open_parquet(files, name) as file:
+        try:
+            layout = find_layout(file.schema_arrow, partition_of(name), columns)
+        except ValueError:
+            return None
+        return "path" if layout.image_is_path or has_paths_only(file, layout.image) else "bytes"
+
+
+def has_paths_only(file: pq.ParquetFile, image: str) -> bool:
+    """Return whether the image column has no bytes, by the file's statistics, so that no image is read."""
+    schema = file.metadata.schema
+    leaves = [schema.column(leaf).path for leaf in range(len(schema))]
+    if f"{image}.bytes" not in leaves:
+        return f"{image}.path" in leaves or pa.types.is_string(file.schema_arrow.field(image).type)
+    leaf = leaves.index(f"{image}.bytes")
+    if pa.types.is_null(file.schema_arrow.field(image).type.field("bytes").type):
+        return True
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    statistics = [group.column(leaf).statistics for group in groups]
+    return bool(groups) and all(
+        group_statistics is not None and group_statistics.null_count == group.num_rows
+        for group, group_statistics in zip(groups, statistics, strict=True)
+    )

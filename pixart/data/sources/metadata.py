@@ -36,32 +36,32 @@ class Metadata:
 
 def read_metadata(files: FileList, images: Collection[str], columns: ColumnsConfig) -> Metadata:
     """Read the metadata files beside the images. Raises ValueError if one is damaged as a whole."""
-    found = Metadata(files=[name for name in files.sizes if posixpath.basename(name) in NAMES])
+    metadata = Metadata(files=[name for name in files.sizes if posixpath.basename(name) in NAMES])
     captions, known = caption_names(columns), set(images)
     words: dict[str, str] = {}  # labels that are no integers
-    for name in found.files:
+    for name in metadata.files:
         data = files.system.cat_file(files.path(name))
-        for values in _rows(f"source {files.url!r}: {name}", name, data, found.left_out):
+        for values in _rows(f"source {files.url!r}: {name}", name, data, metadata.left_out):
             file_name = next((values[key] for key in values if key and key.endswith("file_name") and values[key]), None)
             image = posixpath.normpath(posixpath.join(posixpath.dirname(name), str(file_name)))
             if file_name is None or image not in known:
-                found.left_out["row of metadata without its image"] += 1
+                metadata.left_out["row of metadata without its image"] += 1
                 continue
-            found.rows[image] = {key: values[key] for key in captions if values.get(key) not in (None, "")}
+            metadata.rows[image] = {key: values[key] for key in captions if values.get(key) not in (None, "")}
             label = next((values[key] for key in label_names(columns) if values.get(key) not in (None, "")), None)
             if label is not None and label_of(label)[1]:
                 words[image] = decode_text(label) if isinstance(label, bytes) else str(label)
             elif label is not None:
-                found.labels[image] = label_of(label)[0]
+                metadata.labels[image] = label_of(label)[0]
     if words:
-        words |= {image: str(label) for image, label in found.labels.items()}
-        found.class_names = sorted(set(words.values()))
-        indices = {name: label for label, name in enumerate(found.class_names)}
-        found.labels = {image: indices[word] for image, word in words.items()}
-    return found
+        words |= {image: str(label) for image, label in metadata.labels.items()}
+        metadata.class_names = sorted(set(words.values()))
+        indices = {name: label for label, name in enumerate(metadata.class_names)}
+        metadata.labels = {image: indices[word] for image, word in words.items()}
+    return metadata
 
 
-def _rows(where: str, name: str, data: bytes, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+def _rows(description: str, name: str, data: bytes, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a metadata file; a line that is no JSON object is left out."""
     if name.endswith(".csv"):
         yield from csv.DictReader(io.StringIO(decode_text(data)))
@@ -79,4 +79,4 @@ def _rows(where: str, name: str, data: bytes, left_out: Counter[str]) -> Iterato
         try:
             yield from pq.read_table(io.BytesIO(data)).to_pylist()
         except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-            raise ValueError(f"{where} cannot be read: {error}; repair or remove it") from None
+            raise ValueError(f"{description} cannot be read: {error}; repair or remove it") from None

@@ -58,7 +58,7 @@ def open_source(
     elif images:
         kinds.pop("parquet", None)
     if "parquet" in kinds and len(kinds) > 1:
-        from pixart.data.sources.parquet import image_storage
+        from pixart.data.sources.columns import image_storage
 
         storage = image_storage(files.with_suffix(".parquet"), columns)
         if storage is None:  # such as the table that img2dataset writes beside its images

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
 from posixpath import dirname
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +21,15 @@ import pyarrow.parquet as pq
 from pixart.atomic import write_atomically
 from pixart.config.dataset import ColumnsConfig
 from pixart.data.sources.base import Item, class_phrase, printable_name
-from pixart.data.sources.columns import Layout, class_names_of, find_layout, partition_of, values_of
+from pixart.data.sources.columns import (
+    Layout,
+    class_names_of,
+    find_layout,
+    has_paths_only,
+    open_parquet,
+    partition_of,
+    values_of,
+)
 from pixart.data.sources.contents import Contents, merged
 from pixart.data.sources.file_index import FileList, RowIndex
 from pixart.data.sources.texts import decode_text, first_caption, label_of
@@ -143,8 +151,8 @@ class ParquetSource:
             stored, path = (None, value) if layout.image_is_path else (value, None)
         if stored or not path:
             return stored or b"", ""
-        found = self._find_path(name, decode_text(path))
-        return (self._files.system.cat_file(found), "") if found else (b"", f"its image {decode_text(path)} is missing")
+        place = self._find_path(name, decode_text(path))
+        return (self._files.system.cat_file(place), "") if place else (b"", f"its image {decode_text(path)} is missing")
 
     def _find_path(self, name: str, path: str) -> str | None:
         """Return the file that a path of a row means, None if it does not exist."""
@@ -217,46 +225,6 @@ class ParquetSource:
     def _open(self, name: str) -> Iterator[pq.ParquetFile]:
         with open_parquet(self._files, name) as file:
             yield file
-
-
-@contextmanager
-def open_parquet(files: FileList, name: str) -> Iterator[pq.ParquetFile]:
-    """Open a file of a source. Raises ValueError if it is not a parquet file."""
-    with files.system.open(files.path(name), "rb") as raw:
-        try:
-            file = pq.ParquetFile(raw)
-        except pa.ArrowInvalid:
-            raise ValueError(f"source {files.url!r}: {name} is not a parquet file") from None
-        with file:
-            yield file
-
-
-def image_storage(files: FileList, columns: ColumnsConfig) -> Literal["bytes", "path"] | None:
-    """Return whether the first file holds images or their paths; None if it holds neither."""
-    name = next(iter(files.sizes))
-    with open_parquet(files, name) as file:
-        try:
-            layout = find_layout(file.schema_arrow, partition_of(name), columns)
-        except ValueError:
-            return None
-        return "path" if layout.image_is_path or has_paths_only(file, layout.image) else "bytes"
-
-
-def has_paths_only(file: pq.ParquetFile, image: str) -> bool:
-    """Return whether the image column has no bytes, by the file's statistics, so that no image is read."""
-    schema = file.metadata.schema
-    leaves = [schema.column(leaf).path for leaf in range(len(schema))]
-    if f"{image}.bytes" not in leaves:
-        return f"{image}.path" in leaves or pa.types.is_string(file.schema_arrow.field(image).type)
-    leaf = leaves.index(f"{image}.bytes")
-    if pa.types.is_null(file.schema_arrow.field(image).type.field("bytes").type):
-        return True
-    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-    statistics = [group.column(leaf).statistics for group in groups]
-    return bool(groups) and all(
-        found is not None and found.null_count == group.num_rows
-        for group, found in zip(groups, statistics, strict=True)
-    )
 
 
 def _class_id(value: Any, layout: Layout) -> str:

@@ -1,4 +1,4 @@
-"""The items of a tar file in the layout of WebDataset, found by its headers.
+"""The items of a tar file in the layout of WebDataset, listed from its headers.
 
 Members that share a name up to the first dot of their base name are one item. What follows that dot is the field, and
 the last suffix of a field is its type, so that `0.image.jpg` and `0.jpg` are both an image of item `0`.
@@ -115,7 +115,7 @@ def _members(file: Any) -> Iterator[tarfile.TarInfo]:
 
 
 def _next_content(file: Any, begin: int) -> int:
-    """Return the offset of the first block that is not zero, -1 if there is none."""
+    """Return the offset of the next block that is not zero; -1 at the end of the file."""
     while chunk := file.read(64 * tarfile.BLOCKSIZE):
         if rest := chunk.lstrip(b"\0"):
             return begin + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE

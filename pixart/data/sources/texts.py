@@ -76,10 +76,10 @@ def caption_of(value: Any, seed: int, row: int) -> tuple[str, str]:
     if isinstance(value, Mapping):
         return first_caption((value.get(name) for name in CAPTION_NAMES), seed, row)
     if isinstance(value, (list, tuple)):
-        found = [caption_of(part, seed, row) for part in value]
-        captions = [caption for caption, _ in found if caption]
+        results = [caption_of(part, seed, row) for part in value]
+        captions = [caption for caption, _ in results if caption]
         if not captions:
-            return "", next((problem for _, problem in found if problem), "")
+            return "", next((problem for _, problem in results if problem), "")
         return captions[int.from_bytes(sha256(f"{seed}:{row}".encode()).digest()[:8]) % len(captions)], ""
     return "", f"its caption is {type(value).__name__} {value!r:.40}, not a text"
 

@@ -392,7 +392,7 @@ def test_a_complete_jpeg_needs_no_end_marker(options):
             assert reason_of(data[:-cut])[0] == Reason.TRUNCATED
 
 
-def test_checksums_and_sizes_of_a_png_count_where_its_pixels_need_them():
+def test_checksums_of_a_png_matter_for_its_pixels_only():
     image = scene()
     image.info.clear()
     data = encoded(image)

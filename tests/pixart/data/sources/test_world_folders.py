@@ -106,7 +106,7 @@ def test_images_of_other_suffixes_are_taken(cases):
     assert [row[1] for row in part_of(source)] == ["no words"] * 8
 
 
-def test_what_is_no_image_is_counted(tmp_path):
+def test_other_files_are_counted(tmp_path):
     for name in ("a.jpg", "a.txt", "b.dat", "c", "d.heic", "e.pdf", "f.txt"):
         write(f"{tmp_path}/{name}", noise_image(1) if name == "a.jpg" else b"no image")
     write(f"{tmp_path}/photo.orig", noise_image(2))
@@ -144,7 +144,7 @@ def test_captions_of_json_sidecars_and_one_that_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("links", [{"up": ".."}, {"a": "."}, {"a": ".", "b": "."}, {"c/x": "../d", "d/x": "../c"}])
-def test_links_in_a_circle_give_each_file_once(tmp_path, links):
+def test_files_behind_circular_links_are_listed_once(tmp_path, links):
     for name in ("c/0.jpg", "d/1.jpg"):
         write(f"{tmp_path}/images/{name}", noise_image(1))
     write(f"{tmp_path}/other/2.jpg", noise_image(1))
@@ -163,7 +163,7 @@ def test_broken_links_and_pipes_are_counted(tmp_path):
     assert open_source(f"{tmp_path}").contents().left_out == {"broken link": 2, "pipe or device": 1}
 
 
-def test_large_metadata_of_a_whole_png(cases):
+def test_large_metadata_of_complete_png_files(cases):
     from PIL.PngImagePlugin import PngInfo
 
     def make(folder):
