@@ -14,7 +14,6 @@ from pathlib import Path
 from posixpath import dirname
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
