@@ -64,8 +64,6 @@ def check_source_values(item: Item, *, reads_text: bool) -> None:
 
     An item without words is of use for its label alone, to stage 1; without a label too it is of none.
     """
-    if item.image_problem:
-        raise screening.Rejected(screening.Reason.UNREADABLE, item.image_problem)
     if item.label_problem:
         raise screening.Rejected(screening.Reason.UNREADABLE_LABEL, item.label_problem)
     if reads_text and item.text_problem:
@@ -79,10 +77,12 @@ def screen(item: Item, limits: ScreeningConfig, *, reads_text: bool = False) -> 
     image = statistics = None
     digest = screening.digest(item.data)
     try:
-        check_source_values(item, reads_text=reads_text)
+        if item.image_problem:
+            raise screening.Rejected(screening.Reason.UNREADABLE, item.image_problem)
         image, size = screening.decode_downscaled(item.data, limits, lambda w, h: math.sqrt(MAX_PIXELS / (w * h)))
         statistics = screening.measure(image, size)
         screening.check_uniformity(statistics, limits)
+        check_source_values(item, reads_text=reads_text)
     except screening.Rejected as rejected:
         return Screened(
             item=item,

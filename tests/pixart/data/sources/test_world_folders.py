@@ -185,3 +185,12 @@ def test_shared_cases_are_all_tested():
     paths = sorted(Path(folder.__path__[0]).glob("test_world*.py"))
     texts = "".join(path.read_text() for path in paths)
     assert [case.name for case in CASES.iterdir() if case.name not in texts] == []
+
+
+def test_files_of_a_download_cache_are_links(tmp_path):
+    """A snapshot of a hub repository consists of links to files outside of it."""
+    write(f"{tmp_path}/blobs/abc", noise_image(1))
+    (tmp_path / "snapshot/cat").mkdir(parents=True)
+    (tmp_path / "snapshot/cat/0.jpg").symlink_to("../../blobs/abc")
+    (tmp_path / "snapshot/more").symlink_to("../blobs")
+    assert [item.id for item in items_of(tmp_path / "snapshot")] == ["cat/0.jpg", "more/abc"]
