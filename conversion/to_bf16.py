@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conversion.options import Parser, check_output_apart
 from pixart.checkpoint import directory as checkpoints
+from pixart.terminal import printable
 
 
 def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{source}: no such file or directory")
         restore(source, output, overwrite=options.overwrite)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     print(f"written     {output}")
     return 0

@@ -52,6 +52,7 @@ from pixart.checkpoint.safetensors_stream import map_tensors
 from pixart.data import manifest as manifests
 from pixart.model.dit import load_model
 from pixart.model.fp8.plan import check_gemm_alignment
+from pixart.terminal import printable
 from pixart.training.process_group import process_group
 
 NUM_VALIDATION_BATCHES = 4  # for verification, distinct from the calibration batches
@@ -262,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 130
         except (ValueError, OSError) as error:
             if is_rank_zero():
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
             return 2
         if not is_rank_zero():
             return 0

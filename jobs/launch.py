@@ -11,6 +11,7 @@ from typing import Any
 from jobs.commands import registry
 from jobs.commands.options import Command, CommonOptions
 from jobs.commands.parsing import parse
+from pixart.terminal import printable
 
 PACKAGE = "pixart-suite"
 
@@ -71,7 +72,7 @@ def parse_command(words: list[str]) -> tuple[Command[Any], CommonOptions]:
 
 
 def fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     return code
 
 

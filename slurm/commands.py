@@ -218,19 +218,26 @@ class Partition:
 def partition(name: str | None) -> Partition:
     """Return the limits of a partition, or of the default partition if `name` is None.
 
-    Raises SlurmError if it does not exist.
+    Of a list such as `main,urgent`, of which Slurm takes the one that starts the job first, these are the most generous
+    limits. Raises SlurmError if one does not exist.
     """
-    listing = command("sinfo", "--noheader", "--Node", "--format=%P|%l|%N|%G")
+    listing = command("sinfo", "--noheader", "--all", "--Node", "--format=%P|%l|%N|%G")  # with hidden partitions
     rows = [line.split("|", 3) for line in listing.splitlines()]
     names = sorted({row[0].rstrip("*") for row in rows})
-    if name is not None and name not in names:
-        raise SlurmError(f"partition {name!r}: no such partition on this cluster; it must be one of {', '.join(names)}")
-    matching = [row for row in rows if (row[0].rstrip("*") == name if name else row[0].endswith("*"))]
+    wanted = name.split(",") if name else []
+    if unknown := [item for item in wanted if item not in names]:
+        raise SlurmError(
+            f"partition {unknown[0]!r}: no such partition on this cluster; it must be one of {', '.join(names)}"
+        )
+    matching = [row for row in rows if (row[0].rstrip("*") in wanted if wanted else row[0].endswith("*"))]
     if not matching:
         raise SlurmError("partition: the cluster has no default partition; set `partition` in the profile")
     gpus = [sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:([0-9]+)", row[3])) for row in matching]
+    minutes = [parse_minutes(row[1]) for row in matching]
     return Partition(
-        minutes=parse_minutes(matching[0][1]), nodes=len({row[2] for row in matching}), gpus_per_node=max(gpus)
+        minutes=None if None in minutes else max(limit for limit in minutes if limit is not None),
+        nodes=max(len({row[2] for row in matching if row[0] == title}) for title in {row[0] for row in matching}),
+        gpus_per_node=max(gpus),
     )
 
 

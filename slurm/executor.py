@@ -22,6 +22,8 @@ CODE_ROOT = Path(__file__).parents[1]
 # GOMP_SPINCOUNT: iterations that an OpenMP thread spins at a barrier before it sleeps. With GNU OpenMP's default,
 # training on processors that other jobs share takes 1.5 times as long; on idle processors there is no difference.
 OPENMP_SPIN_COUNT = "1000"
+JOB_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "MASTER_ADDR", "MASTER_PORT")  # prefixes
+CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 LOCAL_MINUTES = 7 * 24 * 60  # submitit's local executor kills a job after 5 minutes by default
 
 
@@ -147,7 +149,7 @@ class Cluster:
         largest, previous_job = commands.max_array_size(), ""
         for begin in range(0, len(elements), largest):
             part = elements[begin : begin + largest]
-            with refusals():
+            with refusals(), outside_of_a_job():
                 jobs = self.slurm_executor(shape, previous_job).map_array(task, [[element] for element in part])
             yield [Submitted(job=job, elements=(element,)) for job, element in zip(jobs, part, strict=True)]
             previous_job = jobs[-1].job_id.partition("_")[0] if self.profile.array_parallelism else ""
@@ -159,7 +161,7 @@ class Cluster:
         """
         task = Task(function=function, run=str(self.run), ranks=True, cooperative=cooperative)
         if self.is_slurm:
-            with refusals():
+            with refusals(), outside_of_a_job():
                 return Submitted(job=self.slurm_executor(shape).submit(task), elements=())
         with environment(self.local_environment(processes=shape.nodes * shape.ranks_per_node)):
             gpus = range(self.profile.gpus_per_node)
@@ -215,7 +217,8 @@ def slurm_parameters(
         "kill-on-invalid-dep": "yes" if after else None,
     }
     # In Slurm 22.05 to 23.02, srun does not inherit --cpus-per-task from sbatch.
-    srun = [f"--cpus-per-task={profile.cpus_per_task}", "--kill-on-bad-exit=1", *profile.srun_args]
+    cpus = f"--cpus-per-task={profile.cpus_per_task}"
+    srun = [cpus, "--export=ALL", "--kill-on-bad-exit=1", *profile.srun_args]
     if profile.container:
         srun.append(f"--container-image={profile.container}")
     if profile.container_mounts:
@@ -252,6 +255,23 @@ def slurm_parameters(
         if key != "setup" and value is not None:
             check_line(key, str(value))
     return present
+
+
+@contextmanager
+def outside_of_a_job() -> Iterator[None]:
+    """Remove the variables of the job that this process runs in, which sbatch would take for options of the new job."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(JOB_VARIABLES) and name not in CLUSTER_VARIABLES:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.options import STATEFUL, Options
+from pixart.terminal import printable
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -67,7 +68,7 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(f"next        {report['next_command']}")
     else:
         lines.append("next        read the report; train accepts this checkpoint only with --accept-failed-conversion")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def describe_source(report: Mapping[str, Any]) -> list[str]:

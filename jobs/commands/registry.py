@@ -26,10 +26,7 @@ class Entry:
 GROUPS: dict[str, dict[str, Entry]] = {
     "Data": {
         "init": Entry("data.init", "Create a dataset: fix its source, shards, image size and models."),
-        "adopt": Entry(
-            "data.adopt",
-            "Make a dataset of latents and captions that are already computed.",
-        ),
+        "adopt": Entry("data.adopt", "Make a dataset of latents and captions that are already computed."),
         "caption": Entry("data.caption", "Caption and screen the images of a dataset, one shard per array element."),
         "latents": Entry("data.latents", "Encode the images and captions of a dataset, one shard per array element."),
         "audit": Entry("data.audit", "Audit a dataset: report its statistics, and check them against limits."),
@@ -51,6 +48,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "release": Entry("results.release", "Register the EMA weights of a checkpoint as a model version in MLflow."),
     },
     "Runs": {
+        "runs": Entry("runs.runs", "List the runs of a home folder, newest first."),
         "status": Entry("runs.status", "Show the state of a run: done, running, pending and failed elements."),
         "logs": Entry("runs.logs", "Print the logs of a run."),
         "retry": Entry("runs.retry", "Submit the failed elements of a run again."),

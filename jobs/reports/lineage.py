@@ -17,6 +17,7 @@ from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
 from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_stage
+from pixart.terminal import printable
 
 MAX_TEXT_LENGTH = 500  # longer texts of a PNG, such as the command, are not shown
 
@@ -254,14 +255,14 @@ def show(node: Node) -> None:
     def branch(one: Node, indent: str, begin: str) -> None:
         again = "  (as above)" if one.name in shown else ""
         path = one.name.removesuffix(" (conversion)")
-        console.print(Text.assemble(indent, begin, (one.kind, "bold"), f"  {path}{again}"))
+        console.print(Text.assemble(indent, begin, (one.kind, "bold"), f"  {printable(path)}{again}"))
         if again:
             return
         shown.add(one.name)
         indent += "    " if begin else ""
         below = "|" if one.parents else " "
         for key, value in one.facts.items():
-            console.print(Text(f"{indent}{below}   {key:<13} {value}"))
+            console.print(Text(f"{indent}{below}   {printable(key):<13} {printable(value)}"))
         for parent in one.parents:
             branch(parent, indent, "+-- ")
 

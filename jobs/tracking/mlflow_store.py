@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 STATE = "mlflow.json"  # synchronization state of a run
 LOG = "tracking.log"
 LOCK = ".mlflow.lock"
+STORE_ATTEMPTS = 5  # to open a database, with pauses of 2.6 s in all; MLflow's own 10 attempts take 100 s
+REFUSED_STATUSES = (400, 403, 404, 405, 411, 413, 414, 415, 422)
+REFUSAL = re.compile(r"\b(?:413|request entity too large|entitytoolarge)\b", re.IGNORECASE)
 EXPERIMENT = "pixart"
 TIMESTAMP = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # in the name of a run folder; MLflow has a column for it
 MAX_BATCH_SIZE = 1000  # metrics per request, MLflow's limit
@@ -55,7 +58,8 @@ def needs_sync(run: Path) -> bool:
     if not (run / STATE).exists():
         return True
     state = read_state(run)
-    return (state["offsets"], state["status"]) != (read_journal(run, state["offsets"])[1], status_of(run))
+    sent = (state["offsets"], state["status"], state["artifacts"])
+    return sent != (read_journal(run, state["offsets"])[1], status_of(run), [])
 
 
 class Tracker:
@@ -70,8 +74,10 @@ class Tracker:
     def client(self) -> "MlflowClient":
         for name, value in CLIENT_SETTINGS.items():
             os.environ.setdefault(name, value)
+        from mlflow.store.db import utils
         from mlflow.tracking import MlflowClient
 
+        utils.MAX_RETRY_COUNT = STORE_ATTEMPTS
         for name in ("mlflow", "alembic"):  # they log each migration of a new store
             logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(self.uri, registry_uri=self.uri)
@@ -86,7 +92,7 @@ class Tracker:
 
     @contextmanager
     def converted_errors(self) -> Iterator[None]:
-        """Convert the errors of MLflow to StoreError.
+        """Convert errors to StoreError: those of MLflow, and of a database or an artifact store that it uses.
 
         Hold a lock on an embedded store meanwhile, because the first process creates and migrates it.
         """
@@ -94,11 +100,10 @@ class Tracker:
         try:
             with file_lock(self.home / LOCK) if embedded else nullcontext():
                 yield
-        except Exception as error:
-            if type(error).__module__.split(".")[0] not in ("mlflow", "requests", "sqlalchemy", "urllib3"):
-                raise
-            message = " ".join(str(error).split())
-            raise StoreError(f"MLflow at {self.uri}: request failed; {message[:300]}") from error
+        except StoreError:
+            raise
+        except Exception as error:  # such as a missing driver, an unknown scheme, no permission or no credentials
+            raise StoreError(f"MLflow at {self.uri}: request failed; {describe_error(error)}") from error
 
     def sync(self, run: Path) -> None:
         """Send the unsent data of a run and of its parent submission. Raises StoreError if MLflow rejects it."""
@@ -115,6 +120,7 @@ class Tracker:
             if state is None:
                 return
             self.replay(run, state)
+            self.send_artifacts(run, state)
             tags = {key: value for key, value in tags_of(run).items() if state["tags"].get(key) != value}
             for key, value in tags.items():
                 self.client.set_tag(state["run_id"], key, value)
@@ -139,6 +145,7 @@ class Tracker:
             if lifecycle_stage == "active":
                 return state
         state = {"uri": self.uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
+        state["artifacts"] = []
         save(run, {**state, "status": "RUNNING"})
         return {**state, "status": "RUNNING"}
 
@@ -211,9 +218,32 @@ class Tracker:
                 self.client.set_tag(identifier, key, value)
             if "incident" in line:
                 self.client.set_tag(identifier, "pixart.last_incident", f"step {line['step']}: {line['incident']}")
-            if "artifact" in line and Path(line["artifact"]).is_file():  # skip files that were removed since
-                self.send_file(identifier, Path(line["artifact"]), line["time"])
+            if "artifact" in line and [line["artifact"], line["time"]] not in state["artifacts"]:
+                state["artifacts"].append([line["artifact"], line["time"]])
         self.seen[run] = (dict(state["sending"]), seen)
+
+    def send_artifacts(self, run: Path, state: dict[str, Any]) -> None:
+        """Send the files that are waiting; metrics and tags do not wait for them.
+
+        A file that the store refuses for good is noted in the run's log and skipped. Raises StoreError if another one
+        cannot be sent now; it is sent by the next synchronization.
+        """
+        failure: StoreError | None = None
+        for path, moment in list(state["artifacts"]):
+            try:
+                if Path(path).is_file():  # it may have been removed since
+                    self.send_file(state["run_id"], Path(path), moment)
+            except Exception as error:
+                message = f"MLflow at {self.uri}: {path} cannot be sent; {describe_error(error)}"
+                if not is_refusal(error):
+                    failure = StoreError(message)
+                    continue
+                with (run / LOG).open("a") as log:
+                    log.write(f"{message}; it is skipped\n")
+            state["artifacts"].remove([path, moment])
+            save(run, state)
+        if failure:
+            raise failure
 
     def send_file(self, identifier: str, file: Path, moment: float) -> None:
         """Log a file as an artifact; a preview under the names by which MLflow's page shows images by step.
@@ -238,6 +268,21 @@ class Tracker:
         self.client.set_tag(identifier, "mlflow.loggedImages", "True")
 
 
+def describe_error(error: Exception) -> str:
+    """Return an error as one short line; of errors whose text alone says little, also the type."""
+    message = " ".join(str(error).split())[:300]
+    return message if type(error).__module__.startswith("mlflow") else f"{type(error).__name__}: {message}"
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether an artifact store refuses a file for good, rather than being unable to take it now."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and hasattr(error, "get_http_status_code"):
+        status = error.get_http_status_code()
+    match = REFUSAL.search(str(error))
+    return status in REFUSED_STATUSES or match is not None
+
+
 def store_uri(home: Path) -> str:
     """Return MLFLOW_TRACKING_URI, else the URI of the sqlite file in the home folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
@@ -245,7 +290,8 @@ def store_uri(home: Path) -> str:
 
 def read_state(run: Path) -> dict[str, Any]:
     """Return the saved synchronization state of a run. Raises FileNotFoundError if it was never synchronized."""
-    return read_record(run / STATE, "uri", "run_id", "offsets", "sending", "tags", "status")
+    state = read_record(run / STATE, "uri", "run_id", "offsets", "sending", "tags", "status")
+    return {**state, "artifacts": state.get("artifacts", [])}  # an earlier version sent files with the metrics
 
 
 def save(run: Path, state: dict[str, Any]) -> None:

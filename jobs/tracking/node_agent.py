@@ -27,6 +27,7 @@ SHUTDOWN_SECONDS = 60.0  # timeout for sending the last metrics of a finished ra
 ROOT = Path(__file__).parents[2]
 MEGABYTE = 1e6  # bytes, the unit of MLflow's system metrics
 LOCK = ".node_sync.lock"
+NVIDIA_SMI_SECONDS = 20  # it waits for a GPU that is being reset
 LAST_SYNC = ".last-node-sync"  # modified by each synchronization
 SYNC_SECONDS = 60.0  # shortest interval between two synchronizations by array elements
 
@@ -123,20 +124,25 @@ def processor_times() -> tuple[int, int]:
 
 
 def gpu_metrics() -> dict[str, float]:
-    """Return metrics of nvidia-smi, as means over the node's GPUs; empty without GPUs."""
-    if not shutil.which("nvidia-smi"):
-        return {}
+    """Return metrics of nvidia-smi, as means over the node's GPUs; empty without GPUs, or if it does not answer.
+
+    Where nvidia-smi has words such as `[Not Supported]` in place of a number, that GPU is left out of that mean.
+    """
+    names = ("gpu_utilization_percentage", "gpu_memory_usage_megabytes", "gpu_power_usage_watts")
+    factors = (1.0, 2**20 / MEGABYTE, 1.0)  # nvidia-smi reports MiB
     command = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,power.draw", "--format=csv,noheader,nounits"]
-    process = subprocess.run(command, capture_output=True, text=True)
-    rows = [[float(cell) for cell in line.split(",")] for line in process.stdout.splitlines() if "N/A" not in line]
-    if process.returncode or not rows:
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
         return {}
-    use, memory, power = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-    return {
-        "gpu_utilization_percentage": use,
-        "gpu_memory_usage_megabytes": memory * 2**20 / MEGABYTE,  # nvidia-smi reports MiB
-        "gpu_power_usage_watts": power,
-    }
+    if process.returncode:
+        return {}
+    columns: dict[str, list[float]] = {name: [] for name in names}
+    for line in process.stdout.splitlines():
+        for name, factor, cell in zip(names, factors, line.split(","), strict=False):
+            with suppress(ValueError):
+                columns[name].append(factor * float(cell))
+    return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -280,6 +282,18 @@ exec {shutil.which("sbatch")} "$@"
     assert wait_for_end(run) == {**dict.fromkeys(range(4), "done"), 4: "failed", 5: "failed"}
     submit(tmp_path, "retry", run.folder.name)
     assert set(wait_for_end(runs.load(run.folder)).values()) == {"done"}
+
+
+def test_a_launcher_within_a_job_with_memory_per_processor(tmp_path, dev_cluster):
+    """The variables of the outer job do not reach the inner one, whose profile has a memory per node."""
+    profile = tmp_path / "memory.toml"
+    profile.write_text(PROFILE.replace('partition = "main"', 'partition = "main,urgent"\nmemory_gb = 1'))
+    words = [sys.executable, "-m", "jobs.launch", "caption", "--cluster", str(profile), "--home", str(tmp_path)]
+    words += ["--set", "data.num_shards=2", "--set", "data.max_images=16"]
+    outer = ["srun", "--nodes=1", "--ntasks=1", "--mem-per-cpu=300", "--time=5", *words]
+    done = subprocess.run(outer, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert set(wait_for_end(newest(tmp_path, "caption")).values()) == {"done"}
 
 
 def test_a_controller_that_does_not_answer_ends_no_wait(profile, tmp_path, monkeypatch, capsys, dev_cluster):

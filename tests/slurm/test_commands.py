@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slurm import commands
-from slurm.commands import JobState, SlurmUnavailableError, expand, parse, parse_minutes
+from slurm.commands import JobState, Partition, SlurmUnavailableError, expand, parse, parse_minutes
 
 # Listings as the commands of three versions print them: `id|state|end|reason`.
 SQUEUE_22_05 = """12_3|RUNNING|2026-11-27T09:00:00|None
@@ -149,3 +149,17 @@ def test_array_expressions_are_not_cut_off(programs, tmp_path):
     programs(sacct="true")
     commands.states("slurm", ["1"])
     assert Path(tmp_path, "length").read_text() == "0\n"
+
+
+def test_the_most_generous_limits_of_several_partitions(programs):
+    listing = """main*|2:00:00|n1|gpu:b200:8(S:0)
+main*|2:00:00|n2|gpu:b200:8
+urgent|1-00:00:00|n1|(null)
+secret|infinite|n3|gpu:4
+"""
+    programs(sinfo=f"[ \"$2\" = --all ] && cat <<'END'\n{listing}END")
+    assert commands.partition(None) == Partition(minutes=120, nodes=2, gpus_per_node=8)
+    assert commands.partition("main,urgent") == Partition(minutes=1440, nodes=2, gpus_per_node=8)
+    assert commands.partition("secret") == Partition(minutes=None, nodes=1, gpus_per_node=4)
+    with pytest.raises(ValueError, match="partition 'nowhere': no such partition"):
+        commands.partition("main,nowhere")

@@ -10,7 +10,7 @@ import submitit
 
 from slurm import commands
 from slurm import profile as profiles
-from slurm.executor import Cluster, environment
+from slurm.executor import Cluster, environment, outside_of_a_job
 from slurm.task import RESULT, TaskInterrupted, attempts, stop_level
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,6 +87,19 @@ def test_a_signal_ends_a_task(local, tmp_path: Path, cooperative: bool):
     assert not (tmp_path / RESULT).exists()
     assert "interrupted: the job is being terminated" in (tmp_path / "logs" / f"{job.job_id}_0_log.err").read_text()
     assert (tmp_path / "saved").exists() == cooperative
+
+
+def test_a_submission_from_within_a_job_has_none_of_its_variables(monkeypatch):
+    inherited = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SBATCH_QOS": "low", "MASTER_PORT": "1", "HOME": "/h"}
+    for name, value in {**inherited, "SLURM_CONF": "/conf"}.items():
+        monkeypatch.setenv(name, value)
+    with outside_of_a_job():
+        assert {name for name in inherited if name in os.environ} == {"HOME"}
+        assert os.environ["SLURM_CONF"] == "/conf"
+    assert {name: os.environ[name] for name in inherited} == inherited
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with outside_of_a_job():  # the user's own settings stay
+        assert os.environ["SBATCH_QOS"] == "low"
 
 
 def test_environment_is_restored(monkeypatch):

@@ -21,6 +21,7 @@ from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.submit import run_ranks
 from pixart.atomic import write_atomically
+from pixart.terminal import printable
 from slurm.executor import Cluster
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -151,7 +152,7 @@ def print_problems(rewritten: list[dict[str, str]]) -> None:
     """Print the prompts that were not rewritten, with the reason."""
     for item in rewritten:
         if item["problem"]:
-            print(f"unchanged ({item['problem']}): {item['request']}", file=sys.stderr)
+            print(f"unchanged ({item['problem']}): {printable(item['request'])}", file=sys.stderr)
 
 
 def encode(rewritten: list[dict[str, str]], suffix: str) -> str | bytes:

@@ -16,6 +16,7 @@ from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
 from jobs.tracking.mlflow_store import needs_sync
 from jobs.tracking.sync import set_final_status, sync_in_background
+from pixart.terminal import printable
 from slurm.commands import SlurmUnavailableError
 from slurm.task import attempts
 
@@ -71,8 +72,9 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     counts = Counter(element.state for element in elements.values())
     reasons = Counter(element.note for element in elements.values() if element.state == "pending")
     table = Table(box=None, pad_edge=False)
-    for name in ("state", "shards" if run.elements else "runs", "note"):
-        table.add_column(name, justify="right" if name in ("shards", "runs") else "left")
+    table.add_column("state")
+    table.add_column("shards" if run.elements else "runs", justify="right")
+    table.add_column("note")
     notes = {
         "done": describe_rate(run, elements),
         "pending": ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in reasons.items()),
@@ -88,7 +90,7 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     failed = [(number, element) for number, element in elements.items() if element.state in runs.UNFINISHED]
     for number, element in failed[:MAX_FAILURES]:
         subject = f"shard {number}" if run.elements else run.kind
-        note = f": {element.note}" if element.note else ""
+        note = f": {printable(element.note)}" if element.note else ""
         console.print(f"{element.state}: {subject}, job {element.job or 'none'}{note}", markup=False)
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlsplit
 
 from pixart.config.captions import CaptionsConfig
 from pixart.data.captions.captioner import NUM_ATTEMPTS, attempt_sampling, attempt_seed
@@ -19,6 +20,7 @@ from pixart.data.captions.vllm_engine import context_length, make_engine
 
 NUM_CONNECTIONS = 16
 TIMEOUT_SECONDS = 120  # per request to a server
+MAX_RESPONSE_BYTES = 1 << 20  # many times a rewritten request
 
 Conversation = list[dict[str, str]]
 Answer = tuple[str, bool]  # the text, and whether it was truncated at max_tokens
@@ -148,6 +150,30 @@ class RequestRejectedError(ValueError):
     """The server rejects this request, and would reject it again."""
 
 
+class SameHostRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects on the same host only: another one would receive the request and its credentials."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
+            raise urllib.error.URLError(f"it redirects to another host, {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+OPENER = urllib.request.build_opener(SameHostRedirects)
+
+
+def read_limited(response: Any, deadline: float) -> bytes:
+    """Return the content of a response. Raises ValueError if it is too long, TimeoutError if it comes too slowly."""
+    content = b""
+    while part := response.read1(MAX_RESPONSE_BYTES):
+        content += part
+        if len(content) > MAX_RESPONSE_BYTES:
+            raise ValueError(f"its response is longer than {MAX_RESPONSE_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"its response is not complete after {TIMEOUT_SECONDS} s")
+    return content
+
+
 def request_json(url: str, body: dict | None = None) -> dict:
     """Return the JSON response to a GET request, or to a POST request with `body`; retry if the server is overloaded.
 
@@ -159,10 +185,8 @@ def request_json(url: str, body: dict | None = None) -> dict:
         headers["Authorization"] = f"Bearer {key}"
     for attempt in range(MAX_ATTEMPTS):
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS
-            ) as response:
-                return json.load(response)
+            with OPENER.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS) as response:
+                return json.loads(read_limited(response, time.monotonic() + TIMEOUT_SECONDS))
         except urllib.error.HTTPError as error:
             message = " ".join(error.read(300).decode(errors="replace").split())
             kind = RequestRejectedError if error.code in REJECTED_STATUSES else ValueError

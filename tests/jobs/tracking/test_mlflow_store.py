@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -289,3 +291,68 @@ def test_a_cold_store_takes_many_processes_at_once(home):
     assert sorted(run.info.run_name for run in runs) == sorted(folder.name for folder in folders)
     for folder in folders:
         assert len(tracker.client.get_metric_history(run_id(folder), "a")) == 1
+
+
+class RefusedError(Exception):
+    """An error of an HTTP client with the status of the response."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} from a proxy")
+        self.response = SimpleNamespace(status_code=status)
+
+
+@pytest.fixture
+def with_artifacts(home):
+    """Tracker and run with a metric, two artifacts and a later metric."""
+    tracker, run = begin(home, "a")
+    journal = Journal(run)
+    journal.metrics(1, {"loss": 1.0})
+    for name in ("large.html", "small.html"):
+        (run / name).write_text(name)
+        journal.artifact(run / name)
+    journal.metrics(2, {"loss": 0.5})
+    return tracker, run
+
+
+def artifacts(tracker, run):
+    return [file.path for file in tracker.client.list_artifacts(run_id(run))]
+
+
+@pytest.mark.parametrize("status", [504, 413])
+def test_an_artifact_that_is_refused_holds_up_nothing_else(with_artifacts, monkeypatch, status):
+    """A file that a proxy cannot take now is sent later; one that it never takes is noted and skipped."""
+    tracker, run = with_artifacts
+    send_file = tracker.send_file
+
+    def refuse_large_files(identifier, file, moment):
+        if file.name == "large.html":
+            raise RefusedError(status)
+        send_file(identifier, file, moment)
+
+    monkeypatch.setattr(tracker, "send_file", refuse_large_files)
+    assert try_sync(tracker, run) == (status == 413)
+    assert stored_points(tracker, run) == [("loss", 1, 1.0), ("loss", 2, 0.5)]
+    assert artifacts(tracker, run) == ["small.html"]
+    assert needs_sync(run) == (status == 504)
+    assert f"large.html cannot be sent; RefusedError: {status} from a proxy" in (run / "tracking.log").read_text()
+    monkeypatch.undo()
+    assert try_sync(tracker, run)
+    assert artifacts(tracker, run) == (["large.html", "small.html"] if status == 504 else ["small.html"])
+    assert not needs_sync(run)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///{folder}", "postgresql://nowhere/db", "gopher://x", "http://127.0.0.1:9"])
+def test_a_store_that_cannot_be_opened_fails_no_job(home, monkeypatch, uri):
+    """A directory, a missing driver, an unknown scheme and a closed port: one line in the log, and no exception."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(folder=home))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker, run = begin(home, "a")
+    Journal(run).metrics(1, {"loss": 1.0})
+    begun = time.monotonic()
+    assert not try_sync(tracker, run)
+    assert time.monotonic() - begun < 20
+    assert len((run / "tracking.log").read_text().splitlines()) == 1
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracker = Tracker(home)
+    assert try_sync(tracker, run)
+    assert stored_points(tracker, run) == [("loss", 1, 1.0)]

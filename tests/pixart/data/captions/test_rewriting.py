@@ -1,5 +1,7 @@
 import json
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -104,6 +106,23 @@ class FakeServer(BaseHTTPRequestHandler):
             return
         if request == "long":
             self.send_error(400, "longer than the model's context")
+            return
+        if request == "elsewhere":
+            self.send_response(307)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/v1/chat/completions")
+            self.end_headers()
+            return
+        if request == "endless":
+            self.answer({"choices": [{"message": {"content": "a" * 5_000_000}, "finish_reason": "stop"}]})
+            return
+        if request == "drip":
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(1000):
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+                    time.sleep(0.05)
             return
         if request in INVALID_RESPONSES:
             self.answer(INVALID_RESPONSES[request])
@@ -223,3 +242,20 @@ def test_overlap_and_divergence():
     assert other["divergence of words, bits"] == pytest.approx(1)
     assert jensen_shannon_divergence({"a": 1, "b": 1}, {"a": 1}) == pytest.approx(0.3113, abs=1e-4)  # by hand
     assert "| words | 12.50 | 4 |" in report(other)
+
+
+@pytest.mark.parametrize(
+    ("request_text", "message"),
+    [
+        ("elsewhere", "redirects to another host"),
+        ("endless", "longer than 1048576 bytes"),
+        ("drip", "not complete after 0.5 s"),
+    ],
+)
+def test_a_hostile_server_gets_no_credentials_and_no_time(url, monkeypatch, request_text, message):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr(rewriting, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(rewriting, "MAX_ATTEMPTS", 1)
+    with pytest.raises(ValueError, match=message):
+        rewrite([request_text], CaptionsConfig(), server_generator(url, "model"))
+    assert FakeServer.log == []  # no further request came with the key
