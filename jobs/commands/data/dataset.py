@@ -13,6 +13,7 @@ from jobs.submission.submit import run_array, run_ranks
 from jobs.submission.wait import dependencies
 from jobs.tasks import audit
 from pixart.config.dataset import is_url
+from pixart.terminal import printable
 from slurm.executor import Cluster
 
 
@@ -71,7 +72,7 @@ def describe_contents(dataset: str, manifest: dict[str, Any]) -> str:
         lines.append(
             "warning: no item has words; set data.captioner=vllm, or name the captions by data.columns.caption"
         )
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def refuse_adopted(launch: Launch, manifest: dict[str, Any]) -> None:
