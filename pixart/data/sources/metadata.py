@@ -49,10 +49,15 @@ def read_metadata(files: FileList, images: Collection[str], columns: ColumnsConf
                 continue
             metadata.rows[image] = {key: values[key] for key in captions if values.get(key) not in (None, "")}
             label = next((values[key] for key in label_names(columns) if values.get(key) not in (None, "")), None)
-            if label is not None and label_of(label)[1]:
-                words[image] = decode_text(label) if isinstance(label, bytes) else str(label)
-            elif label is not None:
-                metadata.labels[image] = label_of(label)[0]
+            if label is None:
+                continue
+            index, problem = label_of(label)
+            if not problem:
+                metadata.labels[image] = index
+            elif isinstance(label, str):
+                words[image] = label
+            else:
+                metadata.left_out["label of metadata that is no integer or word"] += 1
     if words:
         words |= {image: str(label) for image, label in metadata.labels.items()}
         metadata.class_names = sorted(set(words.values()))
@@ -64,7 +69,10 @@ def read_metadata(files: FileList, images: Collection[str], columns: ColumnsConf
 def _rows(description: str, name: str, data: bytes, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a metadata file; a line that is no JSON object is left out."""
     if name.endswith(".csv"):
-        yield from csv.DictReader(io.StringIO(decode_text(data)))
+        try:
+            yield from csv.DictReader(io.StringIO(decode_text(data)))
+        except csv.Error as error:
+            raise ValueError(f"{description} cannot be read: {error}; repair or remove it") from None
     elif name.endswith(".jsonl"):
         for line in decode_text(data).split("\n"):
             try:

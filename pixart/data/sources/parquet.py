@@ -101,9 +101,10 @@ class ParquetSource:
                 counts.largest_label, counts.labelled = label, counts.items if label >= 0 else 0
             elif layout.label:
                 for batch in file.iter_batches(1 << 16, columns=[layout.label]):
-                    labels = [self._label(value, layout)[0] for value in pc.unique(batch.column(0)).to_pylist()]
-                    counts.labelled += len(batch) - batch.column(0).null_count
-                    counts.largest_label = max(counts.largest_label, *labels, -1)
+                    for value in pc.value_counts(batch.column(0)).to_pylist():
+                        label = self._label(value["values"], layout)[0]
+                        counts.labelled += value["counts"] if label >= 0 else 0
+                        counts.largest_label = max(counts.largest_label, label)
             counts.has_words = bool(counts.labelled and self.class_names)
             texts = [*layout.captions, *([layout.class_words] if layout.class_words else [])]
             if columns := [column for column in texts if column in file.schema_arrow.names]:

@@ -114,7 +114,7 @@ class WebDatasetSource:
         try:
             with self._files.system.open(self._files.path(name), "rb") as file:
                 return scan_tar(file)
-        except tarfile.ReadError as error:
+        except (tarfile.ReadError, ValueError, OverflowError, MemoryError) as error:  # of lengths that make no sense
             raise ValueError(f"source {self._files.url!r}: {name} is not a complete tar file: {error}") from None
 
 

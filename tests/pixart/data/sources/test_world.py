@@ -165,11 +165,12 @@ def test_several_archives_in_one_file(tmp_path):
     assert len(items_of(tmp_path / "joined")) == 2
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
 @pytest.mark.parametrize("size", [-512, -1536, -(2**40)])
-def test_a_member_of_negative_size_is_refused(tmp_path, size):
+def test_a_member_of_negative_size_is_refused(tmp_path, size, kind):
     write_tar(tmp_path / "0.tar", {"0.jpg": A, "1.jpg": B})
     info = tarfile.TarInfo("bad.jpg")
-    info.size = size
+    info.size, info.type = size, kind
     with (tmp_path / "0.tar").open("r+b") as file:
         file.seek(512 + 512 * -(-len(A) // 512))  # the second member's header
         file.write(info.tobuf(tarfile.GNU_FORMAT))

@@ -62,10 +62,18 @@ def test_metadata_of_every_kind_with_labels_and_other_rows(tmp_path, kind, label
 
 def test_a_damaged_line_of_metadata_is_left_out(tmp_path):
     write(f"{tmp_path}/0000.jpg", noise_image(1))
-    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "00\n[]\n{json.dumps(ROWS[0])}\n')
+    lines = ['{"file_name": "00', "[]", json.dumps({**ROWS[0], "label": [1]}), '{"file_name": "../other.jpg"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     source = open_source(f"{tmp_path}")
     assert [item.text for item in source.read(0, 9)] == [ROWS[0]["text"]]
-    assert source.contents().left_out == {"damaged line of metadata": 2}
+    assert source.contents().left_out == {
+        "damaged line of metadata": 2,
+        "label of metadata that is no integer or word": 1,
+        "row of metadata without its image": 1,
+    }
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\n0000.jpg,"{"x" * 200_000}\n')
+    with pytest.raises(ValueError, match=r"metadata\.csv cannot be read: field larger than field limit"):
+        open_source(f"{tmp_path}")
 
 
 def test_an_image_beside_the_class_folders_has_no_class(cases):

@@ -150,6 +150,19 @@ def test_partitions_are_columns(tmp_path):
     assert named.contents().largest_label == 1
 
 
+def test_labels_that_are_no_index(tmp_path):
+    write_rows(tmp_path, label=[float("nan"), 2.0, None, -7.0, 1.5])
+    source = open_source(f"{tmp_path}")
+    assert [(item.label, item.label_problem) for item in source.read(0, 5)] == [
+        (-1, ""),
+        (2, ""),
+        (-1, ""),
+        (-1, "its label is -7, out of range"),
+        (-1, "its label is '1.5', not an integer"),
+    ]
+    assert (source.contents().labelled, source.contents().largest_label) == (1, 2)
+
+
 def test_texts_that_are_not_utf8(tmp_path):
     texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"fine"]).buffers())
     write_rows(tmp_path, text=texts)
