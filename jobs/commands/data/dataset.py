@@ -35,10 +35,13 @@ class ArrayOptions(DatasetOptions):
     )
 
 
-def open_writable_dataset(launch: Launch, *, create: bool = False, shards: list[int] | None = None) -> dict[str, Any]:
+def open_writable_dataset(
+    launch: Launch, *, create: bool = False, shards: list[int] | None = None, describe: bool = True
+) -> dict[str, Any]:
     """Return the manifest of a dataset on a file system; with `create`, create one that does not exist.
 
-    Raises ValueError for a URL, for a dataset that does not exist, and for one that would not have all `shards`.
+    What a new one takes from its source is printed unless `describe` is false. Raises ValueError for a URL,
+    for a dataset that does not exist, and for one that would not have all `shards`.
     """
     if is_url(launch.dataset):
         raise ValueError(
@@ -50,7 +53,7 @@ def open_writable_dataset(launch: Launch, *, create: bool = False, shards: list[
             raise ValueError(f"dataset {launch.dataset} does not exist; run 'caption' to create it")
         select_shards(launch, launch.recipe.data.num_shards, shards)
     manifest = open_dataset(launch)
-    if is_new and launch.command != "init":  # which describes the dataset at its end
+    if is_new and describe:
         print(describe_contents(launch.dataset, manifest), end="", flush=True)
     return manifest
 

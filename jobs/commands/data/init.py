@@ -23,7 +23,7 @@ def init(launch: Launch, options: DatasetOptions) -> str:
     """Create the dataset if it does not exist, and describe it."""
     if launch.dry_run:
         raise NothingSubmitted(to_json(launch.recipe))
-    manifest = open_writable_dataset(launch, create=True)
+    manifest = open_writable_dataset(launch, create=True, describe=False)
     data = manifest["data"]
     return (
         f"dataset {launch.dataset}: {manifest['images']} images of {data['source']} in {data['num_shards']} shards of "

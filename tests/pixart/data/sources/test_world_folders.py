@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixart.data.sources.open import open_source
 from tests.pixart.data.sources.test_sources import noise_image, write
-from tests.pixart.data.sources.test_world import CASES, cases, items_of, part_of
+from tests.pixart.data.sources.test_world import CASES, cases, items_of, part_of, write_tar
 
 __all__ = ["cases"]
 ROWS = [{"file_name": f"{row:04d}.jpg", "text": f"a photo with the number {row} in it"} for row in range(3)]
@@ -202,3 +202,20 @@ def test_files_of_a_download_cache_are_links(tmp_path):
     (tmp_path / "snapshot/cat/0.jpg").symlink_to("../../blobs/abc")
     (tmp_path / "snapshot/more").symlink_to("../blobs")
     assert [item.id for item in items_of(tmp_path / "snapshot")] == ["cat/0.jpg", "more/abc"]
+
+
+def test_tars_of_img2dataset_with_their_tables(tmp_path):
+    write_tar(tmp_path / "00000.tar", {"000000000.jpg": noise_image(1), "000000000.txt": "a caption"})
+    pq.write_table(pa.table({"url": ["a"], "key": ["000000000"]}), tmp_path / "00000.parquet")
+    write(f"{tmp_path}/00000_stats.json", b"{}")
+    assert [item.text for item in items_of(tmp_path)] == ["a caption"]
+
+
+def test_a_tar_that_has_changed_since_it_was_counted_is_refused(tmp_path):
+    counts_file = tmp_path / "dataset/source-files.json"
+    write_tar(tmp_path / "tars/0.tar", {"0.jpg": noise_image(1)})
+    size = (tmp_path / "tars/0.tar").stat().st_size
+    open_source(f"{tmp_path}/tars", counts_file=counts_file)
+    counts_file.write_text(json.dumps({"0.tar": [size, 2]}))
+    with pytest.raises(ValueError, match=r"0\.tar has 1 items, but had 2 when they were counted"):
+        list(open_source(f"{tmp_path}/tars", counts_file=counts_file).read(0, 2))
