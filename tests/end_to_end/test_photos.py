@@ -112,11 +112,11 @@ def test_stored_latents_decode_to_the_photos(home, shared_data):
         [np.asarray(resize_and_crop(decode(path.read_bytes(), ScreeningConfig()), SIZE)) for path in photos]
     )
     rows = np.arange(0, 96, 4)
-    direct = decode_latents(vae, encode(vae, images[rows]).astype(np.float32))
+    direct = decode_latents(vae, encode(vae, images[rows], (-1, 1)).astype(np.float32), (-1, 1))
     with torch.no_grad():
         pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        exact = decode_latents(vae, vae.encode(pixels).latent_dist.mean)
-    stored = decode_latents(vae, store.read("latents", rows).astype(np.float32))
+        exact = decode_latents(vae, vae.encode(pixels).latent_dist.mean, (-1, 1))
+    stored = decode_latents(vae, store.read("latents", rows).astype(np.float32), (-1, 1))
     direct_psnr = np.mean([psnr(a, b) for a, b in zip(images[rows], exact, strict=True)])
     stored_psnr = np.mean([psnr(a, b) for a, b in zip(images[rows], stored, strict=True)])
     print(f"PSNR of the VAE {direct_psnr:.2f} dB, of stored latents {stored_psnr:.2f} dB")
