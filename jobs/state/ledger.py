@@ -19,6 +19,7 @@ from pixart.config.dataset import is_url
 from pixart.config.renamed_keys import rename_data
 
 MANIFEST = "manifest.json"
+CONTENTS = "source.json"  # what was taken from the source and left out
 ARRAYS = "latents.zarr"  # a folder
 ENTRIES_OF = {"adopt": ("caption", "latents")}  # entries that a job writes, where their names are not its own
 DATA_FOLDERS = {"caption": ("captions", ".parquet"), "latents": (f"{ARRAYS}/valid/c", "")}  # with the files' suffix
@@ -149,6 +150,16 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
     record = parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
     with of_this_version(f"{dataset}/{MANIFEST}"):
         return {**record, "data": rename_data(record["data"])}
+
+
+def contents(dataset: str | Path) -> dict[str, Any] | None:
+    """Return what a dataset's source holds and leaves out; None for one that was adopted or made before this record.
+
+    Raises ValueError if the record is damaged.
+    """
+    (text,) = read_files(dataset, [CONTENTS])
+    keys = ("items", "labelled", "left_out", "largest_label", "has_words", "columns")
+    return None if text is None else parse_record(text, f"{dataset}/{CONTENTS}", *keys)
 
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.state import run
+from jobs.state import ledger, run
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from pixart.config.dataset import data_from_dict
 from pixart.config.latent_space import check_latent_space, recorded_pixel_range
@@ -134,6 +134,7 @@ def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: 
             f"model.num_classes={sizes}: the dataset has {classes} classes, and one more index is the null class; "
             f"give --set model.num_classes={classes + 1}"
         )
+    check_contents(recipe, stage, record)
     if record is None:
         return
     config = record["config"]
@@ -145,6 +146,26 @@ def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: 
             f"{manifest['text_dim']}"
         )
     check_latents("the checkpoint", record, recipe.data.path, manifest)
+
+
+def check_contents(recipe: Recipe, stage: int, record: Record | None) -> None:
+    """Check the largest label of the dataset's source for stage 1, and that it has words for stage 2."""
+    contents = ledger.contents(recipe.data.path)
+    if contents is None:
+        return
+    sizes = record["config"].get("num_classes") if record else recipe.model.num_classes
+    largest = contents["largest_label"]
+    if stage == 1 and sizes is not None and largest + 1 >= sizes:
+        advice = "start from another checkpoint" if record else f"give --set model.num_classes={largest + 2}"
+        raise ValueError(
+            f"model.num_classes={sizes}: the largest label of the source {recipe.data.source} is {largest}, and one "
+            f"more index is the null class; {advice}, or correct the labels"
+        )
+    if stage == 2 and recipe.data.captioner == "labels" and not contents["has_words"]:
+        raise ValueError(
+            f"dataset {recipe.data.path}: no item of the source {recipe.data.source} has words, and stage 2 needs "
+            "captions; create a dataset with --set data.captioner=vllm, or name the captions by data.columns.caption"
+        )
 
 
 def check_latents(checkpoint: str, record: Record, dataset: str, manifest: dict[str, Any]) -> None:

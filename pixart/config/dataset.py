@@ -46,6 +46,20 @@ class ScreeningConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnsConfig:
+    """Names of columns of a parquet source or of metadata files, and of keys of JSON files beside images."""
+
+    image: str | None = None
+    """Column of the images: binary, a struct of bytes and path, or paths; none tries image, jpg and others."""
+
+    caption: str | None = None
+    """Column of the captions; none takes the first of text, caption and others that is not empty."""
+
+    label: str | None = None
+    """Column of the class: integers, or words, which are numbered in order; none tries label and others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Source, preprocessing and models of a dataset; all but `path` are fixed in its manifest before the first task.
 
@@ -65,8 +79,11 @@ class DataConfig:
     max_images: int | None = None
     """Number of images taken from the source; none takes all of them."""
 
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
     seed: int = 0
-    """Random seed of the rendered scenes; read by the source `demo` only."""
+    """Random seed of the rendered scenes of the source `demo`, and of the choice of one caption where a source has
+    several for an image."""
 
     image_size: int = 256
     """Side of the training images, in pixels, after resize and centre crop."""
@@ -166,6 +183,7 @@ def data_from_dict(values: Mapping[str, Any]) -> DataConfig:
     if "pixel_range" in values:
         values["pixel_range"] = tuple(values["pixel_range"])
     sections = {
+        "columns": ColumnsConfig(**values.get("columns", {})),
         "captions": CaptionsConfig(**values.get("captions", {})),
         "screening": ScreeningConfig(**values["screening"]),
     }

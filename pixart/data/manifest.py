@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pixart.atomic import write_atomically
-from pixart.config.dataset import DataConfig, data_from_dict, is_url
+from pixart.config.dataset import ColumnsConfig, DataConfig, data_from_dict, is_url
 from pixart.config.renamed_keys import original_data
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
@@ -23,8 +23,9 @@ from pixart.data.storage import read_file
 FORMAT = 4
 LEGACY_FORMAT = 2  # the format of version 0.1, whose `data` has other keys
 FORMATS = (LEGACY_FORMAT, 3, FORMAT)  # that can be read
-ADDED_KEYS = {"pixel_range": 4, "captions": 4}  # keys of `data`, by the first format that records them
+ADDED_KEYS = {"pixel_range": 4, "captions": 4, "columns": 4}  # keys of `data`, by the first format that records them
 FILE = "manifest.json"
+CONTENTS_FILE = "source.json"  # counts of what was taken from the source and left out
 ROW_COUNTS_FILE = "source-files.json"  # number of rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
 ADOPTED = "adopted"  # captioner of a dataset whose captions and latents were computed elsewhere
@@ -90,6 +91,8 @@ class Manifest:
         if self.adopted is None:
             del values["adopted"]
         values["data"] = {key: value for key, value in values["data"].items() if ADDED_KEYS.get(key, 0) <= version}
+        if self.data.columns == ColumnsConfig():  # so that datasets from before this key keep their hash
+            values["data"].pop("columns", None)
         if version == LEGACY_FORMAT:
             values["data"] = original_data(values["data"])
         return values
@@ -115,15 +118,21 @@ def open_images(manifest: Manifest) -> Source:
 def open_configured_source(data: DataConfig, counts_file: Path) -> Source:
     """Open the image source that a configuration names."""
     return open_source(
-        data.source, max_images=data.max_images, seed=data.seed, image_size=data.image_size, counts_file=counts_file
+        data.source,
+        max_images=data.max_images,
+        seed=data.seed,
+        image_size=data.image_size,
+        counts_file=counts_file,
+        columns=data.columns,
     )
 
 
 def make(data: DataConfig) -> Manifest:
     """Build the manifest of a new dataset from its source, VAE and text encoder.
 
-    Also writes the row counts of the source's files into the dataset's directory, so that tasks need not count them
-    again. Raises ValueError, with nothing written, if the source or a model does not exist.
+    Also writes into the dataset's directory the row counts of the source's files, so that tasks need not count them
+    again, and what the source holds and leaves out. Raises ValueError, with nothing written, if the source or a model
+    does not exist.
     """
     from pixart.data.encoders.text_encoder import text_dim
     from pixart.data.encoders.vae import latent_shape
@@ -144,9 +153,10 @@ def make(data: DataConfig) -> Manifest:
             text_dim=text_dim(data.text_encoder),
             models={kind: model_fingerprint(data, kind) for kind in MODELS},
         )
-        if counts_file.exists():
-            Path(data.path).mkdir(parents=True, exist_ok=True)
-            (Path(data.path) / ROW_COUNTS_FILE).write_bytes(counts_file.read_bytes())
+        write_atomically(Path(folder) / CONTENTS_FILE, json.dumps(source.contents().record(), indent=2))
+        Path(data.path).mkdir(parents=True, exist_ok=True)
+        for path in Path(folder).iterdir():
+            write_atomically(Path(data.path) / path.name, path.read_bytes())
     return manifest
 
 

@@ -13,6 +13,7 @@ from jobs.submission.submit import run_array, run_ranks
 from jobs.submission.wait import dependencies
 from jobs.tasks import audit
 from pixart.config.dataset import is_url
+from pixart.terminal import printable
 from slurm.executor import Cluster
 
 
@@ -34,20 +35,47 @@ class ArrayOptions(DatasetOptions):
     )
 
 
-def open_writable_dataset(launch: Launch, *, create: bool = False, shards: list[int] | None = None) -> dict[str, Any]:
+def open_writable_dataset(
+    launch: Launch, *, create: bool = False, shards: list[int] | None = None, describe: bool = True
+) -> dict[str, Any]:
     """Return the manifest of a dataset on a file system; with `create`, create one that does not exist.
 
-    Raises ValueError for a URL, for a dataset that does not exist, and for one that would not have all `shards`.
+    What a new one takes from its source is printed unless `describe` is false. Raises ValueError for a URL,
+    for a dataset that does not exist, and for one that would not have all `shards`.
     """
     if is_url(launch.dataset):
         raise ValueError(
             f"{launch.command}: the dataset {launch.dataset} is a URL; create it on a file system, and copy it there"
         )
-    if ledger.manifest(launch.dataset) is None and not launch.dry_run:
+    is_new = ledger.manifest(launch.dataset) is None and not launch.dry_run
+    if is_new:
         if not create:
             raise ValueError(f"dataset {launch.dataset} does not exist; run 'caption' to create it")
         select_shards(launch, launch.recipe.data.num_shards, shards)
-    return open_dataset(launch)
+    manifest = open_dataset(launch)
+    if is_new and describe:
+        print(describe_contents(launch.dataset, manifest), end="", flush=True)
+    return manifest
+
+
+def describe_contents(dataset: str, manifest: dict[str, Any]) -> str:
+    """Describe what was taken from the source and left out, one line each; an empty text for the demo's scenes."""
+    contents = ledger.contents(dataset)
+    if contents is None or manifest["data"]["source"] == "demo":
+        return ""
+    labelled, largest = contents["labelled"], contents["largest_label"]
+    labels = f"{labelled} with labels up to {largest}" if labelled else "none with a label"
+    words = "with words" if contents["has_words"] else "none with words"
+    lines = [f"source: {contents['items']} items, {labels}, {len(manifest['class_names'])} class names, {words}"]
+    if columns := [f"{role} from {', '.join(names)}" for role, names in contents["columns"].items() if names]:
+        lines.append(f"columns: {'; '.join(columns)}")
+    if left_out := [f"{count} {reason}" for reason, count in contents["left_out"].items()]:
+        lines.append(f"left out: {', '.join(left_out)}")
+    if manifest["data"]["captioner"] == "labels" and not contents["has_words"]:
+        lines.append(
+            "warning: no item has words; set data.captioner=vllm, or name the captions by data.columns.caption"
+        )
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def refuse_adopted(launch: Launch, manifest: dict[str, Any]) -> None:

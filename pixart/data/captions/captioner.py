@@ -58,6 +58,7 @@ class Captioner(Protocol):
     model: str
     prompt_hash: str  # of the instruction
     sampling: str  # JSON
+    reads_source_text: bool  # whether captions are the source's texts, so that an item needs one
 
     def prepare(self, image: Image.Image) -> Image.Image:
         """Resize an image for the model. Called by the decoding threads, ahead of `stream`."""
@@ -86,6 +87,7 @@ class LabelsCaptioner:
 
     name = model = "labels"
     prompt_hash = sampling = ""
+    reads_source_text = True
 
     def prepare(self, image: Image.Image) -> Image.Image:
         return image
@@ -115,6 +117,8 @@ class VllmCaptioner:
     separate process and generates while this process decodes, screens and preprocesses the next images. Unlike a
     call of `LLM.chat`, which drains before it returns, the stream keeps the engine's batch full.
     """
+
+    reads_source_text = False
 
     def __init__(self, model: str, captions: CaptionsConfig, dtype: str):
         try:

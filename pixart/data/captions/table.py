@@ -59,14 +59,30 @@ class Screened:
     thumbnail: bytes | None = None
 
 
-def screen(item: Item, limits: ScreeningConfig) -> Screened:
-    """Decode and screen one source item."""
+def check_source_values(item: Item, *, reads_text: bool) -> None:
+    """Raise Rejected for an item whose label, or with `reads_text` its text, cannot be used.
+
+    An item without words is of use for its label alone, to stage 1; without a label too it is of none.
+    """
+    if item.label_problem:
+        raise screening.Rejected(screening.Reason.UNREADABLE_LABEL, item.label_problem)
+    if reads_text and item.text_problem:
+        raise screening.Rejected(screening.Reason.UNREADABLE_TEXT, item.text_problem)
+    if reads_text and item.label < 0 and not item.text:
+        raise screening.Rejected(screening.Reason.NO_WORDS)
+
+
+def screen(item: Item, limits: ScreeningConfig, *, reads_text: bool = False) -> Screened:
+    """Decode and screen one source item; with `reads_text`, its text is checked too."""
     image = statistics = None
     digest = screening.digest(item.data)
     try:
+        if item.image_problem:
+            raise screening.Rejected(screening.Reason.UNREADABLE, item.image_problem)
         image, size = screening.decode_downscaled(item.data, limits, lambda w, h: math.sqrt(MAX_PIXELS / (w * h)))
         statistics = screening.measure(image, size)
         screening.check_uniformity(statistics, limits)
+        check_source_values(item, reads_text=reads_text)
     except screening.Rejected as rejected:
         return Screened(
             item=item,
@@ -85,7 +101,7 @@ def make_part(items: Iterable[Item], captioner: Captioner, limits: ScreeningConf
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
     def screen_and_resize(item: Item) -> Screened:
-        screened = screen(item, limits)
+        screened = screen(item, limits, reads_text=captioner.reads_source_text)
         return replace(screened, image=captioner.prepare(screened.image)) if screened.image else screened
 
     def accepted() -> Iterator[CaptionRequest]:

@@ -7,6 +7,7 @@ decompression bombs that would take minutes or gigabytes.
 import io
 import math
 import re
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
@@ -19,15 +20,20 @@ from PIL.PngImagePlugin import PngImageFile
 
 from pixart.config.dataset import ScreeningConfig
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's other parsers are never used
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow's other parsers are never used
 MAX_SCANS = 30  # of a progressive JPEG, each a pass over the whole image; encoders write about ten
 PADDING = b"\0" + 1023 * b"\x55"  # scan data that contains no marker, even after a 0xff
+FILLINGS = (1024 * b"\x55", 1024 * b"\xaa", 1024 * b"\xff\0")  # scan data whose bits differ from the zeros of no data
 SCAN_HEADER = re.compile(rb"\xff\xda..(.)", re.DOTALL)  # ends with the number of components
+END_MARKER = b"\xff\xd9"  # of a JPEG, which cannot occur inside a scan
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = (b"tRNS", b"eXIf")  # ancillary ones that pixels and orientation depend on
+MAX_TEXT = 1 << 16  # bytes of a text chunk that is kept
 MAX_RLE_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python at 5 million pixels/s
 
 
 class Reason(StrEnum):
-    """Reasons why an image is rejected. The values are stored in caption parts and must not change."""
+    """Reasons why a source item is rejected. The values are stored in caption parts and must not change."""
 
     UNREADABLE = "unreadable"
     TRUNCATED = "truncated"
@@ -36,6 +42,9 @@ class Reason(StrEnum):
     EXTREME_ASPECT = "extreme aspect"
     SOLID_COLOR = "plain"
     UNIFORM = "near-plain"
+    UNREADABLE_LABEL = "unreadable label"
+    UNREADABLE_TEXT = "unreadable text"
+    NO_WORDS = "no words"
 
 
 class Rejected(Exception):  # noqa: N818 - a screening result, not a failure
@@ -68,10 +77,13 @@ def decode_downscaled(
     Other formats are decoded at full resolution. Raises Rejected like `decode`.
     """
     try:
+        data = without_metadata(data) if data.startswith(PNG_SIGNATURE) else data
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "MPO":  # several JPEGs in one file, written by phones and stereo cameras; use the first
             image = JpegImageFile(io.BytesIO(data))
         check_size(*image.size, limits)
+        if isinstance(image, JpegImageFile):
+            image, data = with_end_marker(image, data)
         full_size, scale = image.size, min(1.0, min_scale(*image.size))
         image.draft(None, (math.ceil(scale * image.width), math.ceil(scale * image.height)))
         draft_size = image.size
@@ -102,6 +114,34 @@ def check_size(width: int, height: int, limits: ScreeningConfig) -> None:
         raise Rejected(Reason.EXTREME_ASPECT, size)
 
 
+def with_end_marker(image: JpegImageFile, data: bytes) -> tuple[JpegImageFile, bytes]:
+    """Return an opened JPEG and its data with an end marker, which some cameras and downloads leave out.
+
+    A file that has all of its scan data decodes to the same pixels whatever follows. Raises Rejected for any other.
+    """
+    begin = first_scan(image, data)
+    if data.find(END_MARKER, begin) >= 0:
+        return image, data
+    check_scans(data[begin:])
+    stuffing = b"\0" if data.endswith(b"\xff") else b""
+    pixels = {JpegImageFile(io.BytesIO(data + stuffing + end + END_MARKER)).tobytes() for end in (b"", *FILLINGS)}
+    if len(pixels) > 1:
+        raise Rejected(Reason.TRUNCATED, "the file ends before its image does")
+    return JpegImageFile(io.BytesIO(data + END_MARKER)), data + END_MARKER
+
+
+def first_scan(image: JpegImageFile, data: bytes) -> int:
+    """Return the offset of the header of an opened JPEG's first scan."""
+    assert image.fp is not None
+    return data.rfind(b"\xff\xda", 0, image.fp.tell())
+
+
+def check_scans(scans: bytes) -> None:
+    """Raise Rejected if a JPEG has too many scans."""
+    if (count := scans.count(b"\xff\xda")) > MAX_SCANS:
+        raise Rejected(Reason.UNREADABLE, f"{count} scans")
+
+
 def load_jpeg(image: ImageFile, data: bytes) -> None:
     """Load a JPEG. Raises Rejected if it has too many scans, or if its scans end before the image does.
 
@@ -109,12 +149,9 @@ def load_jpeg(image: ImageFile, data: bytes) -> None:
     the file is therefore decoded again with padding before its end marker: only a truncated image changes.
     """
     assert isinstance(image, JpegImageFile)
-    assert image.fp is not None
-    begin = data.rfind(b"\xff\xda", 0, image.fp.tell())  # the first scan's header
-    end = data.find(b"\xff\xd9", begin)  # the end marker, which cannot occur inside a scan
-    scans = data.count(b"\xff\xda", begin, end)
-    if scans > MAX_SCANS:
-        raise Rejected(Reason.UNREADABLE, f"{scans} scans")
+    begin = first_scan(image, data)
+    end = data.find(END_MARKER, begin)
+    check_scans(data[begin:end])
     image.load()
     if "progressive" in image.info and not has_all_coefficients(data[begin:end], len(image.layer)):
         raise Rejected(Reason.TRUNCATED, "the last scans are missing")
@@ -139,6 +176,29 @@ def has_all_coefficients(scans: bytes, components: int) -> bool:
         if bits & 15 == 0:
             complete |= {(component, index) for component in parameters[:-3:2] for index in range(first, last + 1)}
     return len(complete) == 64 * components
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return a PNG without the chunks that its pixels do not depend on, of which Pillow refuses large ones.
+
+    A wrong checksum there is of no concern; a chunk of transparency or EXIF data with one is left out too. Of texts,
+    XMP and EXIF data stay, which may have the orientation. What follows a truncated chunk is not changed.
+    """
+    kept, offset = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while offset + 12 <= len(data):
+        end = offset + 12 + int.from_bytes(data[offset : offset + 4])
+        kind, body = data[offset + 4 : offset + 8], data[offset + 8 : end - 4]
+        if end > len(data):
+            break
+        is_orientation = len(body) < MAX_TEXT and body.startswith((b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"))
+        is_critical = kind[:1].isupper()
+        is_sound = zlib.crc32(data[offset + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+        if is_critical or (is_sound and (kind in PNG_CHUNKS or is_orientation)):
+            kept.append(data[offset:end])
+        offset = end
+        if kind == b"IEND":
+            return b"".join(kept)
+    return b"".join([*kept, data[offset:]])
 
 
 def load_png(image: ImageFile, data: bytes) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from pixart.data.sources.contents import Contents
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
@@ -18,6 +20,9 @@ class Item:
     label: int  # class index, -1 if the source has no labels
     text: str  # the caption or class name in the source, "" if it has neither
     text_is_class: bool = False  # `text` is the name of the class, not a caption
+    image_problem: str = ""  # why the image could not be read; `data` is empty then
+    label_problem: str = ""  # why the label could not be read; `label` is -1 then
+    text_problem: str = ""  # why the text could not be read; `text` is "" then
 
 
 class Source(Protocol):
@@ -29,6 +34,10 @@ class Source(Protocol):
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         """Yield the items of rows start to stop - 1, or up to the last row."""
+        ...
+
+    def contents(self) -> Contents:
+        """Count what the source holds and what is left out of it."""
         ...
 
 

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 
 from pixart.data.sources.base import Item
+from pixart.data.sources.contents import Contents
 
 
 class DemoSource:
@@ -17,6 +18,10 @@ class DemoSource:
 
     def __len__(self) -> int:
         return self._num_images
+
+    def contents(self) -> Contents:
+        items, largest = len(self), len(self.class_names) - 1
+        return Contents(items=items, labelled=items, largest_label=largest, has_words=True)
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         from PIL import Image

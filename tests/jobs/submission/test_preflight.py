@@ -1,6 +1,7 @@
 """Checks before a training job is submitted."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -83,3 +84,24 @@ def test_too_many_classes():
     with pytest.raises(ValueError, match=r"--set model\.num_classes=6"):
         check_dataset(demo(""), 1, many, None)
     check_dataset(demo(""), 1, many, record())  # the checkpoint's number of classes applies
+
+
+CONTENTS = {"items": 9, "labelled": 9, "left_out": {}, "largest_label": 2, "has_words": True, "columns": {}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "start", "message"),
+    [
+        (1, {"largest_label": 5000}, None, r"^model\.num_classes=\d+: the largest label .* is 5000.*num_classes=5002"),
+        (1, {"largest_label": 9}, record(config={**CONFIG, "num_classes": 10}), "start from another checkpoint"),
+        (2, {"has_words": False}, record(), "no item of the source demo has words, and stage 2 needs captions"),
+    ],
+)
+def test_a_source_that_does_not_fit_the_stage(tmp_path, stage, changes, start, message):
+    recipe = demo(str(tmp_path))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=f"{tmp_path}"))
+    (tmp_path / "source.json").write_text(json.dumps(CONTENTS))
+    check_dataset(recipe, stage, MANIFEST, start)
+    (tmp_path / "source.json").write_text(json.dumps({**CONTENTS, **changes}))
+    with pytest.raises(ValueError, match=message):
+        check_dataset(recipe, stage, MANIFEST, start)

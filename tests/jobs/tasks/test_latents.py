@@ -45,6 +45,7 @@ def photographs(tmp_path) -> DataConfig:
     (tmp_path / "images").mkdir()
     for index, item in enumerate(open_source("demo", max_images=6, image_size=64).read(0, 6)):
         (tmp_path / f"images/{index}.png").write_bytes(item.data)
+        (tmp_path / f"images/{index}.txt").write_text(item.text)
     data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", max_images=None, num_shards=2)
     init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0, 1])
@@ -99,6 +100,7 @@ def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
     data = dataclasses.replace(demo(str(tmp_path)).data, source=f"{tmp_path}/images", max_images=None, num_shards=1)
     for item in open_source("demo", max_images=1, image_size=16 * data.image_size).read(0, 1):
         Image.open(io.BytesIO(item.data)).convert("RGB").save(tmp_path / "images/0.jpg", quality=95)
+        (tmp_path / "images/0.txt").write_text(item.text)
     init_dataset.run(to_json(dataclasses.replace(demo(str(tmp_path)), data=data)))
     caption.run(data.path, [0])
     latents.run(data.path, [0])

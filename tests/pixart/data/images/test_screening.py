@@ -128,7 +128,7 @@ def test_first_frame_of_an_animation_is_decoded(kind):
 
 
 def test_other_formats_are_unreadable():
-    for kind in ("PPM", "ICO", "TGA", "PCX", "EPS", "AVIF", "JPEG2000"):
+    for kind in ("PPM", "ICO", "TGA", "PCX", "EPS", "JPEG2000"):
         assert reason_of(encoded(scene(), kind))[0] == Reason.UNREADABLE
     for data in (b"", b"GIF89a", b"text" * 99):
         assert reason_of(data)[0] == Reason.UNREADABLE
@@ -381,3 +381,26 @@ def test_resize_and_crop_keeps_the_center():
     square = resize_and_crop(image, 50)
     assert square.size == (50, 50)
     assert square.crop((5, 0, 45, 50)).getcolors() == [(40 * 50, (0, 0, 255))]  # the filter blurs the edges
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_complete_jpeg_needs_no_end_marker(options):
+    for image in (noise(), scene(), noise("L", (121, 83))):
+        data = encoded(image, "JPEG", **options)
+        assert decode(data[:-2], NO_LIMITS).tobytes() == decode(data, NO_LIMITS).tobytes()
+        for cut in range(6, 40):
+            assert reason_of(data[:-cut])[0] == Reason.TRUNCATED
+
+
+def test_checksums_of_a_png_matter_for_its_pixels_only():
+    image = scene()
+    image.info.clear()
+    data = encoded(image)
+    pixels = decode(data, NO_LIMITS).tobytes()
+    for kind in (b"tEXt", b"iCCP", b"gAMA", b"tRNS"):
+        body = b"damaged" * 300_000
+        chunk = struct.pack(">I", len(body)) + kind + body + b"\0\0\0\0"  # not the checksum
+        assert decode(data[:33] + chunk + data[33:], NO_LIMITS).tobytes() == pixels
+    exif = image.getexif()
+    exif[0x0112] = 6
+    assert decode(encoded(image.crop((0, 0, 96, 64)), exif=exif), NO_LIMITS).size == (64, 96)

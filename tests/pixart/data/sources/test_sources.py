@@ -386,12 +386,13 @@ def check_error(url: str, expected: str) -> None:
     assert "\n" not in message
 
 
-def test_class_that_is_not_a_number_is_an_error(tmp_path):
+def test_class_that_is_not_a_number_is_a_problem_of_its_row(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("0.jpg", "0.cls"):
+        for name in ("0.jpg", "0.cls", "1.jpg"):
             tar.addfile(tarfile.TarInfo(name))
-    with pytest.raises(ValueError, match=r"a\.tar:0 has an unreadable class"):
-        list(open_source(f"{tmp_path}").read(0, 1))
+    bad, good = open_source(f"{tmp_path}").read(0, 2)
+    assert (bad.label, bad.label_problem) == (-1, "its label is '', not an integer")
+    assert (good.label, good.label_problem) == (-1, "")
 
 
 @pytest.mark.parametrize(("url", "max_images"), [("demo", None), ("demo", 0), ("memory://x", -1)])
