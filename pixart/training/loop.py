@@ -80,7 +80,7 @@ def train(
             world_size=ranks.world_size,
             excluded_rows=validation_rows,
         )
-        metrics = MetricsLogger(trainer, loader.sampler, reporter)
+        metrics = MetricsLogger(trainer, loader.order, reporter)
         manager = CheckpointManager(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
         validator = Validator(trainer, store, validation_rows) if len(validation_rows) else None
         preview_rows = (validation_rows if len(validation_rows) else valid_rows)[: config.num_previews]
