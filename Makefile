@@ -31,6 +31,7 @@ demo: install
 .venv/.installed-dev: .venv/.installed
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable ".[dev]"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-torchao --no-deps "torchao>=0.18,<0.19"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-fidelity --no-deps "torch-fidelity>=0.4,<0.5"
 	@touch $@
 
 check: .venv/.installed-dev

@@ -21,14 +21,33 @@ from jobs.state.run_metadata import add_tags, describe, set_status
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
-from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
+from jobs.tasks import (
+    adopt,
+    audit,
+    caption,
+    convert,
+    evaluate,
+    judge,
+    latents,
+    recaption,
+    sample,
+    summarize,
+    train,
+    verify,
+)
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
 from slurm.commands import SlurmError
 from slurm.executor import Cluster, Shape, Submitted
 from slurm.task import RESULT
 
-ARRAY_JOBS = {"adopt": adopt.run, "caption": caption.run, "latents": latents.run}
+ARRAY_JOBS: dict[str, Callable[[str, list[int]], None]] = {
+    "adopt": adopt.run,
+    "caption": caption.run,
+    "latents": latents.run,
+    "evaluate": evaluate.run,
+    "judge": judge.run,
+}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
     "recaption": recaption.run,
@@ -36,6 +55,7 @@ RANK_JOBS: dict[str, Callable[..., Any]] = {
     "train": train.run,
     "convert": convert.run,
     "sample": sample.run,
+    "summarize": summarize.run,
 }
 
 
@@ -178,6 +198,29 @@ def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | Non
     assert manifest is not None  # open_dataset has created it
     ledger.drop_stale_entries(launch.dataset, kind, list(shards), manifest["hash"])
     run = new_run(launch, cluster, shape, total=len(shards))
+    return submit_array(launch, cluster, shape, run)
+
+
+def run_elements(
+    launch: Launch,
+    kind: str,
+    folder: Path,
+    elements: Sequence[int],
+    *,
+    request: dict[str, Any],
+    prepare: Callable[[], None],
+    after: Sequence[str] = (),
+) -> Run:
+    """Submit one task for each of `elements` of the evaluation in `folder`, whose ledger says which are done.
+
+    `prepare` writes what the tasks read; a dry run does not call it.
+    """
+    shape = Cluster(launch.profile, launch.home).array_shape(kind, elements)
+    parameters = {"evaluation": folder.name, "shards": len(elements)}
+    tags = {"pixart.evaluation": str(folder)}
+    cluster = start_run(launch, shape, parameters, tags, after=after)
+    prepare()
+    run = replace(new_run(launch, cluster, shape, total=len(elements), request=request), dataset=str(folder))
     return submit_array(launch, cluster, shape, run)
 
 

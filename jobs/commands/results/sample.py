@@ -227,7 +227,7 @@ def check_export(folder: str, checkpoint: Path, is_inference: bool) -> None:
 
 
 def open_training_dataset(
-    launch: Launch, options: Options, checkpoint: Path, record: dict[str, Any] | None
+    launch: Launch, options: RecipeOptions, checkpoint: Path, record: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return the manifest of the dataset that the options name, else of the one that the checkpoint was trained on.
 
