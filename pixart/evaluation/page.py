@@ -83,8 +83,8 @@ def protocol_notice(variants: Sequence[Variant]) -> str:
     if len(protocols) == 1:
         return f"<p>All figures have the protocol <code>{text(protocols.pop())}</code>.</p>\n"
     return (
-        f'<p class="alarm">The figures have {len(protocols)} protocols, such as other guidance or steps. Only figures of '
-        "one protocol are on one curve.</p>\n"
+        f'<p class="alarm">The figures have {len(protocols)} protocols, such as other guidance or steps. Only figures '
+        "of one protocol are on one curve.</p>\n"
     )
 
 

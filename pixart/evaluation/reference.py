@@ -76,7 +76,7 @@ def folder_images(folder: Path, rows: range, limit: int, size: int) -> Iterator[
 
 
 def dataset_images(manifest: "Manifest", rows: range, limit: int) -> Iterator[tuple[int, "Image.Image"]]:
-    """Yield the readable images among `rows` of the evenly spaced ones of a dataset's source, cropped as for training."""
+    """Yield the readable images among `rows` of the evenly spaced ones of a dataset, cropped as for training."""
     from pixart.data.manifest import open_images
 
     source = open_images(manifest)

@@ -81,7 +81,8 @@ def check_protocols(first: Subject, second: Subject) -> None:
     ]
     if different := differences(*protocols):
         raise ValueError(
-            f"{second.folder}: has another protocol than {first.folder}: {', '.join(different)}; evaluate both by the same"
+            f"{second.folder}: has another protocol than {first.folder}: {', '.join(different)}; "
+            "evaluate both by the same"
         )
 
 

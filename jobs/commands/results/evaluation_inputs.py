@@ -146,8 +146,8 @@ def find_reference(launch: Launch, name: str | None, manifest: dict[str, Any]) -
     if other := ledger.manifest(path):
         if other["data"]["image_size"] != size:
             raise ValueError(
-                f"--reference {path}: has images of {other['data']['image_size']} px, and the checkpoint samples {size} "
-                "px; name a reference of the same size"
+                f"--reference {path}: has images of {other['data']['image_size']} px, and the checkpoint samples "
+                f"{size} px; name a reference of the same size"
             )
         if ledger.is_adopted(other):
             raise ValueError(f"--reference {path}: was adopted and has no images; name a folder of images")
