@@ -54,10 +54,17 @@ def bootstrap(
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, groups: np.ndarray, *, replicates: int, seed: int = 0
 ) -> Estimate:
-    """Return the mean of values (n,) with its interval under resampling of groups (n,)."""
+    """Return the mean of values (n,) with its interval under resampling of groups (n,).
+
+    A share that is 0 or 1 has Wilson's interval for the number of groups.
+    """
     array = np.asarray(values, dtype=np.float64)
     if not len(array):
         return Estimate(value=float("nan"), low=float("nan"), high=float("nan"), count=0)
+    if array.min() == array.max() and array[0] in (0, 1):  # resampling a share of 0 or 1 shows no uncertainty
+        number = len(np.unique(groups))
+        share = stats.binomtest(int(array[0]) * number, number).proportion_ci(LEVEL, method="wilson")
+        return Estimate(value=float(array[0]), low=float(share.low), high=float(share.high), count=len(array))
     return bootstrap(
         float(array.mean()),
         lambda weights: float(weights @ array / weights.sum()),
