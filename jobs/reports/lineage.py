@@ -212,7 +212,9 @@ class Traversal:
             judged_by=request.judge,
         )
         node.pages = {"results": folder / evaluation.PAGE}
-        node.parents = [self.checkpoint(Path(one)) for one in dict.fromkeys(item.checkpoint for item in request.variants)]
+        node.parents = [
+            self.checkpoint(Path(one)) for one in dict.fromkeys(item.checkpoint for item in request.variants)
+        ]
         if request.reference["kind"] == "dataset":
             node.parents.append(self.dataset(request.reference["path"]))
         return node

@@ -15,7 +15,9 @@ def scenes(count: int, seed: int) -> list[Image.Image]:
     return [Image.fromarray(render(make_scene(seed, index), SIZE)) for index in range(count)]
 
 
-def mutated(images: Sequence[Image.Image], count: int, seed: int, share: tuple[float, float] = (0.6, 1)) -> list[Image.Image]:
+def mutated(
+    images: Sequence[Image.Image], count: int, seed: int, share: tuple[float, float] = (0.6, 1)
+) -> list[Image.Image]:
     """Return crops of images, flipped at random and with changed brightness, of SIZE pixels per side.
 
     `share` is the range of their sides relative to the shorter side of the image.

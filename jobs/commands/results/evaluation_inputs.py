@@ -143,6 +143,8 @@ def find_reference(launch: Launch, name: str | None, manifest: dict[str, Any]) -
     if name == NONE:
         return {"kind": "none", "path": "", "hash": "", "count": 0, "num_shards": 0}
     path = name or launch.dataset
+    if Path(path).is_file():
+        return statistics_reference(launch, Path(path))
     if other := ledger.manifest(path):
         if other["data"]["image_size"] != size:
             raise ValueError(
@@ -155,8 +157,6 @@ def find_reference(launch: Launch, name: str | None, manifest: dict[str, Any]) -
     elif Path(path).is_dir():
         files = references.list_images(Path(path))
         count, kind, digest = min(len(files), config.num_reference_images), "folder", references.folder_hash(files)
-    elif Path(path).is_file():
-        return statistics_reference(launch, Path(path))
     else:
         raise ValueError(f"--reference {path}: does not exist; name a dataset, a folder of images or a statistics file")
     path = path if is_url(path) else str(Path(path).absolute())

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from jobs.state import evaluation, ledger
 from tests.support.demo_fixture import Demo
@@ -24,10 +25,7 @@ def words(**changed: object) -> list[str]:
     """Return the options that set the evaluation's keys."""
     values = {**SETTINGS, "steps": None, **changed}
     return [
-        word
-        for name, value in values.items()
-        if value is not None
-        for word in ("--set", f"evaluation.{name}={value}")
+        word for name, value in values.items() if value is not None for word in ("--set", f"evaluation.{name}={value}")
     ] + ["--set", "sample.steps=2"]
 
 
@@ -143,6 +141,26 @@ def test_bf16_and_fp8_of_one_conversion_are_compared(small_demo: Demo):
     done = small_demo.command("compare", *folders)
     assert done.returncode == 0, done.stderr
     assert "sign test" in done.stdout
+
+
+def test_training_evaluates_checkpoints_and_previews_prompts(small_demo: Demo):
+    """`evaluate_every` evaluates beside training and keeps the checkpoint; `sample.prompts` are previewed."""
+    converted = next(small_demo.home.glob("runs/*/checkpoints/*.fp8"))
+    (small_demo.folder / "prompts.txt").write_text("a red circle\na blue star\n")
+    keys = ["steps=6", "save_every=2", "keep_last=1", "evaluate_every=4", "preview_every=6", "warmup_steps=1"]
+    keys += ["global_batch_size=8", "num_validation_samples=0", "validate_every=0"]
+    options = [word for key in keys for word in ("--set", f"stage2.{key}")] + words(num_prompts=18)
+    options += ["--set", "sample.prompts=prompts.txt"]
+    done = small_demo.command("train", "--from", str(converted), *options)
+    assert done.returncode == 0, done.stderr
+    run = small_demo.runs("train")[-1]
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000004", "step-00000006"]
+    log = (run / "evaluations.log").read_text()
+    assert "evaluated: " in log, log
+    assert len(evaluation.of_checkpoint(small_demo.home, run / "checkpoints/step-00000004")) == 1
+    with Image.open(run / "previews/step-00000006.png") as sheet:
+        assert sheet.width < 400  # two images in place of eight
+    shutil.rmtree(run)  # other tests take the newest run
 
 
 @pytest.mark.parametrize(
