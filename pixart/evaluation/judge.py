@@ -63,7 +63,7 @@ class Judge:
             for index, question in pairs
         ]
         settings = [
-            vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=1, logprob_token_ids=self.token_ids(question))
+            vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=self.token_ids(question))
             for _, question in pairs
         ]
         outputs = iter(self._engine.generate(prompts, settings, use_tqdm=False) if prompts else [])

@@ -33,7 +33,7 @@ class PreviewSampler:
         per_rank = -(-self.num_images // world_size)  # the same number of images on every rank
         self.indices = np.arange(rank * per_rank, (rank + 1) * per_rank) % self.num_images
         if prompts:
-            self.batch = prompt_batch(store, [prompts[index] for index in self.indices])
+            self.batch = prompt_batch(store, [prompts[index] for index in self.indices.tolist()])
         else:
             self.batch = load_rows(store, rows[self.indices], text_embeddings=trainer.stage == 2)
         # A second OpenMP team, even an idle one, makes more threads than processors, and every parallel region of the

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from jobs.state import evaluation, ledger
+from tests.support.demo_fixture import SETTINGS as SETTINGS_OF_DEMO
 from tests.support.demo_fixture import Demo
 
+pytestmark = pytest.mark.slow
 SETTINGS = {
     "features": "efficientnet-lite0:16",
     "feature_image_size": 32,
@@ -31,7 +33,7 @@ def words(**changed: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def evaluated(small_demo: Demo) -> Path:
-    """Evaluation of the last checkpoint of stage 2 with two guidances."""
+    """Evaluate the last checkpoint of stage 2 with two guidances, and return the folder."""
     run = str(small_demo.runs("train")[-1])
     done = small_demo.command("evaluate", run, "--guidance", "1", "--guidance", "2", *words())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -129,16 +131,20 @@ def test_compare_pairs_images(small_demo: Demo, evaluated: Path):
 
 
 def test_bf16_and_fp8_of_one_conversion_are_compared(small_demo: Demo):
-    """Master weights in BF16 and the FP8 export of the same checkpoint have one protocol."""
-    converted = next(small_demo.home.glob("runs/*/checkpoints/*.fp8"))
-    names = [str(converted), str(converted / "inference")]
+    """Runs in BF16 and in FP8 from the same converted checkpoint are compared with intervals and a sign test."""
+    converted, fp8 = next(small_demo.home.glob("runs/*/checkpoints/*.fp8")), small_demo.runs("train")[1]
+    keys = [*SETTINGS_OF_DEMO, "stage2.fp8=false", "stage2.preview_every=0"]
+    options = [word for key in keys if not key.startswith("data.") for word in ("--set", key)]
+    trained = small_demo.command("train", "--from", str(converted), *options)
+    assert trained.returncode == 0, trained.stderr
     folders = []
-    for name in names:
-        done = small_demo.command("evaluate", name, "--reference", "none", *words())
+    for run in (small_demo.runs("train")[-1], fp8):
+        done = small_demo.command("evaluate", str(run), "--reference", "none", *words())
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if line.startswith("evaluated: "))
         folders.append(str(Path(line.split()[1]).parent))
     done = small_demo.command("compare", *folders)
+    shutil.rmtree(small_demo.runs("train")[-1])  # other tests take the newest run
     assert done.returncode == 0, done.stderr
     assert "sign test" in done.stdout
 

@@ -35,7 +35,7 @@ for image, several, answered in zip(images, (questions, questions[:3]), judged):
         probability, total = 0.0, 0.0
         for begin in range(0, size, 100):
             ids = list(range(begin, min(begin + 100, size)))
-            settings = vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=1, logprob_token_ids=ids)
+            settings = vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=ids)
             output = judge._engine.generate([prompt], settings, use_tqdm=False)[0].outputs[0]
             for index in ids:
                 value = math.exp(output.logprobs[0][index].logprob)
