@@ -122,7 +122,7 @@ class CheckpointManager:
         return self.evaluate_every > 0 and step % self.evaluate_every == 0
 
     def prune(self) -> None:
-        """Delete old checkpoints but for the last `keep_last`, evaluated ones and those at multiples of `keep_every`."""
+        """Delete old checkpoints but for the last `keep_last`, evaluated ones and multiples of `keep_every`."""
         for directory in checkpoints.list_checkpoints(self.folder.parent)[: -self.keep_last]:
             step = checkpoints.read_metadata(directory)["step"]
             if (not self.keep_every or step % self.keep_every) and not self.is_evaluated(step):

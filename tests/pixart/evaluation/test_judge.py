@@ -47,16 +47,6 @@ print("RESULT " + json.dumps({"results": results, "captions": judge.describe(ima
 """
 
 
-@pytest.fixture(scope="module")
-def answering_qwen(tmp_path_factory: pytest.TempPathFactory, vllm_environment: Path) -> Path:
-    """Folder of a tiny Qwen3-VL whose vocabulary has yes and no."""
-    folder = tmp_path_factory.mktemp("model") / "qwen"
-    command = [vllm_environment, ROOT / "tests/support/tiny_qwen.py", folder, "yes no Yes No"]
-    done = subprocess.run(command, env=os.environ | VARIABLES, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 def test_probabilities_are_those_of_the_whole_vocabulary(vllm_environment: Path, answering_qwen: Path):
     environment = os.environ | VARIABLES | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
