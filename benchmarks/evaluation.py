@@ -1,0 +1,137 @@
+"""Distances against torch-fidelity at full size, and the speed of sampling in an evaluation.
+
+    python -m benchmarks.evaluation distances --images FOLDER --python PYTHON
+    python -m benchmarks.evaluation speed --run RUN
+
+FOLDER holds photos, of which 4,096 mutated copies are made twice; PYTHON is an interpreter with torch and torchvision
+that fit each other, for torch-fidelity in `.venv-fidelity`. RUN is a training run of stage 2.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pixart.evaluation import features, reference
+from pixart.evaluation.distances import Kernels, frechet, sliced_wasserstein
+from pixart.evaluation.statistics import FeatureStatistics, merge_files, save
+from tests.support.evaluation import blurred, mutated, noisy, scenes
+from tests.support.fidelity import fidelity
+
+COUNT, SHARE, SHARDS = 4096, (0.12, 0.2), (1, 8, 64)
+EXTRACTORS = ("efficientnet-lite0:112", "efficientnet-lite0")
+SPEED_IMAGES, REPEATS, STEPS, GUIDANCE = 128, 5, 20, 2.0
+
+
+def extract(extractor: features.Extractor, images: list[Image.Image]) -> np.ndarray:
+    return np.concatenate(list(extractor.stream(images)))
+
+
+def statistics_of(values: np.ndarray) -> FeatureStatistics:
+    return FeatureStatistics.empty(values.shape[1], COUNT).add(np.arange(len(values)), values)
+
+
+def in_shards(values: np.ndarray, shards: int, folder: Path) -> FeatureStatistics:
+    """Return the statistics of features that were written by shards and merged."""
+    paths = [folder / f"{shards}-{index}.npz" for index in range(shards)]
+    for path, rows in zip(paths, np.array_split(np.arange(len(values)), shards), strict=True):
+        save(FeatureStatistics.empty(values.shape[1], COUNT).add(rows, values[rows]), path)
+    return merge_files(paths)
+
+
+def compare_distances(folder: Path, python: Path) -> None:
+    photos = [Image.open(path).convert("RGB") for path in reference.list_images(folder)]
+    sets = {
+        f"{COUNT} mutated copies of {len(photos)} photos": [mutated(photos, COUNT, seed, SHARE) for seed in (1, 2)],
+        f"{COUNT} demo scenes": [scenes(COUNT, seed) for seed in (1, 2)],
+    }
+    for title, (same, target) in sets.items():
+        variants = {"same distribution": same, "blur 1 px": [blurred(image) for image in same]}
+        variants["noise 12"] = [noisy(0)(image) for image in same]
+        for name in EXTRACTORS if "photos" in title else EXTRACTORS[:1]:
+            extractor = features.load(name, 64)
+            expected = extract(extractor, target)
+            print(f"\n## {title}, {name}, {extractor.resize}\n")
+            print(
+                "| images | FD | FD torch-fidelity | KID | KID torch-fidelity | sliced Wasserstein | FD over shards |"
+            )
+            print("|---|---|---|---|---|---|---|")
+            for label, images in variants.items():
+                print(row(label, extract(extractor, images), expected, python), flush=True)
+
+
+def row(label: str, generated: np.ndarray, expected: np.ndarray, python: Path) -> str:
+    with tempfile.TemporaryDirectory() as name:
+        np.savez(Path(name) / "features.npz", generated=generated, reference=expected)
+        theirs = fidelity(python, Path(name) / "features.npz")
+        target = statistics_of(expected)
+        merged = [frechet(in_shards(generated, shards, Path(name)), target) for shards in SHARDS]
+    spread = (max(merged) - min(merged)) / merged[0]
+    values = [merged[0], theirs["frechet_inception_distance"], Kernels.compute(generated, expected).kid()]
+    values += [theirs["kernel_inception_distance_mean"], sliced_wasserstein(generated, expected)]
+    cells = " | ".join(f"{value:.7g}" for value in values)
+    return f"| {label} | {cells} | {spread:.0e} relative spread over {', '.join(map(str, SHARDS))} |"
+
+
+def measure_speed(run: Path) -> None:
+    from pixart.checkpoint.directory import read_metadata
+    from pixart.data import manifest as manifests
+    from pixart.demo.scenes import caption, make_scene
+    from pixart.sampling.denoise import denoise
+    from pixart.sampling.images import BATCH_SIZE, SampleRequest, generate, save_png
+    from pixart.sampling.loading import find, load_pipeline
+
+    directory = find(run)
+    pipeline = load_pipeline(directory, "ema", manifests.read(read_metadata(directory)["dataset"]))
+    pictures = [SampleRequest(seed=index, prompt=caption(make_scene(9, index))) for index in range(SPEED_IMAGES)]
+    size, channels = pipeline.config.sample_size, pipeline.transformer.config.in_dim
+    conditioning, null = pipeline.text_conditioning([picture.prompt for picture in pictures[:BATCH_SIZE]])
+    noise = torch.randn(BATCH_SIZE, channels, size, size)
+
+    def alone() -> None:
+        for _ in range(SPEED_IMAGES // BATCH_SIZE):
+            denoise(pipeline.transformer, conditioning, null, noise, steps=STEPS, guidance=GUIDANCE)
+
+    def written() -> None:
+        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as writer:
+            for index, image in enumerate(generate(pipeline, pictures, steps=STEPS, guidance=GUIDANCE)):
+                writer.submit(save_png, image, Path(name) / f"{index}.png", pictures[index].settings())
+
+    seconds: dict[str, list[float]] = {"denoising alone": [], "sampling with images written": []}
+    measured: list[tuple[str, Callable[[], None]]] = list(zip(seconds, (alone, written), strict=True))
+    for _, function in measured:
+        function()
+    for _ in range(REPEATS):
+        for name, function in measured:
+            begun = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - begun)
+    print("| | images/s, median |\n|---|---|")
+    rates = {name: SPEED_IMAGES / float(np.median(values)) for name, values in seconds.items()}
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.1f} |")
+    pairs = zip(*seconds.values(), strict=True)
+    print(f"\nratio of the paired times, median: {np.median([first / second for first, second in pairs]):.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("distances", "speed"))
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--python", type=Path)
+    parser.add_argument("--run", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "distances":
+        compare_distances(arguments.images, arguments.python)
+    else:
+        measure_speed(arguments.run)
+
+
+if __name__ == "__main__":
+    main()
