@@ -26,7 +26,8 @@ from tests.support.fidelity import fidelity
 
 COUNT, SHARE, SHARDS = 4096, (0.12, 0.2), (1, 8, 64)
 EXTRACTORS = ("efficientnet-lite0:112", "efficientnet-lite0")
-SPEED_IMAGES, REPEATS, STEPS, GUIDANCE = 128, 5, 20, 2.0
+STEPS, GUIDANCE = 20, 2.0
+LARGE_LATENT = 32  # side in latent pixels, 256 pixels of an image
 
 
 def extract(extractor: features.Extractor, images: list[Image.Image]) -> np.ndarray:
@@ -58,9 +59,7 @@ def compare_distances(folder: Path, python: Path) -> None:
             extractor = features.load(name, 64)
             expected = extract(extractor, target)
             print(f"\n## {title}, {name}, {extractor.resize}\n")
-            print(
-                "| images | FD | FD torch-fidelity | KID | KID torch-fidelity | sliced Wasserstein | FD over shards |"
-            )
+            print("| images | FD | torch-fidelity | KID | torch-fidelity | sliced Wasserstein | FD over shards |")
             print("|---|---|---|---|---|---|---|")
             for label, images in variants.items():
                 print(row(label, extract(extractor, images), expected, python), flush=True)
@@ -79,7 +78,20 @@ def row(label: str, generated: np.ndarray, expected: np.ndarray, python: Path) -
     return f"| {label} | {cells} | {spread:.0e} relative spread over {', '.join(map(str, SHARDS))} |"
 
 
-def measure_speed(run: Path) -> None:
+def enlarge(pipeline, width: int) -> None:
+    """Replace the transformer by a larger one with random weights, which samples 256 pixels."""
+    from pixart.model.dit import DiT
+
+    torch.manual_seed(0)
+    config = dict(pipeline.transformer.config)
+    names = ("in_dim", "cond_dim", "mlp_ratio", "patch_size", "text_dim")
+    sizes = {"dim": width, "num_heads": width // 64, "num_blocks": 12, "base_image_size": LARGE_LATENT}
+    model = DiT(**{name: config[name] for name in names}, **sizes).eval()
+    pipeline.register_modules(transformer=model)
+    pipeline.register_to_config(sample_size=LARGE_LATENT)
+
+
+def measure_speed(run: Path, width: int, num_images: int, repeats: int) -> None:
     from pixart.checkpoint.directory import read_metadata
     from pixart.data import manifest as manifests
     from pixart.demo.scenes import caption, make_scene
@@ -89,13 +101,15 @@ def measure_speed(run: Path) -> None:
 
     directory = find(run)
     pipeline = load_pipeline(directory, "ema", manifests.read(read_metadata(directory)["dataset"]))
-    pictures = [SampleRequest(seed=index, prompt=caption(make_scene(9, index))) for index in range(SPEED_IMAGES)]
+    if width:
+        enlarge(pipeline, width)
+    pictures = [SampleRequest(seed=index, prompt=caption(make_scene(9, index))) for index in range(num_images)]
     size, channels = pipeline.config.sample_size, pipeline.transformer.config.in_dim
     conditioning, null = pipeline.text_conditioning([picture.prompt for picture in pictures[:BATCH_SIZE]])
     noise = torch.randn(BATCH_SIZE, channels, size, size)
 
     def alone() -> None:
-        for _ in range(SPEED_IMAGES // BATCH_SIZE):
+        for _ in range(num_images // BATCH_SIZE):
             denoise(pipeline.transformer, conditioning, null, noise, steps=STEPS, guidance=GUIDANCE)
 
     def written() -> None:
@@ -107,13 +121,13 @@ def measure_speed(run: Path) -> None:
     measured: list[tuple[str, Callable[[], None]]] = list(zip(seconds, (alone, written), strict=True))
     for _, function in measured:
         function()
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for name, function in measured:
             begun = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - begun)
     print("| | images/s, median |\n|---|---|")
-    rates = {name: SPEED_IMAGES / float(np.median(values)) for name, values in seconds.items()}
+    rates = {name: num_images / float(np.median(values)) for name, values in seconds.items()}
     for name, rate in rates.items():
         print(f"| {name} | {rate:.1f} |")
     pairs = zip(*seconds.values(), strict=True)
@@ -126,11 +140,14 @@ def main() -> None:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--python", type=Path)
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--width", type=int, default=0, help="width of a larger model with random weights")
+    parser.add_argument("--num-images", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.what == "distances":
         compare_distances(arguments.images, arguments.python)
     else:
-        measure_speed(arguments.run)
+        measure_speed(arguments.run, arguments.width, arguments.num_images, arguments.repeats)
 
 
 if __name__ == "__main__":

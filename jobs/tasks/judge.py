@@ -50,8 +50,8 @@ def judge_shard(folder: Path, request: Request, prompts: list[dict[str, Any]], e
     rows = iter(request.rows(shard))
     while batch := list(islice(rows, BATCH_SIZE)):
         images = [Image.open(evaluation.image_path(folder, variant, row)).convert("RGB") for row in batch]
-        asked = [prompts[row // request.settings["images_per_prompt"]].get("questions", []) for row in batch]
-        judgements = judge.answer(images, [[Question(**values) for values in questions] for questions in asked])
+        selected = [prompts[row // request.settings["images_per_prompt"]].get("questions", []) for row in batch]
+        judgements = judge.answer(images, [[Question(**values) for values in questions] for questions in selected])
         captions = judge.describe(images) if request.caption_back else [None] * len(images)
         for row, several, caption in zip(batch, judgements, captions, strict=True):
             probabilities = [judgement.probability for judgement in several]

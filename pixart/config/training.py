@@ -133,7 +133,7 @@ class TrainConfig:
     """Number of images of a preview."""
 
     evaluate_every: int = 0
-    """Number of steps between two evaluations of a checkpoint, which run beside training by the keys evaluation.*; a
+    """Number of steps between two evaluations of a checkpoint, which run beside training by the section evaluation; a
     multiple of save_every, and evaluated checkpoints are kept for good; 0 never evaluates."""
 
     hang_timeout_minutes: float = 10.0

@@ -41,7 +41,7 @@ class Judge:
         self._ids: dict[str, list[int]] = {}
 
     def token_ids(self, question: Question) -> list[int]:
-        """Return the tokens whose text is the right answer in any spelling. Raises ValueError if there are none."""
+        """Return the tokens whose text is the right answer in any spelling; none if it has several tokens."""
         answer = normalized(question.answer)
         if answer not in self._ids:
             self._ids[answer] = [index for index, text in self._tokens.items() if normalized(text) == answer]

@@ -21,7 +21,7 @@ MAX_ASPECT = 100.0  # longer over shorter side; training screens out less extrem
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, sorted by name. Raises ValueError if there are none."""
+    """Return the image files in a folder and its subfolders, sorted by name. Raises ValueError without any."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise ValueError(

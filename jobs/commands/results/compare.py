@@ -1,7 +1,7 @@
-"""Compare two evaluations, image by image where they share prompts and seeds.
+"""Compare two evaluations, image by image.
 
-An evaluation with several checkpoints or settings is given as EVALUATION#N, with N counted from 1 (default: its last
-one). Figures of different protocols are refused.
+Images of the same prompt and noise are pairs. An evaluation with several checkpoints or settings is given as
+EVALUATION#N, with N counted from 1 (default: its last one). Figures of different protocols are refused.
 """
 
 import json
@@ -49,7 +49,7 @@ def run(options: Options) -> int:
 
 
 def find(home: Path, name: str) -> Subject:
-    """Return a variant by the name of its evaluation and its number. Raises ValueError if there is none, or several."""
+    """Return a variant by the name of its evaluation and its number. Raises ValueError unless one matches."""
     words, _, number = name.partition("#")
     known = evaluation.folders(home)
     path = Path(words).absolute()

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: distances to a reference and how images follow their prompts, with intervals.
+"""Evaluate checkpoints by distances and prompt following, with intervals.
 
 Samples every checkpoint by an array job, whose shards are merged afterwards. The same command continues an evaluation
 that was interrupted. The keys evaluation.* set the feature extractor, the distances, the prompts and the shards.

@@ -94,7 +94,7 @@ def make_prompts(
 ) -> list[dict[str, Any]]:
     """Return the prompts: of a file, of the dataset, or unseen scenes of the demo; classes in stage 1.
 
-    Raises ValueError if there are none, or if a file has another format.
+    Raises ValueError without any, or if a file has another format.
     """
     count, data = launch.recipe.evaluation.num_prompts, launch.recipe.data
     if stage == 1:

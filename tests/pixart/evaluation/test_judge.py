@@ -47,7 +47,7 @@ print("RESULT " + json.dumps({"results": results, "captions": judge.describe(ima
 """
 
 
-def test_probabilities_are_those_of_the_whole_vocabulary(vllm_environment: Path, answering_qwen: Path):
+def test_probabilities_are_those_of_the_vocabulary(vllm_environment: Path, answering_qwen: Path):
     environment = os.environ | VARIABLES | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [vllm_environment, "-c", SCRIPT, answering_qwen], env=environment, capture_output=True, text=True, timeout=600
