@@ -91,7 +91,7 @@ def enlarge(pipeline, width: int) -> None:
     pipeline.register_to_config(sample_size=LARGE_LATENT)
 
 
-def measure_speed(run: Path, width: int, num_images: int, repeats: int) -> None:
+def measure_speed(run: Path, width: int, num_images: int, repeats: int, steps: int) -> None:
     from pixart.checkpoint.directory import read_metadata
     from pixart.data import manifest as manifests
     from pixart.demo.scenes import caption, make_scene
@@ -110,11 +110,11 @@ def measure_speed(run: Path, width: int, num_images: int, repeats: int) -> None:
 
     def alone() -> None:
         for _ in range(num_images // BATCH_SIZE):
-            denoise(pipeline.transformer, conditioning, null, noise, steps=STEPS, guidance=GUIDANCE)
+            denoise(pipeline.transformer, conditioning, null, noise, steps=steps, guidance=GUIDANCE)
 
     def written() -> None:
         with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as writer:
-            for index, image in enumerate(generate(pipeline, pictures, steps=STEPS, guidance=GUIDANCE)):
+            for index, image in enumerate(generate(pipeline, pictures, steps=steps, guidance=GUIDANCE)):
                 writer.submit(save_png, image, Path(name) / f"{index}.png", pictures[index].settings())
 
     seconds: dict[str, list[float]] = {"denoising alone": [], "sampling with images written": []}
@@ -143,11 +143,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=0, help="width of a larger model with random weights")
     parser.add_argument("--num-images", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     if arguments.what == "distances":
         compare_distances(arguments.images, arguments.python)
     else:
-        measure_speed(arguments.run, arguments.width, arguments.num_images, arguments.repeats)
+        measure_speed(arguments.run, arguments.width, arguments.num_images, arguments.repeats, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,9 @@ def figure_cell(figure: Mapping[str, float] | None) -> Html:
     """Return a figure with its interval and number as a cell of a table."""
     if figure is None:
         return Html("-")
-    interval = f"{text(float(figure['low']))} to {text(float(figure['high']))}"
-    return Html(f'{text(float(figure["value"]))} <span class="interval">({interval}; n {figure["count"]:,})</span>')
+    value, low, high = (f"{figure[name]:.4g}" for name in ("value", "low", "high"))
+    interval = f"{low} to {high}"
+    return Html(f'{value} <span class="interval">({interval}; n {figure["count"]:,})</span>')
 
 
 def figures_table(names: Sequence[str], variants: Sequence[Variant]) -> str:
