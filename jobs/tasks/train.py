@@ -11,7 +11,7 @@ from jobs.state import ledger
 from jobs.state.journal import Journal
 from jobs.state.prompts import read_prompts
 from jobs.tasks import audit
-from pixart.config import toml_file
+from pixart.config.keys import toml_file
 from pixart.config.recipe import Recipe, from_json
 
 logger = logging.getLogger(__name__)
