@@ -17,7 +17,7 @@ from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import sync_in_background
 from pixart.config.dataset import is_url
-from pixart.config.overrides import apply
+from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe, from_json
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles

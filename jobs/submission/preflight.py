@@ -7,9 +7,9 @@ from typing import Any
 from jobs.state import ledger, run
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from pixart.config.dataset import data_from_dict
+from pixart.config.keys.overrides import parse
 from pixart.config.latent_space import check_latent_space, recorded_pixel_range
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
-from pixart.config.overrides import parse
 from pixart.config.recipe import Recipe
 from pixart.config.training import TrainConfig, resolve_fp8_backend
 

@@ -26,7 +26,7 @@ from jobs.submission.preflight import check_latents
 from jobs.submission.wait import dependencies
 from jobs.tasks.sample import guidance_warning
 from pixart.config.dataset import DataConfig
-from pixart.config.overrides import apply
+from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
 
 BASE_LATENT_SIZE = "model.base_latent_size="  # read for files that do not record it

@@ -10,7 +10,7 @@ from jobs import launch
 from jobs.commands import registry
 from jobs.commands.options import RecipeOptions, SubmissionOptions
 from jobs.commands.training.convert import Options as ConvertOptions
-from pixart.config import toml_file
+from pixart.config.keys import toml_file
 from pixart.config.recipe import from_json
 from tests.support.environment import bare_environment
 
