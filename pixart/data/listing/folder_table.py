@@ -122,11 +122,11 @@ class FolderTable:
         """Return the sidecars of an image in the order in which they are tried: `a.txt`, then `a.jpg.txt`."""
         query = "SELECT stem, name, size FROM sidecars WHERE stem IN (?, ?)"
         order = (*TEXT_SIDECARS, *JSON_SIDECARS)
-        found = [
+        entries = [
             ((order.index(PurePosixPath(_decoded(path)).suffix.lower()), owner == name), Sidecar(_decoded(path), size))
             for owner, path, size in self._database.execute(query, (stem, name))
         ]
-        return [sidecar for _, sidecar in sorted(found)]
+        return [sidecar for _, sidecar in sorted(entries)]
 
     def _create_index(self, columns: str) -> None:
         name = columns.replace(" (", "_by_").strip(")").replace(", ", "_")

@@ -45,10 +45,10 @@ class Place:
 
     def _matching(self) -> Iterator[File]:
         if self.system.isfile(self.pattern):
-            found = {self.pattern: self.system.info(self.pattern)}
+            infos = {self.pattern: self.system.info(self.pattern)}
         else:
-            found = self.system.glob(self.pattern, detail=True) if self.root else {}
-        for path, info in found.items():
+            infos = self.system.glob(self.pattern, detail=True) if self.root else {}
+        for path, info in infos.items():
             if is_file(path, info):
                 yield from _visible([(path.removeprefix(f"{self.root}/"), _size(info))])
 
@@ -102,18 +102,18 @@ def _walk(system: Any, root: str) -> Iterator[File]:
 def _walk_bucket(system: Any, root: str) -> Iterator[File]:
     """Yield the files of a bucket of S3 by pages; `ls` would hold a whole folder in memory."""
     bucket, _, prefix = root.partition("/")
-    entries = system._iterdir(bucket, delimiter="", prefix=f"{prefix}/" if prefix else "")
+    objects = system._iterdir(bucket, delimiter="", prefix=f"{prefix}/" if prefix else "")
 
     async def page() -> list[dict[str, Any]]:
-        found = []
-        async for info in entries:
-            found.append(info)
-            if len(found) == ENTRIES:
+        infos = []
+        async for info in objects:
+            infos.append(info)
+            if len(infos) == ENTRIES:
                 break
-        return found
+        return infos
 
-    while found := asyncio.run_coroutine_threadsafe(page(), get_loop()).result():
-        for info in found:
+    while infos := asyncio.run_coroutine_threadsafe(page(), get_loop()).result():
+        for info in infos:
             path = info["name"]
             if not path.endswith("/"):  # an empty object that stands for a folder
                 yield path.removeprefix(f"{root}/"), _size(info)

@@ -114,7 +114,7 @@ def add_metadata(
 
 
 def file_name_column(values: Mapping[str, Any], columns: ColumnsConfig) -> str | None:
-    """Return the key of the image's name in a row; None if there is none."""
+    """Return the key of the image's name in a row; None without one."""
     if columns.image:
         return columns.image if columns.image in values else None
     keys = [key for key in values if isinstance(key, str) and values[key]]
@@ -167,9 +167,9 @@ def _csv_rows(text: io.TextIOWrapper, description: str) -> Iterator[dict[str, An
 
 def _json_rows(text: io.TextIOWrapper, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     while line := text.readline(MAX_LINE):
-        is_whole = line.endswith("\n") or len(line) < MAX_LINE
-        while not is_whole:
-            is_whole = (rest := text.readline(MAX_LINE)).endswith("\n") or not rest
+        is_complete = line.endswith("\n") or len(line) < MAX_LINE
+        while not is_complete:
+            is_complete = (rest := text.readline(MAX_LINE)).endswith("\n") or not rest
             line = "?"
         try:
             values = json.loads(line) if line.strip("\ufeff \t\r\n") else None

@@ -135,8 +135,10 @@ class _Headers:
     """File of which `tarfile` reads headers alone. Raises tarfile.ReadError for headers that no archive has."""
 
     def __init__(self, file: Any) -> None:
-        self._file = file
-        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+        self._file, self.seek, self.close = file, file.seek, file.close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER:
@@ -184,7 +186,7 @@ def _next_content(file: Any, begin: int) -> int:
 
 
 def _next_header(file: Any, begin: int) -> int:
-    """Return the offset of the next block that is a whole header; -1 if there is none."""
+    """Return the offset of the next block that is a whole header, or -1."""
     while chunk := file.read(CHUNK):
         for offset in range(0, len(chunk) - tarfile.BLOCKSIZE + 1, tarfile.BLOCKSIZE):
             block = chunk[offset : offset + tarfile.BLOCKSIZE]

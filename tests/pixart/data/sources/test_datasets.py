@@ -304,7 +304,7 @@ def test_rows_are_those_of_datasets(datasets, tmp_path, name):
     assert actual == expected
 
 
-def test_there_are_layouts_enough():
+def test_at_least_30_layouts():
     assert len(LAYOUTS) >= 30
 
 

@@ -126,6 +126,6 @@ def test_img2dataset(tmp_path, output):
     finally:
         server.shutdown()
         server.server_close()
-    found = {data: text for data, _, text in rows(tmp_path / "images") if data}
-    assert found == {data: f"caption {index}" for index, data in enumerate(IMAGES)}
+    texts = {data: text for data, _, text in rows(tmp_path / "images") if data}
+    assert texts == {data: f"caption {index}" for index, data in enumerate(IMAGES)}
     assert open_source(f"{tmp_path}/images").class_names == []
