@@ -21,7 +21,7 @@ from jobs.state.run_metadata import add_tags, describe, set_status
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
-from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
+from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, serve, train, verify
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
 from slurm.commands import SlurmError
@@ -36,7 +36,9 @@ RANK_JOBS: dict[str, Callable[..., Any]] = {
     "train": train.run,
     "convert": convert.run,
     "sample": sample.run,
+    "serve": serve.run,
 }
+COOPERATIVE = ("train", "serve")  # kinds of jobs that end by themselves after a signal
 
 
 def new_folder(home: Path, kind: str, parent: str = "runs") -> Path:
@@ -226,7 +228,7 @@ def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     (run.folder / RESULT).unlink(missing_ok=True)
     function = functools.partial(with_node_agent, RANK_JOBS[run.kind], str(run.folder), **run.request)
     try:
-        run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+        run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind in COOPERATIVE)])
     except SlurmError:
         set_status(run.folder, "FAILED")
         raise
