@@ -169,7 +169,6 @@ async def stream(
                         return
                     yield part
                 except ClientLeftError:
-                    service.metrics.cancelled.inc()
                     return
                 except Exception as error:
                     response = failure(service, error)
@@ -237,7 +236,6 @@ def failure(service: Service, error: Exception) -> JSONResponse:
             seconds = service.limits.request_seconds
             return api.error_response(504, f"the images were not ready after {seconds:g} s", code="timeout")
         case ClientLeftError():
-            service.metrics.cancelled.inc()
             return api.error_response(499, "the client closed the connection", code="client_closed_request")
     logger.error("a request failed", exc_info=error)
     return api.error_response(500, "the server failed; its log has the reason", code="internal_error")

@@ -99,5 +99,8 @@ async def events(
                 raise event.error
             remaining -= isinstance(event, Finished)
             yield event
+    except asyncio.CancelledError:
+        service.metrics.cancelled.inc()
+        raise
     finally:
         service.queue.cancel(job)
