@@ -129,7 +129,7 @@ def test_requests_of_other_settings_share_a_batch(serve, text_server):
         assert np.abs(first - second).max() <= 1
 
 
-def test_the_end_finishes_what_has_begun(serve):
+def test_the_end_finishes_begun_images(serve):
     server = serve(limits={"batch_size": 2})
     held = HeldSteps(server.service)
     with ThreadPoolExecutor(4) as threads:
@@ -249,7 +249,7 @@ def malformed(number: int, random_bytes: random.Random) -> bytes | str:
     return kinds[number % len(kinds)]()
 
 
-def test_malformed_requests_are_refused_and_leave_nothing_behind(text_server):
+def test_malformed_requests_are_refused_without_a_leak(text_server):
     """1,000 of them: 4xx each, none reaches the queue, and memory, threads and connections stay as they were."""
     random_bytes = random.Random(0)
     address = urlsplit(text_server.url)
