@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FOLDER = Path(__file__).parent / "profiles"
 JOB_KINDS = (
-    *("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "recaption"),
+    *("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "serve", "recaption"),
     *("evaluate", "judge", "summarize"),
 )
 BY_KIND = ("minutes", "gpus", "cpus", "memory", "partitions", "qualities", "python")  # tables by job kind

@@ -20,6 +20,7 @@ from pixart.config.renamed_keys import rename_stage
 from pixart.terminal import printable
 
 EVALUATING = ("evaluate", "judge", "summarize")  # kinds of the jobs of an evaluation
+XMP_CHUNK = "XML:com.adobe.xmp"  # of a served image; it says what every image of a model says
 MAX_TEXT_LENGTH = 500  # longer texts of a PNG, such as the command, are not shown
 
 
@@ -52,6 +53,11 @@ def trace(home: Path, subject: str | None) -> Node:
     if subject and (path / evaluation.REQUEST).exists():
         return traversal.evaluation(path.absolute())
     return traversal.run(runs.find(home, subject))
+
+
+def trace_checkpoint(home: Path, path: Path) -> Node:
+    """Return the node of a checkpoint, which may be a file of another program, linked to all its ancestors."""
+    return Traversal(home).checkpoint(path)
 
 
 class Traversal:
@@ -88,7 +94,7 @@ class Traversal:
         facts = {
             key: value
             for key, value in metadata.items()
-            if len(value) <= MAX_TEXT_LENGTH and key not in ("checkpoint", "run")
+            if len(value) <= MAX_TEXT_LENGTH and key not in ("checkpoint", "run", XMP_CHUNK)
         }
         node = self.add_node("picture", str(path), **facts)
         checkpoint = self.checkpoint(Path(metadata["checkpoint"]))
@@ -186,7 +192,9 @@ class Traversal:
             facts = {key: logged.get(key) for key in ("stage", "steps", "global_batch_size", "lr", "fp8")}
         else:
             facts = {"shards": len(run.elements) or None, "guidance": parameters.get("guidance")}
-        kind = {"train": "training", "convert": "conversion", "sample": "samples"}.get(run.kind, run.kind)
+        kind = {"train": "training", "convert": "conversion", "sample": "samples", "serve": "server"}.get(
+            run.kind, run.kind
+        )
         jobs = ", ".join(run.job_ids)
         node = self.add_node(
             kind, name, **facts, jobs=jobs, commit=tags.get("pixart.commit"), user=tags.get("pixart.user")
@@ -194,7 +202,7 @@ class Traversal:
         node.pages = {"summary": run.folder / "summary.html", "samples": run.folder / "samples.png"}
         if start := tags.get("pixart.parent_checkpoint"):
             node.parents.append(self.checkpoint(Path(start)))
-        if run.kind != "sample" and run.kind != "convert":
+        if run.kind not in ("sample", "serve", "convert"):
             node.parents.append(self.dataset(run.dataset))
         return node
 

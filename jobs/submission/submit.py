@@ -21,20 +21,8 @@ from jobs.state.run_metadata import add_tags, describe, set_status
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
-from jobs.tasks import (
-    adopt,
-    audit,
-    caption,
-    convert,
-    evaluate,
-    judge,
-    latents,
-    recaption,
-    sample,
-    summarize,
-    train,
-    verify,
-)
+from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, serve, train, verify
+from jobs.tasks.evaluation import evaluate, judge, summarize
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
 from slurm.commands import SlurmError
@@ -56,7 +44,9 @@ RANK_JOBS: dict[str, Callable[..., Any]] = {
     "convert": convert.run,
     "sample": sample.run,
     "summarize": summarize.run,
+    "serve": serve.run,
 }
+COOPERATIVE = ("train", "serve")  # kinds of jobs that end by themselves after a signal
 
 
 def new_folder(home: Path, kind: str, parent: str = "runs") -> Path:
@@ -269,7 +259,7 @@ def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     (run.folder / RESULT).unlink(missing_ok=True)
     function = functools.partial(with_node_agent, RANK_JOBS[run.kind], str(run.folder), **run.request)
     try:
-        run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+        run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind in COOPERATIVE)])
     except SlurmError:
         set_status(run.folder, "FAILED")
         raise

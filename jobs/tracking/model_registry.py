@@ -98,6 +98,28 @@ def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path,
     return version.version
 
 
+def released_checkpoint(home: Path, model: str, version: str | None, alias: str | None) -> str:
+    """Return the checkpoint that a version of a released model was made of; a version is given by number or alias.
+
+    Raises ValueError if MLflow has no such version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    tracker = Tracker(home)
+    name = f"models:/{model}@{alias}" if alias else f"models:/{model}/{version}"
+    with tracker.converted_errors():
+        try:
+            client = tracker.client
+            release = (
+                client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, version)
+            )
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise ValueError(f"{name}: no such release in {tracker.uri}; run 'release' first") from None
+    return release.tags["checkpoint"]
+
+
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.commands.options import RecipeOptions
-from jobs.commands.results.sample import open_training_dataset
+from jobs.commands.results.components import open_training_dataset
 from jobs.commands.results.sampling_checks import check_model
 from jobs.state import evaluation, ledger
 from jobs.state.checkpoint_names import INFERENCE, MARKER, find_weights
@@ -15,7 +15,7 @@ from jobs.state.json_record import read_record
 from jobs.state.prompts import coco_captions, read_prompts, spaced_captions
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
-from jobs.tasks.evaluate import too_few_images_for
+from jobs.tasks.evaluation.evaluate import too_few_images_for
 from jobs.tasks.sample import UNSEEN
 from pixart.config.dataset import is_url
 from pixart.evaluation import reference as references

@@ -10,6 +10,7 @@ from collections import Counter
 from jobs.commands.hints import next_command
 from jobs.commands.options import Command, RunOptions
 from jobs.progress import format_rate
+from jobs.state import endpoint as endpoints
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
@@ -87,6 +88,8 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     active = runs.is_active(elements)
     if run.kind == "train":
         console.print(describe_steps(run, active=active), markup=False)
+    if run.kind == "serve" and active and (endpoint := endpoints.load(run.folder)):
+        console.print(endpoints.describe(endpoint, is_remote=run.executor != "local"), markup=False)
     failed = [(number, element) for number, element in elements.items() if element.state in runs.UNFINISHED]
     for number, element in failed[:MAX_FAILURES]:
         subject = f"shard {number}" if run.elements else run.kind

@@ -10,7 +10,7 @@ from typing import Any
 from jobs.state import evaluation, ledger
 from jobs.state.evaluation import Request
 from jobs.tasks.caption import for_each_shard
-from jobs.tasks.evaluate import RECIPE
+from jobs.tasks.evaluation.evaluate import RECIPE
 from pixart.atomic import write_atomically
 from pixart.config.recipe import from_json
 

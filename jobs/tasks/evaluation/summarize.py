@@ -10,7 +10,7 @@ from typing import Any
 from jobs.state import evaluation, ledger
 from jobs.state.evaluation import Request, Variant
 from jobs.state.journal import Journal
-from jobs.tasks.evaluate import RECIPE
+from jobs.tasks.evaluation.evaluate import RECIPE
 from pixart.atomic import write_atomically
 from pixart.config.recipe import from_json
 from pixart.config.sampling import EvaluationConfig
