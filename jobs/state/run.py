@@ -37,6 +37,7 @@ class Run:
     nodes: int = 0  # 0 for an array
     ranks_per_node: int = 1
     elements: tuple[int, ...] = ()
+    per_task: int = 1  # elements that one task of an array processes on Slurm
     request: dict[str, Any] = field(default_factory=dict)  # arguments of the job's function
     jobs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # job id, elements of the job
     after: tuple[str, ...] = ()  # ids of the jobs whose success it waited for

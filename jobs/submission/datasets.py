@@ -20,7 +20,8 @@ from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.recipe import to_json
 from slurm import commands
 from slurm import profile as profiles
-from slurm.executor import Cluster, Shape
+from slurm.executor import Cluster
+from slurm.sbatch import Shape
 
 
 def open_dataset(launch: Launch, create: Callable[[], None] | None = None) -> dict[str, Any]:

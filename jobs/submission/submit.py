@@ -3,6 +3,7 @@
 import functools
 import getpass
 import json
+import math
 import os
 import secrets
 import shlex
@@ -25,9 +26,12 @@ from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sampl
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
 from slurm.commands import SlurmError
-from slurm.executor import Cluster, Shape, Submitted
+from slurm.executor import Cluster, Submitted
+from slurm.sbatch import Shape
 from slurm.task import RESULT
 
+# Images that occupy a task for longer than its start takes: a task imports torch and loads its models in about 10 s.
+IMAGES_PER_TASK = 1024
 ARRAY_JOBS = {"adopt": adopt.run, "caption": caption.run, "latents": latents.run}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
@@ -128,7 +132,7 @@ def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     after = active_dependencies(launch.home, run)
     planned = Cluster(launch.profile, run.folder, code=next_code(run.folder), after=after)
     if run.elements:
-        shape = planned.array_shape(run.kind, missing)
+        shape = planned.array_shape(run.kind, missing, run.per_task)
     else:
         shape = planned.ranks_shape(run.kind, run.nodes, run.ranks_per_node)
     planned.check(shape)
@@ -171,7 +175,7 @@ def write_settings(launch: Launch, folder: Path) -> None:
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:
     """Submit one task for each of `shards`, at most `limit` at once."""
     launch.profile = replace(launch.profile, array_parallelism=limit or launch.profile.array_parallelism)
-    shape = Cluster(launch.profile, launch.home).array_shape(kind, shards)
+    shape = array_shape(launch, kind, shards)
     parameters = {"dataset": launch.dataset, "shards": len(shards), "source": launch.recipe.data.source}
     cluster = start_run(launch, shape, parameters, after=after)
     manifest = ledger.manifest(launch.dataset)
@@ -179,6 +183,34 @@ def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | Non
     ledger.drop_stale_entries(launch.dataset, kind, list(shards), manifest["hash"])
     run = new_run(launch, cluster, shape, total=len(shards))
     return submit_array(launch, cluster, shape, run)
+
+
+def array_shape(launch: Launch, kind: str, shards: Sequence[int]) -> Shape:
+    """Return the shape of an array over `shards`, of which small ones share a task unless the user has set a number.
+
+    Raises ValueError if the user has set it for this machine, whose processes share all shards.
+    """
+    cluster = Cluster(launch.profile, launch.home)
+    if not cluster.is_slurm:
+        if launch.per_task:
+            raise ValueError(
+                f"--per-task {launch.per_task}: the profile {launch.profile.name} has no array tasks, and its "
+                "processes share the shards; leave it out"
+            )
+        return cluster.array_shape(kind, shards)
+    return cluster.array_shape(kind, shards, launch.per_task or shards_per_task(launch, len(shards)))
+
+
+def shards_per_task(launch: Launch, count: int) -> int:
+    """Return how many of `count` shards share a task: those of IMAGES_PER_TASK images, while all nodes are occupied."""
+    manifest = ledger.manifest(launch.dataset)
+    if manifest is None:  # a dry run before the dataset exists
+        data = launch.recipe.data
+        rows = (data.max_images or IMAGES_PER_TASK * data.num_shards) // data.num_shards
+    else:
+        rows = manifest["rows_per_shard"]
+    per_node = math.ceil(count / (launch.profile.array_parallelism or 1))
+    return max(1, min(IMAGES_PER_TASK // max(1, rows), per_node))
 
 
 def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
@@ -190,7 +222,7 @@ def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     try:
         for part in cluster.submit_array(shape, function):
             run = add_jobs(run, part)
-            submitted += len(part)
+            submitted += sum(len(item.elements) for item in part)
     except SlurmError as error:
         set_status(run.folder, "RUNNING" if submitted else "FAILED")
         if not submitted:
@@ -254,6 +286,7 @@ def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request:
         nodes=0 if shape.elements else shape.nodes,
         ranks_per_node=shape.ranks_per_node,
         elements=shape.elements,
+        per_task=shape.per_task,
         request=request or {},
         jobs=jobs,
         after=tuple(cluster.after),

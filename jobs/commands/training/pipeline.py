@@ -20,7 +20,7 @@ from jobs.state.run import Run
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.preflight import check_dataset, check_pipeline
-from jobs.submission.submit import planned_cluster
+from jobs.submission.submit import array_shape, planned_cluster
 from jobs.submission.wait import dependencies
 from jobs.tracking.mlflow_store import Tracker
 from pixart.config.recipe import to_json
@@ -94,7 +94,7 @@ def describe_plan(launch: Launch, nodes: int) -> str:
     """Return what a dry run prints: every submission, and the recipe. Raises ValueError as `Cluster.check` does."""
     cluster = planned_cluster(launch, after=["BEFORE"])
     shards = range(launch.recipe.data.num_shards)
-    shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
+    shapes = [array_shape(launch, kind, shards) for kind in ("caption", "latents")]
     training = cluster.ranks_shape("train", nodes, None)
     single = functools.partial(cluster.ranks_shape, nodes=1, ranks_per_node=1)
     shapes += [single("audit"), training, single("convert"), training, single("sample")]

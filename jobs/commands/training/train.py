@@ -28,7 +28,8 @@ from jobs.submission.preflight import check_acceptance, check_configuration, che
 from jobs.submission.submit import run_ranks
 from pixart.config.overrides import apply
 from pixart.config.recipe import Recipe
-from slurm.executor import Cluster, Shape
+from slurm.executor import Cluster
+from slurm.sbatch import Shape
 
 # Keys of a stage's configuration that MLflow and the run's summary page show.
 LOGGED_KEYS = ("steps", "global_batch_size", "lr", "precision", "fp8", "ema_decay", "cond_dropout_prob")
