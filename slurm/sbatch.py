@@ -1,6 +1,7 @@
 """The sbatch script of a submission: its parameters, its environment, and the errors of sbatch."""
 
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -18,6 +19,7 @@ from slurm.profile import Profile, for_kind
 JOB_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "MASTER_ADDR", "MASTER_PORT")  # prefixes
 CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 Value = TypeVar("Value")
+START = re.compile(r"Job [0-9]+ to start at (\S+) using .* nodes (\S+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +143,27 @@ def submitted_once(folder: Path, submit: Callable[[], Value]) -> Value:
 
     unanswered: list[float] = []
     return commands.patiently(attempt)
+
+
+def predicted_start(text: str) -> str:
+    """Return what `sbatch --test-only` says about a script: when and where its job would start.
+
+    Raises SlurmUnavailableError if Slurm does not answer, SlurmError if it would refuse the job.
+    """
+    with outside_of_a_job():
+        try:
+            done = subprocess.run(
+                ["sbatch", "--test-only"], input=text, capture_output=True, text=True, errors="replace"
+            )
+        except FileNotFoundError:
+            raise commands.SlurmError("sbatch: no such command; this machine has no Slurm") from None
+    lines = [line.removeprefix("sbatch: ") for line in done.stderr.splitlines()]
+    if done.returncode:
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
+        reason = next((line for line in (*lines[::-1], *errors) if line.startswith("allocation failure")), "")
+        raise commands.error_of(f"sbatch: {reason or (errors or lines or ['refused'])[0]}")
+    starts = [match for line in lines if (match := START.search(line))]
+    return f"would start at {starts[-1][1]} on {starts[-1][2]}" if starts else "accepted, without a predicted start"
 
 
 def recorded(folder: Path) -> set[str]:

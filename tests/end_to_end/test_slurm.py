@@ -345,6 +345,28 @@ def poll_until(run: Run, appear: Callable[[], object]) -> Iterator[dict[int, Ele
             appear()
 
 
+def test_doctor_asks_slurm_about_every_kind_of_job(dev_cluster, tmp_path, capsys):
+    """The nodes have no real GPU, so that the build of torch is the only thing that may be missing."""
+    launch.main(["doctor", "--home", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line for line in lines if line.startswith("ok ") and "would start at" in line]
+    assert [re.split("[:,] ", line)[1] for line in starts] == [
+        "caption",
+        "latents",
+        "audit",
+        "train",
+        "convert",
+        "sample",
+    ]
+    assert all(line.split()[1] == "CUDA:" for line in lines if line.startswith("missing"))
+    profile = tmp_path / "odd.toml"
+    profile.write_text(PROFILE.replace('partition = "main"', 'partition = "main"\nreservation = "nothing"'))
+    assert launch.main(["doctor", "--home", str(tmp_path), "--cluster", str(profile)]) == 2
+    refused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing  Slurm")]
+    assert len(refused) == 6
+    assert "reservation" in refused[0]
+
+
 # Faults
 
 
