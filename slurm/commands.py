@@ -238,3 +238,16 @@ def cancel(executor: str, jobs: Sequence[str]) -> None:
 def requeue(job: str) -> None:
     """Requeue a running job, whose tasks Slurm then terminates. Raises SlurmError if scontrol fails."""
     command("scontrol", "requeue", job)
+
+
+def requeue_without(job: str, nodes: str) -> None:
+    """Requeue a running job so that it does not start again on some nodes, a comma-separated list.
+
+    Slurm lets only pending jobs change their nodes. Raises SlurmError, with the job cancelled, if it refuses that.
+    """
+    requeue(job)
+    try:
+        patiently(lambda: command("scontrol", "update", f"jobid={job}", f"excnodelist={nodes}"))
+    except SlurmError:
+        command("scancel", job)
+        raise

@@ -43,6 +43,8 @@ class Profile:
     poll_seconds: int = 30  # between queries of a launcher that waits
     requeue: bool = True  # after preemption and the failure of a node
     signal_seconds: int = 120  # seconds between SIGUSR2 and the time limit, to save a checkpoint
+    node_check: str | None = None  # shell command on each node before training; its last line is the node's error
+    max_slowdown_percent: int = 50  # of a rank's matrix product relative to the median, from which its node is avoided
     array_parallelism: int = 0  # array elements that run at once; 0: all, or on this machine one per processor
     minutes: dict[str, int] = field(default_factory=dict)  # time limit by job kind
     gpus: dict[str, int] = field(default_factory=dict)  # GPUs per node by job kind, in place of those it needs

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.state import ledger
+from jobs.state import ledger, nodes
 from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
@@ -126,9 +126,15 @@ def make_cluster(launch: Launch, folder: Path, shape: Shape, after: Sequence[str
 
 def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     """Submit the failed elements of a run again, in the same run folder; return the run and these elements."""
-    missing = [number for number, element in runs.elements(run).items() if element.state in runs.UNFINISHED]
+    elements = runs.elements(run)
+    missing = [number for number, element in elements.items() if element.state in runs.UNFINISHED]
     if not missing:
         return run, []
+    avoided = nodes.suspects(run, elements)
+    for node, reason in avoided.items():
+        print(f"avoiding node {node}: {reason}", file=sys.stderr)
+    exclude = nodes.joined(launch.profile.exclude, ",".join(avoided))
+    launch.profile = replace(launch.profile, exclude=exclude)
     after = active_dependencies(launch.home, run)
     planned = Cluster(launch.profile, run.folder, code=next_code(run.folder), after=after)
     if run.elements:

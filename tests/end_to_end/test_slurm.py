@@ -574,6 +574,29 @@ def test_a_preempted_job_that_is_cancelled(dev_cluster, make_bench, undisturbed,
     assert contents(bench, run) == expected
 
 
+def test_a_bad_node_is_avoided(dev_cluster, make_bench, undisturbed, tmp_path, capsys) -> None:
+    """The preflight names the node that fails its check, and the job trains on the others, bit for bit as ever."""
+    bad = tmp_path / "bad.toml"
+    check = "test $SLURMD_NODENAME != n1 || { echo 'the GPU fell off the bus'; exit 1; }"
+    bad.write_text(
+        PROFILE.replace("signal_seconds", f'node_check = "{check}"\nmax_slowdown_percent = 2000\nsignal_seconds')
+    )
+    bench = dataclasses.replace(make_bench("train"), profile=bad)
+    words = ["train", "--cluster", str(bad), "--dataset", str(bench.dataset), "--gpus-per-node", "2", "--nodes", "2"]
+    submit(bench.home, *words, settings=SMALL)
+    run = newest(bench.home, "train")
+    assert wait_for_end(run) == {0: "done"}, runs.elements(run)
+    starts = attempts(run.folder)
+    assert {line["node"] for line in starts if line["restart"] == 0} == {"n1", "n2"}
+    assert {line["node"] for line in starts if line["restart"] == 1} == {"n2", "n3"}
+    assert contents(bench, run) == undisturbed("train")
+    capsys.readouterr()
+    submit(bench.home, "status", run.folder.name)
+    printed = capsys.readouterr().out
+    assert "avoids node n1: the GPU fell off the bus" in printed
+    assert "attempts by node: n2 2, n1 1, n3 1" in printed
+
+
 # Retry and status
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from jobs.commands.hints import next_command
 from jobs.commands.options import Command, RunOptions
 from jobs.progress import format_rate
-from jobs.state import ledger
+from jobs.state import ledger, nodes
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
@@ -21,6 +21,7 @@ from slurm.commands import SlurmUnavailableError
 from slurm.task import attempts
 
 MAX_FAILURES = 10  # failed elements that are listed
+MAX_NODES = 8  # that are listed with their attempts
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -69,6 +70,11 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     restarts = max((line["restart"] for line in attempts(run.folder)), default=0)
     console.print(f"{run.kind}  {run.folder}", markup=False)
     console.print(f"jobs {', '.join(run.job_ids)}, restarts {restarts}", markup=False)
+    for node, reason in nodes.excluded(run.folder).items():
+        console.print(f"avoids node {node}: {printable(reason)}", markup=False)
+    if len(starts := nodes.counts(run.folder)) > 1:
+        listed = ", ".join(f"{node} {count}" for node, count in starts.most_common(MAX_NODES))
+        console.print(f"attempts by node: {listed}{' and others' if len(starts) > MAX_NODES else ''}", markup=False)
     counts = Counter(element.state for element in elements.values())
     reasons = Counter(element.note for element in elements.values() if element.state == "pending")
     table = Table(box=None, pad_edge=False)

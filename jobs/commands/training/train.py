@@ -48,6 +48,15 @@ class TrainingOptions(RecipeOptions, SubmissionOptions):
         convert=positive,
         help="Number of nodes; on this machine, number of ranks (default: 1).",
     )
+    preflight: bool = option(
+        "--preflight",
+        default=False,
+        help="Check the nodes before training, and requeue the job without bad ones (default: beyond one node of a "
+        "cluster).",
+    )
+    no_preflight: bool = option(
+        "--no-preflight", default=False, help="Train without a check of the nodes (default: check beyond one node)."
+    )
     accept_failed_audit: bool = option(
         "--accept-failed-audit",
         default=False,
@@ -109,6 +118,7 @@ def named_dataset(options: Options) -> str | None:
 
 def train(launch: Launch, options: Options) -> str:
     """Check everything that can be checked before the job runs, prepare the dataset, and submit training."""
+    preflight = with_preflight(launch, options)
     shape = training_shape(launch, options.nodes)
     Cluster(launch.profile, launch.home).check(shape)
     start, resumed = find_start(options.start, options.resume)
@@ -141,6 +151,7 @@ def train(launch: Launch, options: Options) -> str:
         folder=resumed,
         after=after,
         require_audit=not options.accept_failed_audit,
+        preflight=preflight,
     )
     if not launch.wait:
         return describe_submission(options, submitted)
@@ -170,18 +181,25 @@ def submit_training(
     *,
     start: Path | None,
     require_audit: bool,
+    preflight: bool,
     folder: Path | None = None,
     after: Sequence[str] = (),
 ) -> Run:
     """Submit a training job: a new run from the checkpoint `start`, or the next job of the run in `folder`.
 
-    With `require_audit`, the job checks at its start that the dataset has passed its audit.
+    With `require_audit`, the job checks at its start that the dataset has passed its audit; with `preflight`, it
+    checks its nodes.
     """
     config = launch.recipe.train(stage)
     return run_ranks(
         launch,
         training_shape(launch, nodes),
-        {"stage": stage, "start": str(start) if start else None, "require_audit": require_audit},
+        {
+            "stage": stage,
+            "start": str(start) if start else None,
+            "require_audit": require_audit,
+            "preflight": preflight,
+        },
         parameters={
             "stage": stage,
             "nodes": nodes,
@@ -194,6 +212,16 @@ def submit_training(
         folder=folder,
         after=after,
     )
+
+
+def with_preflight(launch: Launch, options: TrainingOptions) -> bool:
+    """Return whether training checks its nodes first. Raises ValueError if the options contradict each other."""
+    if options.preflight and options.no_preflight:
+        raise ValueError("--preflight and --no-preflight contradict each other; give only one of them")
+    if options.preflight and launch.profile.executor == "local":
+        raise ValueError(f"--preflight: the profile {launch.profile.name} has no nodes to choose from; leave it out")
+    default = launch.profile.executor == "slurm" and options.nodes > 1
+    return options.preflight or (default and not options.no_preflight)
 
 
 def training_shape(launch: Launch, nodes: int) -> Shape:
