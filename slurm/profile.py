@@ -1,7 +1,7 @@
 """Cluster profiles: one TOML file holds everything that is specific to a cluster.
 
 A profile is named after a file in `slurm/profiles/`, or given as the path of a file. `$NAME` in a string is replaced by
-the environment variable, except in the shell lines of `setup`.
+the environment variable, except in the shell lines of `setup` and `node_check`.
 """
 
 import dataclasses
@@ -144,10 +144,10 @@ def check(value: Any, kind: Any, key: str, path: Path) -> Any:
 
 
 def expand(value: Any, key: str, path: Path) -> Any:
-    """Replace environment variables in a value, except in `setup`. Raises ValueError for one that is not set."""
+    """Replace environment variables in a value, except in shell lines. Raises ValueError for one that is not set."""
     if isinstance(value, dict):
         return {name: expand(item, f"{key}.{name}", path) for name, item in value.items()}
-    if not isinstance(value, str) or key.startswith("setup"):
+    if not isinstance(value, str) or key.startswith(("setup", "node_check")):
         return value
 
     def variable(match: re.Match[str]) -> str:

@@ -19,15 +19,16 @@ from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
 from jobs.state.run_metadata import add_tags, describe, set_status
+from jobs.submission import estimates
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
 from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
-from slurm.commands import SlurmError
+from slurm.commands import SlurmError, SlurmUnavailableError
 from slurm.executor import Cluster, Submitted
-from slurm.sbatch import Shape
+from slurm.sbatch import Shape, predicted_start
 from slurm.task import RESULT
 
 # Images that occupy a task for longer than its start takes: a task imports torch and loads its models in about 10 s.
@@ -66,7 +67,8 @@ def start_run(
     planned = planned_cluster(launch, after)
     planned.check(shape)
     if launch.dry_run:
-        raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
+        expected = forecast(planned, launch, shape, parameters.get("stage"))
+        raise NothingSubmitted(f"{planned.describe(shape)}\n{to_json(launch.recipe)}\n{expected}")
     continued = folder is not None and (folder / METADATA_FILE).exists()
     if launch.submission is None and not continued:
         launch.submission = new_folder(launch.home, launch.command, "submissions")
@@ -79,6 +81,22 @@ def start_run(
     launch.folders.append(folder)
     sync_run(launch, folder)
     return make_cluster(launch, folder, shape, after)
+
+
+def forecast(cluster: Cluster, launch: Launch, shape: Shape, stage: int | None = None) -> str:
+    """Describe when a submission would start, the GPU hours that it asks for, and what it writes.
+
+    Raises SlurmError if Slurm would refuse it.
+    """
+    hours = estimates.gpu_hours(launch.profile, shape)
+    asked = "without a time limit" if hours is None else f"{hours:.1f} at most"
+    lines = [f"GPU hours: {asked}", f"writes: {estimates.written(launch.recipe, shape, stage)}"]
+    if cluster.is_slurm:
+        try:
+            lines.insert(0, f"start: {predicted_start(cluster.sbatch_text(shape))}")
+        except SlurmUnavailableError as error:
+            lines.insert(0, f"start: unknown ({error})")
+    return "\n".join(f"# {shape.kind} {line}" for line in lines)
 
 
 def planned_cluster(launch: Launch, after: Sequence[str] = ()) -> Cluster:

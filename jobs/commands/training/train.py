@@ -7,7 +7,7 @@ is created first if it does not exist.
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -89,6 +89,8 @@ class Options(TrainingOptions):
 
 def run(options: Options) -> int:
     home = runs.home(options.home)
+    start, resume = (name and runs.run_folder(home, name) for name in (options.start, options.resume))
+    options = replace(options, start=start, resume=resume)
     recipe = read_training_recipe(home, options)
     with launching("train", options, home, recipe, overrides=options.overrides) as launch:
         print(train(launch, options))
