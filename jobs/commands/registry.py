@@ -64,6 +64,9 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "sync": Entry("runs.sync", "Send the journals of runs to MLflow."),
     },
     "Configuration": {
+        "doctor": Entry(
+            "doctor.doctor", "Check what the jobs of a profile and recipe need, and report what is missing."
+        ),
         "config": Entry("config", "List every configuration key, or print a recipe as TOML."),
     },
 }

@@ -23,7 +23,8 @@ from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.recipe import to_json
 from slurm import commands
 from slurm import profile as profiles
-from slurm.executor import Cluster, Shape
+from slurm.executor import Cluster
+from slurm.sbatch import Shape
 
 WATCH_SECONDS = 1.0  # between looks at the launcher
 GRACE_SECONDS = 10.0  # for an init job to remove its files when the launcher has ended

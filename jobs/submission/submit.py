@@ -3,6 +3,7 @@
 import functools
 import getpass
 import json
+import math
 import os
 import secrets
 import shlex
@@ -13,11 +14,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.state import ledger
+from jobs.state import ledger, nodes
 from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
 from jobs.state.run_metadata import add_tags, describe, set_status
+from jobs.submission import estimates
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
@@ -25,10 +27,13 @@ from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sampl
 from jobs.tasks.evaluation import evaluate, judge, summarize
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
-from slurm.commands import SlurmError
-from slurm.executor import Cluster, Shape, Submitted
+from slurm.commands import SlurmError, SlurmUnavailableError
+from slurm.executor import Cluster, Submitted
+from slurm.sbatch import Shape, predicted_start
 from slurm.task import RESULT
 
+# Images that occupy a task for longer than its start takes: a task imports torch and loads its models in about 10 s.
+IMAGES_PER_TASK = 1024
 ARRAY_JOBS: dict[str, Callable[[str, list[int]], None]] = {
     "adopt": adopt.run,
     "caption": caption.run,
@@ -72,7 +77,8 @@ def start_run(
     planned = planned_cluster(launch, after)
     planned.check(shape)
     if launch.dry_run:
-        raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
+        expected = forecast(planned, launch, shape, parameters.get("stage"))
+        raise NothingSubmitted(f"{planned.describe(shape)}\n{to_json(launch.recipe)}\n{expected}")
     continued = folder is not None and (folder / METADATA_FILE).exists()
     if launch.submission is None and not continued:
         launch.submission = new_folder(launch.home, launch.command, "submissions")
@@ -85,6 +91,22 @@ def start_run(
     launch.folders.append(folder)
     sync_run(launch, folder)
     return make_cluster(launch, folder, shape, after)
+
+
+def forecast(cluster: Cluster, launch: Launch, shape: Shape, stage: int | None = None) -> str:
+    """Describe when a submission would start, the GPU hours that it asks for, and what it writes.
+
+    Raises SlurmError if Slurm would refuse it.
+    """
+    hours = estimates.gpu_hours(launch.profile, shape)
+    asked = "without a time limit" if hours is None else f"{hours:.1f} at most"
+    lines = [f"GPU hours: {asked}", f"writes: {estimates.written(launch.recipe, shape, stage)}"]
+    if cluster.is_slurm:
+        try:
+            lines.insert(0, f"start: {predicted_start(cluster.sbatch_text(shape))}")
+        except SlurmUnavailableError as error:
+            lines.insert(0, f"start: unknown ({error})")
+    return "\n".join(f"# {shape.kind} {line}" for line in lines)
 
 
 def planned_cluster(launch: Launch, after: Sequence[str] = ()) -> Cluster:
@@ -132,13 +154,19 @@ def make_cluster(launch: Launch, folder: Path, shape: Shape, after: Sequence[str
 
 def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     """Submit the failed elements of a run again, in the same run folder; return the run and these elements."""
-    missing = [number for number, element in runs.elements(run).items() if element.state in runs.UNFINISHED]
+    elements = runs.elements(run)
+    missing = [number for number, element in elements.items() if element.state in runs.UNFINISHED]
     if not missing:
         return run, []
+    avoided = nodes.suspects(run, elements)
+    for node, reason in avoided.items():
+        print(f"avoiding node {node}: {reason}", file=sys.stderr)
+    exclude = nodes.joined(launch.profile.exclude, ",".join(avoided))
+    launch.profile = replace(launch.profile, exclude=exclude)
     after = active_dependencies(launch.home, run)
     planned = Cluster(launch.profile, run.folder, code=next_code(run.folder), after=after)
     if run.elements:
-        shape = planned.array_shape(run.kind, missing)
+        shape = planned.array_shape(run.kind, missing, run.per_task)
     else:
         shape = planned.ranks_shape(run.kind, run.nodes, run.ranks_per_node)
     planned.check(shape)
@@ -181,7 +209,7 @@ def write_settings(launch: Launch, folder: Path) -> None:
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:
     """Submit one task for each of `shards`, at most `limit` at once."""
     launch.profile = replace(launch.profile, array_parallelism=limit or launch.profile.array_parallelism)
-    shape = Cluster(launch.profile, launch.home).array_shape(kind, shards)
+    shape = array_shape(launch, kind, shards)
     parameters = {"dataset": launch.dataset, "shards": len(shards), "source": launch.recipe.data.source}
     cluster = start_run(launch, shape, parameters, after=after)
     manifest = ledger.manifest(launch.dataset)
@@ -214,6 +242,34 @@ def run_elements(
     return submit_array(launch, cluster, shape, run)
 
 
+def array_shape(launch: Launch, kind: str, shards: Sequence[int]) -> Shape:
+    """Return the shape of an array over `shards`, of which small ones share a task unless the user has set a number.
+
+    Raises ValueError if the user has set it for this machine, whose processes share all shards.
+    """
+    cluster = Cluster(launch.profile, launch.home)
+    if not cluster.is_slurm:
+        if launch.per_task:
+            raise ValueError(
+                f"--per-task {launch.per_task}: the profile {launch.profile.name} has no array tasks, and its "
+                "processes share the shards; leave it out"
+            )
+        return cluster.array_shape(kind, shards)
+    return cluster.array_shape(kind, shards, launch.per_task or shards_per_task(launch, len(shards)))
+
+
+def shards_per_task(launch: Launch, count: int) -> int:
+    """Return how many of `count` shards share a task: those of IMAGES_PER_TASK images, while all nodes are occupied."""
+    manifest = ledger.manifest(launch.dataset)
+    if manifest is None:  # a dry run before the dataset exists
+        data = launch.recipe.data
+        rows = (data.max_images or IMAGES_PER_TASK * data.num_shards) // data.num_shards
+    else:
+        rows = manifest["rows_per_shard"]
+    per_node = math.ceil(count / (launch.profile.array_parallelism or 1))
+    return max(1, min(IMAGES_PER_TASK // max(1, rows), per_node))
+
+
 def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
     """Submit the array, and wait for its end if the launch waits."""
     function = functools.partial(ARRAY_JOBS[run.kind], run.dataset)
@@ -223,7 +279,7 @@ def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     try:
         for part in cluster.submit_array(shape, function):
             run = add_jobs(run, part)
-            submitted += len(part)
+            submitted += sum(len(item.elements) for item in part)
     except SlurmError as error:
         set_status(run.folder, "RUNNING" if submitted else "FAILED")
         if not submitted:
@@ -287,6 +343,7 @@ def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request:
         nodes=0 if shape.elements else shape.nodes,
         ranks_per_node=shape.ranks_per_node,
         elements=shape.elements,
+        per_task=shape.per_task,
         request=request or {},
         jobs=jobs,
         after=tuple(cluster.after),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jobs.state import ledger
+from jobs.state import ledger, nodes
 from jobs.state.journal import Journal
 from jobs.state.prompts import read_prompts
 from jobs.tasks import audit
@@ -17,12 +17,15 @@ from pixart.config.recipe import Recipe, from_json
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
 SETTINGS, LOG = "evaluate.toml", "evaluations.log"  # in the run folder
+MAX_EXCLUSIONS = 3  # requeues by the preflight, after which the job fails
+NODE_CHECK_SECONDS = 40
 PORTS = range(20_000, 32_768)  # below the default range of ephemeral ports, net.ipv4.ip_local_port_range
 
 
-def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool = False) -> str:
+def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool = False, preflight: bool = False) -> str:
     """Train on this rank and return the directory of the last checkpoint.
 
+    With `preflight`, the nodes are checked before the model is built, and the job is requeued without the bad ones.
     Raises ValueError if the dataset is incomplete or, with `require_audit`, has not passed its audit, whatever the job
     waited for; TaskInterrupted after all ranks have saved, if Slurm has signalled that the job must end.
     """
@@ -42,6 +45,9 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
         *(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
         *(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")),
     )
+
+    if preflight:
+        check_nodes(Path(run_folder))
 
     from pixart.training.loop import Stopped, train
     from slurm.task import TaskInterrupted, stop_level
@@ -97,6 +103,51 @@ class Evaluations:
             if process.wait():
                 step = int(checkpoint.name.removeprefix("step-"))
                 Journal(self.run).incident(step, f"the evaluation failed; see {self.run / LOG}")
+
+
+def check_nodes(run_folder: Path) -> None:
+    """Check the nodes of all ranks before training.
+
+    Raises TaskInterrupted, for the requeue of the job without them, if some are bad; RuntimeError if they were before.
+    """
+    from pixart import preflight
+    from slurm.task import TERMINATE, TaskInterrupted, restart_count
+
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    profile = json.loads((run_folder / "profile.json").read_text())
+    bad = preflight.run(
+        rank,
+        int(os.environ["WORLD_SIZE"]),
+        os.environ.get("SLURMD_NODENAME", os.uname().nodename),
+        (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1),
+        local_rank=local_rank,
+        max_slowdown=1 + profile["max_slowdown_percent"] / 100,
+        node_check=lambda: run_node_check(profile["node_check"]),
+    )
+    if not bad:
+        logger.info("preflight: all nodes passed")
+        return
+    described = ", ".join(f"{node} ({reason})" for node, reason in bad.items())
+    if rank == 0:
+        nodes.exclude(run_folder, bad)
+        Journal(run_folder).incident(0, f"preflight: avoiding {described}")
+        print(f"preflight: {described}", file=sys.stderr, flush=True)
+    if restart_count() >= MAX_EXCLUSIONS or any(node.startswith("rank ") for node in bad):
+        raise RuntimeError(f"preflight: {described}; run 'retry', which avoids the nodes that are named")
+    avoided = nodes.joined(profile["exclude"], ",".join({**nodes.excluded(run_folder), **bad}))
+    raise TaskInterrupted(TERMINATE, exclude=avoided)
+
+
+def run_node_check(command: str | None) -> str:
+    """Run the profile's check of a node, and return its error: the last line that it printed; empty if it passed."""
+    if not command:
+        return ""
+    try:
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=NODE_CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"node_check took over {NODE_CHECK_SECONDS} s"
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    return "" if done.returncode == 0 else (lines or [f"node_check failed with exit code {done.returncode}"])[-1]
 
 
 def rendezvous_port(number: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.tasks import serve as task
 from pixart.checkpoint import directory as checkpoints
-from pixart.config import overrides
+from pixart.config.keys import overrides
 from pixart.config.recipe import Recipe, to_json
 from pixart.serving import server
 from pixart.serving.requests import Limits

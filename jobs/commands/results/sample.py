@@ -98,6 +98,7 @@ class Options(RecipeOptions, SubmissionOptions):
 
 def run(options: Options) -> int:
     home = runs.home(options.home)
+    options = replace(options, checkpoint=runs.run_folder(home, options.checkpoint))
     with launching("sample", options, home, read_recipe(home, options), overrides=options.overrides) as launch:
         print(sample(launch, options))
     return 0

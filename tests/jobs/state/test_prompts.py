@@ -8,7 +8,7 @@ import pytest
 from jobs.state.prompts import coco_captions
 
 
-def test_first_caption_of_each_image(tmp_path: Path):
+def test_captions_are_the_first_ones_of_distinct_images(tmp_path: Path):
     annotations = [
         {"image_id": image, "id": 10 * image + number, "caption": f"{image}, caption {number} "}
         for image in range(1, 6)

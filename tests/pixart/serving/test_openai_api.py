@@ -44,7 +44,7 @@ def sampled(server: RunningServer, folder: Path, seed: int = 0, **request) -> Im
 
 
 def launch_recipe(server: RunningServer, seed: int) -> str:
-    from pixart.config import overrides
+    from pixart.config.keys import overrides
 
     return to_json(overrides.apply(server.recipe, [f"sample.seed={seed}"]))
 
@@ -62,7 +62,7 @@ def test_an_image_has_the_bits_of_the_sample_job(text_server, tmp_path):
 def test_other_settings_are_those_of_the_sample_job(text_server, tmp_path):
     body = {"seed": 3, "steps": 2, "guidance": 1}
     (image,) = client(text_server).images.generate(prompt=PROMPT, extra_body=body).data
-    from pixart.config import overrides
+    from pixart.config.keys import overrides
 
     folder = tmp_path / "run"
     folder.mkdir()
