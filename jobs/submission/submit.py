@@ -99,8 +99,8 @@ def forecast(cluster: Cluster, launch: Launch, shape: Shape, stage: int | None =
     Raises SlurmError if Slurm would refuse it.
     """
     hours = estimates.gpu_hours(launch.profile, shape)
-    asked = "without a time limit" if hours is None else f"{hours:.1f} at most"
-    lines = [f"GPU hours: {asked}", f"writes: {estimates.written(launch.recipe, shape, stage)}"]
+    limit = "without a time limit" if hours is None else f"{hours:.1f} at most"
+    lines = [f"GPU hours: {limit}", f"writes: {estimates.written(launch.recipe, shape, stage)}"]
     if cluster.is_slurm:
         try:
             lines.insert(0, f"start: {predicted_start(cluster.sbatch_text(shape))}")

@@ -351,7 +351,7 @@ def poll_until(run: Run, appear: Callable[[], object]) -> Iterator[dict[int, Ele
             appear()
 
 
-def test_doctor_asks_slurm_about_every_kind_of_job(dev_cluster, tmp_path, capsys):
+def test_doctor_queries_slurm_for_every_kind_of_job(dev_cluster, tmp_path, capsys):
     """The nodes have no real GPU, so that the build of torch is the only thing that may be missing."""
     launch.main(["doctor", "--home", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()

@@ -36,7 +36,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self, *, body: bool = True) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            self.answer_about("/".join(parts[2:4]), tree=parts[4:5] == ["tree"])
+            self.answer_model_info("/".join(parts[2:4]), tree=parts[4:5] == ["tree"])
         elif parts[2:3] == ["resolve"] and (content := FILES.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))):
             if body:
                 self.requested.append("/".join(parts[4:]))
@@ -44,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body=body)
 
-    def answer_about(self, repository: str, *, tree: bool) -> None:
+    def answer_model_info(self, repository: str, *, tree: bool) -> None:
         if repository == GATED:
             self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif repository in FILES and tree:

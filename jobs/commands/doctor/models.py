@@ -43,11 +43,11 @@ def describe(key: str, name: str, folder: Path | None) -> Finding:
     """Return whether the files of a model are complete, and its licence."""
     if folder is None or not is_complete(folder):
         local = folder is not None and not in_cache(folder)
-        what = "has no weights" if local and folder and folder.exists() else "is not on disk"
+        state = "has no weights" if local and folder and folder.exists() else "is not on disk"
         advice = (
             "name a folder with config.json and its .safetensors files" if local else f"run 'doctor --fetch'{token()}"
         )
-        return missing(key, f"{name} {what}; {advice}")
+        return missing(key, f"{name} {state}; {advice}")
     return ok(key, f"{folder}, licence {licence(folder)}")
 
 

@@ -26,8 +26,8 @@ def check(recipe: Recipe, home: Path) -> Iterator[Finding]:
         text += " without its dataset, whose number of images is not known yet"
     folder = existing(home)
     free = shutil.disk_usage(folder).free
-    found = f"{estimates.terabytes(free)} free on the file system of {folder}, {text}"
-    yield ok("space", found) if free >= needed else missing("space", f"{found}; name another --home")
+    free_space = f"{estimates.terabytes(free)} free on the file system of {folder}, {text}"
+    yield ok("space", free_space) if free >= needed else missing("space", f"{free_space}; name another --home")
     left = quota_left(folder)
     if left is None:
         yield unknown("quota", f"no quota command answers for {folder}; ask for your limit, {text}")

@@ -56,7 +56,7 @@ def may_be_active(run: Run) -> bool:
 
 
 def describe(run: Run, home: Path, queried: tuple[bool, str] | None) -> tuple[str, ...]:
-    """Return the cells of a run's row, in the order of HEADER; `queried` is the result of `query_states`, if asked."""
+    """Return the cells of a run's row, in the order of HEADER; `queried` is what `query_states` returned, if it was called."""
     if not (run.folder / METADATA_FILE).exists():
         return (run.folder.name, run.kind, "unknown", "", "", shorten(run.dataset, home), "")
     metadata = read_description(run.folder)
@@ -74,17 +74,18 @@ def describe(run: Run, home: Path, queried: tuple[bool, str] | None) -> tuple[st
     )
 
 
-def query_states(asked: list[Run]) -> dict[Path, tuple[bool, str]]:
+def query_states(requested: list[Run]) -> dict[Path, tuple[bool, str]]:
     """Return, by run folder, whether a run is active, and its state: of an array, the numbers of elements by state.
 
     Slurm is queried once for all runs.
     """
     try:
         return {
-            run.folder: describe_elements(run, items) for run, items in zip(asked, runs.elements_of(asked), strict=True)
+            run.folder: describe_elements(run, items)
+            for run, items in zip(requested, runs.elements_of(requested), strict=True)
         }
     except SlurmUnavailableError:
-        return dict.fromkeys((run.folder for run in asked), (True, "unknown: Slurm does not answer"))
+        return dict.fromkeys((run.folder for run in requested), (True, "unknown: Slurm does not answer"))
 
 
 def describe_elements(run: Run, elements: dict[int, Element]) -> tuple[bool, str]:

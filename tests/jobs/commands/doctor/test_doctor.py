@@ -70,21 +70,21 @@ def states(findings) -> dict[str, tuple[str, str]]:
 
 def test_an_interpreter_that_does_not_start():
     profile = dataclasses.replace(LOCAL, python={"caption": "/nowhere/python"})
-    found = states(software.check(profile, demo("home")))
-    assert found["environment of caption"][0] == "missing"
-    assert "/nowhere/python does not start" in found["environment of caption"][1]
+    results = states(software.check(profile, demo("home")))
+    assert results["environment of caption"][0] == "missing"
+    assert "/nowhere/python does not start" in results["environment of caption"][1]
     profile = dataclasses.replace(LOCAL, setup=["echo no such module >&2; exit 1"])
-    (found,) = software.check(profile, demo("home"))
-    assert "(no such module)" in found.text
+    (result,) = software.check(profile, demo("home"))
+    assert "(no such module)" in result.text
 
 
 def test_transformer_engine_and_cuda(monkeypatch):
     recipe = dataclasses.replace(
         demo("home"), stage2=dataclasses.replace(demo("home").stage2, fp8_recipe="mxfp8", fp8=True)
     )
-    found = states(software.check(dataclasses.replace(LOCAL, gpus_per_node=8), recipe))
-    assert "not installed for train" in found["transformer-engine"][1]
-    assert (found["CUDA"][0] == "missing") == ("without CUDA" in found["CUDA"][1])
+    results = states(software.check(dataclasses.replace(LOCAL, gpus_per_node=8), recipe))
+    assert "not installed for train" in results["transformer-engine"][1]
+    assert (results["CUDA"][0] == "missing") == ("without CUDA" in results["CUDA"][1])
     assert software.check_cuda("2.13.0", "12.8").state == "ok"
 
 
@@ -95,8 +95,8 @@ def test_a_package_outside_of_the_tested_versions(monkeypatch):
         "numpy": "<1",
         "vllm": ">=0.33",
     }
-    found = states(software.check(LOCAL, demo("home")))
-    assert "outside of the tested versions <1" in found["numpy"][1]
+    results = states(software.check(LOCAL, demo("home")))
+    assert "outside of the tested versions <1" in results["numpy"][1]
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,17 @@ def test_quota_listings(line: str, left: float | None):
 
 def test_a_quota_that_is_too_small(programs, tmp_path):
     programs(lfs="echo '/blue 90 100 100 - 1 0 0 -'")
-    found = states(storage.check(xl(str(tmp_path)), tmp_path))
-    assert found["quota"][0] == "missing"
-    assert "of the recipe" not in found["quota"][1]
+    results = states(storage.check(xl(str(tmp_path)), tmp_path))
+    assert results["quota"][0] == "missing"
+    assert "of the recipe" not in results["quota"][1]
     programs(lfs="exit 1", quota="echo '/dev/sda1 1 5000000000 5000000000'")
     assert states(storage.check(xl(str(tmp_path)), tmp_path))["quota"][0] == "ok"
 
 
 def test_a_refusal_of_slurm_is_reported(programs, tmp_path):
     programs(sinfo="echo 'main*|1-00:00:00|n1|gpu:b200:8'", sbatch="echo 'sbatch: error: Invalid account' >&2; exit 1")
-    found = states(scheduler.check(profiles.load("dev"), tmp_path))
-    assert len(found) == 6
-    assert set(found.values()) == {("missing", "sbatch: Invalid account; correct the profile dev")}
+    results = states(scheduler.check(profiles.load("dev"), tmp_path))
+    assert len(results) == 6
+    assert set(results.values()) == {("missing", "sbatch: Invalid account; correct the profile dev")}
     programs(sbatch="echo 'sbatch: error: Unable to contact slurm controller (connect failure)' >&2; exit 1")
     assert {state for state, _ in states(scheduler.check(profiles.load("dev"), tmp_path)).values()} == {"unknown"}

@@ -32,7 +32,7 @@ def test_a_model_is_fetched_once_with_its_licence(hub, tmp_path):
     assert doctor(tmp_path, offline, "owner/model/vae", "--fetch") == (0, [line])
 
 
-def test_problems_of_a_download_are_one_line_each(hub, tmp_path):
+def test_a_failed_download_is_reported_on_one_line(hub, tmp_path):
     for name, message in (
         ("owner/gated", f"its licence is not accepted; accept it at {hub}/owner/gated"),
         ("owner/none", f"no such model at {hub}"),
