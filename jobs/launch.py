@@ -51,7 +51,7 @@ def run(words: list[str]) -> int:
         raise ValueError(f"unknown option {words[0]!r}; {hint}")
     command, options = parse_command(words)
     if options.config:
-        from pixart.config import toml_file
+        from pixart.config.keys import toml_file
 
         options = options.with_run_file(toml_file.load(options.config))
 

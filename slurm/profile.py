@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FOLDER = Path(__file__).parent / "profiles"
-JOB_KINDS = ("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "recaption")
+JOB_KINDS = (
+    *("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "recaption"),
+    *("evaluate", "judge", "summarize"),
+)
 BY_KIND = ("minutes", "gpus", "cpus", "memory", "partitions", "qualities", "python")  # tables by job kind
-WITHOUT_GPU = ("init", "adopt", "audit", "verify")  # kinds of jobs that compute nothing on a GPU
+WITHOUT_GPU = ("init", "adopt", "audit", "verify", "summarize")  # kinds of jobs that compute nothing on a GPU
 VARIABLE = re.compile(r"\$([A-Z_][A-Z0-9_]*)")
 
 

@@ -61,7 +61,7 @@ def test_jobs_load_nothing_heavy_at_their_top():
 
 
 @pytest.mark.parametrize(
-    "imports", ["import pixart.config.overrides, pixart.recipes", "import jobs.launch", LOAD_COMMANDS]
+    "imports", ["import pixart.config.keys.overrides, pixart.recipes", "import jobs.launch", LOAD_COMMANDS]
 )
 def test_the_launcher_never_loads_torch(imports):
     code = f"import sys\n{imports}\nprint(sorted({HEAVY!r} & set(sys.modules)))"

@@ -10,7 +10,7 @@ from conversion import to_bf16, to_fp8
 from jobs import launch
 from jobs.commands.options import RecipeOptions
 from jobs.commands.registry import ENTRIES
-from pixart.config import overrides
+from pixart.config.keys import overrides
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.devcluster import __main__ as devcluster
 

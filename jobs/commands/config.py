@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jobs.commands.launching import read_recipe
 from jobs.commands.options import Command, RecipeOptions, option
 from jobs.state import run as runs
-from pixart.config import reference, toml_file
+from pixart.config.keys import reference, toml_file
 
 MAX_LENGTH = 60  # characters of a value; --toml prints the whole text
 HEADER = ("key", "type", "default", "meaning")

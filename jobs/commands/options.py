@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
-    from pixart.config.toml_file import RunFile
+    from pixart.config.keys.toml_file import RunFile
 
 METADATA = "command line"
 DATASET_KEY = "data.path="

@@ -43,6 +43,11 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     "Results": {
         "sample": Entry("results.sample", "Sample images from a checkpoint, or export a diffusers pipeline."),
+        "evaluate": Entry(
+            "results.evaluate",
+            "Evaluate checkpoints by distances and prompt following, with intervals.",
+        ),
+        "compare": Entry("results.compare", "Compare two evaluations, image by image."),
         "open": Entry("results.open", "Print the path of a run's page, and show it in a browser."),
         "lineage": Entry("results.lineage", "Show what a run, an image, a checkpoint or a dataset was made from."),
         "release": Entry("results.release", "Register the EMA weights of a checkpoint as a model version in MLflow."),

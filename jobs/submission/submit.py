@@ -23,7 +23,20 @@ from jobs.submission import estimates
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
-from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
+from jobs.tasks import (
+    adopt,
+    audit,
+    caption,
+    convert,
+    evaluate,
+    judge,
+    latents,
+    recaption,
+    sample,
+    summarize,
+    train,
+    verify,
+)
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
 from slurm.commands import SlurmError, SlurmUnavailableError
@@ -33,7 +46,13 @@ from slurm.task import RESULT
 
 # Images that occupy a task for longer than its start takes: a task imports torch and loads its models in about 10 s.
 IMAGES_PER_TASK = 1024
-ARRAY_JOBS = {"adopt": adopt.run, "caption": caption.run, "latents": latents.run}
+ARRAY_JOBS: dict[str, Callable[[str, list[int]], None]] = {
+    "adopt": adopt.run,
+    "caption": caption.run,
+    "latents": latents.run,
+    "evaluate": evaluate.run,
+    "judge": judge.run,
+}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
     "recaption": recaption.run,
@@ -41,6 +60,7 @@ RANK_JOBS: dict[str, Callable[..., Any]] = {
     "train": train.run,
     "convert": convert.run,
     "sample": sample.run,
+    "summarize": summarize.run,
 }
 
 
@@ -235,6 +255,29 @@ def shards_per_task(launch: Launch, count: int) -> int:
         rows = manifest["rows_per_shard"]
     per_node = math.ceil(count / (launch.profile.array_parallelism or 1))
     return max(1, min(IMAGES_PER_TASK // max(1, rows), per_node))
+
+
+def run_elements(
+    launch: Launch,
+    kind: str,
+    folder: Path,
+    elements: Sequence[int],
+    *,
+    request: dict[str, Any],
+    prepare: Callable[[], None],
+    after: Sequence[str] = (),
+) -> Run:
+    """Submit one task for each of `elements` of the evaluation in `folder`, whose ledger says which are done.
+
+    `prepare` writes what the tasks read; a dry run does not call it.
+    """
+    shape = Cluster(launch.profile, launch.home).array_shape(kind, elements)
+    parameters = {"evaluation": folder.name, "shards": len(elements)}
+    tags = {"pixart.evaluation": str(folder)}
+    cluster = start_run(launch, shape, parameters, tags, after=after)
+    prepare()
+    run = replace(new_run(launch, cluster, shape, total=len(elements), request=request), dataset=str(folder))
+    return submit_array(launch, cluster, shape, run)
 
 
 def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:

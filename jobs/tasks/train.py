@@ -9,12 +9,16 @@ from pathlib import Path
 
 from jobs.state import ledger, nodes
 from jobs.state.journal import Journal
+from jobs.state.prompts import read_prompts
 from jobs.tasks import audit
-from pixart.config.recipe import from_json
+from pixart.config.keys import toml_file
+from pixart.config.recipe import Recipe, from_json
 
 logger = logging.getLogger(__name__)
 MAX_EXCLUSIONS = 3  # requeues by the preflight, after which the job fails
 NODE_CHECK_SECONDS = 40
+ROOT = Path(__file__).parents[2]
+SETTINGS, LOG = "evaluate.toml", "evaluations.log"  # in the run folder
 PORTS = range(20_000, 32_768)  # below the default range of ephemeral ports, net.ipv4.ip_local_port_range
 
 
@@ -26,6 +30,7 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
     waited for; TaskInterrupted after all ranks have saved, if Slurm has signalled that the job must end.
     """
     join_ranks()
+    folder = Path(run_folder)
     recipe = from_json((Path(run_folder) / "config.json").read_text())
     if os.environ["RANK"] == "0":  # the other ranks wait for it
         ledger.require_complete(recipe.data.path)
@@ -47,6 +52,8 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
     from pixart.training.loop import Stopped, train
     from slurm.task import TaskInterrupted, stop_level
 
+    evaluations = Evaluations(folder, recipe)
+    prompts = read_prompts(recipe.sample.prompts, "sample.prompts") if recipe.sample.prompts and stage == 2 else []
     try:
         last = train(
             stage=stage,
@@ -58,9 +65,12 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
             start=start,
             reporter=Journal(run_folder),
             stop=stop_level,
+            preview_prompts=[prompt["prompt"] for prompt in prompts],
+            on_evaluation=evaluations.start,
         )
     except Stopped as stopped:
         raise TaskInterrupted(stopped.level) from stopped
+    evaluations.wait()
     return str(last)
 
 
@@ -107,6 +117,37 @@ def run_node_check(command: str | None) -> str:
         return f"node_check took over {NODE_CHECK_SECONDS} s"
     lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
     return "" if done.returncode == 0 else (lines or [f"node_check failed with exit code {done.returncode}"])[-1]
+
+
+class Evaluations:
+    """Evaluations of checkpoints beside training, each by a process of the launcher.
+
+    On a cluster it submits jobs and ends; on this machine it computes, with the lowest priority.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        self.run, self.recipe = run, recipe
+        self.processes: list[tuple[Path, subprocess.Popen[bytes]]] = []
+
+    def start(self, checkpoint: Path) -> None:
+        """Start the evaluation of a checkpoint by the keys evaluation.* of the run's recipe."""
+        settings = self.run / SETTINGS
+        settings.write_text(toml_file.dumps(self.recipe))
+        home, profile = self.run.parents[1], json.loads((self.run / "profile.json").read_text())["name"]
+        words = [str(checkpoint), "--home", str(home), "--config", str(settings), "--cluster", profile]
+        command = ["nice", "-n", "19", sys.executable, "-m", "jobs.launch", "evaluate", *words]
+        hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        with (self.run / LOG).open("ab") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        self.processes.append((checkpoint, process))
+
+    def wait(self) -> None:
+        """Wait for the processes; one that failed is an incident of the run, and does not fail training."""
+        for checkpoint, process in self.processes:
+            if process.wait():
+                step = int(checkpoint.name.removeprefix("step-"))
+                Journal(self.run).incident(step, f"the evaluation failed; see {self.run / LOG}")
 
 
 def rendezvous_port(number: int) -> int:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from jobs.reports import lineage, lineage_page
+from jobs.state import evaluation
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import acceptance, checkpoint_record, find_checkpoint
 from jobs.tracking.mlflow_store import Tracker, run_id
@@ -53,9 +54,24 @@ def release(home: Path, name: str, model: str) -> str:
         }
         with tracker.converted_errors():
             version = register(tracker, model, run, weights, page, tags)
+            evaluations = attach_evaluations(tracker, home, run, checkpoint)
+    attached = f"\nevaluations: {', '.join(evaluations)}" if evaluations else ""
     return (
-        f"released: {model} version {version}, the EMA weights of {checkpoint}\nlineage: {page}\nMLflow: {tracker.uri}"
+        f"released: {model} version {version}, the EMA weights of {checkpoint}\nlineage: {page}{attached}\n"
+        f"MLflow: {tracker.uri}"
     )
+
+
+def attach_evaluations(tracker: Tracker, home: Path, run: Path, checkpoint: Path) -> list[str]:
+    """Log the results of a checkpoint's evaluations beside its weights, and return their names."""
+    identifier = run_id(run)
+    assert identifier  # sync_folder has created the MLflow run
+    folders = evaluation.of_checkpoint(home, checkpoint)
+    for folder in folders:
+        for name in (evaluation.RESULTS, evaluation.PAGE):
+            target = f"release/{checkpoint.name}/evaluations/{folder.name}"
+            tracker.client.log_artifact(identifier, str(folder / name), target)
+    return [folder.name for folder in folders]
 
 
 def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path, tags: dict[str, str]) -> str:

@@ -22,8 +22,8 @@ from jobs.state.run import Run
 from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
-from pixart.config import overrides
 from pixart.config.dataset import DataConfig
+from pixart.config.keys import overrides
 from pixart.config.recipe import from_json, to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest

@@ -26,7 +26,7 @@ from jobs.submission.preflight import check_latents
 from jobs.submission.wait import dependencies
 from jobs.tasks.sample import guidance_warning
 from pixart.config.dataset import DataConfig
-from pixart.config.overrides import apply
+from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
 
 BASE_LATENT_SIZE = "model.base_latent_size="  # read for files that do not record it
@@ -228,7 +228,7 @@ def check_export(folder: str, checkpoint: Path, is_inference: bool) -> None:
 
 
 def open_training_dataset(
-    launch: Launch, options: Options, checkpoint: Path, record: dict[str, Any] | None
+    launch: Launch, options: RecipeOptions, checkpoint: Path, record: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return the manifest of the dataset that the options name, else of the one that the checkpoint was trained on.
 

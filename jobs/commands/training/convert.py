@@ -21,7 +21,7 @@ from jobs.state.checkpoint_names import check_file, check_lengths, checkpoint_re
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
 from jobs.submission.submit import run_ranks
-from pixart.config.toml_file import RunFile
+from pixart.config.keys.toml_file import RunFile
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.executor import Cluster
 

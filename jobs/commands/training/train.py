@@ -26,7 +26,7 @@ from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_acceptance, check_configuration, check_dataset, check_start, find_start
 from jobs.submission.submit import run_ranks
-from pixart.config.overrides import apply
+from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
 from slurm.executor import Cluster
 from slurm.sbatch import Shape

@@ -10,7 +10,7 @@ from jobs import launch
 from jobs.commands import registry
 from jobs.commands.options import RecipeOptions, SubmissionOptions
 from jobs.commands.training.convert import Options as ConvertOptions
-from pixart.config import toml_file
+from pixart.config.keys import toml_file
 from pixart.config.recipe import from_json
 from tests.support.environment import bare_environment
 
@@ -90,7 +90,8 @@ def test_the_cluster_of_the_file_is_used_unless_another_is_named(folder, capsys)
 @pytest.mark.parametrize("name", registry.ENTRIES)
 def test_every_command_takes_a_file(name):
     file = toml_file.load("run.toml")
-    words = [name, *(["argument"] if name in ("adopt", "sample", "convert", "release") else [])]
+    number = {"adopt": 1, "sample": 1, "convert": 1, "release": 1, "compare": 2}.get(name, 0)  # required arguments
+    words = [name, *["argument"] * number]
     options = launch.parse_command(words)[1].with_run_file(file)
     assert options.home == "home-of-file"
     assert type(options) is registry.load(name)[0].options

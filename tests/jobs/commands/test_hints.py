@@ -11,7 +11,7 @@ from jobs.commands.options import CommonOptions
 from jobs.commands.training.train import conversion_command
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
-from pixart.config import toml_file
+from pixart.config.keys import toml_file
 from pixart.recipes import RECIPES
 from slurm import profile as profiles
 

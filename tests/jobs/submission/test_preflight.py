@@ -6,7 +6,7 @@ import json
 import pytest
 
 from jobs.submission.preflight import check_configuration, check_dataset, check_pipeline
-from pixart.config import overrides
+from pixart.config.keys import overrides
 from pixart.recipes import demo
 
 MANIFEST = {

@@ -19,7 +19,7 @@ from jobs.tasks import sample
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
-from pixart.config import overrides
+from pixart.config.keys import overrides
 from pixart.config.recipe import Recipe, to_json
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import text_dim

@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from pixart.config import overrides, toml_file
 from pixart.config.captions import CaptionsConfig, visible_attributes
 from pixart.config.dataset import data_from_dict
+from pixart.config.keys import overrides, toml_file
 from pixart.recipes import demo
 
 KEY = "data.captions.image_instruction"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pixart.config import overrides, toml_file
 from pixart.config.captions import visible_attributes
+from pixart.config.keys import overrides, toml_file
 from pixart.config.model import ModelConfig
 from pixart.config.recipe import from_json, to_json
 from pixart.config.training import FP8_BACKENDS, resolve_fp8_backend
@@ -79,6 +79,6 @@ def test_the_default_backend_of_an_fp8_recipe(fp8_recipe):
 
 
 def test_the_configuration_imports_nothing_heavy():
-    modules = "pixart.recipes, pixart.config.overrides, pixart.config.reference, pixart.config.toml_file"
+    modules = "pixart.recipes, pixart.config.keys.overrides, pixart.config.keys.reference, pixart.config.keys.toml_file"
     code = f"import sys, {modules}; print(sorted({HEAVY!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"

@@ -9,7 +9,7 @@ import pytest
 from jobs import launch
 from jobs.commands.training.start_recipe import recipe_of_checkpoint
 from pixart import records
-from pixart.config import overrides
+from pixart.config.keys import overrides
 from pixart.config.recipe import to_json
 from pixart.data import manifest as manifests
 from pixart.data.manifest import Manifest

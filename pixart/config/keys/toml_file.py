@@ -21,8 +21,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from pixart.config import overrides, reference
-from pixart.config.fields import NONE, fields_by_key, sections
+from pixart.config.keys import overrides, reference
+from pixart.config.keys.fields import NONE, fields_by_key, sections
 from pixart.config.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ class RunFile:
     dataset: str | None = None
     cluster: str | None = None
     home: str | None = None
-    overrides: tuple[str, ...] = ()  # `dotted.key=value`, for `pixart.config.overrides.apply`
+    overrides: tuple[str, ...] = ()  # `dotted.key=value`, for `pixart.config.keys.overrides.apply`
 
 
 def load(path: str | Path) -> RunFile:

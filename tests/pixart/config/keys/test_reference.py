@@ -3,8 +3,8 @@ from operator import attrgetter
 
 import pytest
 
-from pixart.config import overrides, reference
-from pixart.config.fields import fields_by_key, sections
+from pixart.config.keys import overrides, reference
+from pixart.config.keys.fields import fields_by_key, sections
 from pixart.config.recipe import Recipe
 from pixart.recipes import RECIPES
 

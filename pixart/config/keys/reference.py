@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from pixart.config.fields import allowed_values, fields_by_key
+from pixart.config.keys.fields import allowed_values, fields_by_key
 from pixart.config.recipe import Recipe
 
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from pixart.config import overrides
+from pixart.config.keys import overrides
 from pixart.config.renamed_keys import STAGE
 from pixart.recipes import RECIPES
 

@@ -2,8 +2,8 @@ import tomllib
 
 import pytest
 
-from pixart.config import overrides, reference, toml_file
-from pixart.config.toml_file import RunFile
+from pixart.config.keys import overrides, reference, toml_file
+from pixart.config.keys.toml_file import RunFile
 from pixart.recipes import RECIPES
 
 CHANGES = [

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pixart.config.captions import Instruction, read_instruction
-from pixart.config.fields import NONE, Field, allowed_values, fields_by_key, optional, sections
+from pixart.config.keys.fields import NONE, Field, allowed_values, fields_by_key, optional, sections
 from pixart.config.recipe import Recipe
 
 Config = TypeVar("Config")
