@@ -179,12 +179,12 @@ def test_dry_run_prints_the_later_submission_which_runs_a_code_snapshot(profile,
     submit(tmp_path, *words, settings=settings)
     run = newest(tmp_path, "caption")
     files = {name: (run.folder / name).read_text() for name in ("sbatch.txt", "config.json", "profile.json", "git.txt")}
-    script, forecast = printed.split("\n# ", 1)
+    script, forecast = printed.split("\n# caption start: ", 1)
     assert (
         script.replace("runs/RUN", f"runs/{run.folder.name}") + "\n" == f"{files['sbatch.txt']}\n{files['config.json']}"
     )
     start, hours, size = forecast.splitlines()
-    assert re.fullmatch(r"caption start: would start at \S+ on n\S+", start)
+    assert re.fullmatch(r"would start at \S+ on n\S+", start)
     assert (hours, size) == ("# caption GPU hours: 1.0 at most", "# caption writes: less than 0.001 TB")
     job = run.job_of()[0]
     wait_until(lambda: bool(task_processes(job)), description="a task")

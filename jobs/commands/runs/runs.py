@@ -56,7 +56,7 @@ def may_be_active(run: Run) -> bool:
 
 
 def describe(run: Run, home: Path, queried: tuple[bool, str] | None) -> tuple[str, ...]:
-    """Return the cells of a run's row, in the order of HEADER; `queried` is what `query_states` returned, if it was called."""
+    """Return the cells of a run's row, in the order of HEADER; `queried` is by `query_states`, if called."""
     if not (run.folder / METADATA_FILE).exists():
         return (run.folder.name, run.kind, "unknown", "", "", shorten(run.dataset, home), "")
     metadata = read_description(run.folder)
