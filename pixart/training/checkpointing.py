@@ -124,9 +124,15 @@ class CheckpointManager:
     def prune(self) -> None:
         """Delete old checkpoints but for the last `keep_last`, evaluated ones and multiples of `keep_every`."""
         for directory in checkpoints.list_checkpoints(self.folder.parent)[: -self.keep_last]:
-            step = checkpoints.read_metadata(directory)["step"]
-            if (not self.keep_every or step % self.keep_every) and not self.is_evaluated(step):
+            if not self.is_kept(directory):
                 remove(directory)
+
+    def is_kept(self, directory: Path) -> bool:
+        """Return whether an old checkpoint stays; its step is only read if that depends on it."""
+        if not self.keep_every and not self.evaluate_every:
+            return False
+        step = checkpoints.read_metadata(directory)["step"]
+        return (self.keep_every > 0 and step % self.keep_every == 0) or self.is_evaluated(step)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, and raise its error if there is one."""
