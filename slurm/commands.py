@@ -118,14 +118,16 @@ def command(*words: str) -> str:
         ) from None
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-        kind = type(error_of(process.stderr))
-        raise kind(f"{words[0]}: {lines[-1]}")
+        raise error_of(f"{words[0]}: {lines[-1]}", process.stderr)
     return process.stdout
 
 
-def error_of(message: str) -> SlurmError:
-    """Return the exception for an error message: SlurmUnavailableError if it says that Slurm did not answer."""
-    return (SlurmUnavailableError if NO_ANSWER.search(message) else SlurmError)(message)
+def error_of(message: str, output: str | None = None) -> SlurmError:
+    """Return the exception with a message: SlurmUnavailableError if it says that Slurm did not answer.
+
+    `output` is the whole of what the command wrote, where the message is a part of it.
+    """
+    return (SlurmUnavailableError if NO_ANSWER.search(output or message) else SlurmError)(message)
 
 
 def patiently(query: Callable[[], Value]) -> Value:

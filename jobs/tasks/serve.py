@@ -133,8 +133,7 @@ def load_pipelines(
         provenance[name] = {**sample.origin(folder, model.stage, record, path, weights), **sources}
 
     def describe(weights: str, settings: dict[str, str]) -> dict[str, str]:
-        metadata = {**settings, **provenance[weights]}
-        return {**metadata, "command": sample.command(metadata)}
+        return sample.with_command({**settings, **provenance[weights]})
 
     return pipelines, describe
 

@@ -31,7 +31,7 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
     """
     join_ranks()
     folder = Path(run_folder)
-    recipe = from_json((Path(run_folder) / "config.json").read_text())
+    recipe = from_json((folder / "config.json").read_text())
     if os.environ["RANK"] == "0":  # the other ranks wait for it
         ledger.require_complete(recipe.data.path)
         if require_audit:
@@ -47,7 +47,7 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
     )
 
     if preflight:
-        check_nodes(Path(run_folder))
+        check_nodes(folder)
 
     from pixart.training.loop import Stopped, train
     from slurm.task import TaskInterrupted, stop_level

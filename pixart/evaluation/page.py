@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart.html.charts import Series, chart, linear_axis
-from pixart.html.page import Html, document, table, text
+from pixart.html.page import COLORS, Html, document, table, text
 
 # Heading, explanation and whether lower is better, of each figure.
 FIGURES = {
@@ -39,7 +39,6 @@ FIGURES = {
 RANKINGS = ("soft_tifa", "counted", "clip_score", "caption_similarity")  # the first that exists ranks the prompts
 NUM_RANKED = 8
 THUMBNAIL_PIXELS = 160
-COLORS = 8  # that the style of the pages defines
 STYLE = """
 .ranked { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 14px; }
 .ranked figure { margin: 0; } .ranked img { width: 100%; border: 1px solid var(--rule); image-rendering: auto; }

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from xml.sax.saxutils import quoteattr
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+
+from pixart.sampling.images import text_chunks
 
 # https://cv.iptc.org/newscodes/digitalsourcetype/: created by a model that was trained on samples
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -29,9 +30,7 @@ def xmp() -> str:
 
 def encode_png(image: Image.Image, settings: Mapping[str, str]) -> bytes:
     """Return an image as PNG with its settings, in text chunks as `sample` writes them, and the XMP packet."""
-    text = PngInfo()
-    for name, value in settings.items():
-        text.add_text(name, value)
+    text = text_chunks(settings)
     text.add_itxt(XMP_CHUNK, xmp())
     buffer = io.BytesIO()
     image.save(buffer, format="png", pnginfo=text)

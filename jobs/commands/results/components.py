@@ -52,11 +52,22 @@ def open_components(
     manifest = open_training_dataset(launch, options, checkpoint, record)
     if not record:
         return manifest["class_names"], None
+    model = check_checkpoint(checkpoint, record, launch.dataset, manifest)
+    return manifest["class_names"], model.get("num_classes")
+
+
+def check_checkpoint(
+    checkpoint: Path, record: dict[str, Any], dataset: str, manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Check that a checkpoint fits a dataset, and return the configuration of its model.
+
+    Raises ValueError if it was trained on latents or text embeddings of another kind.
+    """
     is_inference = (checkpoint / INFERENCE).exists()
     model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
-    check_model(model, manifest, launch.dataset)
-    check_latents(str(checkpoint), record, launch.dataset, manifest)
-    return manifest["class_names"], model.get("num_classes")
+    check_model(model, manifest, dataset)
+    check_latents(str(checkpoint), record, dataset, manifest)
+    return model
 
 
 def base_latent_size(launch: Launch, options: ComponentOptions) -> int | None:

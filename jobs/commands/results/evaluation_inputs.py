@@ -1,20 +1,17 @@
 """Inputs of an evaluation, and their checks before anything is submitted: checkpoints, prompts, reference, models."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.commands.options import RecipeOptions
-from jobs.commands.results.components import open_training_dataset
-from jobs.commands.results.sampling_checks import check_model
+from jobs.commands.results.components import check_checkpoint, open_training_dataset
 from jobs.state import evaluation, ledger
 from jobs.state.checkpoint_names import INFERENCE, MARKER, find_weights
 from jobs.state.evaluation import Variant
 from jobs.state.json_record import read_record
 from jobs.state.prompts import coco_captions, read_prompts, spaced_captions
 from jobs.submission.launch import Launch
-from jobs.submission.preflight import check_latents
 from jobs.tasks.evaluation.evaluate import too_few_images_for
 from jobs.tasks.sample import UNSEEN
 from pixart.config.dataset import is_url
@@ -68,9 +65,7 @@ def open_dataset_of(launch: Launch, options: RecipeOptions, checkpoints: Checkpo
     """
     manifest = open_training_dataset(launch, options, *checkpoints[-1])
     for path, record in checkpoints:
-        model = json.loads((path / "config.json").read_text()) if (path / INFERENCE).exists() else record["config"]
-        check_model(model, manifest, launch.dataset)
-        check_latents(str(path), record, launch.dataset, manifest)
+        check_checkpoint(path, record, launch.dataset, manifest)
     return manifest
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from jobs.state import evaluation, ledger
 from jobs.state.evaluation import Request, Variant
 from jobs.tasks.caption import for_each_shard
-from jobs.tasks.sample import command, load_weights, open_pipeline, origin
+from jobs.tasks.sample import load_weights, open_pipeline, origin, with_command
 from pixart.atomic import write_atomically
 from pixart.config.recipe import from_json
 from pixart.evaluation.protocol import image_seed
@@ -154,7 +154,7 @@ class Worker:
                     sampling = {"steps": str(variant.steps), "guidance": str(variant.guidance)}
                     settings = {**picture.settings(), **sampling, "size": f"{image.width}x{image.height}", **provenance}
                     path = evaluation.image_path(self.folder, index, row)
-                    pending.append(writer.submit(save_png, image, path, {**settings, "command": command(settings)}))
+                    pending.append(writer.submit(save_png, image, path, with_command(settings)))
                 if len(pending) >= MAX_PENDING:
                     pending.pop(0).result()
                 yield row, image
