@@ -14,7 +14,7 @@ WORKERS ?= 2
 test check: export TORCHINDUCTOR_COMPILE_THREADS := 1
 test check: export GOMP_SPINCOUNT := 1000
 
-.PHONY: install demo check test test-all vllm-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
+.PHONY: install demo check test test-all vllm-env img2dataset-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
 
 install: .venv/.installed
 demo: install
@@ -31,6 +31,7 @@ demo: install
 .venv/.installed-dev: .venv/.installed
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable ".[dev]"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-torchao --no-deps "torchao>=0.18,<0.19"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-fidelity --no-deps "torch-fidelity>=0.4,<0.5"
 	@touch $@
 
 check: .venv/.installed-dev
@@ -43,7 +44,7 @@ check: .venv/.installed-dev
 # vLLM's environment is installed beside the tests, of which those that need it wait for it.
 test: .venv/.installed-dev
 	@mkdir -p .venv-vllm
-	@$(MAKE) --no-print-directory --jobs=2 vllm-env test-all
+	@$(MAKE) --no-print-directory --jobs=2 vllm-env img2dataset-env test-all
 
 vllm-env:
 	@sh tests/support/vllm_environment.sh .venv-vllm
@@ -56,6 +57,11 @@ test-all:
 	@$(BIN)/python -m tests.support.debian_packages
 	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slurm and not vllm"
 	@$(BIN)/python -m pytest -m "slurm or vllm"
+
+# img2dataset needs other versions than the suite; the tests of its files are skipped without this environment.
+img2dataset-env: .venv/.installed-dev
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-img2dataset
+	@$(BIN)/uv pip install --quiet --python .venv-img2dataset/bin/python "img2dataset==1.47.0"
 
 gpu-env:
 	@sh tests/support/environment_of_versions.sh .venv-gpu "$(GPU_PYTHON)" $(GPU_VERSIONS)
@@ -73,4 +79,4 @@ gpu-day-rehearsal: install
 	@sh benchmarks/gpu_day_rehearsal.sh "$(GPU_PYTHON)"
 
 clean:
-	rm -rf .venv .venv-vllm .venv-torchao .venv-gpu .venv-newest .venv-gpu-bare .gpuday outputs build *.egg-info
+	rm -rf .venv .venv-vllm .venv-img2dataset .venv-torchao .venv-gpu .venv-newest .venv-gpu-bare .gpuday outputs build *.egg-info

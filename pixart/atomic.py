@@ -30,6 +30,14 @@ def write_atomically(target: Path, content: str | bytes) -> None:
         write_file(temporary, content.encode() if isinstance(content, str) else content)
 
 
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copy a file of any size, in an existing folder."""
+    with atomic_path(target) as temporary, source.open("rb") as read, temporary.open("wb") as written:
+        shutil.copyfileobj(read, written)
+        written.flush()
+        os.fsync(written.fileno())
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file and flush it to disk."""
     with path.open("wb") as file:

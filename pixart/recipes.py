@@ -10,7 +10,7 @@ from pixart.config.captions import visible_attributes
 from pixart.config.dataset import AuditConfig, DataConfig
 from pixart.config.model import ModelConfig
 from pixart.config.recipe import Recipe
-from pixart.config.sampling import SampleConfig
+from pixart.config.sampling import EvaluationConfig, SampleConfig
 from pixart.config.training import TrainConfig
 
 # Standard deviation of MiniLM's last hidden states over the demo's captions; dividing by it scales the text embeddings
@@ -51,6 +51,13 @@ def demo(home: str) -> Recipe:
         stage1=stage1,
         stage2=dataclasses.replace(stage1, steps=800, fp8=True),
         sample=SampleConfig(steps=20, guidance=2.0, count=64),
+        evaluation=EvaluationConfig(
+            features="efficientnet-lite0:112",  # its Fréchet distance needs 113 images
+            feature_image_size=64,
+            num_prompts=256,
+            num_shards=4,
+            num_reference_images=1024,
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Queries and control of jobs by Slurm's commands: squeue, sacct (if there is accounting), sinfo, scontrol and scancel.
+"""Queries and control of jobs by Slurm's commands: squeue, sacct (if there is accounting), scontrol and scancel.
 
 Jobs of the local executor are processes, whose state is read from /proc.
 """
@@ -7,13 +7,18 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 COMMAND_TIMEOUT_SECONDS = 60
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 2.0, 60.0  # between attempts to reach a controller that does not answer
+PATIENCE_SECONDS = 600.0  # after which a submission gives up
 # Job states of Slurm 22.05 to 25.05, as squeue and sacct name them ("Job state codes" in their manuals). An ended job
 # may have been requeued: then squeue lists it as pending, which takes precedence over what sacct says.
 TERMINAL_STATES = {
@@ -59,6 +64,7 @@ NO_ANSWER = re.compile(
 )
 # Array expressions in full: by default, squeue cuts them off after 64 characters.
 ENVIRONMENT = {"SLURM_BITSTR_LEN": "0"}
+Value = TypeVar("Value")
 
 
 class SlurmError(ValueError):
@@ -112,9 +118,39 @@ def command(*words: str) -> str:
         ) from None
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-        kind = SlurmUnavailableError if NO_ANSWER.search(process.stderr) else SlurmError
-        raise kind(f"{words[0]}: {lines[-1]}")
+        raise error_of(f"{words[0]}: {lines[-1]}", process.stderr)
     return process.stdout
+
+
+def error_of(message: str, output: str | None = None) -> SlurmError:
+    """Return the exception with a message: SlurmUnavailableError if it says that Slurm did not answer.
+
+    `output` is the whole of what the command wrote, where the message is a part of it.
+    """
+    return (SlurmUnavailableError if NO_ANSWER.search(output or message) else SlurmError)(message)
+
+
+def patiently(query: Callable[[], Value]) -> Value:
+    """Call `query` again, after growing pauses, while Slurm does not answer, and return its result.
+
+    Raises SlurmUnavailableError if Slurm does not answer for PATIENCE_SECONDS.
+    """
+    pause, deadline = FIRST_PAUSE_SECONDS, time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return query()
+        except SlurmUnavailableError as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            print(f"{error}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)
+
+
+def submitted_from(folder: Path) -> set[str]:
+    """Return the ids of this user's jobs whose script lies in `folder`. Raises SlurmError if squeue fails."""
+    lines = command("squeue", "--noheader", "--states=all", "--format=%A|%o", "--me").splitlines()
+    return {job for job, _, script in (line.partition("|") for line in lines) if Path(script).parent == folder}
 
 
 def states(executor: str, jobs: Sequence[str]) -> dict[str, JobState]:
@@ -206,55 +242,14 @@ def requeue(job: str) -> None:
     command("scontrol", "requeue", job)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Partition:
-    """Limits of a Slurm partition."""
+def requeue_without(job: str, nodes: str) -> None:
+    """Requeue a running job so that it does not start again on some nodes, a comma-separated list.
 
-    minutes: int | None  # time limit of a job; None: no limit
-    nodes: int
-    gpus_per_node: int  # maximum over the nodes
-
-
-def partition(name: str | None) -> Partition:
-    """Return the limits of a partition, or of the default partition if `name` is None.
-
-    Of a list such as `main,urgent`, of which Slurm takes the one that starts the job first, these are the most generous
-    limits. Raises SlurmError if one does not exist.
+    Slurm lets only pending jobs change their nodes. Raises SlurmError, with the job cancelled, if it refuses that.
     """
-    listing = command("sinfo", "--noheader", "--all", "--Node", "--format=%P|%l|%N|%G")  # with hidden partitions
-    rows = [line.split("|", 3) for line in listing.splitlines()]
-    names = sorted({row[0].rstrip("*") for row in rows})
-    wanted = name.split(",") if name else []
-    if unknown := [item for item in wanted if item not in names]:
-        raise SlurmError(
-            f"partition {unknown[0]!r}: no such partition on this cluster; it must be one of {', '.join(names)}"
-        )
-    matching = [row for row in rows if (row[0].rstrip("*") in wanted if wanted else row[0].endswith("*"))]
-    if not matching:
-        raise SlurmError("partition: the cluster has no default partition; set `partition` in the profile")
-    gpus = [sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:([0-9]+)", row[3])) for row in matching]
-    minutes = [parse_minutes(row[1]) for row in matching]
-    return Partition(
-        minutes=None if None in minutes else max(limit for limit in minutes if limit is not None),
-        nodes=max(len({row[2] for row in matching if row[0] == title}) for title in {row[0] for row in matching}),
-        gpus_per_node=max(gpus),
-    )
-
-
-def parse_minutes(text: str) -> int | None:
-    """Return the whole minutes of a time limit in Slurm's notation; None for `infinite`.
-
-    The forms are `days-hours:minutes:seconds`, `hours:minutes:seconds` and `minutes:seconds`.
-    """
-    if text == "infinite":
-        return None
-    days, _, clock = text.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0])
-    return int(days or 0) * 24 * 60 + hours * 60 + minutes
-
-
-def max_array_size() -> int:
-    """Return Slurm's MaxArraySize, which limits the elements of one array. Raises SlurmError if scontrol fails."""
-    match = re.search(r"^MaxArraySize\s*=\s*([0-9]+)", command("scontrol", "show", "config"), re.MULTILINE)
-    return int(match[1]) if match else 1001
+    requeue(job)
+    try:
+        patiently(lambda: command("scontrol", "update", f"jobid={job}", f"excnodelist={nodes}"))
+    except SlurmError:
+        command("scancel", job)
+        raise

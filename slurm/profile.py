@@ -1,7 +1,7 @@
 """Cluster profiles: one TOML file holds everything that is specific to a cluster.
 
 A profile is named after a file in `slurm/profiles/`, or given as the path of a file. `$NAME` in a string is replaced by
-the environment variable, except in the shell lines of `setup`.
+the environment variable, except in the shell lines of `setup` and `node_check`.
 """
 
 import dataclasses
@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FOLDER = Path(__file__).parent / "profiles"
-JOB_KINDS = ("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "recaption")
+JOB_KINDS = (
+    *("init", "adopt", "caption", "latents", "audit", "verify", "train", "convert", "sample", "serve", "recaption"),
+    *("evaluate", "judge", "summarize"),
+)
 BY_KIND = ("minutes", "gpus", "cpus", "memory", "partitions", "qualities", "python")  # tables by job kind
-WITHOUT_GPU = ("init", "adopt", "audit", "verify")  # kinds of jobs that compute nothing on a GPU
+WITHOUT_GPU = ("init", "adopt", "audit", "verify", "summarize")  # kinds of jobs that compute nothing on a GPU
 VARIABLE = re.compile(r"\$([A-Z_][A-Z0-9_]*)")
 
 
@@ -43,6 +46,8 @@ class Profile:
     poll_seconds: int = 30  # between queries of a launcher that waits
     requeue: bool = True  # after preemption and the failure of a node
     signal_seconds: int = 120  # seconds between SIGUSR2 and the time limit, to save a checkpoint
+    node_check: str | None = None  # shell command on each node before training; its last line is the node's error
+    max_slowdown_percent: int = 50  # of a rank's matrix product relative to the median, from which its node is avoided
     array_parallelism: int = 0  # array elements that run at once; 0: all, or on this machine one per processor
     minutes: dict[str, int] = field(default_factory=dict)  # time limit by job kind
     gpus: dict[str, int] = field(default_factory=dict)  # GPUs per node by job kind, in place of those it needs
@@ -142,10 +147,10 @@ def check(value: Any, kind: Any, key: str, path: Path) -> Any:
 
 
 def expand(value: Any, key: str, path: Path) -> Any:
-    """Replace environment variables in a value, except in `setup`. Raises ValueError for one that is not set."""
+    """Replace environment variables in a value, except in shell lines. Raises ValueError for one that is not set."""
     if isinstance(value, dict):
         return {name: expand(item, f"{key}.{name}", path) for name, item in value.items()}
-    if not isinstance(value, str) or key.startswith("setup"):
+    if not isinstance(value, str) or key.startswith(("setup", "node_check")):
         return value
 
     def variable(match: re.Match[str]) -> str:

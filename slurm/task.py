@@ -38,11 +38,10 @@ class TaskInterrupted(BaseException):
     Derives from BaseException, so that handlers of errors do not catch it.
     """
 
-    def __init__(self, level: int) -> None:
-        super().__init__(
-            "interrupted: " + ("the time limit is near" if level == TIME_LIMIT else "the job is being terminated")
-        )
-        self.level = level
+    def __init__(self, level: int, *, exclude: str | None = None) -> None:
+        reason = "the time limit is near" if level == TIME_LIMIT else "the job is being terminated"
+        super().__init__(f"interrupted: {f'the job will avoid {exclude}' if exclude else reason}")
+        self.level, self.exclude = level, exclude  # comma-separated nodes that the job is requeued without
 
 
 def stop_level() -> int:
@@ -77,8 +76,8 @@ class Task:
             result = self.function(*arguments)
         except TaskInterrupted as interrupted:
             print(interrupted, file=sys.stderr, flush=True)
-            if interrupted.level == TIME_LIMIT and "SLURM_JOB_ID" in os.environ:
-                self.requeue(environment)
+            if (interrupted.level == TIME_LIMIT or interrupted.exclude) and "SLURM_JOB_ID" in os.environ:
+                self.requeue(environment, interrupted.exclude)
             sys.exit(TERMINATED_EXIT_CODE)
         if self.ranks and environment.global_rank == 0:
             target = Path(self.run) / RESULT
@@ -112,16 +111,20 @@ class Task:
             signal.signal(handled, signal.SIG_IGN)
         raise TaskInterrupted(_stop_level)
 
-    def requeue(self, environment: submitit.JobEnvironment) -> None:
+    def requeue(self, environment: submitit.JobEnvironment, exclude: str | None = None) -> None:
         """Requeue this job by rank 0, and wait on all ranks: with --kill-on-bad-exit a rank that exits ends the others.
 
-        Raises RuntimeError if the time limit was reached too often.
+        `exclude` are the nodes that it avoids then. Raises RuntimeError if the time limit was reached too often.
         """
         if not self.cooperative and restart_count() >= MAX_REQUEUES:
             raise RuntimeError(
                 f"the time limit was reached {MAX_REQUEUES + 1} times; raise `minutes` in the profile, or split shards"
             )
-        if environment.global_rank == 0:
+        if environment.global_rank == 0 and exclude:
+            for number in STOP_LEVELS:  # Slurm terminates the job, and with it scontrol, before its nodes are changed
+                signal.signal(number, signal.SIG_IGN)
+            commands.requeue_without(environment.job_id, exclude)
+        elif environment.global_rank == 0:
             commands.requeue(environment.job_id)
         time.sleep(REQUEUE_TIMEOUT_SECONDS)
 

@@ -13,8 +13,11 @@ from tests.support.checkpoints import legacy_file, stage1  # noqa: F401 - fixtur
 from tests.support.cluster_fixture import dev_cluster, running_cluster  # noqa: F401 - fixtures
 from tests.support.demo_fixture import small_demo  # noqa: F401 - a fixture
 from tests.support.distribution import Workers, alone  # noqa: F401 - a fixture
+from tests.support.hub_fixture import hub  # noqa: F401 - a fixture
 from tests.support.mlflow_fixture import mlflow_server  # noqa: F401 - a fixture
-from tests.support.vllm_fixture import tiny_qwen, vllm_environment  # noqa: F401 - fixtures
+from tests.support.programs_fixture import programs  # noqa: F401 - a fixture
+from tests.support.serving_fixture import saved_models, serve, text_server  # noqa: F401 - fixtures
+from tests.support.vllm_fixture import answering_qwen, tiny_qwen, vllm_environment  # noqa: F401 - fixtures
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

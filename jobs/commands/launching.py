@@ -95,7 +95,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     values = {name: getattr(recipe.data, name) for name in ("source", "vae", "text_encoder", "caption_model")}
     local = {name: value for name, value in values.items() if value not in BUILT_IN and not is_url(value)}
     paths = {name: Path(value).absolute() for name, value in local.items() if "*" in value or Path(value).exists()}
-    return apply(recipe, [f"data.{name}={path}" for name, path in paths.items()])
+    assignments = [f"data.{name}={path}" for name, path in paths.items()]
+    assignments += [f"sample.prompts={Path(recipe.sample.prompts).absolute()}"] if recipe.sample.prompts else []
+    if Path(recipe.evaluation.features).exists():
+        assignments.append(f"evaluation.features={Path(recipe.evaluation.features).absolute()}")
+    return apply(recipe, assignments)
 
 
 def read_run_recipe(folder: Path) -> Recipe:

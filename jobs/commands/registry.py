@@ -43,6 +43,14 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     "Results": {
         "sample": Entry("results.sample", "Sample images from a checkpoint, or export a diffusers pipeline."),
+        "evaluate": Entry(
+            "results.evaluate",
+            "Evaluate checkpoints by distances and prompt following, with intervals.",
+        ),
+        "compare": Entry("results.compare", "Compare two evaluations, image by image."),
+        "serve": Entry(
+            "results.serve", "Serve a checkpoint: OpenAI's images API and a page, on this machine or as a Slurm job."
+        ),
         "open": Entry("results.open", "Print the path of a run's page, and show it in a browser."),
         "lineage": Entry("results.lineage", "Show what a run, an image, a checkpoint or a dataset was made from."),
         "release": Entry("results.release", "Register the EMA weights of a checkpoint as a model version in MLflow."),
@@ -56,6 +64,9 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "sync": Entry("runs.sync", "Send the journals of runs to MLflow."),
     },
     "Configuration": {
+        "doctor": Entry(
+            "doctor.doctor", "Check what the jobs of a profile and recipe need, and report what is missing."
+        ),
         "config": Entry("config", "List every configuration key, or print a recipe as TOML."),
     },
 }

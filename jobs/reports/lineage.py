@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.report.text import PAGE, REPORT
-from jobs.state import audit_files, ledger
+from jobs.state import audit_files, evaluation, ledger
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import INFERENCE, MARKER, acceptance, checkpoint_record, find_checkpoint
 from jobs.state.run import Run
@@ -19,6 +19,8 @@ from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_stage
 from pixart.terminal import printable
 
+EVALUATING = ("evaluate", "judge", "summarize")  # kinds of the jobs of an evaluation
+XMP_CHUNK = "XML:com.adobe.xmp"  # of a served image; it says what every image of a model says
 MAX_TEXT_LENGTH = 500  # longer texts of a PNG, such as the command, are not shown
 
 
@@ -48,7 +50,14 @@ def trace(home: Path, subject: str | None) -> Node:
         return traversal.checkpoint(path.absolute())
     if subject and (path / "manifest.json").exists():
         return traversal.dataset(str(path.absolute()))
+    if subject and (path / evaluation.REQUEST).exists():
+        return traversal.evaluation(path.absolute())
     return traversal.run(runs.find(home, subject))
+
+
+def trace_checkpoint(home: Path, path: Path) -> Node:
+    """Return the node of a checkpoint, which may be a file of another program, linked to all its ancestors."""
+    return Traversal(home).checkpoint(path)
 
 
 class Traversal:
@@ -85,7 +94,7 @@ class Traversal:
         facts = {
             key: value
             for key, value in metadata.items()
-            if len(value) <= MAX_TEXT_LENGTH and key not in ("checkpoint", "run")
+            if len(value) <= MAX_TEXT_LENGTH and key not in ("checkpoint", "run", XMP_CHUNK)
         }
         node = self.add_node("picture", str(path), **facts)
         checkpoint = self.checkpoint(Path(metadata["checkpoint"]))
@@ -123,6 +132,8 @@ class Traversal:
         record = checkpoint_record(path)
         provenance = record["provenance"]
         node = self.add_node("checkpoint", str(path), stage=record["stage"], step=f"{record['step']:,}")
+        if names := [folder.name for home in self.homes for folder in evaluation.of_checkpoint(home, path)]:
+            node.facts["evaluations"] = ", ".join(dict.fromkeys(names))
         if (path / REPORT).exists():
             node.parents = [self.conversion(path, provenance)]
         elif path.name.startswith("step-") and path.name[5:].isdecimal() and (path.parents[1] / runs.RECORD).exists():
@@ -168,6 +179,10 @@ class Traversal:
         if name in self.nodes:
             return self.nodes[name]
         self.homes.append(run.folder.parents[1])
+        if run.kind in EVALUATING:
+            node = self.add_node(run.kind, name, shards=len(run.elements) or None, jobs=", ".join(run.job_ids))
+            node.parents = [self.evaluation(Path(run.request["folder"]))]
+            return node
         metadata = (
             read_description(run.folder) if (run.folder / DESCRIPTION).exists() else {"tags": {}, "parameters": {}}
         )
@@ -177,7 +192,9 @@ class Traversal:
             facts = {key: logged.get(key) for key in ("stage", "steps", "global_batch_size", "lr", "fp8")}
         else:
             facts = {"shards": len(run.elements) or None, "guidance": parameters.get("guidance")}
-        kind = {"train": "training", "convert": "conversion", "sample": "samples"}.get(run.kind, run.kind)
+        kind = {"train": "training", "convert": "conversion", "sample": "samples", "serve": "server"}.get(
+            run.kind, run.kind
+        )
         jobs = ", ".join(run.job_ids)
         node = self.add_node(
             kind, name, **facts, jobs=jobs, commit=tags.get("pixart.commit"), user=tags.get("pixart.user")
@@ -185,8 +202,29 @@ class Traversal:
         node.pages = {"summary": run.folder / "summary.html", "samples": run.folder / "samples.png"}
         if start := tags.get("pixart.parent_checkpoint"):
             node.parents.append(self.checkpoint(Path(start)))
-        if run.kind != "sample" and run.kind != "convert":
+        if run.kind not in ("sample", "serve", "convert"):
             node.parents.append(self.dataset(run.dataset))
+        return node
+
+    def evaluation(self, folder: Path) -> Node:
+        """Return the node of an evaluation, a child of its checkpoints and of the dataset that it compares with."""
+        if str(folder) in self.nodes:
+            return self.nodes[str(folder)]
+        request = evaluation.read(folder)
+        node = self.add_node(
+            "evaluation",
+            str(folder),
+            images=f"{request.num_images:,} of {request.num_prompts:,} prompts",
+            features=request.settings["features"] if request.reference["kind"] != "none" else None,
+            reference=request.reference["path"],
+            judged_by=request.judge,
+        )
+        node.pages = {"results": folder / evaluation.PAGE}
+        node.parents = [
+            self.checkpoint(Path(one)) for one in dict.fromkeys(item.checkpoint for item in request.variants)
+        ]
+        if request.reference["kind"] == "dataset":
+            node.parents.append(self.dataset(request.reference["path"]))
         return node
 
     def dataset(self, path: str, trained_on: str | None = None) -> Node:

@@ -8,7 +8,7 @@ from pathlib import Path
 from conversion.report.text import PAGE as REPORT_PAGE
 from jobs.reports import lineage, lineage_page, training
 from jobs.reports.training import Incident
-from jobs.state import audit_files
+from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
 from jobs.state.run import Run
 from jobs.state.run_metadata import read_description
@@ -39,6 +39,9 @@ def main_page(run: Run) -> Path:
     pages = {
         "train": run.folder / SUMMARY,
         "convert": Path(run.request.get("output", run.folder)) / REPORT_PAGE,
+        "evaluate": Path(run.dataset) / evaluation.PAGE,
+        "judge": Path(run.dataset) / evaluation.PAGE,
+        "summarize": Path(run.request.get("folder", run.folder)) / evaluation.PAGE,
         "audit": Path(run.dataset) / audit_files.FOLDER / audit_files.PAGE,
     }
     path = pages.get(run.kind, run.folder / LINEAGE)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from pixart.html.charts import Series, chart, linear_axis, log_axis
-from pixart.html.page import document, table, text
+from pixart.html.page import COLORS, document, table, text
 
 MAX_POINTS = 400  # per curve; in longer curves, each point is the mean of several values
 SMOOTHING_DIVISOR = 20  # a curve's number of points divided by this is the smoothing window, at least five
@@ -52,7 +52,6 @@ NODE_CHARTS = {
     "gpu_memory_usage_megabytes": ("MB", "GPU memory usage, mean over the GPUs of a node.", SECONDS),
     "gpu_power_usage_watts": ("W", "GPU power, mean over the GPUs of a node.", SECONDS),
 }
-COLORS = 8  # colors that the style of the pages defines
 SLOTS = ("input", "weight", "grad_output")
 FP8_CHARTS = (
     (

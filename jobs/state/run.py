@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ RECORD = "run.json"
 URL_LETTERS = "?%#"  # special characters in the URL of MLflow's embedded store
 ACTIVE = ("pending", "running", "unknown")  # states of an element that may still change
 UNFINISHED = ("failed", "cancelled")  # states of an element that `retry` submits again
+MAX_LISTED = 5  # runs that an error message lists
 VISIBLE_SECONDS = 60  # after which a shared file system shows what a job on another node has written
 TAIL_BYTES = 16_384  # end of a log that is searched for its last line
 
@@ -37,6 +38,7 @@ class Run:
     nodes: int = 0  # 0 for an array
     ranks_per_node: int = 1
     elements: tuple[int, ...] = ()
+    per_task: int = 1  # elements that one task of an array processes on Slurm
     request: dict[str, Any] = field(default_factory=dict)  # arguments of the job's function
     jobs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # job id, elements of the job
     after: tuple[str, ...] = ()  # ids of the jobs whose success it waited for
@@ -124,9 +126,26 @@ def find(home: Path, name: str | None) -> Run:
         return load(known[-1])
     matches = [folder for folder in known if name in folder.name]
     exact = [folder for folder in matches if folder.name == name]
+    if not matches:
+        raise ValueError(f"run {name!r}: no runs in {home} match; give a part of exactly one name")
     if len(exact or matches) != 1:
-        raise ValueError(f"run {name!r}: {len(matches) or 'no'} runs in {home} match; give a part of exactly one name")
+        newest = [folder.name for folder in matches[: -MAX_LISTED - 1 : -1]]
+        others = f" and {len(matches) - len(newest)} older ones" if len(matches) > len(newest) else ""
+        raise ValueError(
+            f"run {name!r}: {len(matches)} runs in {home} match, {', '.join(newest)}{others}; give a part of exactly "
+            "one name"
+        )
     return load((exact or matches)[0])
+
+
+def run_folder(home: Path, name: str) -> str:
+    """Return the folder of the run that a part of its name stands for; `name` itself if it is a path or no run matches.
+
+    Raises ValueError if several runs match.
+    """
+    if Path(name).exists() or not any(name in folder.name for folder in folders(home)):
+        return name
+    return str(find(home, name).folder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,9 +166,31 @@ def elements(run: Run) -> dict[int, Element]:
 
     Raises SlurmUnavailableError if Slurm does not answer.
     """
-    job_of, finished = run.job_of(), done(run)
-    states = commands.states(run.executor, [job for element, job in job_of.items() if element not in finished])
-    finished = done(run)  # an element that finished before Slurm answered has not failed
+    return elements_of([run])[0]
+
+
+def elements_of(runs: Sequence[Run]) -> list[dict[int, Element]]:
+    """Return the state of each element of several runs, by one query of Slurm for all of them.
+
+    Raises SlurmUnavailableError if Slurm does not answer.
+    """
+    states: dict[str, commands.JobState] = {}
+    for executor in {run.executor for run in runs}:
+        unfinished = [job for run in runs if run.executor == executor for job in unfinished_jobs(run)]
+        states |= commands.states(executor, unfinished)
+    return [elements_by_state(run, states) for run in runs]
+
+
+def unfinished_jobs(run: Run) -> list[str]:
+    """Return the newest jobs of the elements that are not done."""
+    finished = done(run)
+    return [job for element, job in run.job_of().items() if element not in finished]
+
+
+def elements_by_state(run: Run, states: Mapping[str, commands.JobState]) -> dict[int, Element]:
+    """Return the state of each element, given the states of the jobs that Slurm knows."""
+    job_of = run.job_of()
+    finished = done(run)  # after the query: an element that finished before Slurm answered has not failed
     never = Element(state="failed", job="", note="was not submitted")  # Slurm refused a later part of the array
     return {
         element: never

@@ -1,7 +1,10 @@
 """Open the dataset that a command works on, or create it, and compare it with the command's configuration."""
 
 import functools
+import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,7 +23,11 @@ from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.recipe import to_json
 from slurm import commands
 from slurm import profile as profiles
-from slurm.executor import Cluster, Shape
+from slurm.executor import Cluster
+from slurm.sbatch import Shape
+
+WATCH_SECONDS = 1.0  # between looks at the launcher
+GRACE_SECONDS = 10.0  # for an init job to remove its files when the launcher has ended
 
 
 def open_dataset(launch: Launch, create: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -64,12 +71,35 @@ def check_new_folder(dataset: str) -> None:
         )
 
 
+def while_alive(launcher: int, create: Callable[[], None]) -> None:
+    """Run `create`, and end this process when the launcher has ended: nobody would use the listing of a long source."""
+
+    def watch() -> None:
+        while not has_ended(launcher):
+            time.sleep(WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)  # removes temporary files
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    create()
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process of this machine has ended, though its parent may not have noticed."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return status.rpartition(")")[2].split()[0] in "ZX"
+
+
 def create_dataset(launch: Launch, create: Callable[[], None]) -> None:
     """Run the init job on this machine: it lists the source and writes one small file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cluster = Cluster(profiles.load("local"), folder)
-        job = cluster.submit_ranks(Shape(kind="init"), create)
+        job = cluster.submit_ranks(Shape(kind="init"), functools.partial(while_alive, os.getpid(), create))
         run = Run(folder=folder, kind="init", executor="local", dataset=launch.dataset, total=1, nodes=1).added([job])
         try:
             while runs.is_active(elements := runs.elements(run)):

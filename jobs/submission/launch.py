@@ -28,6 +28,7 @@ class Launch:
     profile: Profile
     overrides: tuple[str, ...] = ()  # assignments of configuration keys that the user gave
     submission: Path | None = None  # folder of the submission that the runs belong to
+    per_task: int | None = None  # shards per task of an array; None: by the size of the shards
     wait: bool = True
     dry_run: bool = False
     folders: list[Path] = field(default_factory=list)  # folders of all runs that were submitted

@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.state import ledger, run
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
+from jobs.state.prompts import read_prompts
 from pixart.config.dataset import data_from_dict
 from pixart.config.keys.overrides import parse
 from pixart.config.latent_space import check_latent_space, recorded_pixel_range
@@ -66,6 +67,8 @@ def check_configuration(recipe: Recipe, stage: int, ranks: int, record: Record |
     """Check the configuration of one stage, apart from the dataset; `gpus` is whether the nodes have GPUs."""
     config = recipe.train(stage)
     check_sizes(recipe, stage, ranks)
+    if recipe.sample.prompts and stage == 2:
+        read_prompts(recipe.sample.prompts, "sample.prompts")
     if config.fp8 and not (record and record["plan"]):
         raise ValueError(
             f"stage {stage} trains in FP8 and needs a checkpoint that `python -m conversion.to_fp8` wrote; "

@@ -3,6 +3,7 @@
 import functools
 import getpass
 import json
+import math
 import os
 import secrets
 import shlex
@@ -13,22 +14,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.state import ledger
+from jobs.state import ledger, nodes
 from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
 from jobs.state.run_metadata import add_tags, describe, set_status
+from jobs.submission import estimates
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
 from jobs.submission.wait import wait_for_run
-from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, train, verify
+from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sample, serve, train, verify
+from jobs.tasks.evaluation import evaluate, judge, summarize
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
-from slurm.commands import SlurmError
-from slurm.executor import Cluster, Shape, Submitted
+from slurm.commands import SlurmError, SlurmUnavailableError
+from slurm.executor import Cluster, Submitted
+from slurm.sbatch import Shape, predicted_start
 from slurm.task import RESULT
 
-ARRAY_JOBS = {"adopt": adopt.run, "caption": caption.run, "latents": latents.run}
+# Images that occupy a task for longer than its start takes: a task imports torch and loads its models in about 10 s.
+IMAGES_PER_TASK = 1024
+ARRAY_JOBS: dict[str, Callable[[str, list[int]], None]] = {
+    "adopt": adopt.run,
+    "caption": caption.run,
+    "latents": latents.run,
+    "evaluate": evaluate.run,
+    "judge": judge.run,
+}
 RANK_JOBS: dict[str, Callable[..., Any]] = {
     "audit": audit.run,
     "recaption": recaption.run,
@@ -36,7 +48,10 @@ RANK_JOBS: dict[str, Callable[..., Any]] = {
     "train": train.run,
     "convert": convert.run,
     "sample": sample.run,
+    "summarize": summarize.run,
+    "serve": serve.run,
 }
+COOPERATIVE = ("train", "serve")  # kinds of jobs that end by themselves after a signal
 
 
 def new_folder(home: Path, kind: str, parent: str = "runs") -> Path:
@@ -62,7 +77,8 @@ def start_run(
     planned = planned_cluster(launch, after)
     planned.check(shape)
     if launch.dry_run:
-        raise NothingSubmitted(planned.describe(shape) + "\n" + to_json(launch.recipe))
+        expected = forecast(planned, launch, shape, parameters.get("stage"))
+        raise NothingSubmitted(f"{planned.describe(shape)}\n{to_json(launch.recipe)}\n{expected}")
     continued = folder is not None and (folder / METADATA_FILE).exists()
     if launch.submission is None and not continued:
         launch.submission = new_folder(launch.home, launch.command, "submissions")
@@ -75,6 +91,22 @@ def start_run(
     launch.folders.append(folder)
     sync_run(launch, folder)
     return make_cluster(launch, folder, shape, after)
+
+
+def forecast(cluster: Cluster, launch: Launch, shape: Shape, stage: int | None = None) -> str:
+    """Describe when a submission would start, the GPU hours that it asks for, and what it writes.
+
+    Raises SlurmError if Slurm would refuse it.
+    """
+    hours = estimates.gpu_hours(launch.profile, shape)
+    limit = "without a time limit" if hours is None else f"{hours:.1f} at most"
+    lines = [f"GPU hours: {limit}", f"writes: {estimates.written(launch.recipe, shape, stage)}"]
+    if cluster.is_slurm:
+        try:
+            lines.insert(0, f"start: {predicted_start(cluster.sbatch_text(shape))}")
+        except SlurmUnavailableError as error:
+            lines.insert(0, f"start: unknown ({error})")
+    return "\n".join(f"# {shape.kind} {line}" for line in lines)
 
 
 def planned_cluster(launch: Launch, after: Sequence[str] = ()) -> Cluster:
@@ -122,13 +154,19 @@ def make_cluster(launch: Launch, folder: Path, shape: Shape, after: Sequence[str
 
 def resubmit(launch: Launch, run: Run) -> tuple[Run, list[int]]:
     """Submit the failed elements of a run again, in the same run folder; return the run and these elements."""
-    missing = [number for number, element in runs.elements(run).items() if element.state in runs.UNFINISHED]
+    elements = runs.elements(run)
+    missing = [number for number, element in elements.items() if element.state in runs.UNFINISHED]
     if not missing:
         return run, []
+    avoided = nodes.suspects(run, elements)
+    for node, reason in avoided.items():
+        print(f"avoiding node {node}: {reason}", file=sys.stderr)
+    exclude = nodes.joined(launch.profile.exclude, ",".join(avoided))
+    launch.profile = replace(launch.profile, exclude=exclude)
     after = active_dependencies(launch.home, run)
     planned = Cluster(launch.profile, run.folder, code=next_code(run.folder), after=after)
     if run.elements:
-        shape = planned.array_shape(run.kind, missing)
+        shape = planned.array_shape(run.kind, missing, run.per_task)
     else:
         shape = planned.ranks_shape(run.kind, run.nodes, run.ranks_per_node)
     planned.check(shape)
@@ -171,7 +209,7 @@ def write_settings(launch: Launch, folder: Path) -> None:
 def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | None, after: Sequence[str] = ()) -> Run:
     """Submit one task for each of `shards`, at most `limit` at once."""
     launch.profile = replace(launch.profile, array_parallelism=limit or launch.profile.array_parallelism)
-    shape = Cluster(launch.profile, launch.home).array_shape(kind, shards)
+    shape = array_shape(launch, kind, shards)
     parameters = {"dataset": launch.dataset, "shards": len(shards), "source": launch.recipe.data.source}
     cluster = start_run(launch, shape, parameters, after=after)
     manifest = ledger.manifest(launch.dataset)
@@ -179,6 +217,57 @@ def run_array(launch: Launch, kind: str, shards: Sequence[int], limit: int | Non
     ledger.drop_stale_entries(launch.dataset, kind, list(shards), manifest["hash"])
     run = new_run(launch, cluster, shape, total=len(shards))
     return submit_array(launch, cluster, shape, run)
+
+
+def run_elements(
+    launch: Launch,
+    kind: str,
+    folder: Path,
+    elements: Sequence[int],
+    *,
+    request: dict[str, Any],
+    prepare: Callable[[], None],
+    after: Sequence[str] = (),
+) -> Run:
+    """Submit one task for each of `elements` of the evaluation in `folder`, whose ledger says which are done.
+
+    `prepare` writes what the tasks read; a dry run does not call it.
+    """
+    shape = Cluster(launch.profile, launch.home).array_shape(kind, elements)
+    parameters = {"evaluation": folder.name, "shards": len(elements)}
+    tags = {"pixart.evaluation": str(folder)}
+    cluster = start_run(launch, shape, parameters, tags, after=after)
+    prepare()
+    run = replace(new_run(launch, cluster, shape, total=len(elements), request=request), dataset=str(folder))
+    return submit_array(launch, cluster, shape, run)
+
+
+def array_shape(launch: Launch, kind: str, shards: Sequence[int]) -> Shape:
+    """Return the shape of an array over `shards`, of which small ones share a task unless the user has set a number.
+
+    Raises ValueError if the user has set it for this machine, whose processes share all shards.
+    """
+    cluster = Cluster(launch.profile, launch.home)
+    if not cluster.is_slurm:
+        if launch.per_task:
+            raise ValueError(
+                f"--per-task {launch.per_task}: the profile {launch.profile.name} has no array tasks, and its "
+                "processes share the shards; leave it out"
+            )
+        return cluster.array_shape(kind, shards)
+    return cluster.array_shape(kind, shards, launch.per_task or shards_per_task(launch, len(shards)))
+
+
+def shards_per_task(launch: Launch, count: int) -> int:
+    """Return how many of `count` shards share a task: those of IMAGES_PER_TASK images, while all nodes are occupied."""
+    manifest = ledger.manifest(launch.dataset)
+    if manifest is None:  # a dry run before the dataset exists
+        data = launch.recipe.data
+        rows = (data.max_images or IMAGES_PER_TASK * data.num_shards) // data.num_shards
+    else:
+        rows = manifest["rows_per_shard"]
+    per_node = math.ceil(count / (launch.profile.array_parallelism or 1))
+    return max(1, min(IMAGES_PER_TASK // max(1, rows), per_node))
 
 
 def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Run:
@@ -190,7 +279,7 @@ def submit_array(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     try:
         for part in cluster.submit_array(shape, function):
             run = add_jobs(run, part)
-            submitted += len(part)
+            submitted += sum(len(item.elements) for item in part)
     except SlurmError as error:
         set_status(run.folder, "RUNNING" if submitted else "FAILED")
         if not submitted:
@@ -226,7 +315,7 @@ def submit_ranks(launch: Launch, cluster: Cluster, shape: Shape, run: Run) -> Ru
     (run.folder / RESULT).unlink(missing_ok=True)
     function = functools.partial(with_node_agent, RANK_JOBS[run.kind], str(run.folder), **run.request)
     try:
-        run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind == "train")])
+        run = add_jobs(run, [cluster.submit_ranks(shape, function, cooperative=run.kind in COOPERATIVE)])
     except SlurmError:
         set_status(run.folder, "FAILED")
         raise
@@ -254,6 +343,7 @@ def new_run(launch: Launch, cluster: Cluster, shape: Shape, total: int, request:
         nodes=0 if shape.elements else shape.nodes,
         ranks_per_node=shape.ranks_per_node,
         elements=shape.elements,
+        per_task=shape.per_task,
         request=request or {},
         jobs=jobs,
         after=tuple(cluster.after),

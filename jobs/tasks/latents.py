@@ -154,7 +154,7 @@ def encoded(manifest, items, table, buckets, vae):
         if digest(item.data) != table["digest"][row]:
             raise ValueError(f"{item.id}: the image changed since it was captioned; restore it, or run 'caption' again")
         height, width = shapes[buckets[row]]
-        # The scale at which the upright image covers the shape; the sides in the file may be the other way round.
+        # The scale at which the upright image covers the shape; the file may have its sides exchanged.
         scale = max(height / table["height"][row], width / table["width"][row])
         image, _ = decode_downscaled(item.data, manifest.data.screening, lambda *_: FINER * scale)
         return row, np.asarray(resize_and_crop(image, height, width))

@@ -225,8 +225,8 @@ def paint(
     on_frame = save_frame if frames else None
     for image in generate(pipeline, pictures, steps=options.steps, guidance=options.guidance, on_frame=on_frame):
         request_settings, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
-        metadata = {**request_settings, **sampling, "size": size, **provenance}
-        save_png(image, folder / "samples" / f"{len(images):04d}.png", {**metadata, "command": command(metadata)})
+        metadata = with_command({**request_settings, **sampling, "size": size, **provenance})
+        save_png(image, folder / "samples" / f"{len(images):04d}.png", metadata)
         if frames:
             save_frame(len(images), options.steps - 1, image)
             save_gif(steps_of.pop(len(images)), folder / "samples" / f"{len(images):04d}.gif")
@@ -243,6 +243,11 @@ def paint(
     )
     journal.artifact(sheet)
     return {"sheet": str(sheet), "checkpoint": provenance["checkpoint"], "pictures": settings}
+
+
+def with_command(settings: dict[str, str]) -> dict[str, str]:
+    """Return the settings of an image with the command that samples it again."""
+    return {**settings, "command": command(settings)}
 
 
 def command(settings: dict[str, str]) -> str:

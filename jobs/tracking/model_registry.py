@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from jobs.reports import lineage, lineage_page
+from jobs.state import evaluation
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import acceptance, checkpoint_record, find_checkpoint
 from jobs.tracking.mlflow_store import Tracker, run_id
@@ -53,9 +54,24 @@ def release(home: Path, name: str, model: str) -> str:
         }
         with tracker.converted_errors():
             version = register(tracker, model, run, weights, page, tags)
+            evaluations = attach_evaluations(tracker, home, run, checkpoint)
+    attached = f"\nevaluations: {', '.join(evaluations)}" if evaluations else ""
     return (
-        f"released: {model} version {version}, the EMA weights of {checkpoint}\nlineage: {page}\nMLflow: {tracker.uri}"
+        f"released: {model} version {version}, the EMA weights of {checkpoint}\nlineage: {page}{attached}\n"
+        f"MLflow: {tracker.uri}"
     )
+
+
+def attach_evaluations(tracker: Tracker, home: Path, run: Path, checkpoint: Path) -> list[str]:
+    """Log the results of a checkpoint's evaluations beside its weights, and return their names."""
+    identifier = run_id(run)
+    assert identifier  # sync_folder has created the MLflow run
+    folders = evaluation.of_checkpoint(home, checkpoint)
+    for folder in folders:
+        for name in (evaluation.RESULTS, evaluation.PAGE):
+            target = f"release/{checkpoint.name}/evaluations/{folder.name}"
+            tracker.client.log_artifact(identifier, str(folder / name), target)
+    return [folder.name for folder in folders]
 
 
 def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path, tags: dict[str, str]) -> str:
@@ -80,6 +96,28 @@ def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path,
     version = client.create_model_version(model, source, identifier, tags=tags)
     client.set_registered_model_alias(model, ALIAS, version.version)
     return version.version
+
+
+def released_checkpoint(home: Path, model: str, version: str | None, alias: str | None) -> str:
+    """Return the checkpoint that a version of a released model was made of; a version is given by number or alias.
+
+    Raises ValueError if MLflow has no such version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    tracker = Tracker(home)
+    name = f"models:/{model}@{alias}" if alias else f"models:/{model}/{version}"
+    with tracker.converted_errors():
+        try:
+            client = tracker.client
+            release = (
+                client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, version)
+            )
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise ValueError(f"{name}: no such release in {tracker.uri}; run 'release' first") from None
+    return release.tags["checkpoint"]
 
 
 def file_hash(path: Path) -> str:

@@ -5,12 +5,12 @@ Imports nothing heavy, so that the launcher can use it.
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pixart.config.dataset import AuditConfig, DataConfig, data_from_dict
 from pixart.config.model import ModelConfig
 from pixart.config.renamed_keys import rename_recipe
-from pixart.config.sampling import SampleConfig
+from pixart.config.sampling import EvaluationConfig, SampleConfig
 from pixart.config.training import TrainConfig
 
 
@@ -25,6 +25,7 @@ class Recipe:
     stage1: TrainConfig
     stage2: TrainConfig
     sample: SampleConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def train(self, stage: int) -> TrainConfig:
         """Return the training configuration of stage 1 or 2."""
@@ -51,4 +52,5 @@ def from_json(text: str) -> Recipe:
         stage1=TrainConfig(**values["stage1"]),
         stage2=TrainConfig(**values["stage2"]),
         sample=SampleConfig(**values["sample"]),
+        evaluation=EvaluationConfig(**values.get("evaluation", {})),  # runs of version 0.1 have none
     )

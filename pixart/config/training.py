@@ -132,6 +132,10 @@ class TrainConfig:
     num_previews: int = 8
     """Number of images of a preview."""
 
+    evaluate_every: int = 0
+    """Number of steps between two evaluations of a checkpoint, which run beside training by the section evaluation; a
+    multiple of save_every, and evaluated checkpoints are kept for good; 0 never evaluates."""
+
     hang_timeout_minutes: float = 10.0
     """Minutes without a completed step after which every rank prints its stack traces."""
 
@@ -162,6 +166,7 @@ class TrainConfig:
             validate_every=self.validate_every,
             num_validation_samples=self.num_validation_samples,
             preview_every=self.preview_every,
+            evaluate_every=self.evaluate_every,
             profile_step=self.profile_step,
         )
         if self.max_grad_norm is not None:
@@ -178,6 +183,10 @@ class TrainConfig:
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if beta == 1:
                 raise ValueError(f"{name}={beta}: must be less than 1")
+        if self.evaluate_every % self.save_every:
+            raise ValueError(
+                f"evaluate_every={self.evaluate_every}: must be a multiple of save_every={self.save_every}, or 0"
+            )
         if self.validate_every and not self.num_validation_samples:
             raise ValueError(
                 f"validate_every={self.validate_every}: num_validation_samples is 0; it must be at least 1, or "

@@ -14,10 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from pixart.atomic import write_atomically
+from pixart.atomic import copy_atomically, write_atomically
 from pixart.config.aspect_buckets import bucket_shapes
 from pixart.config.dataset import ColumnsConfig, DataConfig, data_from_dict, is_url
 from pixart.config.renamed_keys import original_data
+from pixart.data.listing.blocks import open_reader
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
 from pixart.data.storage import read_file
@@ -28,6 +29,7 @@ FORMATS = (LEGACY_FORMAT, 3, FORMAT)  # that can be read
 ADDED_KEYS = {"pixel_range": 4, "captions": 4, "columns": 4}  # keys of `data`, by the first format that records them
 FILE = "manifest.json"
 CONTENTS_FILE = "source.json"  # counts of what was taken from the source and left out
+LISTING_FILE = "source-listing.bin"  # the files of the source, or its images in their order; see `listing.blocks`
 ROW_COUNTS_FILE = "source-files.json"  # number of rows of each parquet or tar file of the source
 MODELS = ("vae", "text_encoder", "captioner")
 ADOPTED = "adopted"  # captioner of a dataset whose captions and latents were computed elsewhere
@@ -59,6 +61,7 @@ class Manifest:
     models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
     buckets: tuple[tuple[int, int], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
     adopted: Adoption | None = None  # None for a dataset of images
+    listing: str | None = None  # checksum of LISTING_FILE; None for the demo and for datasets from before it
     format: int = FORMAT
 
     @property
@@ -96,8 +99,9 @@ class Manifest:
         """Return the manifest as JSON values, with the keys of its format."""
         values = dataclasses.asdict(self)
         version = values.pop("format")
-        if self.adopted is None:
-            del values["adopted"]
+        for key in ("adopted", "listing"):
+            if values[key] is None:
+                del values[key]
         values["data"] = {key: value for key, value in values["data"].items() if ADDED_KEYS.get(key, 0) <= version}
         # Values from before a key existed are left out, so that older datasets keep their hash.
         if self.data.columns == ColumnsConfig():
@@ -117,7 +121,10 @@ def open_images(manifest: Manifest) -> Source:
     data = manifest.data
     if manifest.adopted:
         raise ValueError(f"dataset {data.path} was adopted: it has latents and captions, and no images")
-    source = open_configured_source(data, Path(data.path) / ROW_COUNTS_FILE)
+    listing = Path(data.path) / LISTING_FILE if manifest.listing else None
+    if listing and open_reader(listing).checksum != manifest.listing:
+        raise ValueError(f"{listing}: is not the listing that the dataset was created with; restore it")
+    source = open_configured_source(data, Path(data.path) / ROW_COUNTS_FILE, listing)
     if len(source) != manifest.images:
         raise ValueError(
             f"source {data.source!r} has {len(source)} items, but had {manifest.images} when the dataset {data.path} "
@@ -126,7 +133,7 @@ def open_images(manifest: Manifest) -> Source:
     return source
 
 
-def open_configured_source(data: DataConfig, counts_file: Path) -> Source:
+def open_configured_source(data: DataConfig, counts_file: Path, listing_file: Path | None) -> Source:
     """Open the image source that a configuration names."""
     return open_source(
         data.source,
@@ -134,6 +141,7 @@ def open_configured_source(data: DataConfig, counts_file: Path) -> Source:
         seed=data.seed,
         image_size=data.image_size,
         counts_file=counts_file,
+        listing_file=listing_file,
         columns=data.columns,
     )
 
@@ -141,7 +149,7 @@ def open_configured_source(data: DataConfig, counts_file: Path) -> Source:
 def make(data: DataConfig) -> Manifest:
     """Build the manifest of a new dataset from its source, VAE and text encoder.
 
-    Also writes into the dataset's directory the row counts of the source's files, so that tasks need not count them
+    Also writes into the dataset's directory the source's files and their row counts, so that tasks need not list them
     again, and what the source holds and leaves out. Raises ValueError, with nothing written, if the source or a model
     does not exist.
     """
@@ -153,8 +161,8 @@ def make(data: DataConfig) -> Manifest:
     if not is_url(data.source) and Path(data.source).resolve() in Path(data.path).resolve().parents:
         raise ValueError(f"the dataset {data.path} would be inside its own source {data.source}; choose another --home")
     with TemporaryDirectory() as folder:
-        counts_file = Path(folder) / ROW_COUNTS_FILE
-        source = open_configured_source(data, counts_file)
+        listing = Path(folder) / LISTING_FILE
+        source = open_configured_source(data, Path(folder) / ROW_COUNTS_FILE, listing)
         manifest = Manifest(
             data=data,
             images=len(source),
@@ -164,11 +172,12 @@ def make(data: DataConfig) -> Manifest:
             buckets=tuple(latent_buckets(data)),
             text_dim=text_dim(data.text_encoder),
             models={kind: model_fingerprint(data, kind) for kind in MODELS},
+            listing=open_reader(listing).checksum if listing.exists() else None,
         )
         write_atomically(Path(folder) / CONTENTS_FILE, json.dumps(source.contents().record(), indent=2))
         Path(data.path).mkdir(parents=True, exist_ok=True)
         for path in Path(folder).iterdir():
-            write_atomically(Path(data.path) / path.name, path.read_bytes())
+            copy_atomically(path, Path(data.path) / path.name)
     return manifest
 
 
@@ -250,6 +259,7 @@ def read(path: str | Path) -> Manifest:
             models=record["models"],
             buckets=tuple((height, width) for height, width in record.get("buckets", [])),
             adopted=read_adoption(record.get("adopted")),
+            listing=record.get("listing"),
             format=record["format"],
         )
     except (KeyError, TypeError) as error:

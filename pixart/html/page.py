@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+COLORS = 8  # --c0 to --c7 of the style, for series in charts
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5b6470; --rule: #d5dae0; --ground: #fff; --panel: #f5f7f9;
   --good: #17733a; --bad: #b3261e; --warn: #8f4d00; --c0: #0b62b8; --c1: #b04a00; --c2: #17733a; --c3: #9a2a7e;

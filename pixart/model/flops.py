@@ -1,6 +1,6 @@
-"""Floating-point operations of a training step, and the peak throughput of GPUs."""
+"""Floating-point operations of training and sampling, and the peak throughput of GPUs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,29 @@ def training_flops(config: Mapping[str, Any], latent_size: int, text_tokens: int
     `config` is the configuration of a DiT; the latent has `latent_size` x `latent_size` pixels. torch's counter counts
     GEMMs, convolutions and attention; element-wise operations are negligible.
     """
+    forward = model_call(config, latent_size, text_tokens)
+    with FlopCounterMode(display=False) as counter:
+        forward().sum().backward()
+    return counter.get_total_flops()
+
+
+def sampling_flops(
+    config: Mapping[str, Any], latent_size: int, text_tokens: int, *, steps: int, guidance: float
+) -> int:
+    """Return the floating-point operations of denoising one image; guidance other than 1 doubles them."""
+    forward = model_call(config, latent_size, text_tokens)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops() * steps * (1 if guidance == 1 else 2)
+
+
+def gpu_hours(flops: float, peak_tflops: float, utilization: float) -> float:
+    """Return the hours that one GPU takes for `flops` at a share `utilization` of its peak."""
+    return flops / (peak_tflops * 1e12 * utilization) / 3600
+
+
+def model_call(config: Mapping[str, Any], latent_size: int, text_tokens: int) -> Callable[[], torch.Tensor]:
+    """Return a function that calls a DiT for one image, without memory or computation."""
     with torch.device("meta"):
         model = DiT(**config)
         latent, t = torch.empty(1, model.config.in_dim, latent_size, latent_size), torch.empty(1)
@@ -31,9 +54,7 @@ def training_flops(config: Mapping[str, Any], latent_size: int, text_tokens: int
         else:
             text_mask = torch.empty(1, text_tokens, dtype=torch.bool)
             conditioning = {"text": torch.empty(1, text_tokens, model.config.text_dim), "text_mask": text_mask}
-    with FlopCounterMode(display=False) as counter:
-        model(latent, t, **conditioning).sum().backward()
-    return counter.get_total_flops()
+    return lambda: model(latent, t, **conditioning)
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:

@@ -82,7 +82,12 @@ def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, str]) -> None:
     """Save an image as PNG with one text chunk per setting."""
+    image.save(path, pnginfo=text_chunks(settings))
+
+
+def text_chunks(settings: Mapping[str, str]) -> PngInfo:
+    """Return one text chunk of a PNG per setting."""
     text = PngInfo()
     for name, value in settings.items():
         text.add_text(name, value)
-    image.save(path, pnginfo=text)
+    return text

@@ -1,13 +1,13 @@
 """The diffusers pipeline for sampling and export.
 
-    pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)  # requires this package
+    pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     pipeline("a red circle", num_inference_steps=20, guidance_scale=4.5).images[0]
 
-An exported folder contains a `pipeline.py` that imports the class from this module; diffusers executes it only with
-`trust_remote_code=True`.
+An exported folder contains the code that it needs, see `pixart.sampling.export`, which copies this module into it.
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pixart.data.encoders.vae import decode
 from pixart.demo.patch_vae import PatchAutoencoder
 from pixart.model.dit import DiT, null_labels
 from pixart.sampling.denoise import denoise
+from pixart.sampling.export import write_code
 
 MODULE = "pipeline"  # name of the Python module in an exported folder
 NULL_CLASS = "none"  # class label for unconditional samples
@@ -170,13 +171,23 @@ class PixArtPipeline(DiffusionPipeline):
         return index
 
     def save_pretrained(self, save_directory: str | Path, **options) -> None:
-        """Save like diffusers, with a module that lets `DiffusionPipeline.from_pretrained` find this class."""
+        """Save like diffusers, with the code that `DiffusionPipeline.from_pretrained` needs to load the folder."""
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
-        (folder / f"{MODULE}.py").write_text(f"from {__name__} import {type(self).__name__}  # noqa: F401\n")
         index = folder / self.config_name
         content = json.loads(index.read_text())
+        for component, module in write_code(self, folder, suite_code(type(self))).items():
+            content[component] = [module, type(getattr(self, component)).__name__]
         index.write_text(json.dumps({**content, "_class_name": [MODULE, type(self).__name__]}, indent=2) + "\n")
+
+
+def suite_code(kind: type) -> Callable[[], dict[str, str]] | None:
+    """Return a function that returns the code of an export; None for a class that comes from an exported folder."""
+    if not kind.__module__.startswith("pixart."):
+        return None
+    from pixart.sampling.export import component_code, pipeline_code
+
+    return lambda: {**component_code(), f"{MODULE}.py": pipeline_code(sys.modules[kind.__module__])}
 
 
 def as_list(value):

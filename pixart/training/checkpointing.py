@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -62,9 +62,19 @@ class ReusedMemoryStager(AsyncStager):
 class CheckpointManager:
     """Saves checkpoints of a run asynchronously: training waits only while the state is copied to CPU memory."""
 
-    def __init__(self, run: Path, ranks: Ranks, *, keep_last: int, keep_every: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        ranks: Ranks,
+        *,
+        keep_last: int,
+        keep_every: int,
+        evaluate_every: int = 0,
+        on_evaluation: Callable[[Path], None] | None = None,
+    ) -> None:
         self.folder, self.ranks = run / "checkpoints", ranks
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.evaluate_every = keep_last, keep_every, evaluate_every
+        self.on_evaluation = on_evaluation  # called on rank 0 for each complete checkpoint that is to be evaluated
         self.stager = ReusedMemoryStager(pinned=ranks.device.type == "cuda")
         self.executor = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
@@ -104,12 +114,25 @@ class CheckpointManager:
         remove(directory)
         partial.replace(directory)
         self.prune()
+        if self.on_evaluation and self.is_evaluated(metadata.step):
+            self.on_evaluation(directory)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether the checkpoint of a step is evaluated."""
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0
 
     def prune(self) -> None:
-        """Delete old checkpoints but for the last `keep_last` and those at multiples of `keep_every` steps."""
+        """Delete old checkpoints but for the last `keep_last`, evaluated ones and multiples of `keep_every`."""
         for directory in checkpoints.list_checkpoints(self.folder.parent)[: -self.keep_last]:
-            if not self.keep_every or checkpoints.read_metadata(directory)["step"] % self.keep_every:
+            if not self.is_kept(directory):
                 remove(directory)
+
+    def is_kept(self, directory: Path) -> bool:
+        """Return whether an old checkpoint stays; its step is only read if that depends on it."""
+        if not self.keep_every and not self.evaluate_every:
+            return False
+        step = checkpoints.read_metadata(directory)["step"]
+        return (self.keep_every > 0 and step % self.keep_every == 0) or self.is_evaluated(step)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, and raise its error if there is one."""

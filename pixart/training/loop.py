@@ -1,6 +1,6 @@
 """The training loop of either stage: steps, logging, validation, previews, checkpoints, resume."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pixart.checkpoint import directory as checkpoints
@@ -38,11 +38,15 @@ def train(
     recipe: str | None = None,
     reporter: Reporter | None = None,
     stop: Callable[[], int] = lambda: 0,
+    preview_prompts: Sequence[str] = (),
+    on_evaluation: Callable[[Path], None] | None = None,
 ) -> Path:
     """Train until `config.steps` and return the directory of the last checkpoint; every rank must call it.
 
     The run is resumed from its newest valid checkpoint; without one, training starts from the checkpoint `start`, or
     from new weights. Checkpoints record the name of the recipe, if it is given. `reporter` receives metrics on rank 0.
+    Previews of stage 2 show `preview_prompts` in place of captions of the dataset. `on_evaluation` is called on rank 0,
+    in another thread, with each complete checkpoint that `config.evaluate_every` selects.
     When `stop` returns a nonzero level on any rank, all ranks save after the same step and raise Stopped.
 
     Raises ValueError for errors in the configuration, the dataset or the checkpoint.
@@ -81,10 +85,20 @@ def train(
             excluded_rows=validation_rows,
         )
         metrics = MetricsLogger(trainer, loader.order, reporter)
-        manager = CheckpointManager(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
+        manager = CheckpointManager(
+            run,
+            ranks,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            evaluate_every=config.evaluate_every,
+            on_evaluation=on_evaluation,
+        )
         validator = Validator(trainer, store, validation_rows) if len(validation_rows) else None
         preview_rows = (validation_rows if len(validation_rows) else valid_rows)[: config.num_previews]
-        previews = PreviewSampler(trainer, store, preview_rows, run) if config.preview_every else None
+        previews = None
+        if config.preview_every:
+            prompts = preview_prompts[: config.num_previews] if stage == 2 else ()
+            previews = PreviewSampler(trainer, store, preview_rows, run, prompts)
         profiler = StepProfiler(run, config.profile_step if ranks.is_first else 0)
 
         def is_due(every: int) -> bool:

@@ -1,7 +1,7 @@
 """Preview images of a run: the same conditioning and noise at each time, sampled with the EMA weights."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.encoders.vae import decode, load_vae
-from pixart.data.loading.loader import load_rows
+from pixart.data.loading.loader import Batch, load_rows
 from pixart.data.store.zarr_store import Store
 from pixart.sampling.contact_sheet import contact_sheet
 from pixart.sampling.denoise import sample
@@ -24,12 +25,17 @@ STEPS, GUIDANCE, SEED = 20, 3.0, 0
 class PreviewSampler:
     """Samples previews on all ranks, as the model is sharded; rank 0 decodes them while training continues."""
 
-    def __init__(self, trainer: Trainer, store: Store, rows: np.ndarray, run: Path) -> None:
+    def __init__(
+        self, trainer: Trainer, store: Store, rows: np.ndarray, run: Path, prompts: Sequence[str] = ()
+    ) -> None:
         world_size, rank = trainer.ranks.world_size, trainer.ranks.rank
-        self.trainer, self.folder, self.num_images = trainer, run / "previews", len(rows)
-        per_rank = -(-len(rows) // world_size)  # the same number of images on every rank
-        self.indices = np.arange(rank * per_rank, (rank + 1) * per_rank) % len(rows)
-        self.batch = load_rows(store, rows[self.indices], text_embeddings=trainer.stage == 2)
+        self.trainer, self.folder, self.num_images = trainer, run / "previews", len(prompts or rows)
+        per_rank = -(-self.num_images // world_size)  # the same number of images on every rank
+        self.indices = np.arange(rank * per_rank, (rank + 1) * per_rank) % self.num_images
+        if prompts:
+            self.batch = prompt_batch(store, [prompts[index] for index in self.indices.tolist()])
+        else:
+            self.batch = load_rows(store, rows[self.indices], text_embeddings=trainer.stage == 2)
         # A second OpenMP team, even an idle one, makes more threads than processors, and every parallel region of the
         # training steps then yields to the system instead of spinning: half the speed on a CPU.
         self.executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
@@ -88,3 +94,20 @@ class PreviewSampler:
         """Wait for the image that is being written, and raise its error if there is one."""
         if self.pending:
             self.pending.result()
+
+
+def prompt_batch(store: Store, prompts: Sequence[str]) -> Batch:
+    """Return a batch of prompts, with their text embeddings if those of the dataset are stored; it has no latents."""
+    data, count = store.manifest.data, len(prompts)
+    encoder = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
+    ids, mask = encoder.tokenize(list(prompts))
+    states = encoder.states(ids, mask).to(torch.float16).cpu() if data.store_text_embeddings else None
+    return Batch(
+        rows=np.full(count, -1),
+        latents=torch.zeros(count, 0),
+        label=torch.full((count,), -1, dtype=torch.int32),
+        dropped=torch.zeros(count, dtype=torch.bool),
+        token_ids=torch.from_numpy(ids),
+        token_mask=torch.from_numpy(mask),
+        text_states=states,
+    )

@@ -5,7 +5,8 @@ import socket
 
 from slurm.devcluster.cluster import DevCluster
 
-PARTITION, URGENT = "main", "urgent"  # jobs of URGENT preempt those of PARTITION
+# Jobs of URGENT preempt the others: those of PARTITION are requeued, those of SPOT, which is hidden, are cancelled.
+PARTITION, URGENT, SPOT = "main", "urgent", "spot"
 NULL_DEVICE = (1, 3)  # major and minor number of /dev/null, the device of each simulated GPU
 
 SLURM_CONF = """\
@@ -44,6 +45,7 @@ UnkillableStepTimeout=30
 {nodes}
 PartitionName={partition} Nodes=ALL Default=YES MaxTime=1-0 PriorityTier=1 State=UP
 PartitionName={urgent} Nodes=ALL MaxTime=1-0 PriorityTier=10 State=UP
+PartitionName={spot} Nodes=ALL MaxTime=1-0 PriorityTier=1 PreemptMode=CANCEL Hidden=YES State=UP
 """
 
 ACCOUNTING = """\
@@ -88,6 +90,7 @@ def write(cluster: DevCluster) -> None:
         "nodes": "\n".join(nodes),
         "partition": PARTITION,
         "urgent": URGENT,
+        "spot": SPOT,
     }
     (folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
     devices = []

@@ -47,7 +47,8 @@ def up(folder: Path, nodes: int = 4, gpus_per_node: int = 8, accounting: bool = 
         for name in cluster.names:
             cluster.start_node(name)
         cluster.wait_for(
-            "the nodes", lambda: cluster.command("sinfo", "-h", "-N", "-o", "%t").split().count("idle") == 2 * nodes
+            "the nodes",
+            lambda: cluster.command("sinfo", "-h", "-N", "-p", files.PARTITION, "-o", "%t").split() == ["idle"] * nodes,
         )
     except BaseException:
         down(folder, keep=True)

@@ -294,7 +294,7 @@ def test_resumed_run_keeps_its_configuration(tmp_path, monkeypatch, stage1, caps
     for newest in (9, 3):
         assert launch.main(arguments) == 0
         printed = capsys.readouterr().out
-        recipe = from_json(printed[printed.index("{") :])
+        recipe = from_json(printed[printed.index("{") : printed.rindex("}") + 1])
         assert (recipe.stage1.global_batch_size, recipe.stage1.lr, recipe.stage1.steps) == (8, 0.25, 20)
         assert launch.main([*arguments, "--set", "stage1.steps=2"]) == 2
         assert f"has done {newest} steps" in capsys.readouterr().err

@@ -60,6 +60,7 @@ def test_hostile_images_through_a_task(tmp_path):
     folder.mkdir()
     for index, (_, data) in enumerate(mutated_images()):
         (folder / f"{index:03d}.jpg").write_bytes(data)
+        (folder / f"{index:03d}.txt").write_text("a picture of a room")  # without words, every row would be rejected
     recipe: Recipe = demo(str(tmp_path))
     data = DataConfig(path=str(tmp_path / "data"), source=str(folder), num_shards=4, image_size=64)
     init_dataset.run(

@@ -1,5 +1,6 @@
 """Jobs on a real Slurm: documented commands, the environment of ranks, retry, status, and every kind of fault."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,16 @@ import pytest
 from jobs import launch
 from jobs.state import ledger
 from jobs.state import run as runs
-from jobs.state.run import Run
+from jobs.state.run import Element, Run
+from jobs.submission.wait import poll
 from jobs.tracking.mlflow_store import read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
+from slurm import commands
 from slurm.devcluster import lifecycle
 from slurm.devcluster.cluster import DevCluster
-from slurm.devcluster.files import URGENT
+from slurm.devcluster.files import SPOT, URGENT
 from slurm.task import ATTEMPTS, attempts
 from tests.support.cluster_fixture import accepted, has_pending_signal, slurm, task_processes, wait_until
 from tests.support.recovery_times import RECOVERY
@@ -64,6 +67,7 @@ SMALL = {
     "stage1.log_every": 1,
 }
 IMAGES = {"caption": 8000, "latents": 1600, "train": 64}
+ALONE = ("--per-task", "1")  # each shard in a task of its own
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +109,11 @@ def test_the_commands_as_written(dev_cluster, tmp_path, monkeypatch):
     home = tmp_path / "outputs"
     assert launch.main(["caption", "--array", "0-255"]) == 0
     run = newest(home, "caption")
-    assert len(run.jobs) == 256
+    assert [len(shards) for _, shards in run.jobs] == [64] * 4  # shards of 16 images share a task
+    assert sorted(shard for _, shards in run.jobs for shard in shards) == list(range(256))
     assert set(wait_for_end(run, 900).values()) == {"done"}
     assert ledger.shards(home / "datasets/demo", "caption") == set(range(256))
-    assert {tuple(line["arguments"][0]) for line in attempts(run.folder)} == {(shard,) for shard in range(256)}
+    assert sorted(shard for line in attempts(run.folder) for shard in line["arguments"][0]) == list(range(256))
 
     assert launch.main(["latents", "--cluster", "local"]) == 0
     assert launch.main(["train", "--nodes", "4"]) == 0
@@ -143,9 +148,9 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
 
     With `--wait`, the command returns after the last part.
     """
-    monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
+    monkeypatch.setattr("slurm.limits.max_array_size", lambda: 2)
     submit(
-        *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1", "--wait"),
+        *(tmp_path, "caption", "--cluster", str(profile), "--array", "1,3,4,6,7%1", *ALONE, "--wait"),
         settings={"data.num_shards": 8, "data.max_images": 64},
     )
     run = newest(tmp_path, "caption")
@@ -165,7 +170,7 @@ def test_an_array_beyond_the_largest_is_submitted_in_parts(profile, tmp_path, mo
 
 def test_dry_run_prints_the_later_submission_which_runs_a_code_snapshot(profile, tmp_path, capsys):
     words, settings = (
-        ("caption", "--cluster", str(profile), "--array", "0,2"),
+        ("caption", "--cluster", str(profile), "--array", "0,2", *ALONE),
         {"data.num_shards": 4, "data.max_images": 16_000},
     )
     submit(tmp_path, *words, "--dry-run", settings=settings)
@@ -174,7 +179,13 @@ def test_dry_run_prints_the_later_submission_which_runs_a_code_snapshot(profile,
     submit(tmp_path, *words, settings=settings)
     run = newest(tmp_path, "caption")
     files = {name: (run.folder / name).read_text() for name in ("sbatch.txt", "config.json", "profile.json", "git.txt")}
-    assert printed.replace("runs/RUN", f"runs/{run.folder.name}") == f"{files['sbatch.txt']}\n{files['config.json']}"
+    script, forecast = printed.split("\n# caption start: ", 1)
+    assert (
+        script.replace("runs/RUN", f"runs/{run.folder.name}") + "\n" == f"{files['sbatch.txt']}\n{files['config.json']}"
+    )
+    start, hours, size = forecast.splitlines()
+    assert re.fullmatch(r"would start at \S+ on n\S+", start)
+    assert (hours, size) == ("# caption GPU hours: 1.0 at most", "# caption writes: less than 0.001 TB")
     job = run.job_of()[0]
     wait_until(lambda: bool(task_processes(job)), description="a task")
     (copy,) = {Path(f"/proc/{pid}/cwd").resolve() for pid in task_processes(job)}
@@ -280,8 +291,8 @@ exec {shutil.which(name)} "$@"
 def test_the_third_part_of_an_array_is_refused(profile, tmp_path, capsys, monkeypatch, dev_cluster):
     """What was accepted is recorded and runs; `retry` submits the others."""
     limited = failing_command(tmp_path, "sbatch", "-ge 2", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
-    monkeypatch.setattr("slurm.commands.max_array_size", lambda: 2)
-    words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
+    monkeypatch.setattr("slurm.limits.max_array_size", lambda: 2)
+    words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset"), *ALONE]
     with monkeypatch.context() as patch:
         patch.setenv("PATH", f"{limited}:{os.environ['PATH']}")
         submit(tmp_path, *words, settings={"data.num_shards": 6, "data.max_images": 48}, code=2)
@@ -318,6 +329,50 @@ def test_a_controller_that_does_not_answer_ends_no_wait(profile, tmp_path, monke
     assert int((tmp_path / "count").read_text()) >= 3
 
 
+def test_a_result_that_becomes_visible_after_its_job_has_completed(profile, tmp_path):
+    """A shared file system shows the ledger entry a second later: until then the shard counts as running."""
+    words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
+    submit(tmp_path, *words, settings={"data.num_shards": 1, "data.max_images": 8})
+    run = newest(tmp_path, "caption")
+    assert wait_for_end(run) == {0: "done"}
+    wait_until(lambda: commands.states("slurm", [run.job_of()[0]])[run.job_of()[0]].ended, description="COMPLETED")
+    entry = ledger.path(tmp_path / "dataset", "caption", 0)
+    entry.rename(tmp_path / "entry")
+    polled = [elements[0] for elements in poll_until(run, lambda: (tmp_path / "entry").rename(entry))]
+    assert [element.state for element in polled] == ["running", "running", "done"]
+    assert polled[0].note == "completed; its result is not visible yet"
+
+
+def poll_until(run: Run, appear: Callable[[], object]) -> Iterator[dict[int, Element]]:
+    """Yield the states that a waiting launcher sees; `appear` is called after the first two."""
+    for number, elements in enumerate(poll(run, 0.5)):
+        yield elements
+        if number == 1:
+            appear()
+
+
+def test_doctor_queries_slurm_for_every_kind_of_job(dev_cluster, tmp_path, capsys):
+    """The nodes have no real GPU, so that the build of torch is the only thing that may be missing."""
+    launch.main(["doctor", "--home", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line for line in lines if line.startswith("ok ") and "would start at" in line]
+    assert [re.split("[:,] ", line)[1] for line in starts] == [
+        "caption",
+        "latents",
+        "audit",
+        "train",
+        "convert",
+        "sample",
+    ]
+    assert all(line.split()[1] == "CUDA:" for line in lines if line.startswith("missing"))
+    profile = tmp_path / "odd.toml"
+    profile.write_text(PROFILE.replace('partition = "main"', 'partition = "main"\nreservation = "nothing"'))
+    assert launch.main(["doctor", "--home", str(tmp_path), "--cluster", str(profile)]) == 2
+    refused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing  Slurm")]
+    assert len(refused) == 6
+    assert "reservation" in refused[0]
+
+
 # Faults
 
 
@@ -334,8 +389,8 @@ class Bench:
         """Submit the job and return its run."""
         words = [self.kind, "--cluster", str(self.profile), "--dataset", str(self.dataset)]
         settings = {"train": SMALL, "caption": {"data.num_shards": SHARDS, "data.max_images": IMAGES["caption"]}}
-        nodes = ["--nodes", "4"] if self.kind == "train" else []
-        submit(self.home, *words, *nodes, settings=settings.get(self.kind))
+        shape = ["--nodes", "4"] if self.kind == "train" else ALONE
+        submit(self.home, *words, *shape, settings=settings.get(self.kind))
         return newest(self.home, self.kind)
 
     def retry(self, run: Run) -> None:
@@ -505,12 +560,55 @@ def test_a_fault_changes_nothing(dev_cluster, make_bench, undisturbed, record_pr
         assert max(line["restart"] for line in attempts(run.folder)) >= 1
 
 
+@pytest.mark.parametrize("kind", ["caption", "train"])
+def test_a_preempted_job_that_is_cancelled(dev_cluster, make_bench, undisturbed, tmp_path, kind: str) -> None:
+    """Its partition, a hidden one, has PreemptMode=CANCEL: the job fails as preempted, and `retry` completes it."""
+    expected = undisturbed(kind)
+    hidden = tmp_path / "spot.toml"
+    hidden.write_text(PROFILE.replace('partition = "main"', f'partition = "{SPOT}"'))
+    bench = dataclasses.replace(make_bench(kind), profile=hidden)
+    run = bench.begin()
+    preempt(bench, run, wait_for_active_job(run), dev_cluster)
+    states = wait_for_end(run)
+    assert set(states.values()) <= {"failed", "done"}
+    preempted = [item for item in runs.elements(run).values() if item.state == "failed"]
+    assert preempted
+    assert all(item.note.startswith("preempted: ") for item in preempted), preempted
+    bench.retry(run)
+    run = runs.load(run.folder)
+    assert set(wait_for_end(run).values()) == {"done"}, runs.elements(run)
+    assert contents(bench, run) == expected
+
+
+def test_a_bad_node_is_avoided(dev_cluster, make_bench, undisturbed, tmp_path, capsys) -> None:
+    """The preflight names the node that fails its check, and the job trains on the others, bit for bit as ever."""
+    bad = tmp_path / "bad.toml"
+    check = "test $SLURMD_NODENAME != n1 || { echo 'the GPU fell off the bus'; exit 1; }"
+    bad.write_text(
+        PROFILE.replace("signal_seconds", f'node_check = "{check}"\nmax_slowdown_percent = 2000\nsignal_seconds')
+    )
+    bench = dataclasses.replace(make_bench("train"), profile=bad)
+    words = ["train", "--cluster", str(bad), "--dataset", str(bench.dataset), "--gpus-per-node", "2", "--nodes", "2"]
+    submit(bench.home, *words, settings=SMALL)
+    run = newest(bench.home, "train")
+    assert wait_for_end(run) == {0: "done"}, runs.elements(run)
+    starts = attempts(run.folder)
+    assert {line["node"] for line in starts if line["restart"] == 0} == {"n1", "n2"}
+    assert {line["node"] for line in starts if line["restart"] == 1} == {"n2", "n3"}
+    assert contents(bench, run) == undisturbed("train")
+    capsys.readouterr()
+    submit(bench.home, "status", run.folder.name)
+    printed = capsys.readouterr().out
+    assert "avoids node n1: the GPU fell off the bus" in printed
+    assert "attempts by node: n2 2, n1 1, n3 1" in printed
+
+
 # Retry and status
 
 
 def test_retry_submits_only_missing_elements(profile, tmp_path, capsys):
     """Five of 64 elements are killed, two of them while running; status names the five, and retry submits them."""
-    words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset")]
+    words = ["caption", "--cluster", str(profile), "--dataset", str(tmp_path / "dataset"), *ALONE]
     submit(tmp_path, *words, "--array", "0-63%4", settings={"data.num_shards": 64, "data.max_images": 16_000})
     run = newest(tmp_path, "caption")
     slurm("scancel", *(run.job_of()[shard] for shard in (40, 55, 63)))
@@ -543,7 +641,7 @@ def test_status_agrees_with_slurm(dev_cluster, profile, tmp_path, tmp_path_facto
         monkeypatch.setenv(name, value)
     try:
         submit(
-            *(tmp_path, "caption", "--cluster", str(profile), "--array", "0-5%2"),
+            *(tmp_path, "caption", "--cluster", str(profile), "--array", "0-5%2", *ALONE),
             settings={"data.num_shards": 6, "data.max_images": 6000},
         )
         run = newest(tmp_path, "caption")

@@ -3,7 +3,6 @@
 import json
 import time
 
-from jobs.commands.options import RunOptions
 from jobs.commands.runs import status
 from jobs.state import ledger
 from tests.jobs.state.test_run import make_run
@@ -17,6 +16,6 @@ def test_ten_thousand_shards_in_two_seconds(tmp_path, capsys):
     for shard in range(0, shards, 2):
         (folder / f"{shard:05d}.json").write_text(json.dumps({}))
     begun = time.perf_counter()
-    status.run(RunOptions(home=str(tmp_path), run=None))
+    status.run(status.Options(home=str(tmp_path), run=None))
     assert time.perf_counter() - begun < 2
     assert "5000" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slurm import commands
-from slurm.commands import JobState, Partition, SlurmUnavailableError, expand, parse, parse_minutes
+from slurm.commands import JobState, SlurmUnavailableError, expand, parse
 
 # Listings as the commands of three versions print them: `id|state|end|reason`.
 SQUEUE_22_05 = """12_3|RUNNING|2026-11-27T09:00:00|None
@@ -72,14 +72,6 @@ def test_elements_of_an_array():
     assert list(expand("7")) == ["7"]
 
 
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [("infinite", None), ("1-00:00:00", 1440), ("2-12:30:00", 3630), ("4:00:00", 240), ("30:00", 30)],
-)
-def test_time_limits(text: str, minutes: int | None):
-    assert parse_minutes(text) == minutes
-
-
 def test_local_jobs_are_processes_of_submitit():
     job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
     try:
@@ -110,20 +102,6 @@ def test_a_local_job_that_has_just_begun_is_running():
             job.wait()
 
 
-@pytest.fixture
-def programs(monkeypatch, tmp_path):
-    """Callable that puts programs, as shell scripts by name, before all others."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-
-    def write(**scripts: str) -> None:
-        for name, script in scripts.items():
-            path = tmp_path / name
-            path.write_text(f"#!/bin/sh\n{script}\n")
-            path.chmod(0o755)
-
-    return write
-
-
 def test_a_controller_that_does_not_answer_ends_no_job(programs):
     programs(squeue="echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1")
     with pytest.raises(SlurmUnavailableError, match="Socket timed out"):
@@ -149,17 +127,3 @@ def test_array_expressions_are_not_cut_off(programs, tmp_path):
     programs(sacct="true")
     commands.states("slurm", ["1"])
     assert Path(tmp_path, "length").read_text() == "0\n"
-
-
-def test_the_most_generous_limits_of_several_partitions(programs):
-    listing = """main*|2:00:00|n1|gpu:b200:8(S:0)
-main*|2:00:00|n2|gpu:b200:8
-urgent|1-00:00:00|n1|(null)
-secret|infinite|n3|gpu:4
-"""
-    programs(sinfo=f"[ \"$2\" = --all ] && cat <<'END'\n{listing}END")
-    assert commands.partition(None) == Partition(minutes=120, nodes=2, gpus_per_node=8)
-    assert commands.partition("main,urgent") == Partition(minutes=1440, nodes=2, gpus_per_node=8)
-    assert commands.partition("secret") == Partition(minutes=None, nodes=1, gpus_per_node=4)
-    with pytest.raises(ValueError, match="partition 'nowhere': no such partition"):
-        commands.partition("main,nowhere")

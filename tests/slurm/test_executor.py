@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ import submitit
 
 from slurm import commands
 from slurm import profile as profiles
-from slurm.executor import Cluster, environment, outside_of_a_job
+from slurm.executor import Cluster, environment
+from slurm.sbatch import outside_of_a_job
 from slurm.task import RESULT, TaskInterrupted, attempts, stop_level
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -145,6 +147,21 @@ def test_sbatch_scripts_equal_the_golden_files(monkeypatch, name: str):
         if os.environ.get("REWRITE_GOLDEN"):
             golden.write_text(text + "\n")
         assert text + "\n" == golden.read_text()
+
+
+@pytest.mark.parametrize("kind", ["init", "adopt", "audit", "verify"])
+def test_jobs_that_compute_nothing_on_a_gpu_request_none(kind: str):
+    assert "gpu" not in (GOLDEN / f"hpg-b200-{kind}.sbatch").read_text().replace("hpg-b200", "")
+
+
+@pytest.mark.parametrize(("per_task", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (9, [5])])
+def test_elements_share_the_tasks_of_an_array(tmp_path: Path, per_task: int, sizes: list[int]):
+    cluster = Cluster(profiles.load("dev"), tmp_path)
+    shape = cluster.array_shape("caption", [1, 3, 4, 6, 7], per_task)
+    assert [len(shards) for shards in shape.tasks] == sizes
+    assert [shard for shards in shape.tasks for shard in shards] == [1, 3, 4, 6, 7]
+    directive = re.search("--array=(.*)", cluster.sbatch_text(shape))
+    assert (directive and directive[1]) == (f"0-{len(sizes) - 1}%{min(4, len(sizes))}" if len(sizes) > 1 else None)
 
 
 def test_hostile_values_are_not_executed(tmp_path: Path):

@@ -26,8 +26,8 @@ GROUPS = {
     "slurm": r"test_slurm\.py::(?!test_a_fault_changes_nothing)",
     "slurm-latents": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-latents\]",
     "slurm-caption": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-caption\]",
-    "vllm": r"end_to_end/test_recaption\.py|captions/test_captioner\.py|model/test_gpu_kernels\.py",
-    "demo": r"end_to_end/test_pages\.py|test_commands\.py::test_demo_",
+    "vllm": r"end_to_end/test_recaption\.py|captions/test_captioner\.py|model/test_gpu_kernels\.py|test_distances\.py",
+    "demo": r"tasks/test_evaluate\.py|end_to_end/test_pages\.py|test_commands\.py::test_demo_",
     ALONE: r"^tests/performance/",
 }
 

@@ -1,6 +1,8 @@
 """Write a Qwen3-VL to FOLDER that vLLM loads like a released one: tiny, and with random weights.
 
-python tiny_qwen.py FOLDER
+python tiny_qwen.py FOLDER [WORDS]
+
+WORDS are further words of its vocabulary, such as the answers of a judge.
 """
 
 import sys
@@ -47,7 +49,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
         min_frequency=1,
     )
-    tokenizer.train_from_iterator([WORDS], trainer)
+    tokenizer.train_from_iterator([" ".join([WORDS, *sys.argv[2:]])], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
     )

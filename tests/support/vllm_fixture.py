@@ -38,3 +38,13 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory, vllm_environment: Path) 
     done = subprocess.run(command, env=os.environ | VARIABLES, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def answering_qwen(tmp_path_factory: pytest.TempPathFactory, vllm_environment: Path) -> Path:
+    """Folder of a tiny Qwen3-VL with random weights, whose vocabulary has yes and no."""
+    folder = tmp_path_factory.mktemp("model") / "qwen"
+    command = [PYTHON, ROOT / "tests/support/tiny_qwen.py", folder, "yes no Yes No"]
+    done = subprocess.run(command, env=os.environ | VARIABLES, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

@@ -50,6 +50,7 @@ def run(options: Options) -> int:
     home = runs.home(options.home)
     recipe = make_recipe(read_recipe(home, options), options)
     with launching("adopt", options, home, recipe, overrides=options.overrides) as launch:
+        launch.per_task = options.per_task
         print(adopt(launch, options))
     return 0
 

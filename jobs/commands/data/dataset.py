@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.commands.hints import next_command
-from jobs.commands.options import RecipeOptions, SubmissionOptions, option
+from jobs.commands.options import RecipeOptions, SubmissionOptions, option, positive
 from jobs.state import ledger
 from jobs.state.run import Run
 from jobs.submission.datasets import open_dataset
@@ -32,6 +32,12 @@ class ArrayOptions(DatasetOptions):
         "--array",
         metavar="SHARDS",
         help="Shards as 0-255, 3,7,9-12 or 0-999:10, and after % how many run at once (default: all shards).",
+    )
+    per_task: int | None = option(
+        "--per-task",
+        metavar="N",
+        convert=positive,
+        help="Number of shards that one task of the array processes (default: 1, or more for small shards).",
     )
 
 

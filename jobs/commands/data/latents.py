@@ -23,6 +23,7 @@ from jobs.submission.submit import run_array
 def run(options: ArrayOptions) -> int:
     home = runs.home(options.home)
     with launching("latents", options, home, read_recipe(home, options), overrides=options.overrides) as launch:
+        launch.per_task = options.per_task
         print(latents(launch, options))
     return 0
 

@@ -21,7 +21,8 @@ class Options(CommonOptions):
 
 
 def run(options: Options) -> int:
-    print(model_registry.release(runs.home(options.home), options.checkpoint, options.name))
+    home = runs.home(options.home)
+    print(model_registry.release(home, runs.run_folder(home, options.checkpoint), options.name))
     return 0
 
 

@@ -4,32 +4,24 @@ Stage 1 samples classes (--class), stage 2 prompts (--prompt, --file). The keys 
 the seed and how many captions of the dataset are sampled.
 """
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jobs.commands.data.recaption import print_problems, rewrite_by_server, submit_recaption
 from jobs.commands.hints import describe_submission, next_command
-from jobs.commands.launching import launching, read_recipe, resolve_paths
-from jobs.commands.options import DATASET_KEY, Command, RecipeOptions, SubmissionOptions, argument, option, positive
+from jobs.commands.launching import launching, read_recipe
+from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option, positive
+from jobs.commands.results.components import base_latent_size, open_components
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
-from jobs.commands.results.sampling_checks import check_model, class_index
-from jobs.state import ledger
+from jobs.commands.results.sampling_checks import class_index
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import INFERENCE, find_weights
 from jobs.state.prompts import read_prompts
-from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
-from jobs.submission.preflight import check_latents
 from jobs.submission.wait import dependencies
 from jobs.tasks.sample import guidance_warning
-from pixart.config.dataset import DataConfig
-from pixart.config.keys.overrides import apply
-from pixart.config.recipe import Recipe
-
-BASE_LATENT_SIZE = "model.base_latent_size="  # read for files that do not record it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +98,7 @@ class Options(RecipeOptions, SubmissionOptions):
 
 def run(options: Options) -> int:
     home = runs.home(options.home)
+    options = replace(options, checkpoint=runs.run_folder(home, options.checkpoint))
     with launching("sample", options, home, read_recipe(home, options), overrides=options.overrides) as launch:
         print(sample(launch, options))
     return 0
@@ -133,31 +126,19 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
     checkpoint, record = find_weights(options.checkpoint)
     is_inference = (checkpoint / INFERENCE).exists()
     check_options(options, checkpoint, record["stage"] if record else None, is_inference)
-    class_names: list[str] = []
-    num_classes = None
-    if options.vae or options.text_encoder:
-        launch.recipe = without_dataset(launch.recipe, options)
-    else:
-        manifest = open_training_dataset(launch, options, checkpoint, record)
-        class_names = manifest["class_names"]
-        if record:
-            model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
-            check_model(model, manifest, launch.dataset)
-            check_latents(str(checkpoint), record, launch.dataset, manifest)
-            num_classes = model.get("num_classes")
+    class_names, num_classes = open_components(launch, options, checkpoint, record)
     if record and (warning := guidance_warning(checkpoint, record, launch.recipe.sample.guidance)):
         print(warning, file=sys.stderr)
     prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
     if options.recaption and not prompts:
         raise ValueError("--recaption rewrites prompts; give --prompt or --file")
-    names_size = any(item.startswith(BASE_LATENT_SIZE) for item in options.overrides)
     return SamplingRequest(
         checkpoint=checkpoint,
         prompts=prompts,
         classes=[class_index(name, class_names, num_classes) for name in options.classes],
         images_per_prompt=options.images_per_prompt,
         weights=options.weights,
-        base_latent_size=launch.recipe.model.base_latent_size if names_size else None,
+        base_latent_size=base_latent_size(launch, options),
         frames=options.frames,
         export=Path(options.export_pipeline).absolute() if options.export_pipeline else None,
     )
@@ -175,23 +156,6 @@ def rewrite_prompts(launch: Launch, options: Options, request: SamplingRequest) 
     if launch.wait:
         print_problems(runs.result(job))
     return replace(request, rewritten=job.folder / "rewritten.jsonl"), dependencies(launch, job)
-
-
-def without_dataset(recipe: Recipe, options: Options) -> Recipe:
-    """Return the recipe with the VAE and the text encoder of the options, and an empty path of the dataset.
-
-    The other keys of `data` have their defaults, and not the recipe's, unless an override sets them. Raises ValueError
-    if the options name a dataset too, or do not name the VAE.
-    """
-    if options.names_dataset:
-        raise ValueError("--vae and --text-encoder replace the dataset; give either these or --dataset")
-    if not options.vae:
-        raise ValueError("--text-encoder: without a dataset, the VAE is needed too; give --vae")
-    overrides = [item for item in options.overrides if item.startswith("data.")]
-    data = DataConfig(path="", vae=options.vae)
-    if options.text_encoder:
-        data = replace(data, text_encoder=options.text_encoder)
-    return resolve_paths(apply(replace(recipe, data=data), overrides))
 
 
 def check_options(options: Options, checkpoint: Path, stage: int | None, is_inference: bool) -> None:
@@ -224,28 +188,6 @@ def check_export(folder: str, checkpoint: Path, is_inference: bool) -> None:
         raise ValueError(f"--export-pipeline {folder}: exists; name a new folder")
     if any(parent.is_file() for parent in Path(folder).absolute().parents):
         raise ValueError(f"--export-pipeline {folder}: lies below a file; name a new folder")
-
-
-def open_training_dataset(
-    launch: Launch, options: Options, checkpoint: Path, record: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Return the manifest of the dataset that the options name, else of the one that the checkpoint was trained on.
-
-    Sampling needs it for the VAE and the text encoder. Raises ValueError if the dataset is unknown or does not exist.
-    """
-    if not options.names_dataset:
-        if not record or not record["dataset"]:
-            raise ValueError(
-                f"{checkpoint}: names no dataset, whose VAE and text encoder are needed; give --dataset, or --vae and, "
-                "for stage 2, --text-encoder"
-            )
-        launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
-    if ledger.manifest(launch.dataset) is None:
-        raise ValueError(
-            f"dataset {launch.dataset} does not exist; give its present path by --dataset, or --vae and, for stage 2, "
-            "--text-encoder"
-        )
-    return open_dataset(launch)
 
 
 COMMAND = Command(Options, run)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.commands.options import Command, CommonOptions, option, positive
 from jobs.state import run as runs
-from jobs.state.run import Run
+from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
 from jobs.state.run_metadata import read_description
 from slurm.commands import SlurmUnavailableError
@@ -42,19 +42,26 @@ def run(options: Options) -> int:
     if not folders:
         of_kind = f" of the kind {options.kind!r}" if options.kind else ""
         raise ValueError(f"--home {home}: has no runs{of_kind}; run a job such as 'caption' first")
-    print_table([describe(runs.load(folder), home) for folder in folders[: options.number]])
+    shown = [runs.load(folder) for folder in folders[: options.number]]
+    states = query_states([run for run in shown if may_be_active(run)])
+    print_table([describe(run, home, states.get(run.folder)) for run in shown])
     if len(folders) > options.number:
         print(f"and {len(folders) - options.number} older runs; list them with --number {len(folders)}")
     return 0
 
 
-def describe(run: Run, home: Path) -> tuple[str, ...]:
-    """Return the cells of a run's row, in the order of HEADER."""
+def may_be_active(run: Run) -> bool:
+    """Return whether the recorded status of a run says that its jobs may be active."""
+    return (run.folder / METADATA_FILE).exists() and read_description(run.folder)["status"] == "RUNNING"
+
+
+def describe(run: Run, home: Path, queried: tuple[bool, str] | None) -> tuple[str, ...]:
+    """Return the cells of a run's row, in the order of HEADER; `queried` is by `query_states`, if called."""
     if not (run.folder / METADATA_FILE).exists():
         return (run.folder.name, run.kind, "unknown", "", "", shorten(run.dataset, home), "")
     metadata = read_description(run.folder)
     begun, status = metadata["begun"], metadata["status"]
-    active, state = query_state(run) if status == "RUNNING" else (False, status.lower())
+    active, state = queried or (False, status.lower())
     end = time.time() if active else last_change(run)
     return (
         run.folder.name,
@@ -67,12 +74,22 @@ def describe(run: Run, home: Path) -> tuple[str, ...]:
     )
 
 
-def query_state(run: Run) -> tuple[bool, str]:
-    """Return whether a run is active, and its state: of an array, the numbers of elements by state."""
+def query_states(requested: list[Run]) -> dict[Path, tuple[bool, str]]:
+    """Return, by run folder, whether a run is active, and its state: of an array, the numbers of elements by state.
+
+    Slurm is queried once for all runs.
+    """
     try:
-        elements = runs.elements(run)
+        return {
+            run.folder: describe_elements(run, items)
+            for run, items in zip(requested, runs.elements_of(requested), strict=True)
+        }
     except SlurmUnavailableError:
-        return True, "unknown: Slurm does not answer"
+        return dict.fromkeys((run.folder for run in requested), (True, "unknown: Slurm does not answer"))
+
+
+def describe_elements(run: Run, elements: dict[int, Element]) -> tuple[bool, str]:
+    """Return whether a run with these elements is active, and its state."""
     counts = Counter(element.state for element in elements.values())
     text = ", ".join(f"{count} {state}" for state, count in counts.items()) if run.elements else next(iter(counts), "")
     return runs.is_active(elements), text

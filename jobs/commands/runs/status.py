@@ -1,19 +1,26 @@
 """Show the state of a run: done, running, pending and failed elements.
 
-The state comes from the data, and from Slurm if there is no data yet. The exit code is 1 if an element failed.
+The state comes from the data, and from Slurm if there is no data yet. Of a pipeline, every job is listed. The exit code
+is 1 if an element failed.
 """
 
+import json
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 from jobs.commands.hints import next_command
-from jobs.commands.options import Command, RunOptions
+from jobs.commands.options import Command, RunOptions, option
 from jobs.progress import format_rate
-from jobs.state import ledger
+from jobs.state import endpoint as endpoints
+from jobs.state import ledger, nodes
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
+from jobs.state.run_metadata import read_description
+from jobs.submission.wait import LOCAL_POLL_SECONDS
 from jobs.tracking.mlflow_store import needs_sync
 from jobs.tracking.sync import set_final_status, sync_in_background
 from pixart.terminal import printable
@@ -21,6 +28,7 @@ from slurm.commands import SlurmUnavailableError
 from slurm.task import attempts
 
 MAX_FAILURES = 10  # failed elements that are listed
+MAX_NODES = 8  # that are listed with their attempts
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -32,16 +40,53 @@ STYLES = {
 NUM_QUERIES, FIRST_PAUSE_SECONDS = 4, 2.0  # of a controller that does not answer; each pause is twice the one before
 
 
-def run(options: RunOptions) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """The options of `status`."""
+
+    watch: bool = option("--watch", default=False, help="Show the state again until the jobs end (default: once).")
+
+
+def run(options: Options) -> int:
     home = runs.home(options.home)
     shown = runs.find(home, options.run)
-    elements = query(shown)
-    print_status(options, shown, elements)
+    try:
+        while True:
+            elements = query(shown)
+            print_status(options, shown, elements)
+            if not (options.watch and runs.is_active(elements)):
+                break
+            time.sleep(poll_seconds(shown))
+            shown = runs.load(shown.folder)
+    except KeyboardInterrupt:
+        return 130
     if shown.writable and (shown.folder / METADATA_FILE).exists():
         set_final_status(shown, elements)
         if needs_sync(shown.folder):
             sync_in_background(home, [shown.folder])
     return 1 if any(element.state in runs.UNFINISHED for element in elements.values()) else 0
+
+
+def poll_seconds(run: Run) -> float:
+    """Return the pause between two queries, of the profile that a run was submitted with."""
+    if run.executor == "local":
+        return LOCAL_POLL_SECONDS
+    return json.loads((run.folder / "profile.json").read_text())["poll_seconds"]
+
+
+def print_submission(run: Run) -> None:
+    """Print the state of every run of the same submission, such as a pipeline, in the order of the jobs."""
+    if not (run.folder / METADATA_FILE).exists() or not (parent := read_description(run.folder)["parent"]):
+        return
+    folders = [Path(child) for child in read_description(Path(parent))["children"]]
+    others = [runs.load(folder) for folder in folders if (folder / runs.RECORD).exists()]
+    if len(others) < 2:
+        return
+    print(f"all jobs of {Path(parent).name}, in order:")
+    for other, elements in zip(others, runs.elements_of(others), strict=True):
+        counts = Counter(element.state for element in elements.values())
+        state = ", ".join(f"{count} {name}" if other.elements else name for name, count in counts.items())
+        print(f"  {other.kind:<8} {', '.join(other.job_ids):<12} {state:<24} {other.folder.name}")
 
 
 def query(run: Run) -> dict[int, Element]:
@@ -69,6 +114,14 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     restarts = max((line["restart"] for line in attempts(run.folder)), default=0)
     console.print(f"{run.kind}  {run.folder}", markup=False)
     console.print(f"jobs {', '.join(run.job_ids)}, restarts {restarts}", markup=False)
+    for node, reason in nodes.excluded(run.folder).items():
+        console.print(f"avoids node {node}: {printable(reason)}", markup=False)
+    if len(starts := nodes.counts(run.folder)) > 1:
+        listed = ", ".join(
+            f"{node} {count}"
+            for node, count in sorted(starts.items(), key=lambda item: (-item[1], item[0]))[:MAX_NODES]
+        )
+        console.print(f"attempts by node: {listed}{' and others' if len(starts) > MAX_NODES else ''}", markup=False)
     counts = Counter(element.state for element in elements.values())
     reasons = Counter(element.note for element in elements.values() if element.state == "pending")
     table = Table(box=None, pad_edge=False)
@@ -87,6 +140,8 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
     active = runs.is_active(elements)
     if run.kind == "train":
         console.print(describe_steps(run, active=active), markup=False)
+    if run.kind == "serve" and active and (endpoint := endpoints.load(run.folder)):
+        console.print(endpoints.describe(endpoint, is_remote=run.executor != "local"), markup=False)
     failed = [(number, element) for number, element in elements.items() if element.state in runs.UNFINISHED]
     for number, element in failed[:MAX_FAILURES]:
         subject = f"shard {number}" if run.elements else run.kind
@@ -94,6 +149,7 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
         console.print(f"{element.state}: {subject}, job {element.job or 'none'}{note}", markup=False)
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
+    print_submission(run)
     following = "retry" if failed else "status" if active else "open"
     console.print(f"next: {next_command(options, following, run.folder.name)}", markup=False)
 
@@ -121,4 +177,4 @@ def describe_rate(run: Run, elements: dict[int, Element]) -> str:
     return f"{60 * rate:.1f} shards/min" + (f", {left / rate / 60:.1f} minutes left" if left else "")
 
 
-COMMAND = Command(RunOptions, run)
+COMMAND = Command(Options, run)

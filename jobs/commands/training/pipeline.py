@@ -14,13 +14,19 @@ from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
 from jobs.commands.training.convert import submit_conversion
-from jobs.commands.training.train import TrainingOptions, last_checkpoint, submit_training, training_shape
+from jobs.commands.training.train import (
+    TrainingOptions,
+    last_checkpoint,
+    submit_training,
+    training_shape,
+    with_preflight,
+)
 from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.submission.preflight import check_dataset, check_pipeline
-from jobs.submission.submit import planned_cluster
+from jobs.submission.submit import array_shape, planned_cluster
 from jobs.submission.wait import dependencies
 from jobs.tracking.mlflow_store import Tracker
 from pixart.config.recipe import to_json
@@ -55,14 +61,23 @@ def submit_pipeline(launch: Launch, options: TrainingOptions) -> list[Run]:
     audited = not options.accept_failed_audit
     if audited:
         after = require_audit(launch, after, any_source=True)
-    stage1 = submit_training(launch, 1, options.nodes, start=None, after=after, require_audit=audited)
+    preflight = with_preflight(launch, options)
+    stage1 = submit_training(
+        launch, 1, options.nodes, start=None, after=after, require_audit=audited, preflight=preflight
+    )
     source = last_checkpoint(launch, 1, stage1)
     converted = default_output(source)
     config = launch.recipe.stage2
     conversion_options = ConversionOptions(batch_size=config.global_batch_size, fp8_recipe=config.fp8_recipe)
     conversion = submit_conversion(launch, source, converted, conversion_options, dependencies(launch, stage1))
     stage2 = submit_training(
-        launch, 2, options.nodes, start=converted, after=dependencies(launch, conversion), require_audit=audited
+        launch,
+        2,
+        options.nodes,
+        start=converted,
+        after=dependencies(launch, conversion),
+        require_audit=audited,
+        preflight=preflight,
     )
     samples = submit_sampling(
         launch, SamplingRequest(checkpoint=last_checkpoint(launch, 2, stage2)), after=dependencies(launch, stage2)
@@ -94,7 +109,7 @@ def describe_plan(launch: Launch, nodes: int) -> str:
     """Return what a dry run prints: every submission, and the recipe. Raises ValueError as `Cluster.check` does."""
     cluster = planned_cluster(launch, after=["BEFORE"])
     shards = range(launch.recipe.data.num_shards)
-    shapes = [cluster.array_shape(kind, shards) for kind in ("caption", "latents")]
+    shapes = [array_shape(launch, kind, shards) for kind in ("caption", "latents")]
     training = cluster.ranks_shape("train", nodes, None)
     single = functools.partial(cluster.ranks_shape, nodes=1, ranks_per_node=1)
     shapes += [single("audit"), training, single("convert"), training, single("sample")]

@@ -7,7 +7,7 @@ is created first if it does not exist.
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,8 @@ from jobs.submission.preflight import check_acceptance, check_configuration, che
 from jobs.submission.submit import run_ranks
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
-from slurm.executor import Cluster, Shape
+from slurm.executor import Cluster
+from slurm.sbatch import Shape
 
 # Keys of a stage's configuration that MLflow and the run's summary page show.
 LOGGED_KEYS = ("steps", "global_batch_size", "lr", "precision", "fp8", "ema_decay", "cond_dropout_prob")
@@ -46,6 +47,15 @@ class TrainingOptions(RecipeOptions, SubmissionOptions):
         default=1,
         convert=positive,
         help="Number of nodes; on this machine, number of ranks (default: 1).",
+    )
+    preflight: bool = option(
+        "--preflight",
+        default=False,
+        help="Check the nodes before training, and requeue the job without bad ones (default: beyond one node of a "
+        "cluster).",
+    )
+    no_preflight: bool = option(
+        "--no-preflight", default=False, help="Train without a check of the nodes (default: check beyond one node)."
     )
     accept_failed_audit: bool = option(
         "--accept-failed-audit",
@@ -79,6 +89,8 @@ class Options(TrainingOptions):
 
 def run(options: Options) -> int:
     home = runs.home(options.home)
+    start, resume = (name and runs.run_folder(home, name) for name in (options.start, options.resume))
+    options = replace(options, start=start, resume=resume)
     recipe = read_training_recipe(home, options)
     with launching("train", options, home, recipe, overrides=options.overrides) as launch:
         print(train(launch, options))
@@ -108,6 +120,7 @@ def named_dataset(options: Options) -> str | None:
 
 def train(launch: Launch, options: Options) -> str:
     """Check everything that can be checked before the job runs, prepare the dataset, and submit training."""
+    preflight = with_preflight(launch, options)
     shape = training_shape(launch, options.nodes)
     Cluster(launch.profile, launch.home).check(shape)
     start, resumed = find_start(options.start, options.resume)
@@ -140,6 +153,7 @@ def train(launch: Launch, options: Options) -> str:
         folder=resumed,
         after=after,
         require_audit=not options.accept_failed_audit,
+        preflight=preflight,
     )
     if not launch.wait:
         return describe_submission(options, submitted)
@@ -169,18 +183,25 @@ def submit_training(
     *,
     start: Path | None,
     require_audit: bool,
+    preflight: bool,
     folder: Path | None = None,
     after: Sequence[str] = (),
 ) -> Run:
     """Submit a training job: a new run from the checkpoint `start`, or the next job of the run in `folder`.
 
-    With `require_audit`, the job checks at its start that the dataset has passed its audit.
+    With `require_audit`, the job checks at its start that the dataset has passed its audit; with `preflight`, it
+    checks its nodes.
     """
     config = launch.recipe.train(stage)
     return run_ranks(
         launch,
         training_shape(launch, nodes),
-        {"stage": stage, "start": str(start) if start else None, "require_audit": require_audit},
+        {
+            "stage": stage,
+            "start": str(start) if start else None,
+            "require_audit": require_audit,
+            "preflight": preflight,
+        },
         parameters={
             "stage": stage,
             "nodes": nodes,
@@ -193,6 +214,16 @@ def submit_training(
         folder=folder,
         after=after,
     )
+
+
+def with_preflight(launch: Launch, options: TrainingOptions) -> bool:
+    """Return whether training checks its nodes first. Raises ValueError if the options contradict each other."""
+    if options.preflight and options.no_preflight:
+        raise ValueError("--preflight and --no-preflight contradict each other; give only one of them")
+    if options.preflight and launch.profile.executor == "local":
+        raise ValueError(f"--preflight: the profile {launch.profile.name} has no nodes to choose from; leave it out")
+    default = launch.profile.executor == "slurm" and options.nodes > 1
+    return options.preflight or (default and not options.no_preflight)
 
 
 def training_shape(launch: Launch, nodes: int) -> Shape:

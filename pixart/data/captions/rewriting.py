@@ -1,36 +1,25 @@
 """Prompt rewriting: turn a user's request into a caption in the style of the training captions."""
 
-import http.client
-import json
-import os
-import time
-import urllib.error
-import urllib.request
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
-from urllib.parse import urlsplit
 
 from pixart.config.captions import CaptionsConfig
 from pixart.data.captions.captioner import NUM_ATTEMPTS, attempt_sampling, attempt_seed
+from pixart.data.captions.server_requests import RequestRejectedError, send_request
 from pixart.data.captions.validation import validate_answer
 from pixart.data.captions.vllm_engine import context_length, make_engine
 
 NUM_CONNECTIONS = 16
-TIMEOUT_SECONDS = 120  # per request to a server
-MAX_RESPONSE_BYTES = 1 << 20  # many times a rewritten request
 
 Conversation = list[dict[str, str]]
 Answer = tuple[str, bool]  # the text, and whether it was truncated at max_tokens
 Sampling = dict[str, float | int]  # temperature, top_p, top_k, max_tokens and seed of one conversation
 Generate = Callable[[list[Conversation], list[Sampling]], list[Answer | None]]
 NOT_ANSWERED = "not answered"  # problem of a request that is too long for the model or that the server rejected
-MAX_ATTEMPTS = 4  # per request to a server
-BACKOFF_SECONDS = 0.5  # before the second attempt, doubled before each further one
-RETRY_STATUSES = (429, 500, 502, 503, 504)
-REJECTED_STATUSES = (400, 413, 422)  # the server rejects this request only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,12 +90,16 @@ def vllm_generator(model: str, captions: CaptionsConfig) -> Generate:
     return generate
 
 
-def server_generator(url: str, model: str | None = None) -> Generate:
+def server_generator(
+    url: str, model: str | None = None, *, seconds: float | None = None, max_attempts: int | None = None
+) -> Generate:
     """Return a function that generates answers with an OpenAI-compatible server at `http://host:port/v1`.
 
-    The model defaults to the first one that the server lists. Raises ValueError if the server does not respond or
-    does not follow the protocol.
+    The model defaults to the first one that the server lists. `seconds` and `max_attempts` are those of `send_request`.
+    Raises ValueError if the server does not respond or does not follow
+    the protocol.
     """
+    request_json = functools.partial(send_request, seconds=seconds, max_attempts=max_attempts)
 
     def get_field(response: Any, *keys: str | int) -> Any:
         try:
@@ -144,59 +137,3 @@ def server_generator(url: str, model: str | None = None) -> Generate:
         return [None if isinstance(answer, ValueError) else answer for answer in answers]
 
     return generate
-
-
-class RequestRejectedError(ValueError):
-    """The server rejects this request, and would reject it again."""
-
-
-class SameHostRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects on the same host only: another one would receive the request and its credentials."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
-            raise urllib.error.URLError(f"it redirects to another host, {newurl}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-OPENER = urllib.request.build_opener(SameHostRedirects)
-
-
-def read_limited(response: Any, deadline: float) -> bytes:
-    """Return the content of a response. Raises ValueError if it is too long, TimeoutError if it comes too slowly."""
-    content = b""
-    while part := response.read1(MAX_RESPONSE_BYTES):
-        content += part
-        if len(content) > MAX_RESPONSE_BYTES:
-            raise ValueError(f"its response is longer than {MAX_RESPONSE_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"its response is not complete after {TIMEOUT_SECONDS} s")
-    return content
-
-
-def request_json(url: str, body: dict | None = None) -> dict:
-    """Return the JSON response to a GET request, or to a POST request with `body`; retry if the server is overloaded.
-
-    Raises RequestRejectedError if the server rejects the request itself, and ValueError for every other failure.
-    """
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    for attempt in range(MAX_ATTEMPTS):
-        try:
-            with OPENER.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS) as response:
-                return json.loads(read_limited(response, time.monotonic() + TIMEOUT_SECONDS))
-        except urllib.error.HTTPError as error:
-            message = " ".join(error.read(300).decode(errors="replace").split())
-            kind = RequestRejectedError if error.code in REJECTED_STATUSES else ValueError
-            failure, retry = kind(f"--server: {url} answers {error.code}: {message}"), error.code in RETRY_STATUSES
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            retry = isinstance(reason, ConnectionResetError | TimeoutError | http.client.HTTPException)
-            failure = ValueError(f"--server: {url} does not respond: {reason}")
-        if not retry:
-            break
-        if attempt + 1 < MAX_ATTEMPTS:
-            time.sleep(BACKOFF_SECONDS * 2**attempt)
-    raise failure from None

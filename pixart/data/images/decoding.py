@@ -19,8 +19,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from pixart.config.dataset import ScreeningConfig
+from pixart.data.listing.recognition import FORMATS
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow's other parsers are never used
 MAX_SCANS = 30  # of a progressive JPEG, each a pass over the whole image; encoders write about ten
 PADDING = b"\0" + 1023 * b"\x55"  # scan data that contains no marker, even after a 0xff
 FILLINGS = (1024 * b"\x55", 1024 * b"\xaa", 1024 * b"\xff\0")  # scan data whose bits differ from the zeros of no data
@@ -29,7 +29,8 @@ END_MARKER = b"\xff\xd9"  # of a JPEG, which cannot occur inside a scan
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"tRNS", b"eXIf")  # ancillary ones that pixels and orientation depend on
 MAX_TEXT = 1 << 16  # bytes of a text chunk that is kept
-MAX_RLE_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python at 5 million pixels/s
+MAX_SLOW_PIXELS = 4_000_000  # of an image that Pillow decodes in Python, at 5 million pixels/s
+SLOW_CODECS = ("bmp_rle", "ppm", "ppm_plain")
 
 
 class Reason(StrEnum):
@@ -207,14 +208,19 @@ def load_png(image: ImageFile, data: bytes) -> None:
     image.load()
 
 
-def load_bmp(image: ImageFile, data: bytes) -> None:
-    """Load a BMP. Raises Rejected if a run-length encoded one would take long to decode."""
-    if image.tile[0].codec_name == "bmp_rle" and image.width * image.height > MAX_RLE_PIXELS:
-        raise Rejected(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height}, run-length encoded")
+def load_slow(image: ImageFile, data: bytes) -> None:
+    """Load a BMP or a PPM. Raises Rejected if a run-length encoded or textual one would take long to decode."""
+    codecs = {tile.codec_name for tile in image.tile}
+    if codecs & set(SLOW_CODECS) and image.width * image.height > MAX_SLOW_PIXELS:
+        raise Rejected(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height}, {codecs.pop()}")
     image.load()
 
 
-LOADERS: dict[str | None, Callable[[ImageFile, bytes], None]] = {"JPEG": load_jpeg, "PNG": load_png, "BMP": load_bmp}
+LOADERS: dict[str | None, Callable[[ImageFile, bytes], None]] = {
+    "JPEG": load_jpeg,
+    "PNG": load_png,
+    **dict.fromkeys(("BMP", "DIB", "PPM"), load_slow),
+}
 
 
 def apply_exif_orientation(image: ImageFile) -> ImageFile:

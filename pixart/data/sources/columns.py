@@ -11,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixart.config.dataset import ColumnsConfig
-from pixart.data.sources.file_index import FileList
-from pixart.data.sources.texts import caption_names, label_names
+from pixart.data.listing.file_list import FileList
+from pixart.data.sources.texts import caption_names, label_names, pick
+from pixart.terminal import printable
 
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
 PATH_NAMES = ("image", "image_path", "img_path", "file_name", "filename", "filepath", "path")  # of columns of paths
 CLASS_NAMES = ("class", "class_name", "category")  # of columns with the words of a class
+
+URL_NAMES = ("url", "image_url", "img_url")
 
 LabelKind = Literal["integer", "words", "wordnet"]  # `wordnet` is an id that begins with one, such as n01440764_18
 
@@ -51,22 +54,23 @@ def find_layout(schema: pa.Schema, partition: Mapping[str, str], columns: Column
 
     Raises ValueError, without the name of the source, if there is no image or a named column is missing or unusable.
     """
-    kinds = {name: pa.string() for name in partition} | {field.name: field.type for field in schema}
-    listed = f"its columns are {', '.join(kinds)}"
+    kinds = {name: pa.string() for name in partition} | {field.name: _plain(field.type) for field in schema}
+    listed = f"its columns are {', '.join(map(printable, kinds))}"
     image = _find_image(kinds, columns)
     if image is None:
         wanted = f"`{columns.image}`" if columns.image else "`image`"
+        has_urls = any(name.lower() in URL_NAMES for name in kinds)
+        advice = "download the images of its URLs, as img2dataset does" if has_urls else "name it by data.columns.image"
         raise ValueError(
-            f"{listed}; it must have a column {wanted}, binary or a struct with binary `bytes`, or paths; "
-            "name it by data.columns.image"
+            f"{listed}; it must have a column {wanted}, binary or a struct with binary `bytes`, or paths; {advice}"
         )
-    label = next((name for name in label_names(columns) if name in kinds and is_label(name, kinds, partition)), None)
+    label = next((name for name, _ in pick(kinds, label_names(columns)) if is_label(name, kinds, partition)), None)
     label_kind: LabelKind = "integer"
     if columns.label and columns.label in kinds and not label:
         label, label_kind = columns.label, "words"
         if not _is_text(kinds[label]):
             raise ValueError(f"its column `{label}` has type {kinds[label]}; it must have integers or texts")
-    if not label and "label" in kinds and not columns.label:
+    if not label and "label" in kinds and not columns.label and not pa.types.is_null(kinds["label"]):
         raise ValueError(
             f"its column `label` has type {kinds['label']}; it must have an integer type; for a class of words, set "
             "data.columns.label"
@@ -74,7 +78,7 @@ def find_layout(schema: pa.Schema, partition: Mapping[str, str], columns: Column
     words = next((name for name in CLASS_NAMES if name in kinds and _is_text(kinds[name]) and name != label), None)
     if not label and not columns.label and words == "class" and _is_text(kinds.get("id", pa.null())):
         label, label_kind = "id", "wordnet"
-    captions = tuple(name for name in caption_names(columns) if name in kinds and name != image)
+    captions = tuple(name for name, _ in pick(kinds, caption_names(columns)) if name != image)
     return Layout(
         image=image,
         image_is_path=_is_text(kinds[image]),
@@ -89,30 +93,42 @@ def _find_image(kinds: dict[str, pa.DataType], columns: ColumnsConfig) -> str | 
     if columns.image:
         kind = kinds.get(columns.image, pa.null())
         return columns.image if _is_image(kind) or _is_text(kind) else None
-    stored = next((name for name in IMAGE_NAMES if name in kinds and _is_image(kinds[name])), None)
-    return stored or next((name for name in PATH_NAMES if name in kinds and _is_text(kinds[name])), None)
+    stored = next((name for name, kind in pick(kinds, IMAGE_NAMES) if _is_image(kind)), None)
+    return stored or next((name for name, kind in pick(kinds, PATH_NAMES) if _is_text(kind)), None)
 
 
 def is_label(name: str, kinds: Mapping[str, pa.DataType], partition: Mapping[str, str]) -> bool:
     """Return whether a column, or the value of a partition, is an integer."""
     if name in partition:
         return partition[name].lstrip("-").isdecimal()
-    return pa.types.is_integer(kinds[name]) or pa.types.is_floating(kinds[name])
+    kind = kinds[name]
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the values of a dictionary or of an extension type, and any other type unchanged."""
+    while pa.types.is_dictionary(kind) or isinstance(kind, pa.BaseExtensionType):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind.storage_type
+    return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def _is_image(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind):
         return _is_binary(kind)
-    fields = {field.name: field.type for field in kind}
+    fields = {field.name: _plain(field.type) for field in kind}
     return _is_binary(fields.get("bytes", pa.null())) or _is_text(fields.get("path", pa.null()))
 
 
@@ -133,26 +149,32 @@ def class_names_of(schema: pa.Schema, label: str | None) -> list[str]:
 
 def values_of(batch: pa.RecordBatch, begin: int = 0, end: int | None = None) -> list[dict[str, Any]]:
     """Return rows of a batch with their texts as bytes, since those of a damaged file may not be UTF-8."""
+    selected = batch.slice(begin, None if end is None else end - begin)
     arrays = []
-    for column in batch.columns:
-        array = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-        arrays.append(array.cast(_with_bytes(array.type)))
-    selected = pa.RecordBatch.from_arrays(arrays, names=batch.schema.names).slice(
-        begin, None if end is None else end - begin
-    )
-    return selected.to_pylist()
+    for array in selected.columns:
+        while array.type != (plain := _with_bytes(array.type)):
+            array = array.storage if isinstance(array.type, pa.BaseExtensionType) else array.cast(plain)
+        arrays.append(array)
+    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names).to_pylist()
 
 
 def _with_bytes(kind: pa.DataType) -> pa.DataType:
-    """Return a type with binary in the place of texts."""
+    """Return a type with binary in the place of texts, and values in the place of dictionaries."""
+    kind = _plain(kind)
     if pa.types.is_string(kind):
         return pa.binary()
     if pa.types.is_large_string(kind):
         return pa.large_binary()
+    if pa.types.is_string_view(kind):
+        return pa.binary_view()
     if pa.types.is_list(kind):
         return pa.list_(_with_bytes(kind.value_type))
     if pa.types.is_large_list(kind):
         return pa.large_list(_with_bytes(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_with_bytes(kind.value_type), kind.list_size)
+    if pa.types.is_map(kind):
+        return pa.map_(_with_bytes(kind.key_type), _with_bytes(kind.item_type))
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, _with_bytes(field.type)) for field in kind])
     return kind

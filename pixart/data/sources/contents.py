@@ -1,7 +1,7 @@
 """What a source holds and what it leaves out, as `init` reports it and stores it with the dataset."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,11 @@ class Contents:
             "has_words": self.has_words,
             "columns": self.columns,
         }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Contents":
+        """Return the counts that `record` has returned."""
+        return cls(**{**record, "left_out": Counter(record["left_out"])})
 
 
 def merged(parts: Iterable[Contents]) -> Contents:

@@ -14,11 +14,13 @@ from pathlib import Path
 from posixpath import dirname
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pixart.atomic import write_atomically
 from pixart.config.dataset import ColumnsConfig
+from pixart.data.listing.file_list import FileList
 from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.columns import (
     Layout,
@@ -30,8 +32,8 @@ from pixart.data.sources.columns import (
     values_of,
 )
 from pixart.data.sources.contents import Contents, merged
-from pixart.data.sources.file_index import FileList, RowIndex
-from pixart.data.sources.texts import decode_text, first_caption, label_of
+from pixart.data.sources.row_index import RowIndex
+from pixart.data.sources.texts import caption_of, decode_text, first_caption, label_of
 
 BATCH_ROWS = 32  # rows read at a time
 CLASSES_FILE = "source-classes.json"  # beside the row counts: classes that are words, in the order of their labels
@@ -75,22 +77,48 @@ class ParquetSource:
         place = start
         for name, first, end in self._rows.spans(start, stop):
             with self._open(name) as file:
+                if file.metadata.num_rows != self._rows.count(name):
+                    raise ValueError(
+                        f"source {self._files.url!r}: {name} has {file.metadata.num_rows} rows, but had "
+                        f"{self._rows.count(name)} when they were counted; restore the file or create another dataset"
+                    )
                 layout, partition = self._layout(name, file), partition_of(name)
-                groups, row = _row_groups(file.metadata, first, end)
-                columns = sorted(layout.names & set(file.schema_arrow.names))
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
-                    skip = min(max(first - row, 0), len(batch))
-                    selected = values_of(batch, skip, max(end - row, skip))
-                    for number, values in enumerate(selected, row + skip):
-                        yield self._item(name, number, {**partition, **values}, layout, place)
+                for group, begin, stop_row in _row_groups(file.metadata, first, end):
+                    for number, values in self._group_values(file, group, begin, stop_row, layout):
+                        if isinstance(values, str):
+                            yield Item(
+                                id=printable_name(f"{name}:{number}"), data=b"", label=-1, text="", image_problem=values
+                            )
+                        else:
+                            yield self._item(name, number, {**partition, **values}, layout, place)
                         place += 1
-                    row += len(batch)
-                    if row >= end:
-                        break
+
+    def _group_values(
+        self, file: pq.ParquetFile, group: int, begin: int, end: int, layout: Layout
+    ) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """Yield the values of rows begin to end - 1 of the file, all in one row group, or why they cannot be read."""
+        first = sum(file.metadata.row_group(other).num_rows for other in range(group))
+        columns, row, done = sorted(layout.names & set(file.schema_arrow.names)), first, begin
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+                skip = min(max(begin - row, 0), len(batch))
+                for number, values in enumerate(values_of(batch, skip, max(end - row, skip)), row + skip):
+                    yield number, values
+                    done = number + 1
+                row += len(batch)
+                if row >= end:
+                    break
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the file system, and not of the content
+                raise
+            line = " ".join(str(error).split())
+            yield from ((number, f"its row group {group} is damaged: {line}") for number in range(done, end))
 
     def contents(self) -> Contents:
         """Count rows and labels and note the columns taken. Reads labels, and captions up to the first words."""
-        return merged(self._contents_of(name) for name in self._files.sizes)
+        counts = merged(self._contents_of(name) for name in self._files.sizes)
+        counts.left_out += self._files.left_out
+        return counts
 
     def _contents_of(self, name: str) -> Contents:
         with self._open(name) as file:
@@ -111,17 +139,17 @@ class ParquetSource:
                 for batch in file.iter_batches(256, columns=columns):
                     if counts.has_words:
                         break
-                    rows = ([values[column] for column in columns] for values in values_of(batch))
+                    rows = ([(column, values[column]) for column in columns] for values in values_of(batch))
                     counts.has_words = any(first_caption(row, self._seed, 0)[0] for row in rows)
         return counts
 
     def _item(self, name: str, number: int, values: dict[str, Any], layout: Layout, row: int) -> Item:
         data, image_problem = self._image(name, values[layout.image], layout)
         label, label_problem = self._label(values.get(layout.label) if layout.label else None, layout)
-        text, problem = first_caption((values.get(caption) for caption in layout.captions), self._seed, row)
+        text, problem = first_caption(((caption, values.get(caption)) for caption in layout.captions), self._seed, row)
         text_is_class = False
         if not text and not problem:
-            words = first_caption([values.get(layout.class_words)], 0, 0)[0] if layout.class_words else ""
+            words = caption_of(values.get(layout.class_words), 0, 0)[0] if layout.class_words else ""
             if not words and 0 <= label < len(self.class_names):
                 words = self.class_names[label]
             text, text_is_class = class_phrase(words), bool(words)
@@ -202,7 +230,7 @@ class ParquetSource:
                     for batch in file.iter_batches(1 << 14, columns=columns):
                         for values in values_of(batch):
                             id = _class_id(values[columns[0]], layout)
-                            words = first_caption([values[name] for name in columns[1:]], 0, 0)[0]
+                            words = next((caption_of(values[name], 0, 0)[0] for name in columns[1:]), "")
                             if id and not names.get(id):
                                 names[id] = words if layout.label_kind == "wordnet" else id
         ids = sorted(names)
@@ -236,9 +264,9 @@ def _class_id(value: Any, layout: Layout) -> str:
     return match[1] if match else ""
 
 
-def _row_groups(metadata: pq.FileMetaData, first: int, end: int) -> tuple[list[int], int]:
-    """Return the row groups that contain rows first to end - 1, and the first row of these row groups."""
+def _row_groups(metadata: pq.FileMetaData, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the row groups that contain rows first to end - 1, each with the range of its rows to read."""
     sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    begins = list(accumulate(sizes, initial=0))
-    groups = [group for group, (begin, stop) in enumerate(pairwise(begins)) if max(first, begin) < min(end, stop)]
-    return groups, begins[groups[0]]
+    for group, (begin, stop) in enumerate(pairwise(accumulate(sizes, initial=0))):
+        if max(first, begin) < min(end, stop):
+            yield group, max(first, begin), min(end, stop)

@@ -1,24 +1,32 @@
 """The items of a tar file in the layout of WebDataset, listed from its headers.
 
-Members that share a name up to the first dot of their base name are one item. What follows that dot is the field, and
-the last suffix of a field is its type, so that `0.image.jpg` and `0.jpg` are both an image of item `0`.
+Members that share a name up to the first dot of their base name are one item, unless a field comes a second time: that
+begins another item, as in archives that were joined. What follows the dot is the field, and the last suffix of a field
+is its type, so that `0.image.jpg` and `0.jpg` are both an image of item `0`.
 """
 
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pixart.data.sources.file_index import IMAGE_SUFFIXES, suffix_reason
+from pixart.config.dataset import ColumnsConfig
+from pixart.data.listing.file_list import IMAGE_SUFFIXES, suffix_reason
 
-TEXT_SUFFIXES = (".txt", ".text", ".caption")
+TEXT_SUFFIXES = (".txt", ".text", ".caption", ".transcript")
 KINDS = {
     **dict.fromkeys(IMAGE_SUFFIXES, "image"),
     **dict.fromkeys(TEXT_SUFFIXES, "text"),
-    ".cls": "label",
-    ".json": "json",
+    **dict.fromkeys((".cls", ".class", ".index"), "label"),
+    **dict.fromkeys((".json", ".jsn"), "json"),
 }
+NAMED = ("image", "img", "text", "caption", "label")  # fields that are named after their kind
+MAX_HEADER = 1 << 18  # bytes of a header of names and attributes
+MAX_DIGITS = re.compile(rb"[0-9]{512}")  # more in a row make tarfile's search for a name take quadratic time
+CHUNK = 64 * tarfile.BLOCKSIZE
+USTAR = slice(257, 262)  # of a header: the magic word of the format
 Member = tuple[int, int]  # offset and size in bytes
 
 
@@ -30,18 +38,33 @@ class TarIndex:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def scan_tar(file: Any) -> TarIndex:
-    """Read the headers of a tar file.
+@dataclass(slots=True)
+class _Fields:
+    """The fields of one item by kind and name."""
 
-    Raises tarfile.ReadError if it is cut, damaged, or has a member of negative size.
+    key: str
+    by_kind: dict[str, dict[str, Member]] = field(default_factory=dict)
+
+
+def scan_tar(file: Any, columns: ColumnsConfig | None = None) -> TarIndex:
+    """Read the headers of a tar file. `columns` may name fields, such as `jpg` or `target.jpg`.
+
+    A damaged header is counted, and the next one searched for. Raises tarfile.ReadError if the file is cut, has no
+    header that is whole, or has a member of negative size.
     """
-    index, fields = TarIndex(), _Fields()
-    for member in _members(file):
+    index = TarIndex()
+    items: list[_Fields] = []
+    current: dict[str, _Fields] = {}  # the last item of each key of this archive
+    places: dict[str, Member] = {}
+    for member in _members(_Headers(file), index.left_out):
+        if member is None:  # another archive begins
+            current.clear()
+            continue
         name = member.name.removeprefix("./")
         if member.isdir():
             continue
         if member.islnk():
-            place = fields.places.get(member.linkname.removeprefix("./"))
+            place = places.get(member.linkname.removeprefix("./"))
             if place is None:
                 index.left_out["hard link to a member that is not before it"] += 1
                 continue
@@ -53,7 +76,7 @@ def scan_tar(file: Any) -> TarIndex:
             continue
         else:
             place = (member.offset_data, member.size)
-        fields.places[name] = place
+        places[name] = place
         directory, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         suffix = f".{extension.rpartition('.')[2].lower()}"
@@ -62,26 +85,40 @@ def scan_tar(file: Any) -> TarIndex:
         elif suffix not in KINDS:
             index.left_out[suffix_reason(base)] += 1
         else:
-            fields.add(directory + slash + stem, KINDS[suffix], extension.lower(), place)
-    for key, members in fields.by_key.items():
+            key, kind, name = directory + slash + stem, KINDS[suffix], extension.lower()
+            item = current.get(key)
+            if item is None or name in item.by_kind.get(kind, ()):
+                item = current[key] = _Fields(key)
+                items.append(item)
+            item.by_kind.setdefault(kind, {})[name] = place
+    keys: Counter[str] = Counter()
+    for item in items:
+        keys[item.key] += 1
+        members = _chosen(item.by_kind, columns or ColumnsConfig())
         if "image" in members:
-            index.items.append((key, {kind: _preferred(named) for kind, named in members.items()}))
-            if others := len(members["image"]) - 1:
+            number = keys[item.key]
+            index.items.append((item.key if number == 1 else f"{item.key}#{number}", members))
+            if others := len(item.by_kind["image"]) - 1:
                 index.left_out["further image of the same key"] += others
         else:
             index.left_out["no image of this key"] += 1
     return index
 
 
-class _Fields:
-    """The fields of the items of a tar file, and the place of every member by its name."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[str, dict[str, dict[str, Member]]] = {}  # key, kind, field
-        self.places: dict[str, Member] = {}
-
-    def add(self, key: str, kind: str, name: str, place: Member) -> None:
-        self.by_key.setdefault(key, {}).setdefault(kind, {})[name] = place
+def _chosen(by_kind: dict[str, dict[str, Member]], columns: ColumnsConfig) -> dict[str, Member]:
+    """Return one member of each kind: the field that the configuration names, or else the preferred one."""
+    members = {}
+    wanted = {"image": columns.image, "text": columns.caption, "label": columns.label}
+    for kind, named in by_kind.items():
+        name = (wanted.get(kind) or "").lower()
+        if name in named:
+            members[kind] = named[name]
+        elif not name or kind not in ("image", "label"):  # a caption may be a key of the JSON
+            members[kind] = _preferred(named)
+    label = (columns.label or "").lower()
+    if label in by_kind.get("text", {}):
+        members["label"] = by_kind["text"][label]
+    return members
 
 
 def _preferred(fields: dict[str, Member]) -> Member:
@@ -89,13 +126,31 @@ def _preferred(fields: dict[str, Member]) -> Member:
 
     def rank(name: str) -> int:
         first, _, rest = name.partition(".")
-        return 0 if not rest else 1 if first in ("image", "img", "text", "caption", "label") else 2
+        return 0 if not rest else 1 if first in NAMED else 2
 
     return fields[min(fields, key=rank)]
 
 
-def _members(file: Any) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of all archives in a file, which `cat` may have joined."""
+class _Headers:
+    """File of which `tarfile` reads headers alone. Raises tarfile.ReadError for headers that no archive has."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.seek, self.close = file, file.seek, file.close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header has {size} bytes")
+        data = self._file.read(size)
+        if size > tarfile.BLOCKSIZE and MAX_DIGITS.search(data):
+            raise tarfile.ReadError("a header has a number of more than 512 digits")
+        return data
+
+
+def _members(file: Any, left_out: Counter[str]) -> Iterator[tarfile.TarInfo | None]:
+    """Yield the members of all archives in a file, which `cat` may have joined, and None between archives."""
     begin = 0
     while True:
         file.seek(begin)
@@ -106,18 +161,44 @@ def _members(file: Any) -> Iterator[tarfile.TarInfo]:
             if member.size < 0:
                 raise tarfile.ReadError(f"a member has the size {member.size}")
             yield member
+            tar.members.clear()  # type: ignore[attr-defined]  # or they would all be kept
         file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("no end-of-archive block")  # tarfile accepts a cut between members
-        begin = _next_content(file, tar.offset + tarfile.BLOCKSIZE)
+        block = file.read(tarfile.BLOCKSIZE)
+        if block == bytes(tarfile.BLOCKSIZE):
+            yield None
+            begin = _next_content(file, tar.offset + tarfile.BLOCKSIZE)
+        else:
+            begin = _next_header(file, tar.offset + tarfile.BLOCKSIZE) if len(block) == tarfile.BLOCKSIZE else -1
+            if begin < 0:  # tarfile accepts a cut between members
+                raise tarfile.ReadError("no end-of-archive block")
+            left_out["damaged header of a member"] += 1
         if begin < 0:
             return
 
 
 def _next_content(file: Any, begin: int) -> int:
     """Return the offset of the next block that is not zero; -1 at the end of the file."""
-    while chunk := file.read(64 * tarfile.BLOCKSIZE):
+    while chunk := file.read(CHUNK):
         if rest := chunk.lstrip(b"\0"):
             return begin + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
         begin += len(chunk)
     return -1
+
+
+def _next_header(file: Any, begin: int) -> int:
+    """Return the offset of the next block that is a whole header, or -1."""
+    while chunk := file.read(CHUNK):
+        for offset in range(0, len(chunk) - tarfile.BLOCKSIZE + 1, tarfile.BLOCKSIZE):
+            block = chunk[offset : offset + tarfile.BLOCKSIZE]
+            if block[USTAR] == b"ustar" and _is_header(block):
+                return begin + offset
+        begin += len(chunk)
+    return -1
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True

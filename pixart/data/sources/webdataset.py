@@ -12,12 +12,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pixart.config.dataset import ColumnsConfig
+from pixart.data.listing.file_list import SPLITS, FileList
 from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.contents import Contents, merged
-from pixart.data.sources.file_index import SPLITS, FileList, RowIndex
+from pixart.data.sources.row_index import RowIndex
 from pixart.data.sources.tar_index import Member, TarIndex, scan_tar
-from pixart.data.sources.texts import caption_names, decode_text, first_caption, label_names, label_of, parse_json
+from pixart.data.sources.texts import caption_names, caption_of, first_caption, label_names, label_of, parse_json, pick
 
+MAX_IMAGE = 1 << 30  # bytes of a member that is read as an image
+MAX_TEXT = 1 << 24  # bytes of any other member that is read
+COMPRESSION = {b"\x1f\x8b": "gzip", b"(\xb5": "zstd", b"BZ": "bzip2", b"\xfd7": "xz"}  # by the first two bytes
+Parts = dict[str, bytes | str]  # members of an item by kind, or why they are not read
 WORDNET_ID = re.compile(r"n\d{8}")  # of a noun
 
 
@@ -58,13 +63,15 @@ class WebDatasetSource:
                 )
             with self._files.system.open(self._files.path(name), "rb") as file:
                 for key, members in items[first:end]:
-                    parts = {kind: _read(file, member) for kind, member in members.items()}
+                    parts = {kind: _read(file, kind, member) for kind, member in members.items()}
                     yield self._item(name, key, parts, row)
                     row += 1
 
     def contents(self) -> Contents:
         """Count what the tars hold and what is left out of them."""
-        return merged(self._contents.get(name) or self._count(name) for name in self._files.sizes)
+        counts = merged(self._contents.get(name) or self._count(name) for name in self._files.sizes)
+        counts.left_out += self._files.left_out
+        return counts
 
     def _count(self, name: str) -> Contents:
         """Count the items of a tar; read its labels, and its texts up to the first words."""
@@ -75,7 +82,7 @@ class WebDatasetSource:
                 kinds = ["label"] if counts.has_words else ["label", "text", "json"]
                 if "label" not in members and "json" in members:
                     kinds = ["text", "json"]
-                parts = {kind: _read(file, members[kind]) for kind in kinds if kind in members}
+                parts = {kind: _read(file, kind, members[kind]) for kind in kinds if kind in members}
                 item = self._item(name, key, {"image": b"", **parts}, 0)
                 counts.labelled += item.label >= 0
                 counts.largest_label = max(counts.largest_label, item.label)
@@ -83,39 +90,52 @@ class WebDatasetSource:
         self._contents[name] = counts
         return counts
 
-    def _item(self, name: str, key: str, parts: dict[str, bytes], row: int) -> Item:
-        values, problem = parse_json(parts["json"]) if "json" in parts else ({}, "")
-        text = decode_text(parts["text"]) if "text" in parts else ""
-        if text:
-            problem = ""
-        elif not problem:
-            text, problem = first_caption(
-                (values.get(caption) for caption in caption_names(self._columns)), self._seed, row
-            )
-        if "label" in parts:
-            label, label_problem = label_of(parts["label"])
-        else:
-            label = next(
-                (label for key in label_names(self._columns) if (label := label_of(values.get(key))[0]) >= 0), -1
-            )
-            label, label_problem = label if label >= 0 else self._labels.get(name, -1), ""
+    def _item(self, name: str, key: str, parts: Parts, row: int) -> Item:
+        text, problem = self._text(parts, row)
+        label, label_problem = self._label(name, parts)
         text_is_class = not text and not problem and 0 <= label < len(self.class_names)
+        image = parts["image"]
         return Item(
             id=printable_name(f"{name}:{key}"),
-            data=parts["image"],
+            data=image if isinstance(image, bytes) else b"",
             label=label,
             text=class_phrase(self.class_names[label]) if text_is_class else text,
             text_is_class=text_is_class,
+            image_problem=image if isinstance(image, str) else "",
             label_problem=label_problem,
             text_problem=problem,
         )
 
+    def _text(self, parts: Parts, row: int) -> tuple[str, str]:
+        """Return the caption of an item and "", or "" and what is wrong with it."""
+        stored, names = parts.get("text", b""), caption_names(self._columns)
+        text, problem = ("", stored) if isinstance(stored, str) else caption_of(stored, self._seed, row)
+        if text or "json" not in parts:
+            return text, problem
+        values, wrong = _json_of(parts)
+        if not wrong:
+            text, wrong = first_caption(pick(values, names), self._seed, row)
+        return text, "" if text else problem or wrong
+
+    def _label(self, name: str, parts: Parts) -> tuple[int, str]:
+        """Return the label of an item and "", or -1 and what is wrong with it."""
+        if "label" in parts:
+            stored = parts["label"]
+            return (-1, stored) if isinstance(stored, str) else label_of(stored)
+        labels = [label_of(value) for _, value in pick(_json_of(parts)[0], label_names(self._columns))]
+        label = next((label for label, _ in labels if label >= 0), self._labels.get(name, -1))
+        problems = [problem for _, problem in labels if problem] if self._columns.label else []
+        return label, "" if label >= 0 or not problems else problems[0]
+
     def _scan(self, name: str) -> TarIndex:
         try:
             with self._files.system.open(self._files.path(name), "rb") as file:
-                return scan_tar(file)
-        except (tarfile.ReadError, ValueError, OverflowError, MemoryError) as error:  # of lengths that make no sense
-            raise ValueError(f"source {self._files.url!r}: {name} is not a complete tar file: {error}") from None
+                if kind := COMPRESSION.get(file.read(2)):
+                    raise ValueError(f"it is compressed by {kind}; decompress it")
+                return scan_tar(file, self._columns)
+        except (tarfile.TarError, ValueError, ArithmeticError, LookupError, MemoryError) as error:  # of damaged headers
+            line = " ".join(str(error).split())
+            raise ValueError(f"source {self._files.url!r}: {name} is not a complete tar file: {line}") from None
 
 
 def _classes_by_tar(names: list[str]) -> dict[str, str]:
@@ -127,7 +147,17 @@ def _classes_by_tar(names: list[str]) -> dict[str, str]:
     return stems if by_id or (by_words and not splits) else {}
 
 
-def _read(file: Any, member: Member) -> bytes:
+def _json_of(parts: Parts) -> tuple[dict[str, Any], str]:
+    """Return the object of an item's JSON and "", or an empty one and what is wrong with it."""
+    stored = parts.get("json", b"{}")
+    return ({}, stored) if isinstance(stored, str) else parse_json(stored)
+
+
+def _read(file: Any, kind: str, member: Member) -> bytes | str:
+    """Return the content of a member, or why it is not read."""
     offset, size = member
+    limit = MAX_IMAGE if kind == "image" else MAX_TEXT
+    if size > limit:
+        return f"its {kind} has {size} bytes; the limit is {limit}"
     file.seek(offset)
     return file.read(size)

@@ -90,7 +90,9 @@ def test_the_cluster_of_the_file_is_used_unless_another_is_named(folder, capsys)
 @pytest.mark.parametrize("name", registry.ENTRIES)
 def test_every_command_takes_a_file(name):
     file = toml_file.load("run.toml")
-    words = [name, *(["argument"] if name in ("adopt", "sample", "convert", "release") else [])]
+    required = {"adopt": 1, "sample": 1, "convert": 1, "release": 1, "serve": 1, "compare": 2}
+    number = required.get(name, 0)
+    words = [name, *["argument"] * number]
     options = launch.parse_command(words)[1].with_run_file(file)
     assert options.home == "home-of-file"
     assert type(options) is registry.load(name)[0].options

@@ -46,7 +46,7 @@ def sample_words(hint: Any) -> tuple[str, Any]:
     if get_origin(kind) is Literal:
         choice = get_args(kind)[-1]
         return str(choice), choice
-    return {int: ("3", 3), str: ("word", "word")}[kind]
+    return {int: ("3", 3), float: ("1.5", 1.5), str: ("word", "word")}[kind]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -79,7 +79,7 @@ def test_states_of_an_element(tmp_path, process, capsys):
     assert elements[3].note == "ValueError: no such image"
     assert runs.is_active(elements)
 
-    assert status.run(RunOptions(home=str(tmp_path), run=None)) == 1
+    assert status.run(status.Options(home=str(tmp_path), run=None)) == 1
     printed = capsys.readouterr().out
     assert "failed: shard 3, job 999999991: ValueError: no such image" in printed
     assert "retry 1-caption-a" in printed
@@ -134,10 +134,10 @@ def test_status_of_active_training_has_rate_and_remaining_time(tmp_path, process
     journal = Journal(folder)
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 0.5, "train/seconds_per_step": 30.0 * step})
-    status.run(RunOptions(home=str(tmp_path), run=None))
+    status.run(status.Options(home=str(tmp_path), run=None))
     assert "step 2 of 100, loss 0.5000, 1.0/min, 98.0 minutes left" in capsys.readouterr().out
     (folder / RESULT).write_text('"there"')
-    status.run(RunOptions(home=str(tmp_path), run=None))
+    status.run(status.Options(home=str(tmp_path), run=None))
     assert "step 2 of 100, loss 0.5000\n" in capsys.readouterr().out
 
 

@@ -21,8 +21,9 @@ from jobs.state.run_metadata import describe, read_description, set_status
 from jobs.tracking import node_agent
 from jobs.tracking.mlflow_store import Tracker, run_id
 from jobs.tracking.sync import journal_shards, set_final_status, sync_folder, update_folder
-from slurm.executor import Cluster, Shape
+from slurm.executor import Cluster
 from slurm.profile import load
+from slurm.sbatch import Shape
 from slurm.task import ATTEMPTS
 from tests.conversion.report.test_html import marks, plots, read
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pixart.atomic import temporary_path
+from pixart.checkpoint.directory import MARKER
 from pixart.training import checkpointing
 from pixart.training.checkpointing import CheckpointManager, remove, run_lock
 from pixart.training.process_group import process_group
@@ -38,6 +39,17 @@ def test_new_manager_removes_leftovers_of_training_but_not_of_a_conversion(tmp_p
         path.mkdir(parents=True)
     CheckpointManager(tmp_path, ranks, keep_last=1, keep_every=0).close()
     assert sorted(folder.iterdir()) == sorted([conversion, earlier_conversion])
+
+
+def test_old_checkpoints_are_removed_without_being_read_if_none_is_kept(tmp_path, ranks):
+    folders = [tmp_path / f"checkpoints/step-{step:08d}" for step in (1, 2, 3)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / MARKER).write_text("{damaged")
+    with pytest.raises(ValueError, match=MARKER):
+        CheckpointManager(tmp_path, ranks, keep_last=1, keep_every=2).prune()
+    CheckpointManager(tmp_path, ranks, keep_last=1, keep_every=0).prune()
+    assert [folder.exists() for folder in folders] == [False, False, True]
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, ranks):

@@ -14,7 +14,7 @@ from pixart.config.captions import (
     CaptionsConfig,
     visible_attributes,
 )
-from pixart.data.captions import rewriting
+from pixart.data.captions import server_requests
 from pixart.data.captions.captioner import SEEDS
 from pixart.data.captions.rewriting import rewrite, server_generator
 from pixart.data.captions.similarity import compare, describe, jensen_shannon_divergence, report
@@ -115,6 +115,14 @@ class FakeServer(BaseHTTPRequestHandler):
         if request == "endless":
             self.answer({"choices": [{"message": {"content": "a" * 5_000_000}, "finish_reason": "stop"}]})
             return
+        if request == "slow header":
+            with suppress(OSError):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Header: ")
+                for _ in range(1000):
+                    self.wfile.write(b"a")
+                    self.wfile.flush()
+                    time.sleep(0.05)
+            return
         if request == "drip":
             self.send_response(200)
             self.end_headers()
@@ -144,7 +152,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url(monkeypatch):
-    monkeypatch.setattr(rewriting, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(server_requests, "BACKOFF_SECONDS", 0.01)
     FakeServer.log.clear()
     FakeServer.bodies.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
@@ -185,7 +193,7 @@ def test_overloaded_server_is_retried(url):
     assert FakeServer.log.count("busy") == 2
     with pytest.raises(ValueError, match="answers 500"):
         rewrite(["bad"], CaptionsConfig(), server_generator(url))
-    assert FakeServer.log.count("bad") == rewriting.MAX_ATTEMPTS
+    assert FakeServer.log.count("bad") == server_requests.MAX_ATTEMPTS
 
 
 def test_rejected_request_is_returned_unchanged(url):
@@ -250,12 +258,13 @@ def test_overlap_and_divergence():
         ("elsewhere", "redirects to another host"),
         ("endless", "longer than 1048576 bytes"),
         ("drip", "not complete after 0.5 s"),
+        ("slow header", "not complete after 0.5 s"),
     ],
 )
 def test_a_hostile_server_gets_no_credentials_and_no_time(url, monkeypatch, request_text, message):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr(rewriting, "TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(rewriting, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(server_requests, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(server_requests, "MAX_ATTEMPTS", 1)
     with pytest.raises(ValueError, match=message):
         rewrite([request_text], CaptionsConfig(), server_generator(url, "model"))
     assert FakeServer.log == []  # no further request came with the key

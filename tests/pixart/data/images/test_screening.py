@@ -127,9 +127,21 @@ def test_first_frame_of_an_animation_is_decoded(kind):
     assert np.abs(np.subtract(decoded.getpixel((20, 20)), (255, 0, 0))).max() < 5
 
 
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "PCX", "SGI", "DIB", "JPEG2000"])
+def test_rare_formats_are_decoded(kind):
+    options = {"irreversible": False} if kind == "JPEG2000" else {}
+    assert np.array_equal(np.asarray(decode(encoded(scene(), kind, **options), NO_LIMITS)), np.asarray(scene()))
+
+
+def test_a_large_textual_ppm_is_refused():
+    data = b"P3 3000 3000 255 " + b"1 " * 1000
+    assert reason_of(data)[0] == Reason.TOO_MANY_PIXELS
+
+
 def test_other_formats_are_unreadable():
-    for kind in ("PPM", "ICO", "TGA", "PCX", "EPS", "JPEG2000"):
-        assert reason_of(encoded(scene(), kind))[0] == Reason.UNREADABLE
+    for kind in ("ICO", "EPS", "IM", "MSP"):
+        image = scene().convert("1") if kind == "MSP" else scene()
+        assert reason_of(encoded(image, kind))[0] == Reason.UNREADABLE
     for data in (b"", b"GIF89a", b"text" * 99):
         assert reason_of(data)[0] == Reason.UNREADABLE
 

@@ -161,7 +161,8 @@ def test_symbolic_links_and_special_characters_in_names(tmp_path):
     write(f"{tmp_path}/elsewhere/a[1] b?#%20.jpg", noise_image(1))
     (tmp_path / "images [2024]").mkdir()
     (tmp_path / "images [2024]" / "cat").symlink_to(tmp_path / "elsewhere")
-    (item,) = open_source(f"{tmp_path}/images [2024]").read(0, 9)
+    write(f"{tmp_path}/images [2024]/dog/b.jpg", noise_image(2))
+    item, _ = open_source(f"{tmp_path}/images [2024]").read(0, 9)
     assert (item.id, item.text, item.data) == ("cat/a[1] b?#%20.jpg", "cat", noise_image(1))
 
 
@@ -176,12 +177,13 @@ def test_pipes_and_broken_links_are_ignored(tmp_path):
 def test_names_that_are_not_utf8_are_escaped(tmp_path):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)  # noqa: PTH102 - a path of bytes
+    write(f"{tmp_path}/dog/b.jpg", noise_image(2))
     with open(folder + b"/n\xf6.jpg", "wb") as file:  # noqa: PTH123
         file.write(noise_image(1))
     source = open_source(f"{tmp_path}")
-    (item,) = source.read(0, 9)
+    item, _ = source.read(0, 9)
     assert (item.id, item.text, item.data) == (r"caf\xe9/n\xf6.jpg", r"caf\xe9", noise_image(1))
-    assert source.class_names == [r"caf\xe9"]
+    assert source.class_names == [r"caf\xe9", "dog"]
 
 
 def test_parquet_has_labels_and_class_names_of_its_schema(tmp_path):

@@ -53,11 +53,11 @@ def test_metadata_of_every_kind_with_labels_and_other_rows(tmp_path, kind, label
     write_metadata(tmp_path / "train", kind, [*rows, {**rows[0], "file_name": "missing.jpg"}])
     source = open_source(f"{tmp_path}")
     assert [(item.text, item.label) for item in source.read(0, 9)] == [
-        *((row["caption"], label) for row, label in zip(rows, expected, strict=True)),
-        ("", -1),
+        (row["caption"], label) for row, label in zip(rows, expected, strict=True)
     ]
     assert source.class_names == names
-    assert source.contents().left_out == {"row of metadata without its image": 1}
+    left_out = {"row of metadata without its image": 1, "image without a row of metadata": 1}
+    assert source.contents().left_out == left_out
 
 
 def test_a_damaged_line_of_metadata_is_left_out(tmp_path):
@@ -71,6 +71,10 @@ def test_a_damaged_line_of_metadata_is_left_out(tmp_path):
         "label of metadata that is no integer or word": 1,
         "row of metadata without its image": 1,
     }
+    (tmp_path / "metadata.csv").touch()
+    with pytest.raises(ValueError, match=r"metadata files of different kinds \(.csv, .jsonl\)"):
+        open_source(f"{tmp_path}")
+    (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text(f'file_name,text\n0000.jpg,"{"x" * 200_000}\n')
     with pytest.raises(ValueError, match=r"metadata\.csv cannot be read: field larger than field limit"):
         open_source(f"{tmp_path}")

@@ -3,20 +3,19 @@
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 Identity = tuple[int, int]  # device and inode
 
 
-def walk_local(root: str) -> tuple[dict[str, int], Counter[str]]:
-    """Return the size of each file below a folder by its relative name, and the number of files left out by reason.
+def walk_local(root: str, left_out: Counter[str]) -> Iterator[tuple[str, int]]:
+    """Yield the name and the size of each file below a folder, in any order, and count those left out by reason.
 
     Links to files and to other folders are followed. A link to a folder that is already read, or that contains the
-    source, is left out, as are broken links, pipes and devices. Hidden files are not counted. Raises OSError for a
-    folder that cannot be read.
+    source, is left out, as are broken links, pipes, devices, and folders that may not be read. Hidden files are not
+    counted. Raises OSError for a source that cannot be read.
     """
-    sizes: dict[str, int] = {}
-    left_out: Counter[str] = Counter()
     visited: set[Identity] = set()
     containing = {_identity(parent.stat()) for parent in (Path(root).resolve(), *Path(root).resolve().parents)}
     links = [""]  # folders to read, by relative name; those behind links come after all others
@@ -31,7 +30,14 @@ def walk_local(root: str) -> tuple[dict[str, int], Counter[str]]:
             if identity in visited:
                 continue
             visited.add(identity)
-            with os.scandir(f"{root}/{folder}") as entries:
+            try:
+                entries = os.scandir(f"{root}/{folder}")
+            except PermissionError:
+                if not folder:
+                    raise
+                left_out["folder that may not be read"] += 1
+                continue
+            with entries:
                 for entry in entries:
                     name = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.name.startswith("."):
@@ -47,11 +53,10 @@ def walk_local(root: str) -> tuple[dict[str, int], Counter[str]]:
                     if stat.S_ISDIR(status.st_mode):
                         links.append(name)
                     elif stat.S_ISREG(status.st_mode):
-                        sizes[name] = status.st_size or -1
+                        yield name, status.st_size
                     else:
                         left_out["pipe or device"] += 1
         links.sort()
-    return dict(sorted(sizes.items())), left_out
 
 
 def _known(status: os.stat_result, visited: set[Identity], containing: set[Identity]) -> str:
