@@ -21,6 +21,7 @@ MEMORY_FACTOR = 1.25
 MAX_FACTOR = 2.0  # of a suggested value: a request up to that is not worth a change
 START_SECONDS = 60  # of a task, before its first shard
 SHORT_SECONDS, TASK_SECONDS = 120, 600  # tasks shorter than the first should share shards until they take the second
+MAX_SHARDS = 1000  # whose entries are read
 IDLE_PERCENT = 1.0  # mean GPU utilization of a job that does not use its GPU
 
 
@@ -46,8 +47,15 @@ def rows(run: Run, elements: Mapping[int, Element], *, accounting: bool) -> list
         return []
     profile = for_kind(read_profile(run.folder), run.kind)
     notes = [element.note for element in elements.values() if element.state == "failed"]
-    found = [time_row(run, profile, usages, notes), shards_row(run, usages), memory_row(run, profile, usages, notes)]
-    return [row for row in [*found, processors_row(run, profile, usages), gpu_row(run, profile, usages)] if row]
+    shards = shard_seconds(run)
+    found = [
+        time_row(run, profile, usages, shards, notes),
+        shards_row(run, usages, shards),
+        memory_row(run, profile, usages, notes),
+        processors_row(run, profile, usages),
+        gpu_row(run, profile, usages),
+    ]
+    return [row for row in found if row]
 
 
 def measured(run: Run, *, accounting: bool) -> list[Usage]:
@@ -75,11 +83,11 @@ def merged(recorded: Usage | None, accounted: Usage | None) -> Usage:
     )
 
 
-def time_row(run: Run, profile: Profile, usages: list[Usage], notes: list[str]) -> Row:
+def time_row(run: Run, profile: Profile, usages: list[Usage], shards: list[float], notes: list[str]) -> Row:
     """Return the row of the time limit; the suggestion covers a task of the longest shards."""
     requested = profile.minutes.get(run.kind)
     longest = max(item.seconds for item in usages)
-    if shards := shard_seconds(run):
+    if shards:
         longest = max(longest, START_SECONDS + run.per_task * max(shards))
     value = MINUTES_STEP * math.ceil(TIME_FACTOR * longest / 60 / MINUTES_STEP)
     if requested and any(note.startswith("timeout") for note in notes):
@@ -93,9 +101,8 @@ def time_row(run: Run, profile: Profile, usages: list[Usage], notes: list[str]) 
     )
 
 
-def shards_row(run: Run, usages: list[Usage]) -> Row | None:
+def shards_row(run: Run, usages: list[Usage], shards: list[float]) -> Row | None:
     """Return the row of the shards per task, if the tasks of an array are too short for the time of their start."""
-    shards = shard_seconds(run)
     typical = median(item.seconds for item in usages)
     if len(usages) < 2 or not shards or typical > SHORT_SECONDS:
         return None
@@ -171,12 +178,12 @@ def values_of(metrics: list[dict[str, float]], name: str) -> list[float]:
 
 
 def shard_seconds(run: Run) -> list[float]:
-    """Return the durations of the finished shards of an array, from the ledger."""
+    """Return the durations of finished shards of an array, from the ledger, of at most MAX_SHARDS shards."""
     if not run.elements:
         return []
-    job = ledger.ENTRIES_OF.get(run.kind, (run.kind,))[-1]
     shards = sorted(runs.done(run) & set(run.elements))
-    return [entry.seconds for entry in ledger.entries(run.dataset, job, shards).values()]
+    shards = shards[:: max(1, math.ceil(len(shards) / MAX_SHARDS))]
+    return [entry.seconds for entry in ledger.entries(run.dataset, ledger.entries_of(run.kind), shards).values()]
 
 
 def suggestion(table: str, kind: str, requested: int | None, value: int) -> str:

@@ -227,7 +227,7 @@ def done(run: Run) -> set[int]:
     """Return the finished elements: the shards in the dataset's ledger, or 0 if the result of a job of ranks exists."""
     if run.ranks:
         return {0} if (run.folder / RESULT).exists() else set()
-    return ledger.shards(run.dataset, ledger.ENTRIES_OF.get(run.kind, (run.kind,))[-1])
+    return ledger.shards(run.dataset, ledger.entries_of(run.kind))
 
 
 def result(run: Run) -> Any:

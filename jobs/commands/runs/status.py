@@ -193,8 +193,8 @@ def describe_rate(run: Run, elements: dict[int, Element]) -> str:
     if not run.elements:
         return ""
     submitted = (run.folder / "command.txt").stat().st_mtime
-    paths = [ledger.path(run.dataset, run.kind, number) for number, item in elements.items() if item.state == "done"]
-    written = [moment for path in paths if (moment := path.stat().st_mtime) >= submitted]
+    moments = ledger.written(run.dataset, ledger.entries_of(run.kind))
+    written = [moments[number] for number in elements if moments.get(number, 0.0) >= submitted]
     left = sum(element.state in runs.ACTIVE for element in elements.values())
     if not written:
         return ""
