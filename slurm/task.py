@@ -26,6 +26,7 @@ RESULT = "result.json"
 MAX_REQUEUES = 5  # for tasks that are not cooperative, since a shard may never fit into the time limit
 REQUEUE_TIMEOUT_SECONDS = 120  # for Slurm to terminate a requeued task
 TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
+INTERRUPTED = "interrupted: "  # begins the last line of the log of a task that a signal ended
 TERMINATE, TIME_LIMIT = 1, 2
 STOP_LEVELS: dict[int, int] = {signal.SIGTERM: TERMINATE, signal.SIGUSR2: TIME_LIMIT}
 
@@ -40,7 +41,7 @@ class TaskInterrupted(BaseException):
 
     def __init__(self, level: int, *, exclude: str | None = None) -> None:
         reason = "the time limit is near" if level == TIME_LIMIT else "the job is being terminated"
-        super().__init__(f"interrupted: {f'the job will avoid {exclude}' if exclude else reason}")
+        super().__init__(f"{INTERRUPTED}{f'the job will avoid {exclude}' if exclude else reason}")
         self.level, self.exclude = level, exclude  # comma-separated nodes that the job is requeued without
 
 
