@@ -40,12 +40,12 @@ class Meter:
 
     def record(self, run: Path, **identity: Any) -> None:
         """Append a line with what was used, and with `identity`: job, restart, node and rank."""
-        own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        process, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         line = {
             **identity,
             "seconds": time.monotonic() - self.begun,
-            "processor_seconds": sum(item.ru_utime + item.ru_stime for item in (own, children)),
-            "memory_bytes": 1024 * (own.ru_maxrss + children.ru_maxrss),
+            "processor_seconds": sum(item.ru_utime + item.ru_stime for item in (process, children)),
+            "memory_bytes": 1024 * (process.ru_maxrss + children.ru_maxrss),
         }
         with suppress(OSError), (run / FILE).open("a") as file:  # a full disk fails no task that has written its data
             file.write(json.dumps(line) + "\n")

@@ -38,7 +38,7 @@ def template(node: ast.Constant | ast.JoinedStr) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def templates() -> list[tuple[int, re.Pattern[str]]]:
     """Regular expressions for the strings of the code, without docstrings, with their numbers of letters."""
-    found = set()
+    pairs = set()
     for package in ("jobs", "slurm", "pixart", "conversion"):
         for path in (ROOT / package).rglob("*.py"):
             nodes = list(ast.walk(ast.parse(path.read_text())))
@@ -47,8 +47,8 @@ def templates() -> list[tuple[int, re.Pattern[str]]]:
             for node in nodes:
                 is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
                 if (is_text or isinstance(node, ast.JoinedStr)) and id(node) not in inner:
-                    found.add(template(node))
-    return [(count, re.compile(text)) for count, text in found if count >= LEAST]
+                    pairs.add(template(node))
+    return [(count, re.compile(text)) for count, text in pairs if count >= LEAST]
 
 
 def is_printed(symptom: str, templates: list[tuple[int, re.Pattern[str]]]) -> bool:
@@ -68,7 +68,7 @@ def test_a_symptom_is_a_message_of_the_code(templates, symptom):
     assert is_printed(symptom, templates) or any(text in symptom for text in FOREIGN)
 
 
-def test_a_message_of_another_wording_is_not_found(templates):
+def test_another_wording_does_not_match(templates):
     assert not is_printed("error: --cluster hpg: no profile of this name; choose one of dev or local", templates)
     assert not is_printed("the job has completed, but its result cannot be seen yet", templates)
 

@@ -48,14 +48,14 @@ def rows(run: Run, elements: Mapping[int, Element], *, accounting: bool) -> list
     profile = for_kind(read_profile(run.folder), run.kind)
     notes = [element.note for element in elements.values() if element.state == "failed"]
     shards = shard_seconds(run)
-    found = [
+    measurements = [
         time_row(run, profile, usages, shards, notes),
         shards_row(run, usages, shards),
         memory_row(run, profile, usages, notes),
         processors_row(run, profile, usages),
         gpu_row(run, profile, usages),
     ]
-    return [row for row in found if row]
+    return [row for row in measurements if row]
 
 
 def measured(run: Run, *, accounting: bool) -> list[Usage]:
@@ -199,8 +199,8 @@ def minutes(seconds: float) -> str:
 
 def facts(run: Run) -> dict[str, str]:
     """Return what the tasks of a run have recorded, as facts for its pages."""
-    found = rows(run, {}, accounting=False)
-    suggested = [row.suggested for row in found if row.suggested]
-    used = {"resources used": "; ".join(f"{row.resource} {row.used} of {row.requested}" for row in found)}
+    measurements = rows(run, {}, accounting=False)
+    suggested = [row.suggested for row in measurements if row.suggested]
+    used = {"resources used": "; ".join(f"{row.resource} {row.used} of {row.requested}" for row in measurements)}
     advice = {"suggested": ", ".join(suggested)}
     return {key: value for key, value in {**used, **advice}.items() if value}

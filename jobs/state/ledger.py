@@ -70,8 +70,8 @@ def written(dataset: str | Path, job: str) -> dict[int, float]:
     if is_url(str(dataset)):
         return {}
     try:
-        with os.scandir(Path(dataset, "ledger", job)) as found:
-            return {int(match[1]): item.stat().st_mtime for item in found if (match := NAME.fullmatch(item.name))}
+        with os.scandir(Path(dataset, "ledger", job)) as files:
+            return {int(match[1]): item.stat().st_mtime for item in files if (match := NAME.fullmatch(item.name))}
     except FileNotFoundError:
         return {}
 

@@ -192,16 +192,16 @@ def elements_by_state(run: Run, states: Mapping[str, commands.JobState]) -> dict
     waiting = {job: states[job] for element, job in job_of.items() if element not in finished and job in states}
     invisible = completed.recent(run.folder, waiting)
     never = Element(state="failed", job="", note="was not submitted")  # Slurm refused a later part of the array
-    found = {}
+    state_of = {}
     for element in sorted({*job_of, *run.elements}):
         job = job_of.get(element, "")
         if element in finished:
-            found[element] = Element(state="done", job=job)
+            state_of[element] = Element(state="done", job=job)
         elif job in invisible:
-            found[element] = Element(state="running", job=job, note="completed; its result is not visible yet")
+            state_of[element] = Element(state="running", job=job, note="completed; its result is not visible yet")
         else:
-            found[element] = unfinished_element(run, job, states.get(job)) if job else never
-    return found
+            state_of[element] = unfinished_element(run, job, states.get(job)) if job else never
+    return state_of
 
 
 def is_active(elements: dict[int, Element]) -> bool:

@@ -102,8 +102,8 @@ def test_a_full_disk_on_one_node(dev_cluster, make_bench, undisturbed, tmp_path,
   mkdir -p {captions}
   FULL=1 exec unshare --mount -- sh -c 'mount -t tmpfs -o size=16k tmpfs {captions} && exec "$0" "$@"' "$0" "$@"
 fi"""
-    whole_nodes = PROFILE.replace("cpus_per_task = 1", "cpus_per_task = 16")  # one task on each node
-    bench = dataclasses.replace(bench, profile=with_python(tmp_path, "caption", mount, whole_nodes))
+    exclusive_nodes = PROFILE.replace("cpus_per_task = 1", "cpus_per_task = 16")  # one task on each node
+    bench = dataclasses.replace(bench, profile=with_python(tmp_path, "caption", mount, exclusive_nodes))
     run = bench.begin()
     states = wait_for_end(run)
     failed = [element for element in runs.elements(run).values() if element.state == "failed"]

@@ -52,7 +52,7 @@ def test_size(text, size):
     assert parse_size(text) == size
 
 
-def test_ranks_record_what_they_used(tmp_path):
+def test_ranks_record_their_usage(tmp_path):
     """A node's memory is the sum of its ranks; of several attempts, the longest counts."""
     for restart, seconds in ((0, 100.0), (1, 40.0)):
         for rank in range(4):

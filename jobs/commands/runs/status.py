@@ -79,8 +79,8 @@ def runs_of_submission(run: Run) -> list[Run]:
     if not (run.folder / METADATA_FILE).exists() or not (parent := read_description(run.folder)["parent"]):
         return []
     folders = [Path(child) for child in read_description(Path(parent))["children"]]
-    found = [runs.load(folder) for folder in folders if (folder / runs.RECORD).exists()]
-    return found if len(found) > 1 else []
+    members = [runs.load(folder) for folder in folders if (folder / runs.RECORD).exists()]
+    return members if len(members) > 1 else []
 
 
 def query(requested: list[Run]) -> list[dict[int, Element]]:

@@ -58,7 +58,7 @@ def by_resource(rows) -> dict[str, tuple[str, str, str]]:
     return {row.resource: (row.requested, row.used, row.suggested) for row in rows}
 
 
-def test_values_are_suggested_from_what_the_tasks_recorded(tmp_path):
+def test_suggestions_follow_the_records_of_the_tasks(tmp_path):
     run = make_run(tmp_path)
     for job, seconds, memory in (("7_0", 700.0, 9.0), ("7_1", 900.0, 8.0), ("7_2", 650.0, 10.0), ("7_3", 640.0, 7.0)):
         record(run, job, seconds, memory, processors=2.5)
@@ -115,7 +115,7 @@ def test_gpus_by_the_metrics_of_the_nodes(tmp_path):
     assert node.facts["suggested"] == "[gpus] train = 0"
 
 
-def test_status_of_an_ended_run_shows_what_sacct_knows(tmp_path, programs, capsys):
+def test_status_of_an_ended_run_shows_the_figures_of_sacct(tmp_path, programs, capsys):
     """The tasks have recorded nothing, since they were killed, or ran before usage was recorded."""
     home = tmp_path / "home"
     run = make_run(home, kind="audit", shards=0)

@@ -27,7 +27,7 @@ def clock(monkeypatch) -> Clock:
 
 
 @pytest.mark.parametrize("offset", [-600, 0, 600], ids=["behind", "equal", "ahead"])
-def test_a_job_has_a_minute_whatever_the_clock_of_the_controller_says(tmp_path, clock, offset):
+def test_the_clock_of_the_controller_does_not_change_the_minute(tmp_path, clock, offset):
     states = {"7": JobState(state="COMPLETED", end=clock.now + offset), "8": JobState(state="FAILED", end=clock.now)}
     assert recent(tmp_path, states) == {"7"}
     clock.now += VISIBLE_SECONDS - 1

@@ -40,7 +40,7 @@ def pipeline(tmp_path) -> list[Run]:
     home, parent = tmp_path / "home", tmp_path / "home/submissions/1"
     parent.mkdir(parents=True)
     describe(parent, {})
-    found = []
+    members = []
     for number, kind in enumerate(("caption", "latents", "train")):
         folder = home / "runs" / f"{number}-{kind}-a"
         (folder / "logs").mkdir(parents=True)
@@ -54,8 +54,8 @@ def pipeline(tmp_path) -> list[Run]:
         default = profiles.Profile(name="site", executor="slurm")
         (folder / PROFILE).write_text(json.dumps(dataclasses.asdict(default)))
         describe(folder, {}, parent=parent)
-        found.append(run)
-    return found
+        members.append(run)
+    return members
 
 
 @pytest.fixture
