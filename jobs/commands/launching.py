@@ -109,11 +109,6 @@ def read_run_recipe(folder: Path) -> Recipe:
     return read_record(folder / "config.json", from_json)
 
 
-def read_run_profile(folder: Path) -> Profile:
-    """Return the profile of the cluster that a run was submitted to."""
-    return read_record(folder / "profile.json", lambda text: Profile(**json.loads(text)))
-
-
 def read_record(path: Path, parse: Callable[[str], Value]) -> Value:
     """Parse a JSON record. Raises ValueError if it is damaged or was written by another version."""
     try:

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.state.json_record import read_record
+from jobs.state.json_record import of_this_version, read_record
 from pixart.atomic import write_atomically
+from slurm.profile import Profile
 from slurm.task import attempts
 
 FILE = "tracking.json"
+PROFILE = "profile.json"
 KEY = "pixart.key"  # tag that finds the MLflow run if a process was killed before saving its id
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
 
@@ -42,6 +44,12 @@ def describe(
 def read_description(run: Path) -> dict[str, Any]:
     """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if it is missing."""
     return read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
+
+
+def read_profile(run: Path) -> Profile:
+    """Return the profile of the cluster that a run was last submitted to. Raises ValueError if it is damaged."""
+    with of_this_version(run / PROFILE):
+        return Profile(**read_record(run / PROFILE))
 
 
 def change(run: Path, **values: Any) -> None:
