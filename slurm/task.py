@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypedDict
 
+import msgspec
 import submitit
 
 from slurm import commands
@@ -28,6 +29,18 @@ REQUEUE_TIMEOUT_SECONDS = 120  # for Slurm to terminate a requeued task
 TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
 TERMINATE, TIME_LIMIT = 1, 2
 STOP_LEVELS: dict[int, int] = {signal.SIGTERM: TERMINATE, signal.SIGUSR2: TIME_LIMIT}
+
+
+class Attempt(TypedDict):
+    """A start of one rank of a job."""
+
+    job: str
+    rank: int
+    restart: int
+    arguments: list[Any]
+    node: str
+    time: str
+
 
 _stop_level = 0
 
@@ -134,7 +147,7 @@ def restart_count() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def attempts(run: str | Path) -> list[dict[str, Any]]:
+def attempts(run: str | Path) -> list[Attempt]:
     """Return the records of all starts of all ranks in order; lines damaged by a network file system are skipped."""
     try:
         lines = (Path(run) / ATTEMPTS).read_text().splitlines()
@@ -142,6 +155,6 @@ def attempts(run: str | Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in lines:
-        with suppress(ValueError):
-            records.append(json.loads(line))
+        with suppress(ValueError, RecursionError, msgspec.ValidationError):
+            records.append(msgspec.convert(json.loads(line), Attempt))
     return records

@@ -4,7 +4,6 @@ The state comes from the data, and from Slurm if there is no data yet. Of a pipe
 is 1 if an element failed.
 """
 
-import json
 import sys
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.commands.hints import next_command
+from jobs.commands.launching import read_run_profile
 from jobs.commands.options import Command, RunOptions, option
 from jobs.progress import format_rate
 from jobs.state import endpoint as endpoints
@@ -71,7 +71,7 @@ def poll_seconds(run: Run) -> float:
     """Return the pause between two queries, of the profile that a run was submitted with."""
     if run.executor == "local":
         return LOCAL_POLL_SECONDS
-    return json.loads((run.folder / "profile.json").read_text())["poll_seconds"]
+    return read_run_profile(run.folder).poll_seconds
 
 
 def print_submission(run: Run) -> None:
