@@ -62,7 +62,6 @@ class Provenance(TypedDict, total=False):
     dataset_hash: str | None
     models: dict[str, str]
     acceptance: str
-    gate: str
 
 
 class CheckpointRecord(TypedDict):
