@@ -20,6 +20,7 @@ MAX_DEPTH = 64  # of lists and objects in each other; far below what Python's st
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # a number of things, or a size in bytes
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Moment = Annotated[float, msgspec.Meta(ge=0, le=2e11)]  # seconds since 1970
 Nodes = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 Prompts = Annotated[int, msgspec.Meta(ge=1, le=10**8)]
 Parts = Annotated[int, msgspec.Meta(ge=0, le=10**6)]  # array elements

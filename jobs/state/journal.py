@@ -23,7 +23,7 @@ from pixart import records
 class Line(TypedDict, total=False):
     """A line of the journal: metrics of a step, or one other event."""
 
-    time: float
+    time: records.Moment
     step: records.Count
     metrics: dict[str, float]
     artifact: str

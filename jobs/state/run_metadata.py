@@ -22,7 +22,7 @@ class Description(TypedDict):
     """The metadata of a run."""
 
     key: str
-    begun: float
+    begun: records.Moment
     parameters: dict[str, Any]
     tags: dict[str, str]
     parent: str | None

@@ -32,7 +32,9 @@ def test_hostile_values_in_files_and_words(record_property, tmp_path):
         key, text = attack.generator.choice(keys), attack.generator.choice(TEXTS)
         attack.command(key, ["config", "--set", f"{key}={text}"])
         section, _, last = key.rpartition(".")
-        content = f"[{section}]\n{last} = {attack.generator.choice([repr(text), text, '[' * 90_000, '{}', '[1, [2]]'])}\n"
+        content = (
+            f"[{section}]\n{last} = {attack.generator.choice([repr(text), text, '[' * 90_000, '{}', '[1, [2]]'])}\n"
+        )
         (tmp_path / "run.toml").write_bytes(content.encode("utf-8", "surrogateescape"))
         attack.command(key, ["config", "--config", str(tmp_path / "run.toml")])
     attack.finish(record_property)

@@ -1,17 +1,13 @@
 """Every record of a finished demo damaged in many ways, and the commands that read it."""
 
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from jobs.commands import registry
-from jobs.state import evaluation, ledger
+from jobs.state import ledger
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
-from pixart.data.sources.open import open_source
 from pixart.sampling import loading
 from tests.attack.campaign import Campaign, campaign
 from tests.attack.hostile import damages
