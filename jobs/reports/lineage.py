@@ -45,8 +45,15 @@ class Node:
 def trace(home: Path, subject: str | None) -> Node:
     """Return the node of a PNG, a checkpoint, a dataset or a run, linked to all its ancestors.
 
-    None means the newest run. Raises ValueError if `subject` is none of these.
+    None means the newest run. Raises ValueError if `subject` is none of these, or for records in a circle.
     """
+    node = find_node(home, subject)
+    topological_order(node)
+    return node
+
+
+def find_node(home: Path, subject: str | None) -> Node:
+    """Return the node that a PNG, a checkpoint, a dataset or a run is, linked to its ancestors."""
     traversal = Traversal(home)
     path = Path(subject or "")
     if subject and is_url(subject):
@@ -281,13 +288,22 @@ def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
 
 
 def topological_order(node: Node) -> list[Node]:
-    """Return the node and all its ancestors, in topological order with the ancestors first."""
+    """Return the node and all its ancestors, in topological order with the ancestors first.
+
+    Raises ValueError if records say that a node is among its own ancestors.
+    """
     ordered: dict[str, Node] = {}
+    open_nodes: set[str] = set()
 
     def add(one: Node) -> None:
+        if one.name in ordered:
+            return
+        if one.name in open_nodes:
+            raise ValueError(f"{one.name}: its records name it among its own ancestors; restore them")
+        open_nodes.add(one.name)
         for parent in one.parents:
             add(parent)
-        ordered.setdefault(one.name, one)
+        ordered[one.name] = one
 
     add(node)
     return list(ordered.values())

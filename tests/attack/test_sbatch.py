@@ -12,7 +12,19 @@ from tests.attack.campaign import campaign
 from tests.attack.hostile import ESCAPES, INJECTIONS, MARKER, PATHS
 
 TEXTS = (*INJECTIONS, *ESCAPES, *PATHS[:12])
-TEXT_KEYS = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type", "gpu_type", "reservation", "wckey", "container"]
+TEXT_KEYS = [
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "exclude",
+    "mail_user",
+    "mail_type",
+    "gpu_type",
+    "reservation",
+    "wckey",
+    "container",
+]
 LIST_KEYS = ("modules", "srun_args", "container_mounts")
 BASE = Profile(name="a", executor="slurm", gpus_per_node=2, memory_gb=8, minutes={"train": 10})
 STUB = '#!/bin/sh\nprintf "%s\\n" "$@" >> "$STUB_LOG"\n'
