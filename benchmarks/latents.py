@@ -39,7 +39,7 @@ def main() -> None:
         text = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
         valid = np.array(caption.read_part(folder, 0)["valid"].to_pylist())
         items = [item for item, kept in zip(source.read(*manifest.shard_range(0)), valid, strict=True) if kept]
-        pictures = [np.asarray(resize_and_crop(decode(item.data, data.screening), SIZE)) for item in items]
+        pictures = [np.asarray(resize_and_crop(decode(item.data, data.screening), SIZE, SIZE)) for item in items]
         batches = [
             np.stack(pictures[begin : begin + latents.BATCH]) for begin in range(0, len(pictures), latents.BATCH)
         ]

@@ -147,7 +147,7 @@ def memmap_pass(manifest: Manifest, store: Store, rows: int) -> float:
 
 def epoch(loader: Loader, number: int) -> float:
     """Return the rows/s of a loader's rank over the epoch `number`."""
-    steps = len(loader.sampler.valid) // loader.global_batch_size
+    steps = len(loader.order.samplers[0].valid) // loader.global_batch_size
     begun, rows = time.perf_counter(), 0
     for batch in loader.iterate(number * steps, (number + 1) * steps):
         rows += len(batch.rows)
@@ -173,7 +173,7 @@ def first_batch(path: str, share: float) -> float:
 
     def run() -> object:
         loader = Loader(Store(manifests.read(path)), global_batch_size=BATCH, seed=0)
-        start = int(share * len(loader.sampler.valid) / BATCH)
+        start = int(share * len(loader.order.samplers[0].valid) / BATCH)
         return next(loader.iterate(start, start + 1))
 
     return statistics.median(seconds(run) for _ in range(REPEATS))

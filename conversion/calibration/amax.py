@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -101,7 +102,7 @@ def observe_linears(model: DiT, linears: Sequence[str], batches: SeededBatches, 
     def forward(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if backward or not name.startswith("dit_blocks."):  # blocks are visited when they are recomputed
             visit(name, INPUT, by_batch(inputs[0]))
-            visit(name, WEIGHT, module.weight.detach()[None])
+            visit(name, WEIGHT, cast(Tensor, module.weight).detach()[None])
         if output.requires_grad and not backward:
             output.register_hook(lambda grad: visit(name, GRAD_OUTPUT, by_batch(grad)))
 

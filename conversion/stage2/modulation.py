@@ -81,12 +81,12 @@ def override_modulations(model: DiT, rows: Tensor) -> Iterator[None]:
     With the rows of `rescaled_modulations` the model computes what the stage-2 model computes, whose weights have
     absorbed s and whose cross-attention is still zero.
     """
-    for block, block_rows in zip(model.dit_blocks, rows, strict=True):
-        block.modulation = partial(lambda block_rows, condition: block_rows, block_rows)
+    for block, block_rows in zip(model.blocks, rows, strict=True):
+        block.modulation = partial(lambda block_rows, condition: block_rows, block_rows)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in model.dit_blocks:
+        for block in model.blocks:
             del block.modulation
 
 
@@ -107,8 +107,8 @@ def block_modulations(model: DiT, t: Tensor, dtype: torch.dtype = torch.float64)
     """Return every block's modulation with the null class (blocks, T, 6 D) and block 0's hidden activation (T, D)."""
     device = model.adaLN1.weight.device
     condition = model.embed_condition(t.float().to(device), null_labels(model, len(t), device)).to(dtype)
-    hidden = [F.silu(linear(condition, block.adaLN1)) for block in model.dit_blocks]
-    outputs = [linear(h, block.adaLN2) for h, block in zip(hidden, model.dit_blocks, strict=True)]
+    hidden = [F.silu(linear(condition, block.adaLN1)) for block in model.blocks]
+    outputs = [linear(h, block.adaLN2) for h, block in zip(hidden, model.blocks, strict=True)]
     return torch.stack(outputs), hidden[0]
 
 
@@ -153,7 +153,7 @@ def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
         captured.append(output.detach().requires_grad_())
         return captured[-1]
 
-    handles = [block.adaLN2.register_forward_hook(capture) for block in model.dit_blocks]
+    handles = [block.adaLN2.register_forward_hook(capture) for block in model.blocks]
     model.requires_grad_(False)
     omega = []
     for nodes in quadrature_nodes(model)[0].float().split(batches_per_pass(model, latents)):
@@ -174,7 +174,7 @@ def sensitivity(model: DiT, latents: Tensor, seed: int = 0) -> Tensor:
 def paper_modulation(model: DiT) -> Modulation:
     """Return the modulation of PixArt-alpha: f is block 0's modulation, E_i = S_i(t*) - f(t*) at t* = 0.5."""
     targets = block_modulations(model, torch.tensor([PAPER_T]))[0].cpu()
-    last_layer = model.dit_blocks[0].adaLN2
+    last_layer = model.blocks[0].adaLN2
     return Modulation(
         weight=last_layer.weight.detach().cpu(),
         bias=last_layer.bias.detach().cpu(),
@@ -195,7 +195,7 @@ class ModulationFit:
         self.constants = constant_terms(model.config.dim).double()
         self.targets = targets + self.constants
         self.weights = density[:, None] * omega.clamp(min=omega.mean() * 1e-6)
-        last_layer = model.dit_blocks[0].adaLN2
+        last_layer = model.blocks[0].adaLN2
         self.weight, self.bias = (tensor.detach().double().cpu() for tensor in (last_layer.weight, last_layer.bias))
 
     def solve(self, rounds: int, max_scale: float, scales: Tensor | None = None) -> Modulation:

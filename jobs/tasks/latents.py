@@ -2,12 +2,14 @@
 
 import hashlib
 import time
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
 from jobs.state import ledger
 from jobs.tasks.caption import for_each_shard, read_part
+from pixart.config.aspect_buckets import bucket_shapes, nearest_bucket
 
 BATCH = 32  # images per call of the VAE, and captions per call of the text encoder
+MAX_WAITING = 4 * BATCH  # images that wait until there are BATCH of their aspect bucket
 FINER = 2  # a JPEG is decoded at a reduced scale that keeps this multiple of the image size
 
 
@@ -57,22 +59,32 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     import numpy as np
     import torch
 
-    from pixart.data.store.zarr_store import layout, write_shard
+    from pixart.data.store.layout import BUCKET, VALID, latents_of, layout
+    from pixart.data.store.zarr_store import write_shard
 
     begun = time.monotonic()
     captions = ledger.read(manifest.data.path, "caption", shard)
     assert captions is not None  # checked by `run`
     captions_of = {"": "caption", "short_": "short_caption"} if manifest.data.short_captions else {"": "caption"}
-    names = ["id", "digest", "label", "valid", *captions_of.values()]
+    names = ["id", "digest", "label", "valid", "width", "height", *captions_of.values()]
     table = read_part(manifest.data.path, shard).select(names).to_pydict()
     valid = np.array(table["valid"], dtype=bool)
-    columns = {name: np.zeros((len(valid), *shape), dtype) for name, (shape, dtype) in layout(manifest).items()}
+    buckets = nearest_buckets(manifest, table)
+    arrays = layout(manifest)
+    stored = dict.fromkeys(arrays, np.arange(len(valid)))
+    if manifest.buckets:
+        stored |= {name: np.flatnonzero(valid & (buckets == index)) for index, name in enumerate(latents_of(manifest))}
+    columns = {name: np.zeros((len(stored[name]), *shape), dtype) for name, (shape, dtype) in arrays.items()}
     columns["label"][:] = table["label"]
-    columns["valid"][:] = valid
+    columns[VALID][:] = valid
+    if manifest.buckets:
+        columns[BUCKET][:] = buckets
     for prefix, caption in captions_of.items() if len(valid) else ():
         columns[f"{prefix}token_ids"], columns[f"{prefix}token_mask"] = text.tokenize(table[caption])
-    for rows, latents in encoded(manifest, source.read(*manifest.shard_range(shard)), table, vae):
-        columns["latents"][rows] = latents
+    items = source.read(*manifest.shard_range(shard))
+    for bucket, rows, latents in encoded(manifest, items, table, buckets, vae):
+        name = list(latents_of(manifest))[bucket]
+        columns[name][np.searchsorted(stored[name], rows)] = latents
         for prefix in captions_of if manifest.data.store_text_embeddings else ():
             states = text.states(columns[f"{prefix}token_ids"][rows], columns[f"{prefix}token_mask"][rows])
             columns[f"{prefix}text_states"][rows] = states.to(torch.float16).cpu().numpy()
@@ -97,8 +109,26 @@ def encode_shard(manifest, shard: int, source, vae, text) -> None:
     )
 
 
-def encoded(manifest, items, table, vae):
-    """Yield row numbers (B,) and latents (B, C, h, w) of the valid items, while the next images are decoded.
+def nearest_buckets(manifest, table):
+    """Return the index of each row's aspect bucket, int16 (rows,); zeros without buckets and for rejected images."""
+    import numpy as np
+
+    shapes = image_shapes(manifest)
+    nearest = [
+        nearest_bucket(width, height, shapes) if valid and manifest.buckets else 0
+        for width, height, valid in zip(table["width"], table["height"], table["valid"], strict=True)
+    ]
+    return np.array(nearest, np.int16)
+
+
+def image_shapes(manifest):
+    """Return the (height, width) in pixels of the training images of each aspect bucket, or of all images."""
+    side = manifest.data.image_size
+    return bucket_shapes(manifest.data.aspect_buckets, side) or ((side, side),)
+
+
+def encoded(manifest, items, table, buckets, vae):
+    """Yield a bucket, row numbers (B,) of it and latents (B, C, h, w) of the valid items, while images are decoded.
 
     Raises ValueError if the items are not those that the table's captions describe.
     """
@@ -108,7 +138,7 @@ def encoded(manifest, items, table, vae):
     from pixart.data.images.screening import decode_downscaled, digest, resize_and_crop
     from pixart.data.prefetch import prefetch_map
 
-    size = manifest.data.image_size
+    shapes = image_shapes(manifest)
 
     def wanted():
         for row, (item, id) in enumerate(zip_longest(items, table["id"])):
@@ -123,10 +153,21 @@ def encoded(manifest, items, table, vae):
         row, item = numbered
         if digest(item.data) != table["digest"][row]:
             raise ValueError(f"{item.id}: the image changed since it was captioned; restore it, or run 'caption' again")
-        image, _ = decode_downscaled(item.data, manifest.data.screening, lambda *sides: FINER * size / min(sides))
-        return row, np.asarray(resize_and_crop(image, size))
+        height, width = shapes[buckets[row]]
+        # The scale at which the upright image covers the shape; the file may have its sides exchanged.
+        scale = max(height / table["height"][row], width / table["width"][row])
+        image, _ = decode_downscaled(item.data, manifest.data.screening, lambda *_: FINER * scale)
+        return row, np.asarray(resize_and_crop(image, height, width))
 
-    images_ahead = prefetch_map(prepare, wanted())
-    while batch := list(islice(images_ahead, BATCH)):
+    def encode_batch(bucket, batch):
         rows, images = zip(*batch, strict=True)
-        yield list(rows), encode(vae, np.stack(images), manifest.data.pixel_range)
+        return bucket, list(rows), encode(vae, np.stack(images), manifest.data.pixel_range)
+
+    waiting: dict[int, list] = {}
+    for row, image in prefetch_map(prepare, wanted()):
+        waiting.setdefault(int(buckets[row]), []).append((row, image))
+        bucket = max(waiting, key=lambda bucket: len(waiting[bucket]))
+        if len(waiting[bucket]) == BATCH or sum(map(len, waiting.values())) == MAX_WAITING:
+            yield encode_batch(bucket, waiting.pop(bucket))
+    for bucket, batch in sorted(waiting.items()):
+        yield encode_batch(bucket, batch)

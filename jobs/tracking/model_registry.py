@@ -110,9 +110,11 @@ def released_checkpoint(home: Path, model: str, version: str | None, alias: str 
     with tracker.converted_errors():
         try:
             client = tracker.client
-            release = (
-                client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, version)
-            )
+            if alias:
+                release = client.get_model_version_by_alias(model, alias)
+            else:
+                assert version  # a reference has one of them
+                release = client.get_model_version(model, version)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise

@@ -187,7 +187,7 @@ def load_archive(source: Path | io.BytesIO, *, mmap: bool = False) -> Any:
     if head != ZIP:
         raise RefusedPickleError("it is not a zip archive")
     stream = io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else str(source)
-    if torch._C.PyTorchFileReader(stream).has_record(TORCHSCRIPT):
+    if torch._C.PyTorchFileReader(stream).has_record(TORCHSCRIPT):  # type: ignore[attr-defined]
         raise RefusedPickleError("it is a TorchScript archive, whose code is not loaded")
     if isinstance(source, io.BytesIO):
         source.seek(0)

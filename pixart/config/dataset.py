@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pixart.config.aspect_buckets import bucket_shapes
 from pixart.config.captions import CaptionsConfig
 from pixart.config.limits import require_at_least, require_fraction
 from pixart.config.renamed_keys import rename_data
@@ -88,6 +89,11 @@ class DataConfig:
     image_size: int = 256
     """Side of the training images, in pixels, after resize and centre crop."""
 
+    aspect_buckets: str | None = None
+    """Shapes of the training images, each image being cropped to the nearest one: `pixart` for PixArt-alpha's 40 of the
+    area of image_size, `STEP:RATIO` for all multiples of STEP pixels of that area up to a ratio of the sides, such as
+    32:2, or a list such as 256x256,320x192 of widths and heights; none crops every image to the square."""
+
     vae: str = "demo"
     """VAE that encodes the images: `demo`, or a folder or hub name of a diffusers AutoencoderKL."""
 
@@ -133,6 +139,7 @@ class DataConfig:
         if self.max_images is not None:
             require_at_least(1, max_images=self.max_images)
         require_at_least(0, seed=self.seed, text_scale=self.text_scale)
+        bucket_shapes(self.aspect_buckets, self.image_size)
         if self.pixel_range not in PIXEL_RANGES:
             raise ValueError(f"pixel_range={self.pixel_range}: must be -1,1 or 0,1")
         if self.num_shards > MAX_SHARDS:

@@ -8,6 +8,7 @@ of the longest file, and the rows of the store behind the end of a shorter one a
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from pixart import records
 from pixart.atomic import copy_atomically, write_atomically
+from pixart.config.aspect_buckets import bucket_shapes
 from pixart.config.dataset import ColumnsConfig, DataConfig, data_from_dict, is_url
 from pixart.config.renamed_keys import original_data
 from pixart.data.listing.blocks import open_reader
@@ -56,9 +58,10 @@ class Manifest:
     images: Count
     rows_per_shard: Count
     class_names: tuple[str, ...]
-    latent_shape: tuple[Count, Count, Count]  # (channels, height, width)
+    latent_shape: tuple[Count, Count, Count]  # (channels, height, width) of an image of `data.image_size` squared
     text_dim: Count
     models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
+    buckets: tuple[tuple[Count, Count], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
     adopted: Adoption | None = None  # None for a dataset of images
     listing: str | None = None  # checksum of LISTING_FILE; None for the demo and for datasets from before it
     format: int = FORMAT
@@ -84,6 +87,11 @@ class Manifest:
         return start, min(start + self.rows_per_shard, self.images)
 
     @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Shapes (channels, height, width) of the latents: one per aspect bucket, or the only one."""
+        return tuple((self.latent_shape[0], *bucket) for bucket in self.buckets) or (self.latent_shape,)
+
+    @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that identify the dataset independently of its path; checkpoints refer to it."""
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, path="")).values()
@@ -97,8 +105,11 @@ class Manifest:
             if values[key] is None:
                 del values[key]
         values["data"] = {key: value for key, value in values["data"].items() if ADDED_KEYS.get(key, 0) <= version}
-        if self.data.columns == ColumnsConfig():  # so that datasets from before this key keep their hash
+        # Values from before a key existed are left out, so that older datasets keep their hash.
+        if self.data.columns == ColumnsConfig():
             values["data"].pop("columns", None)
+        if not self.buckets:
+            del values["data"]["aspect_buckets"], values["buckets"]
         if version == LEGACY_FORMAT:
             values["data"] = original_data(values["data"])
         return values
@@ -160,6 +171,7 @@ def make(data: DataConfig) -> Manifest:
             rows_per_shard=-(-len(source) // data.num_shards),
             class_names=tuple(source.class_names),
             latent_shape=latent_shape(data.vae, data.image_size),
+            buckets=tuple(latent_buckets(data)),
             text_dim=text_dim(data.text_encoder),
             models={kind: model_fingerprint(data, kind) for kind in MODELS},
             listing=open_reader(listing).checksum if listing.exists() else None,
@@ -169,6 +181,23 @@ def make(data: DataConfig) -> Manifest:
         for path in Path(folder).iterdir():
             copy_atomically(path, Path(data.path) / path.name)
     return manifest
+
+
+def latent_buckets(data: DataConfig) -> Iterator[tuple[int, int]]:
+    """Yield the (height, width) of the latents of each aspect bucket of a configuration.
+
+    Raises ValueError for a bucket that the VAE cannot encode.
+    """
+    from pixart.data.encoders.vae import downsampling_factor
+
+    factor = downsampling_factor(data.vae)
+    for height, width in bucket_shapes(data.aspect_buckets, data.image_size):
+        if height % factor or width % factor:
+            raise ValueError(
+                f"data.aspect_buckets={data.aspect_buckets}: {width}x{height} must have sides that are multiples of "
+                f"{factor}, the VAE's downsampling factor"
+            )
+        yield height // factor, width // factor
 
 
 def model_fingerprint(data: DataConfig, kind: str) -> str:

@@ -82,11 +82,12 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         self.width = width
         self._conv_stem, self._bn0 = SameConv(3, STEM_CHANNELS, 3, 2), norm(STEM_CHANNELS)
-        self._blocks = nn.ModuleList(blocks())
+        mobile_blocks = list(blocks())
+        self._blocks = nn.ModuleList(mobile_blocks)
         self._conv_head, self._bn1 = SameConv(STAGES[-1][-1], HEAD_CHANNELS, 1), norm(HEAD_CHANNELS)
         self._fc = nn.Linear(HEAD_CHANNELS, 1000)
         self.last_block = max(
-            (index for index, block in enumerate(self._blocks) if block._project_conv.out_channels == width),
+            (index for index, block in enumerate(mobile_blocks) if block._project_conv.out_channels == width),
             default=len(self._blocks) - 1,
         )
 

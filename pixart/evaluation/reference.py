@@ -121,7 +121,7 @@ def squares(files: Iterator[tuple[int, bytes]], size: int) -> Iterator[tuple[int
             )
         except Rejected:
             return row, None
-        return row, resize_and_crop(image, size)
+        return row, resize_and_crop(image, size, size)
 
     for row, image in prefetch_map(prepare, files):
         if image is not None:

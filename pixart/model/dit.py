@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,11 @@ class DiT(ModelMixin, ConfigMixin):
         self.initialize_weights()
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks, in their order."""
+        return cast(list[Block], list(self.dit_blocks))
+
+    @property
     def stage(self) -> int:
         """Training stage of the configuration: 1 (class-conditional) or 2 (text-conditional)."""
         return 1 if self.config.text_dim is None else 2
@@ -82,14 +87,14 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=0.02)
         weight = self.patchify.weight
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-        nn.init.zeros_(self.patchify.bias)
+        nn.init.zeros_(cast(Tensor, self.patchify.bias))
 
     def fuse_projections(self) -> None:
         """Compute the projections of the same input as one GEMM; results differ in rounding only.
 
         This is for training: hooks on the individual linears are not called.
         """
-        for block in self.dit_blocks:
+        for block in self.blocks:
             for attention in (block.attention.attention, getattr(block, "cross_attention", None)):
                 if attention is not None:
                     attention.fused_projections = True

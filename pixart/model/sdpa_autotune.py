@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixart.model.device_timer import median_seconds
+from pixart.model.dit import DiT
 from pixart.model.sdpa import BACKENDS, AttentionKernel, padded_attention, sdpa_backend
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
@@ -143,9 +144,9 @@ def autotune(
     )
 
 
-def set_kernels(model: nn.Module, self_attention: AttentionKernel, cross_attention: AttentionKernel) -> None:
+def set_kernels(model: DiT, self_attention: AttentionKernel, cross_attention: AttentionKernel) -> None:
     """Make every block of a DiT use these kernels for its self-attention and its cross-attention."""
-    for block in model.dit_blocks:
+    for block in model.blocks:
         block.attention.attention.kernel = self_attention
         if hasattr(block, "cross_attention"):
             block.cross_attention.kernel = cross_attention

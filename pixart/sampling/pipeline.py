@@ -29,7 +29,7 @@ from pixart.sampling.export import write_code
 MODULE = "pipeline"  # name of the Python module in an exported folder
 NULL_CLASS = "none"  # class label for unconditional samples
 Prompts = str | list[str]
-Classes = int | str | list[int | str]
+Classes = int | str | list[int] | list[str] | list[int | str]
 Conditioning = dict[str, Tensor]  # keyword arguments of the model
 
 

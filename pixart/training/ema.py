@@ -23,7 +23,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move the EMA weights towards the model's weights; `step` counts from 0."""
-        parameters = [parameter for _, parameter in model.named_parameters()]
+        parameters: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
         torch._foreach_lerp_(list(self.weights.values()), parameters, 1 - ema_decay(step, self.decay))
 
     @contextmanager

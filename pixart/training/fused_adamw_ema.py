@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pixart.model.dit import DiT
 from pixart.training.optimizer import MOMENTS, adamw_ema_update
 
 
 class FusedAdamWEma:
     """Replacement of `optimizer.step()` and `EMA.update` that works on their tensors."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, ema_weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: DiT, optimizer: torch.optim.AdamW, ema_weights: Mapping[str, Tensor]) -> None:
         self.optimizer, self.ema_weights = optimizer, ema_weights
         groups = optimizer.param_groups
         self.weight_decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
-        blocks = [list(block.parameters()) for block in model.dit_blocks]
+        blocks = [list(block.parameters()) for block in model.blocks]
         in_blocks = {parameter for block in blocks for parameter in block}
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.parts = [*blocks, [parameter for parameter in self.names if parameter not in in_blocks]]
@@ -33,12 +34,15 @@ class FusedAdamWEma:
         Where `skip` () is true, weights and moments do not change.
         """
         group = self.optimizer.param_groups[0]
-        scalars = [torch.full((), value, device=skip.device) for value in (lr, ema_weight)]  # a copy would synchronize
+        new_lr, new_weight = (
+            torch.full((), value, device=skip.device) for value in (lr, ema_weight)
+        )  # a copy would synchronize
         for part in self.parts:
             with_grad = [parameter for parameter in part if parameter.grad is not None]
             tensors = [[local_tensor(tensor) for tensor in self.tensors(parameter)] for parameter in with_grad]
             weight_decays = [self.weight_decays[parameter] for parameter in with_grad]
-            self.update(tensors, weight_decays, *scalars, skip, *group["betas"], group["eps"])
+            beta1, beta2 = group["betas"]
+            self.update(tensors, weight_decays, new_lr, new_weight, skip, beta1, beta2, group["eps"])
             for parameter in part:
                 if parameter.grad is None:
                     self.ema_weights[self.names[parameter]].lerp_(parameter, ema_weight)

@@ -84,7 +84,7 @@ def train(
             world_size=ranks.world_size,
             excluded_rows=validation_rows,
         )
-        metrics = MetricsLogger(trainer, loader.sampler, reporter)
+        metrics = MetricsLogger(trainer, loader.order, reporter)
         manager = CheckpointManager(
             run,
             ranks,

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pixart.data.loading.loader import Batch
-from pixart.data.loading.sampler import WindowShuffleSampler, rows_of_step
-from pixart.model.flops import peak_tflops, training_flops
+from pixart.data.loading.order import TrainingOrder
+from pixart.gpu_rates import peak_tflops
+from pixart.model.flops import training_flops
 from pixart.model.fp8 import scaling
 from pixart.training.optimizer import learning_rate
 from pixart.training.trainer import Trainer
@@ -64,7 +65,7 @@ class DivergedError(Exception):
 class MetricsLogger:
     """Collects the metrics of an interval of steps without synchronizing with the device, and logs them."""
 
-    def __init__(self, trainer: Trainer, order: WindowShuffleSampler, reporter: Reporter) -> None:
+    def __init__(self, trainer: Trainer, order: TrainingOrder, reporter: Reporter) -> None:
         self.trainer, self.order, self.reporter = trainer, order, reporter
         self.config, self.ranks = trainer.config, trainer.ranks
         self.previous_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
@@ -146,7 +147,7 @@ class MetricsLogger:
                 deviations = (loss - mean) / deviation
                 message = f"loss spike: {loss:.4f} is {deviations:.0f} standard deviations above the mean {mean:.4f}"
         if message:
-            rows = ", ".join(map(str, rows_of_step(self.order, step - 1, self.config.global_batch_size)))
+            rows = ", ".join(map(str, self.order.rows(step - 1)))
             self.reporter.incident(step, f"{message}; rows {rows}")
             logger.warning("step %d: %s", step, message)
         else:

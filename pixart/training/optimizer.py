@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pixart.config.training import TrainConfig
 from pixart.model.dit import parameter_groups
@@ -47,9 +49,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """Return the global norm () of a sharded model's gradients, after clipping them to `max_norm` unless it is None."""
     if max_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).full_tensor()
+        return cast(DTensor, torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).full_tensor()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).full_tensor()
+    return cast(DTensor, torch.nn.utils.get_total_norm(gradients)).full_tensor()
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pixart.config.training import TrainConfig
+from pixart.model.dit import DiT
 from pixart.model.fp8 import ops  # noqa: F401 - registers torch.ops.pixart.tensor_core_gemm
 from pixart.training.process_group import Ranks
 
@@ -22,7 +23,7 @@ ATTENTION_PREFIX = "_scaled_dot_product"
 RECOMPILE_LIMIT = 64  # graphs per block: training, validation and previews, text lengths, linears fallen back to BF16
 
 
-def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
+def parallelize(model: DiT, ranks: Ranks, config: TrainConfig) -> None:
     """Apply activation recomputation, compilation and FSDP2 in this order, in place.
 
     Each block is an FSDP2 unit, and the rest of the model is another. Master weights stay in float32; computation is in
@@ -32,17 +33,18 @@ def parallelize(model: nn.Module, ranks: Ranks, config: TrainConfig) -> None:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     # TransformerEngine's linears run outside of compiled graphs.
     fullgraph = not any("transformer_engine" in type(module).__module__ for module in model.modules())
-    for block in model.dit_blocks:
+    for block in model.blocks:
         if config.activation_checkpointing != "none":
-            block.forward = recompute_activations(config.activation_checkpointing, block.forward)
+            recomputed = recompute_activations(config.activation_checkpointing, block.forward)
+            block.forward = recomputed  # type: ignore[method-assign]
         if config.compile:
-            block.forward = torch.compile(block.forward, fullgraph=fullgraph)
+            block.forward = torch.compile(block.forward, fullgraph=fullgraph)  # type: ignore[method-assign]
     # Inputs are not cast: the time must stay in float32, and the model casts what it multiplies with weights.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(config.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     mesh = make_mesh(ranks, config.sharding)
-    for block in model.dit_blocks:
+    for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
 

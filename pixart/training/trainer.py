@@ -153,7 +153,8 @@ class Trainer:
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.found_inf = skip.float()  # fused AdamW skips the update where `found_inf` is nonzero
+        # Fused AdamW skips the update where `found_inf` is nonzero.
+        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.ema.update(self.model, self.steps_done)
 

@@ -109,7 +109,7 @@ def test_stored_latents_decode_to_the_photos(home, shared_data):
     vae = load_vae(str(shared_data / "tiny-vae"))
     photos = sorted(shared_data.glob("photos/*/*.jpg"))
     images = np.stack(
-        [np.asarray(resize_and_crop(decode(path.read_bytes(), ScreeningConfig()), SIZE)) for path in photos]
+        [np.asarray(resize_and_crop(decode(path.read_bytes(), ScreeningConfig()), SIZE, SIZE)) for path in photos]
     )
     rows = np.arange(0, 96, 4)
     direct = decode_latents(vae, encode(vae, images[rows], (-1, 1)).astype(np.float32), (-1, 1))

@@ -136,9 +136,9 @@ def check_uniformity(statistics: ImageStatistics, limits: ScreeningConfig) -> No
         raise Rejected(Reason.UNIFORM, f"{statistics.flat:.2%} of the inner area is flat and of one tone")
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side of an image to `size` pixels and crop the center square."""
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize an image so that it covers a shape in pixels, and crop its center."""
+    return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
 
 
 def thumbnail(image: Image.Image) -> bytes:

@@ -1,11 +1,8 @@
 """The training data loader: deterministic batches, conditioning dropout and prefetching."""
 
-import math
-import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from mmap import mmap
 from threading import Event
 from typing import Any
 
@@ -13,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixart.data.loading.sampler import COND_DROPOUT, SHORT_CAPTION, WindowShuffleSampler, random_numbers
+from pixart.data.loading.buffers import BufferPool, pin
+from pixart.data.loading.order import training_order
+from pixart.data.loading.sampler import COND_DROPOUT, SHORT_CAPTION, random_numbers
+from pixart.data.loading.windows import WindowReader
+from pixart.data.store.layout import LATENTS
 from pixart.data.store.zarr_store import Store
 
-PIN_MEMORY = torch.cuda.is_available()
 MAX_WINDOW_ROW_BYTES = 1 << 16  # columns with larger rows are read per batch instead of per window
 
 
@@ -43,13 +43,14 @@ class Loader:
     """A prefetching loader of the batches of one rank.
 
     The sampled rows, conditioning dropout and the choice of short captions are pure functions of seed and step over
-    the global batch, of which every rank loads a contiguous slice: they do not depend on the number of ranks.
+    the global batch, of which every rank loads a contiguous slice: they do not depend on the number of ranks. All
+    images of a global batch are of one aspect bucket.
 
     The rows of a rank in a shuffle window are read block by block while the previous window is in use. Columns whose
     rows are too large for that are read per batch, `prefetch_steps` steps ahead.
 
     Raises ValueError if the dataset has no valid row or no short captions that are requested, or if the global batch
-    size is not a multiple of the number of ranks.
+    size is not a multiple of the number of ranks, or if an aspect bucket has fewer rows than there are ranks.
     """
 
     def __init__(
@@ -83,47 +84,68 @@ class Loader:
         self.cond_dropout_prob, self.short_caption_prob = cond_dropout_prob, short_caption_prob
         self.prefetch_steps = prefetch_steps
         self.local = slice(rank * global_batch_size // world_size, (rank + 1) * global_batch_size // world_size)
-        self.sampler = WindowShuffleSampler(valid, rows_per_shard=store.manifest.rows_per_shard, seed=seed)
         self.text_columns = [
             "token_ids",
             "token_mask",
             *(["text_states"] if text_embeddings and data.store_text_embeddings else []),
         ]
         short_columns = [f"short_{name}" for name in self.text_columns if short_caption_prob > 0]
-        self.columns = ["latents", "label", *self.text_columns, *short_columns]
-        self.window_columns = [name for name in self.columns if store.columns[name].row_bytes <= MAX_WINDOW_ROW_BYTES]
-        self._windows: dict[tuple[int, int], Future[Window]] = {}
-        self._reader, self._prefetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._cancelled = Event()
-        self._buffers = BufferPool()
+        self.order = training_order(store, valid, global_batch_size=global_batch_size, seed=seed)
+        self._cancelled, self._buffers = Event(), BufferPool()
+        reader, prefetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.readers: list[WindowReader] = []
+        for sampler in self.order.samplers:
+            latents = store.latents_column(sampler.valid[:1])
+            if store.manifest.buckets and len(sampler.valid) < world_size:
+                raise ValueError(
+                    f"dataset {path}: its aspect bucket {latents.partition('_')[2]} has {len(sampler.valid)} rows for "
+                    f"{world_size} ranks; create it with fewer buckets"
+                )
+            columns = [latents, "label", *self.text_columns, *short_columns]
+            self.readers.append(
+                WindowReader(
+                    store,
+                    sampler,
+                    columns=columns,
+                    window_columns=[name for name in columns if store.columns[name].row_bytes <= MAX_WINDOW_ROW_BYTES],
+                    local=self.local,
+                    global_batch_size=global_batch_size,
+                    buffers=self._buffers,
+                    cancelled=self._cancelled,
+                    reader=reader,
+                    prefetcher=prefetcher,
+                )
+            )
 
     def read(self, step: int) -> Batch:
         """Return this rank's slice of the global batch of a step."""
-        start = step * self.global_batch_size
-        spans = list(self.sampler.spans(start + self.local.start, start + self.local.stop))
-        last = spans[-1][:2]
-        self._prefetch_windows([*(span[:2] for span in spans), self.sampler.next_window(*last)])
-        windows = [(self._windows[epoch, index].result(), positions) for epoch, index, positions in spans]
+        index, start = self.order.batch(step)
+        reader = self.readers[index]
+        windows = reader.read(start)
         rows = np.concatenate([window.rows[window.local_slice(positions)] for window, positions in windows])
         short = self._sample_mask(step, SHORT_CAPTION, self.short_caption_prob)
 
         def column(name: str, selected: np.ndarray | None = None) -> Tensor:
-            if name in self.window_columns:
+            if name in reader.window_columns:
                 parts = [window.columns[name][window.local_slice(positions)] for window, positions in windows]
-                values = parts[0] if len(parts) == 1 else torch.cat(parts, out=self._empty(name, len(rows)))
+                values = (
+                    parts[0]
+                    if len(parts) == 1
+                    else torch.cat(parts, out=self._buffers.column(self.store, name, len(rows)))
+                )
                 return values if selected is None else values[selected]
-            return self._read_rows(name, rows if selected is None else rows[selected])
+            return self._buffers.read(self.store, name, rows if selected is None else rows[selected])
 
         def caption(name: str) -> Tensor:
             if not short.any():
                 return column(name)
-            values = self._empty(name, len(rows))
+            values = self._buffers.column(self.store, name, len(rows))
             values[~short], values[short] = column(name, ~short), column(f"short_{name}", short)
             return values
 
         return Batch(
             rows=rows,
-            latents=column("latents"),
+            latents=column(reader.columns[0]),
             label=column("label"),
             dropped=pin(torch.from_numpy(self._sample_mask(step, COND_DROPOUT, self.cond_dropout_prob))),
             token_ids=caption("token_ids"),
@@ -151,91 +173,19 @@ class Loader:
             return np.zeros(self.local.stop - self.local.start, bool)
         return random_numbers(self.global_batch_size, self.seed, step, stream)[self.local] < probability * 2.0**64
 
-    def _prefetch_windows(self, keys: list[tuple[int, int]]) -> None:
-        """Start reading these windows, unless they are already being read, and release all others."""
-        for key in self._windows.keys() - keys:
-            self._windows.pop(key).cancel()
-        for key in keys:
-            if key not in self._windows:
-                self._prefetcher.submit(self._prefetch, *key)
-                self._windows[key] = self._reader.submit(self._read_window, *key)
-
-    def _prefetch(self, epoch: int, index: int) -> None:
-        self.store.prefetch(self.columns, self.sampler.blocks(epoch, index), self._cancelled)
-
-    def _read_window(self, epoch: int, index: int) -> "Window":
-        rows = self.sampler.window(epoch, index)
-        first = epoch * len(self.sampler.valid) + self.sampler.window_start(epoch, index)
-        positions = np.arange(first, first + len(rows)) % self.global_batch_size
-        is_local = (positions >= self.local.start) & (positions < self.local.stop)
-        rows, offsets = rows[is_local], np.concatenate([[0], np.cumsum(is_local)])
-        columns = {name: self._read_rows(name, rows) for name in self.window_columns}
-        return Window(rows=rows, offsets=offsets, columns=columns)
-
-    def _read_rows(self, name: str, rows: np.ndarray) -> Tensor:
-        values = self._empty(name, len(rows))
-        self.store.read(name, rows, values.numpy())
-        return values
-
-    def _empty(self, name: str, rows: int) -> Tensor:
-        shape, dtype = self.store.arrays[name]
-        if PIN_MEMORY:  # torch has a caching allocator for pinned memory
-            return torch.empty((rows, *shape), dtype=getattr(torch, dtype), pin_memory=True)
-        return self._buffers.empty((rows, *shape), np.dtype(dtype))
-
 
 def load_rows(store: Store, rows: np.ndarray, *, text_embeddings: bool) -> Batch:
-    """Load a batch of the given rows, without dropout."""
+    """Load a batch of the given rows, which are of one aspect bucket, without dropout."""
 
     def column(name: str) -> Tensor:
         return torch.from_numpy(store.read(name, rows))
 
     return Batch(
         rows=rows,
-        latents=column("latents"),
+        latents=column(LATENTS),
         label=column("label"),
         dropped=torch.zeros(len(rows), dtype=torch.bool),
         token_ids=column("token_ids"),
         token_mask=column("token_mask"),
         text_states=column("text_states") if text_embeddings and store.manifest.data.store_text_embeddings else None,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Window:
-    """The rows of one rank in a shuffle window."""
-
-    rows: np.ndarray
-    offsets: np.ndarray  # number of this rank's rows before each position of the window
-    columns: dict[str, Tensor]
-
-    def local_slice(self, positions: slice) -> slice:
-        """Convert a slice of the window's positions to a slice of this rank's rows."""
-        return slice(int(self.offsets[positions.start]), int(self.offsets[positions.stop]))
-
-
-class BufferPool:
-    """Allocates large tensors and reuses their memory once the last tensor that shares it is freed.
-
-    Fresh memory costs more than reading data into it, as the kernel has to zero it and to look for huge pages, which
-    numpy requests.
-    """
-
-    def __init__(self) -> None:
-        self.free: dict[int, list[np.ndarray]] = {}  # by size in bytes
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-        """Return an uninitialized tensor."""
-        needed = math.prod(shape) * dtype.itemsize
-        size = 1 << max(12, (needed - 1).bit_length() - 3)
-        size *= -(-needed // size)  # limits the number of distinct sizes, at a cost of at most an eighth
-        free = self.free.setdefault(size, [])
-        buffer = free.pop() if free else np.frombuffer(mmap(-1, size), np.uint8)
-        values = buffer[:needed].view(dtype).reshape(shape)
-        weakref.finalize(values, free.append, buffer).atexit = False
-        return torch.from_numpy(values)
-
-
-def pin(tensor: Tensor) -> Tensor:
-    """Return the tensor in pinned memory if CUDA is available, else unchanged."""
-    return tensor.pin_memory() if PIN_MEMORY else tensor

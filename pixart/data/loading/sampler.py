@@ -15,8 +15,9 @@ from pixart.data.store.layout import BLOCK
 
 WINDOW = 8192  # rows that are shuffled together; smaller datasets, below twice this size, have a single window
 
-# Independent streams of random numbers.
-BLOCKS, ROWS, COND_DROPOUT, SHORT_CAPTION, VALIDATION = range(5)
+# Independent streams of random numbers; those of an aspect bucket's order follow those of the previous bucket.
+BLOCKS, ROWS, COND_DROPOUT, SHORT_CAPTION, VALIDATION, SCHEDULE = range(6)
+STREAMS_PER_BUCKET = 8
 
 
 def random_numbers(count: int, seed: int, index: int, stream: int, part: int = 0) -> np.ndarray:
@@ -25,22 +26,38 @@ def random_numbers(count: int, seed: int, index: int, stream: int, part: int = 0
 
 
 class WindowShuffleSampler:
-    """The sampling order of the rows `valid`, ascending indices into a store with `rows_per_shard` rows per shard."""
+    """The sampling order of the rows `valid`, ascending indices into a store with `rows_per_shard` rows per shard.
 
-    def __init__(self, valid: np.ndarray, *, rows_per_shard: int, seed: int) -> None:
-        shards = np.arange(0, valid[-1] + 1, rows_per_shard)
+    `bucket` is the aspect bucket that all rows are of, and `chunks` are the numbers of their chunks, by which they are
+    stored (`BucketChunks`). About `window` rows are shuffled together.
+    """
+
+    def __init__(
+        self,
+        valid: np.ndarray,
+        *,
+        rows_per_shard: int,
+        seed: int,
+        chunks: np.ndarray | None = None,
+        bucket: int = 0,
+        window: int = WINDOW,
+    ) -> None:
+        chunks = valid if chunks is None else chunks
+        shards = np.arange(0, chunks[-1] + 1, rows_per_shard)
         starts = (shards[:, None] + np.arange(0, rows_per_shard, BLOCK)).ravel()
-        self.bounds = np.unique(np.append(np.searchsorted(valid, starts), len(valid)))  # of blocks, within `valid`
-        self.valid, self.seed = valid, seed
+        self.bounds = np.unique(np.append(np.searchsorted(chunks, starts), len(valid)))  # of blocks, within `valid`
+        self.valid, self.seed, self.first_stream, self.window_size = valid, seed, STREAMS_PER_BUCKET * bucket, window
         self._windows = lru_cache(maxsize=2)(self._assign_blocks)
         self.window = lru_cache(maxsize=3)(self._shuffle_window)
 
     def _assign_blocks(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Return the blocks of each window of an epoch, and the position in the epoch at which each window ends."""
         blocks = len(self.bounds) - 1
-        windows = max(1, len(self.valid) // WINDOW)
+        windows = max(1, len(self.valid) // self.window_size)
         stretches = -(-blocks // windows)
-        numbers = random_numbers(stretches * windows, self.seed, epoch, BLOCKS).reshape(stretches, windows)
+        numbers = random_numbers(stretches * windows, self.seed, epoch, self.first_stream + BLOCKS).reshape(
+            stretches, windows
+        )
         assigned = np.argsort(numbers, axis=1, kind="stable") + windows * np.arange(stretches)[:, None]
         members = [window[window < blocks] for window in assigned.T]
         sizes = np.diff(self.bounds)
@@ -54,7 +71,8 @@ class WindowShuffleSampler:
         """Return the rows of a window of an epoch in sampling order."""
         blocks = self._windows(epoch)[0][index]
         rows = np.concatenate([self.valid[self.bounds[block] : self.bounds[block + 1]] for block in blocks])
-        return rows[np.argsort(random_numbers(len(rows), self.seed, epoch, ROWS, index), kind="stable")]
+        numbers = random_numbers(len(rows), self.seed, epoch, self.first_stream + ROWS, index)
+        return rows[np.argsort(numbers, kind="stable")]
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
         """Yield the slices of windows, (epoch, window, slice), at positions start to stop - 1 over all epochs."""

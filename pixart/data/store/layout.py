@@ -2,6 +2,10 @@
 
 Chunks are uncompressed and end with their CRC-32C. In a file of several chunks, they are stored in row order and
 followed by the shard index, so that the offset of every row is known in advance. Every Zarr v3 library can read them.
+
+A dataset with aspect buckets has an array of latents per bucket, which has chunks for the valid rows of its bucket
+alone: they follow each other without gaps, and the shard index has no entry for the other rows. The column `bucket` has
+the index of each row's bucket.
 """
 
 import errno
@@ -23,24 +27,31 @@ from pixart.data.manifest import Manifest
 
 ZARR_FOLDER = "latents.zarr"
 VALID = "valid"
+LATENTS = "latents"
+BUCKET = "bucket"
 SUMS = "channel_sums"  # per shard and channel: number, sum and sum of squares of the valid latent values
 CRC_BYTES = 4  # of a CRC-32C
 BLOCK = 32  # rows that are read together: 1 MiB of latents at 256 px
 MAX_BUFFERS = 1000  # per vectored system call; IOV_MAX is 1024
 MIN_SEGMENT_BYTES = 1 << 20  # fetched together from remote storage
+MISSING_CHUNK = (1 << 64) - 1  # offset and size of a chunk that is not stored, in a shard index
 
 Layout = dict[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One array. A file has `rows` rows, and a chunk has one row or all rows of a file."""
+    """One array. A file has `rows` rows, and a chunk has one row or all rows of a file.
+
+    With `bucket`, only the valid rows of that aspect bucket have chunks.
+    """
 
     name: str
     shape: tuple[int, ...]  # of one row
     dtype: str
     rows: int
     chunk: int  # rows
+    bucket: int | None = None
 
     @cached_property
     def row_bytes(self) -> int:
@@ -57,18 +68,22 @@ class Column:
         block = BLOCK * self.stride if self.chunk == 1 else self.stride
         return -(-MIN_SEGMENT_BYTES // block) * block
 
-    @property
-    def index(self) -> bytes:
-        """The shard index: offset and size of every chunk, and its checksum. Empty for a file of a single chunk."""
+    def index(self, stored: np.ndarray | None = None) -> bytes:
+        """Return the shard index: offset and size of every chunk, and its checksum; b"" for a file of a single chunk.
+
+        `stored` are the rows of the file that have a chunk, ascending; without it all have one.
+        """
         if self.chunk == self.rows:
             return b""
-        table = np.full((self.rows, 2), self.stride, "<u8")
-        table[:, 0] *= np.arange(self.rows, dtype="<u8")
+        stored = np.arange(self.rows) if stored is None else stored
+        table = np.full((self.rows, 2), MISSING_CHUNK, "<u8")
+        table[stored, 0] = self.stride * np.arange(len(stored), dtype="<u8")
+        table[stored, 1] = self.stride
         return table.tobytes() + crc32c(table)
 
-    def span(self, row: int) -> tuple[int, int]:
-        """Return the first byte and the end of the block of a file that contains a row."""
-        first, stop = row // BLOCK * BLOCK, min((row // BLOCK + 1) * BLOCK, self.rows)
+    def span(self, chunk: int, chunks: int) -> tuple[int, int]:
+        """Return the first byte and the end of the block that contains a chunk, in a file of so many chunks."""
+        first, stop = chunk // BLOCK * BLOCK, min((chunk // BLOCK + 1) * BLOCK, chunks)
         return (0, self.stride) if self.chunk > 1 else (first * self.stride, stop * self.stride)
 
     def file(self, shard: int) -> str:
@@ -95,7 +110,10 @@ def row_digest(values: np.ndarray) -> bytes:
 def layout(manifest: Manifest) -> Layout:
     """Return the shape of one row and the dtype of every array of a dataset."""
     data = manifest.data
-    arrays: Layout = {"latents": (manifest.latent_shape, "float16"), "label": ((), "int32")}
+    arrays: Layout = {name: (shape, "float16") for name, shape in latents_of(manifest).items()}
+    arrays["label"] = ((), "int32")
+    if manifest.buckets:
+        arrays[BUCKET] = ((), "int16")
     for prefix in ("", "short_") if data.short_captions else ("",):
         arrays[f"{prefix}token_ids"] = ((data.max_text_tokens,), "int32")
         arrays[f"{prefix}token_mask"] = ((data.max_text_tokens,), "bool")
@@ -104,11 +122,21 @@ def layout(manifest: Manifest) -> Layout:
     return {**arrays, VALID: ((), "bool")}
 
 
+def latents_of(manifest: Manifest) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes of the arrays of latents by name: one per aspect bucket, or `latents` alone."""
+    if not manifest.buckets:
+        return {LATENTS: manifest.latent_shape}
+    return {f"{LATENTS}_{height}x{width}": (depth, height, width) for depth, height, width in manifest.latent_shapes}
+
+
 def columns_of(manifest: Manifest) -> dict[str, Column]:
     """Return the columns of a dataset by name: the arrays of `layout`, and the sums per channel."""
     rows = manifest.rows_per_shard
+    buckets = {name: index for index, name in enumerate(latents_of(manifest))} if manifest.buckets else {}
     columns = {
-        name: Column(name=name, shape=shape, dtype=dtype, rows=rows, chunk=1 if shape else rows)
+        name: Column(
+            name=name, shape=shape, dtype=dtype, rows=rows, chunk=1 if shape else rows, bucket=buckets.get(name)
+        )
         for name, (shape, dtype) in layout(manifest).items()
     }
     shape = (1 + 2 * manifest.latent_shape[0],)
@@ -154,11 +182,20 @@ def create_arrays(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def write_shard_file(root: Path, column: Column, shard: int, values: np.ndarray) -> None:
-    """Write the file of one column and shard atomically; rows missing in `values` are filled with zeros."""
+def write_shard_file(
+    root: Path, column: Column, shard: int, values: np.ndarray, stored: np.ndarray | None = None
+) -> None:
+    """Write the file of one column and shard atomically.
+
+    `values` (B, ...) are those of the first B rows, after which zeros follow, or of the rows `stored` (B,) of the file,
+    ascending. Without such rows there is no file.
+    """
+    if stored is not None and len(stored) == 0:
+        (root / column.file(shard)).unlink(missing_ok=True)
+        return
     with ShardFile(root, column, shard) as file:
         file.append(values)
-        file.commit()
+        file.commit(stored)
 
 
 class ShardFile:
@@ -199,11 +236,16 @@ class ShardFile:
         """Flush the written data to the disk, so that `commit` has less to flush."""
         os.fdatasync(self._file.fileno())
 
-    def commit(self) -> None:
-        """Fill the missing rows with zeros, flush the file to the disk and rename it to its final name."""
-        zeros = np.zeros(self.column.row_bytes, np.uint8)
-        self._write([zeros, crc32c(zeros)] * (self.column.rows - self.rows))
-        self._write([self.column.index])
+    def commit(self, stored: np.ndarray | None = None) -> None:
+        """Write the shard index, flush the file to the disk and rename it to its final name.
+
+        The values that were appended are those of the rows `stored` of the file, or of the first ones, after which
+        zeros follow.
+        """
+        if stored is None:
+            zeros = np.zeros(self.column.row_bytes, np.uint8)
+            self._write([zeros, crc32c(zeros)] * (self.column.rows - self.rows))
+        self._write([self.column.index(stored)])
         os.fsync(self._file.fileno())
         self.temporary.replace(self.target)
 

@@ -5,13 +5,14 @@ parameter then has an FP8 dtype while its gradient should have the compute dtype
 compiled graph would still cast the gradient to FP8; a proxy without memory therefore carries it around the graph.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from pixart.model.fp8.linear import Float8Linear, GatheredWeight, float8_linears
 from pixart.model.fp8.ops import E4M3, WEIGHT, amax, quantize
@@ -30,8 +31,8 @@ def enable_fp8_all_gather(model: nn.Module, dtype: torch.dtype) -> None:
 
 def disable_fp8_all_gather(model: nn.Module, name: str) -> None:
     """Gather the weight of one linear in its parameter's dtype again, after its fallback to BF16."""
-    linear, module = model.get_submodule(name), fsdp_module_of(model, name)
-    shard = linear.weight._local_tensor
+    linear, module = cast(Float8Linear, model.get_submodule(name)), fsdp_module_of(model, name)
+    shard: Any = cast(DTensor, linear.weight)._local_tensor
     del shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather
     state = module._get_fsdp_state()
     groups = (
@@ -58,9 +59,9 @@ class Float8AllGather:
     def __init__(self, linear: Float8Linear, dtype: torch.dtype) -> None:
         self.linear, self.dtype, self.weight = linear, dtype, linear.weight
         # FSDP2 reads the attributes of this very tensor: `to_local` returns another one with the same memory.
-        self.shard: Any = linear.weight._local_tensor
-        self.shard.fsdp_pre_all_gather = self.pre_all_gather
-        self.shard.fsdp_post_all_gather = self.post_all_gather
+        shard: Any = cast(DTensor, linear.weight)._local_tensor
+        shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = self.pre_all_gather, self.post_all_gather
+        self.shard = shard
         self.cast_versions: tuple[int, int] | None = None
 
     def pre_all_gather(

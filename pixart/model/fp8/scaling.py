@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pixart.model.fp8.linear import float8_linears
+from pixart.model.fp8.linear import Float8Linear, float8_linears
 from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, SLOTS
 from pixart.model.fp8.plan import Plan
 
@@ -94,7 +95,7 @@ def fall_back_to_bf16(model: nn.Module, plan: Plan, step: int) -> Plan:
         if rate > MAX_SATURATION_RATE
     }
     for name in reasons:
-        linear = model.get_submodule(name)
+        linear = cast(Float8Linear, model.get_submodule(name))
         linear.fp8_enabled, linear.gathered_weight = False, None
     remaining = tuple(name for name in plan.linears if name not in reasons)
     return replace(plan, linears=remaining, kept={**plan.kept, **reasons}) if reasons else plan

@@ -95,7 +95,7 @@ def test_items_that_the_source_no_longer_gives_are_refused(photographs):
     items = list(manifests.open_images(manifest).read(*manifest.shard_range(0)))[:-1]
     table = caption.read_part(photographs.path, 0).to_pydict()
     with pytest.raises(ValueError, match=r"row 2 was 2\.png, now None"):
-        list(latents.encoded(manifest, items, table, load_vae(photographs.vae)))
+        list(latents.encoded(manifest, items, table, np.zeros(3, int), load_vae(photographs.vae)))
 
 
 def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
@@ -109,7 +109,9 @@ def test_large_jpegs_have_the_latents_of_all_their_pixels(tmp_path):
     caption.run(data.path, [0])
     latents.run(data.path, [0])
     image = decode((tmp_path / "images/0.jpg").read_bytes(), data.screening)
-    full = encode(load_vae(data.vae), np.array(resize_and_crop(image, data.image_size))[None], data.pixel_range)
+    full = encode(
+        load_vae(data.vae), np.array(resize_and_crop(image, data.image_size, data.image_size))[None], data.pixel_range
+    )
     stored = Store(manifests.read(data.path)).read("latents", np.arange(1))
     assert np.abs(stored - full).mean() < 0.02 * np.abs(full).mean()
 

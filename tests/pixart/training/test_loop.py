@@ -17,7 +17,6 @@ from conversion.to_fp8 import convert
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
-from pixart.data.loading.sampler import rows_of_step
 from pixart.data.store.zarr_store import Store
 from pixart.model.sdpa_autotune import autotune, set_kernels
 from pixart.training.loop import train
@@ -234,8 +233,8 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_reported(small_recipe,
     ((step, text),) = reporter.incidents
     assert step == 4
     assert "update skipped" in text
-    order = Loader(Store(manifests.read(small_recipe.data.path)), global_batch_size=8, seed=0).sampler
-    assert [int(row) for row in text.partition("rows ")[2].split(", ")] == rows_of_step(order, 3, 8).tolist()
+    order = Loader(Store(manifests.read(small_recipe.data.path)), global_batch_size=8, seed=0).order
+    assert [int(row) for row in text.partition("rows ")[2].split(", ")] == order.rows(3).tolist()
 
 
 def test_too_many_consecutive_skipped_steps_end_the_run(small_recipe, tmp_path, monkeypatch):

@@ -390,7 +390,7 @@ def test_digest_is_a_sha256_prefix():
 def test_resize_and_crop_keeps_the_center():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    square = resize_and_crop(image, 50)
+    square = resize_and_crop(image, 50, 50)
     assert square.size == (50, 50)
     assert square.crop((5, 0, 45, 50)).getcolors() == [(40 * 50, (0, 0, 255))]  # the filter blurs the edges
 

@@ -131,8 +131,8 @@ def test_remote_store_equals_the_local_store(remote, local):
 
 def test_later_epochs_are_served_from_the_cache(remote, environment):
     loader = Loader(remote, global_batch_size=43, seed=0)
-    steps = len(loader.sampler.valid) // 43
-    assert len(loader.sampler.valid) == 43 * steps
+    steps = len(loader.order.samplers[0].valid) // 43
+    assert len(loader.order.samplers[0].valid) == 43 * steps
     list(loader.iterate(0, steps))
     before = environment.requests()
     assert before > steps

@@ -177,7 +177,7 @@ def test_only_uncached_blocks_are_prefetched(manifest, monkeypatch):
     monkeypatch.setattr(os, "preadv", not_cached)
     store = Store(manifest)
     store.prefetch(["latents", "label"], np.arange(10), Event())
-    sizes = {name: store.columns[name].span(0)[1] for name in ("latents", "label")}
+    sizes = {name: store.columns[name].span(0, manifest.rows_per_shard)[1] for name in ("latents", "label")}
     assert sizes_advised == [sizes["latents"]] * 3 + [sizes["label"]] * 3
 
 
