@@ -62,7 +62,7 @@ class Line(TypedDict):
     node: str
     seconds: float
     processor_seconds: float
-    memory_bytes: int
+    memory_bytes: float
 
 
 def read_lines(path: Path, schema: Any) -> list[Any]:

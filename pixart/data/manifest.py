@@ -61,7 +61,7 @@ class Manifest:
     latent_shape: tuple[Count, Count, Count]  # (channels, height, width) of an image of `data.image_size` squared
     text_dim: Count
     models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
-    buckets: tuple[tuple[int, int], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
+    buckets: tuple[tuple[Count, Count], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
     adopted: Adoption | None = None  # None for a dataset of images
     listing: str | None = None  # checksum of LISTING_FILE; None for the demo and for datasets from before it
     format: int = FORMAT

@@ -145,7 +145,7 @@ def send_request(
             message = " ".join(error.read(300).decode(errors="replace").split())
             kind = RequestRejectedError if error.code in REJECTED_STATUSES else ValueError
             failure, retry = kind(f"--server: {url} answers {error.code}: {message}"), error.code in RETRY_STATUSES
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:  # also a length of 30 digits
             reason = getattr(error, "reason", error)
             retry = isinstance(reason, ConnectionResetError | TimeoutError | http.client.HTTPException)
             failure = ValueError(f"--server: {url} does not respond: {reason}")

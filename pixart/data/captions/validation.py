@@ -11,6 +11,7 @@ from enum import StrEnum
 from pixart.data.captions.text import ascii_punctuation, complete_sentences, normalize, split_sentences, split_words
 
 QUOTED = re.compile(r"\"[^\"]*\"|(?<!\w)'.*?'(?!\w)", re.DOTALL)
+DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")
 CLOSING = re.compile(r"'(?!\w)")
 
 MARKUP = re.compile(
@@ -137,9 +138,16 @@ def remove_quotations(text: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Return whether a text is mostly letters, without control characters, markup, JSON or chat-template tokens."""
+    """Return whether a text is mostly letters, without control characters, markup, JSON or chat-template tokens.
+
+    Characters that override the direction of writing count as control characters.
+    """
     categories = [unicodedata.category(character) for character in text if not character.isspace()]
-    if "\N{REPLACEMENT CHARACTER}" in text or any(category in ("Cc", "Cn", "Co", "Cs") for category in categories):
+    if (
+        "\N{REPLACEMENT CHARACTER}" in text
+        or DIRECTION.search(text)
+        or any(category in ("Cc", "Cn", "Co", "Cs") for category in categories)
+    ):
         return False
     if sum(category[0] in "LM" for category in categories) < MIN_LETTER_SHARE * len(categories):
         return False
