@@ -35,7 +35,7 @@ class Usage:
 
 
 class Meter:
-    """Measures this process and its children that have ended, from its creation on."""
+    """Measures this process, from its creation on, and its children that have ended; of memory, the larger of both."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
@@ -47,7 +47,8 @@ class Meter:
             **identity,
             "seconds": time.monotonic() - self.begun,
             "processor_seconds": sum(item.ru_utime + item.ru_stime for item in (process, children)),
-            "memory_bytes": 1024 * (process.ru_maxrss + children.ru_maxrss),
+            # Not the sum: the peak of a child begins with that of its parent, from which it was forked.
+            "memory_bytes": 1024 * max(process.ru_maxrss, children.ru_maxrss),
         }
         with suppress(OSError), (run / FILE).open("a") as file:  # a full disk fails no task that has written its data
             file.write(json.dumps(line) + "\n")

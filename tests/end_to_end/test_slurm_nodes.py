@@ -174,7 +174,7 @@ except ProcessLookupError:
 def slow_node(tmp_path) -> str:
     """Text of a profile with which the first rank of node n2 becomes slow before its preflight measures it."""
     check = f"test $SLURMD_NODENAME != n2 || {{ {slow_down(tmp_path)} }}"
-    return PROFILE.replace("signal_seconds", f"node_check = '{check}'\nmax_slowdown_percent = 1000\nsignal_seconds")
+    return PROFILE.replace("signal_seconds", f"node_check = '{check}'\nsignal_seconds").replace("2000", "1000")
 
 
 SHAPE = ("--gpus-per-node", "2", "--nodes", "2")
@@ -207,7 +207,7 @@ def test_a_site_that_forbids_changes_of_nodes(dev_cluster, make_bench, undisturb
     denied = "slurm_update error: Access/permission denied"
     forbidding = failing_command(tmp_path, "scontrol", "-ge 1", denied)  # the requeue is the first call
     check = "test $SLURMD_NODENAME != n1 || { echo 'the GPU fell off the bus'; exit 1; }"
-    text = PROFILE.replace("signal_seconds", f'node_check = "{check}"\nmax_slowdown_percent = 2000\nsignal_seconds')
+    text = PROFILE.replace("signal_seconds", f'node_check = "{check}"\nsignal_seconds')
     text = text.replace("[environment]", f'[environment]\nPATH = "{forbidding}:{os.environ["PATH"]}"')
     path = tmp_path / "forbidding.toml"
     path.write_text(text)
