@@ -88,7 +88,7 @@ def test_hostile_answers_of_a_server_are_refused(record_property, monkeypatch):
 
 
 def test_hostile_texts_of_a_model_are_no_captions(record_property):
-    """The answer of a model is one printable line, or the request stays as it is."""
+    """The answer of a model is one printable line, or the request is kept unchanged."""
     attack = campaign("answers of models", short=200, long=len(TEXTS) * 8)
     for number in range(attack.tries):
         text = TEXTS[number % len(TEXTS)] * attack.generator.choice([1, 3, 500])
