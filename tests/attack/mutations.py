@@ -1,6 +1,6 @@
 """Damaged inputs by the thousand, the same ones in every run, and the process in which they are tried.
 
-A module of attacks has a `main` that calls `attack`, and a test that calls `outcomes_of` the module: the inputs are tried
+A module of attacks has a `main` that calls `attack`, and a test that calls `outcomes_of` the module: inputs are tried
 in a process of their own, which ends with a traceback at an unexpected exception, at a hang, and where code of an input
 is run. ATTACK_SCALE multiplies the numbers of inputs, and ATTACK_SEED selects others: `ATTACK_SCALE=50 ATTACK_SEED=7`.
 """
