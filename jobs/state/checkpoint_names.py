@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.reading import orbax_metadata
+from conversion.reading.folders import layout
 from conversion.reading.pickle_format import is_pickle_format
 from jobs.state.json_record import read_record
 from pixart import records
@@ -86,7 +87,11 @@ def acceptance(provenance: Mapping[str, Any]) -> str | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
-    return any((directory / name).exists() for name in FOREIGN) or orbax_metadata.find(directory) is not None
+    return (
+        any((directory / name).exists() for name in FOREIGN)
+        or layout.is_state_folder(directory)
+        or orbax_metadata.find(directory) is not None
+    )
 
 
 def check_file(path: Path) -> None:
@@ -95,6 +100,9 @@ def check_file(path: Path) -> None:
     Raises ValueError if it is neither, or is truncated.
     """
     if zipfile.is_zipfile(path) or is_pickle_format(path):
+        return
+    if layout.is_index(path):
+        layout.files_of_index(path)
         return
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":
