@@ -51,7 +51,9 @@ def write_accelerate(folder: Path, content: dict[str, Any]) -> None:
         accelerator.register_for_checkpointing(average)
         accelerator.save_state(str(folder / name), **options)
         accelerator.free_memory()
-    Accelerator(cpu=True).save_model(model_of(content["model"]), str(folder / "accelerate_shards"), max_shard_size="40KB")
+    Accelerator(cpu=True).save_model(
+        model_of(content["model"]), str(folder / "accelerate_shards"), max_shard_size="40KB"
+    )
 
 
 def write_diffusers(folder: Path, content: dict[str, Any]) -> None:
@@ -77,26 +79,6 @@ def write_ema_pytorch(folder: Path, content: dict[str, Any]) -> None:
     states = {"model": average.online_model.state_dict(), "ema": average.state_dict(), "step": content["step"]}
     torch.save({**states, "opt": content["optimizer"]}, folder / "ema_pytorch.pt")
     torch.save(average.state_dict(), folder / "ema_pytorch_alone.pt")
-
-
-def write_timm(folder: Path, content: dict[str, Any]) -> None:
-    import argparse
-
-    from timm.utils import CheckpointSaver, ModelEmaV3
-
-    model = model_of(content["model"])
-    average = ModelEmaV3(model)
-    average.module.load_state_dict(content["model_ema"])
-    (folder / "timm").mkdir()
-    saver = CheckpointSaver(
-        model=model,
-        optimizer=optimizer_of(model, content),
-        args=argparse.Namespace(model="dit", lr=1e-4),
-        model_ema=average,
-        checkpoint_dir=str(folder / "timm"),
-        recovery_dir=str(folder / "timm"),
-    )
-    saver.save_checkpoint(0, metric=0.5)
 
 
 def write_lightning(folder: Path, content: dict[str, Any]) -> None:
@@ -132,7 +114,7 @@ def write_lightning(folder: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     folder, content = Path(sys.argv[1]), torch.load(sys.argv[2], weights_only=False)
-    for write in (write_accelerate, write_diffusers, write_ema_pytorch, write_timm, write_lightning):
+    for write in (write_accelerate, write_diffusers, write_ema_pytorch, write_lightning):
         write(folder, content)
 
 
