@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from tests.attack.mutations import attack, mutated, number, outcomes_of
 
 CONFIG = {"in_dim": 4, "dim": 16, "cond_dim": 8, "num_heads": 1, "mlp_ratio": 1, "num_blocks": 1, "patch_size": 2}
 CONFIG |= {"base_image_size": 8, "num_classes": 3}
-CANARY = Path("/tmp/pixart-attack-canary")  # exists once code of a checkpoint was run
+CANARY = Path(gettempdir(), "pixart-attack-canary")  # exists once code of a checkpoint was run
 
 
 class Payload:
@@ -128,6 +128,7 @@ def attempt(put: Callable[[Path, bytes], Path]) -> Callable[[bytes], str]:
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_checkpoints(kind):
     outcomes = outcomes_of("tests.attack.test_checkpoints", kind)

@@ -151,6 +151,7 @@ def check(item: Item) -> None:
     assert not item.text_problem or not item.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_sources(kind):
     outcomes = outcomes_of("tests.attack.test_sources", kind)
