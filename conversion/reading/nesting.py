@@ -69,10 +69,10 @@ def with_current_weights(entries: dict[str, Any]) -> dict[str, Any]:
 
 def with_neighbors_of_optimizers(entries: dict[str, Any]) -> dict[str, Any]:
     """Return the entries with what is beside an optimizer's state as entries of their own."""
-    beside = {}
+    beside: dict[str, Any] = {}
     for name, value in entries.items():
-        if kind_of(name.rpartition(FOLDER)[2]) == OPTIMIZER and (found := find_optimizer(value)):
-            beside |= {f"{name}{FOLDER}{key}": as_value(item) for key, item in found[1].items()}
+        if kind_of(name.rpartition(FOLDER)[2]) == OPTIMIZER and (parts := find_optimizer(value)):
+            beside |= {f"{name}{FOLDER}{key}": as_value(item) for key, item in parts[1].items()}
     return entries | beside
 
 
@@ -105,8 +105,8 @@ def lifted(value: Any, name: str, depth: int = 0) -> tuple[Any, dict[str, Any]]:
 
 def holds_parameters(value: Any) -> bool:
     """Return whether a value has the parameters of a model, by name or in their order."""
-    found = find_state(value, allow_list=True)
-    if found is None:
+    parts = find_state(value, allow_list=True)
+    if parts is None:
         return False
-    state = found[0]
+    state = parts[0]
     return is_list_of_tensors(state) or (is_state(state) and any(bare_name(str(key)) == PARAMETER for key in state))

@@ -83,10 +83,10 @@ class MetadataUnpickler(RestrictedUnpickler):
         return cls.__new__(cls, *arguments, **named)  # type: ignore[call-overload]
 
     def set_state(self, target: Any, state: Any) -> None:
-        has_own_state = "__setstate__" in vars(type(target))
-        if type(target) not in DATACLASSES or not (has_own_state or isinstance(state, dict)):
+        has_setstate = "__setstate__" in vars(type(target))
+        if type(target) not in DATACLASSES or not (has_setstate or isinstance(state, dict)):
             raise RefusedPickleError(f"{type(target).__name__} must not be given attributes")
-        if has_own_state:
+        if has_setstate:
             target.__setstate__(state)
         else:
             vars(target).update(state)

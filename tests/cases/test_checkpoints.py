@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from conversion.reading import formats
 from pixart.checkpoint.directory import Checkpoint
 
-WHOLE = (
+COMPLETE = (
     *("names_dit.pt", "names_global_step.pt", "names_tutorial.pt", "names_pixart.pt", "wrapped_compiled_blocks.pt"),
     *("wrapped_checkpointed_blocks.pt", "average_swa.pt", "beside_namespace.pt", "beside_numpy_scalar.pt"),
     *("beside_path.pt", "step_numpy.pt", "format_before_1_6.pt"),
@@ -48,7 +48,7 @@ def check_same(actual: Checkpoint, expected: Checkpoint, fields: tuple[str, ...]
         assert all(torch.equal(getattr(actual, field)[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_file(checkpoints, plain, name):
     check_same(formats.read(checkpoints / name), plain, ("model", "ema", "optimizer"))
 
@@ -66,7 +66,7 @@ def test_truncated_directory(checkpoints, name):
 
 
 def test_every_checkpoint_of_the_script_has_a_test(checkpoints):
-    assert {path.name for path in checkpoints.iterdir()} == {*WHOLE, *WITHOUT_MOMENTS, "dcp_truncated"}
+    assert {path.name for path in checkpoints.iterdir()} == {*COMPLETE, *WITHOUT_MOMENTS, "dcp_truncated"}
 
 
 @pytest.mark.parametrize("name", ["a DCP directory that Python 3.13 wrote"])

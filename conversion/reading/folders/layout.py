@@ -31,15 +31,15 @@ def is_index(path: Path) -> bool:
 def weight_files(folder: Path) -> list[Path]:
     """Return the files or indices of weights in a folder, of several models with accelerate: `model_1.safetensors`."""
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    found = []
+    files = []
     for end in WEIGHT_ENDS:
         stems = {name.removesuffix(INDEX_END).removesuffix(end) for name in names if end in name}
         for stem in sorted(stems):
             base, _, number = stem.rpartition("_")
             if stem in WEIGHT_STEMS or (base in WEIGHT_STEMS and number.isdecimal()):
                 file = next((name for name in (f"{stem}{end}{INDEX_END}", f"{stem}{end}") if name in names), None)
-                found += [folder / file] if file else []
-    return found
+                files += [folder / file] if file else []
+    return files
 
 
 def find_deepspeed(folder: Path) -> Path | None:

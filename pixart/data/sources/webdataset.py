@@ -179,7 +179,7 @@ class WebDatasetSource:
         return label, "" if label >= 0 or not problems else problems[0]
 
     def _word(self, parts: Parts) -> str:
-        """Return the label of an item's JSON if it is a word, which names no index; "" if there is none."""
+        """Return the label of an item's JSON if it is a word, which names no index; otherwise an empty text."""
         if self._columns.label or "label" in parts:
             return ""
         values = (value for _, value in pick(_json_of(parts)[0], label_names(self._columns)))

@@ -38,7 +38,7 @@ def written(state, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["accelerate", "accelerate_bin", "diffusers", "diffusers_state.pt", "ema_pytorch.pt"])
-def test_whole_state(written, state, name):
+def test_complete_state(written, state, name):
     check_same(formats.read(written / name, base_latent_size=8), state)
 
 
