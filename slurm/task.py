@@ -94,7 +94,7 @@ class Task:
             "restart": restart_count(),
             "arguments": list(arguments),
             "node": os.environ.get("SLURMD_NODENAME", environment.hostname),
-            "time": datetime.now().isoformat(timespec="seconds"),
+            "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         }
         with (Path(self.run) / ATTEMPTS).open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -90,9 +90,7 @@ def incidents(run: Run, lines: list[dict]) -> list[Incident]:
         cause = (
             f"requeued, attempt {line['restart'] + 1}" if line["restart"] else f"submitted again as job {line['job']}"
         )
-        events.append(
-            (when, Incident(step=step, description=f"{cause}, on {line['node']}", when=line["time"].replace("T", " ")))
-        )
+        events.append((when, Incident(step=step, description=f"{cause}, on {line['node']}", when=moment(when))))
     return [one for _, one in sorted(events, key=itemgetter(0))]
 
 

@@ -21,10 +21,22 @@ from typing import TYPE_CHECKING, Any
 from jobs.state import run_metadata
 from jobs.state.journal import points, read_journal
 from jobs.state.json_record import read_record
-from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
+from jobs.state.run_metadata import KEY, read_description, status_of, tags_of, work_times
+from jobs.tracking.mlflow_entities import (
+    CONFIGURATION,
+    EXPERIMENT_TAGS,
+    MAX_BATCH_PARAMETERS,
+    QUEUE,
+    dataset_inputs,
+    mlflow_key,
+    parameters,
+    parent_key,
+    run_label,
+)
 from pixart.atomic import file_lock, write_atomically
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 STATE = "mlflow.json"  # synchronization state of a run
@@ -56,7 +68,7 @@ def needs_sync(run: Path) -> bool:
     if not (run / run_metadata.FILE).exists():
         return False
     if not (run / STATE).exists():
-        return True
+        return work_times(run)[0] is not None
     state = read_state(run)
     sent = (state["offsets"], state["status"], state["artifacts"])
     return sent != (read_journal(run, state["offsets"])[1], status_of(run), [])
@@ -86,9 +98,12 @@ class Tracker:
     def experiment(self) -> str:
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         if experiment is not None:
+            for key, value in EXPERIMENT_TAGS.items():  # a store of an earlier version has no kind
+                if key not in experiment.tags:
+                    self.client.set_experiment_tag(experiment.experiment_id, key, value)
             return experiment.experiment_id
         location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
-        return self.client.create_experiment(EXPERIMENT, artifact_location=location)
+        return self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
 
     @contextmanager
     def converted_errors(self) -> Iterator[None]:
@@ -128,14 +143,16 @@ class Tracker:
             if status != state["status"] and status == "RUNNING":
                 self.client.update_run(state["run_id"], status="RUNNING")
             elif status != state["status"]:
-                self.client.set_terminated(state["run_id"], status)
+                ended = work_times(run)[1]
+                assert ended is not None  # the status is final
+                self.client.set_terminated(state["run_id"], status, end_time=milliseconds(ended))
             if tags or status != state["status"]:
                 save(run, {**state, "tags": {**state["tags"], **tags}, "status": status})
 
     def state(self, run: Path) -> dict[str, Any] | None:
-        """Return the synchronization state of a run; None if a user has deleted the MLflow run.
+        """Return the synchronization state of a run; None before its work has begun, or if a user has deleted it.
 
-        The MLflow run is created if the store does not have it.
+        The MLflow run is created if the store does not have it, and not before: its start cannot be changed later.
         """
         if (run / STATE).exists():
             state = read_state(run)
@@ -144,8 +161,11 @@ class Tracker:
                 return None
             if lifecycle_stage == "active":
                 return state
+        if work_times(run)[0] is None:
+            return None
         state = {"uri": self.uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
-        state["artifacts"] = []
+        configuration = run / CONFIGURATION
+        state["artifacts"] = [[str(configuration), 0.0]] if configuration.exists() else []
         save(run, {**state, "status": "RUNNING"})
         return {**state, "status": "RUNNING"}
 
@@ -165,21 +185,30 @@ class Tracker:
 
         It can exist without a saved id, if a process was killed after creating it.
         """
-        from mlflow.entities import Param
+        from mlflow.entities import Metric, Param
 
         metadata = read_description(run)
+        begin = work_times(run)[0]
+        assert begin is not None  # `state` has seen it
+        job, logged = metadata["tags"].get("pixart.job", ""), {}
         matches = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{metadata['key']}'", max_results=1)
         if matches:
-            identifier = matches[0].info.run_id
+            identifier, logged = matches[0].info.run_id, matches[0].data.params
         else:
             tags = {KEY: metadata["key"]}
             if metadata["parent"] and (parent := run_id(metadata["parent"])):
                 tags["mlflow.parentRunId"] = parent
             identifier = self.client.create_run(
-                self.experiment, run_name=TIMESTAMP.sub("", run.name), tags=tags
+                self.experiment, milliseconds(begin), run_name=TIMESTAMP.sub("", run.name), tags=tags
             ).info.run_id
-        parameters = [Param(key, str(value)) for key, value in metadata["parameters"].items()]
-        self.client.log_batch(identifier, params=parameters)
+        values = {key: value for key, value in parameters(run, metadata["parameters"]).items() if key not in logged}
+        entities = [Param(key, value) for key, value in values.items()]
+        for first in range(0, len(entities), MAX_BATCH_PARAMETERS):
+            self.client.log_batch(identifier, params=entities[first : first + MAX_BATCH_PARAMETERS])
+        queued = [Metric(QUEUE, max(0.0, begin - metadata["begun"]), milliseconds(begin), 0)]
+        self.client.log_batch(identifier, metrics=queued)
+        if dataset := metadata["tags"].get("pixart.dataset"):
+            self.client.log_inputs(identifier, dataset_inputs(dataset, job))
         return identifier
 
     def replay(self, run: Path, state: dict[str, Any]) -> None:
@@ -210,9 +239,18 @@ class Tracker:
         if offsets != state["offsets"]:
             seen = set()
             list(points(read_journal(run, None, state["offsets"])[0], seen))
-        metrics = [Metric(key, value, int(moment * 1000), step) for key, value, moment, step in points(lines, seen)]
-        for begin in range(0, len(metrics), MAX_BATCH_SIZE):
-            self.client.log_batch(identifier, metrics=metrics[begin : begin + MAX_BATCH_SIZE])
+        new = list(points(lines, seen))
+        metrics = [Metric(mlflow_key(key), value, milliseconds(moment), step) for key, value, moment, step in new]
+        self.log_metrics(identifier, metrics)
+        metadata = read_description(run)
+        if metadata["parent"] and (parent := run_id(metadata["parent"])) and self.lifecycle_stage(parent) == "active":
+            label = run_label(metadata["tags"].get("pixart.job", "run"), metadata["parameters"])
+            shown = [
+                Metric(name, value, milliseconds(moment), step)
+                for key, value, moment, step in new
+                if (name := parent_key(key, label))
+            ]
+            self.log_metrics(parent, shown)
         for line in lines:
             for key, value in line.get("tags", {}).items():
                 self.client.set_tag(identifier, key, value)
@@ -221,6 +259,11 @@ class Tracker:
             if "artifact" in line and [line["artifact"], line["time"]] not in state["artifacts"]:
                 state["artifacts"].append([line["artifact"], line["time"]])
         self.seen[run] = (dict(state["sending"]), seen)
+
+    def log_metrics(self, identifier: str, metrics: list["Metric"]) -> None:
+        """Log metrics in requests of the size that MLflow takes."""
+        for begin in range(0, len(metrics), MAX_BATCH_SIZE):
+            self.client.log_batch(identifier, metrics=metrics[begin : begin + MAX_BATCH_SIZE])
 
     def send_artifacts(self, run: Path, state: dict[str, Any]) -> None:
         """Send the files that are waiting; metrics and tags do not wait for them.
@@ -257,7 +300,7 @@ class Tracker:
         from PIL import Image
 
         identity = uuid.uuid5(uuid.NAMESPACE_URL, file.name)
-        name = f"preview+step+{int(match[1])}+timestamp+{int(moment * 1000)}+{identity}"
+        name = f"preview+step+{int(match[1])}+timestamp+{milliseconds(moment)}+{identity}"
         with tempfile.TemporaryDirectory() as folder, Image.open(file) as picture:
             full, thumbnail = Path(folder) / f"{name}.png", Path(folder) / f"{name}+compressed.webp"
             picture.save(full)
@@ -266,6 +309,11 @@ class Tracker:
             for image in (full, thumbnail):
                 self.client.log_artifact(identifier, str(image), "images")
         self.client.set_tag(identifier, "mlflow.loggedImages", "True")
+
+
+def milliseconds(moment: float) -> int:
+    """Return a time in seconds as MLflow takes it."""
+    return int(moment * 1000)
 
 
 def describe_error(error: Exception) -> str:

@@ -47,6 +47,12 @@ def journal_shards(run: Run) -> None:
         journal.append({"time": written, "step": shard, "metrics": values})
 
 
+def last_shard(run: Run) -> float | None:
+    """Return when the last of a run's shards was finished, by its journal; None if no shard is there."""
+    path = run.folder / "journal" / f"{SHARDS}.jsonl"
+    return max((line["time"] for line in parsed(path.read_bytes())), default=None) if path.exists() else None
+
+
 def sync_folder(tracker: Tracker, folder: Path) -> None:
     """Update a run folder and send it to MLflow.
 
@@ -63,7 +69,7 @@ def update_folder(run: Run, *, pages: bool = False) -> None:
         if run.elements:
             journal_shards(run)
             if set(run.elements) <= ledger.shards(run.dataset, run.kind):
-                set_status(run.folder, "FINISHED")
+                set_status(run.folder, "FINISHED", last_shard(run))
         if pages or status_of(run.folder) != "RUNNING":
             write_pages(run)
 

@@ -161,6 +161,11 @@ def test_mlflow_has_previews_by_step_and_the_released_weights(demo):
     pictures = [file.path for file in client.list_artifacts(run, "images")]
     assert sorted(int(path.split("+")[2]) for path in pictures if path.endswith(".png")) == [4, 8, STEPS]
     (version,) = client.search_model_versions("name = 'pixart'")
+    model = mlflow.models.Model.load(
+        mlflow.artifacts.download_artifacts(f"{version.source}/MLmodel", tracking_uri=store)
+    )
+    assert [one.name for one in model.get_input_schema().inputs] == ["latents", "timestep", "text_states", "text_mask"]
+    assert version.description.startswith(f"EMA weights of stage 2 at step {STEPS}: train/loss 0.")
     released = DiT.from_pretrained(mlflow.artifacts.download_artifacts(version.source, tracking_uri=store)).state_dict()
     average = checkpoints.load(demo.runs("train")[-1] / f"checkpoints/step-{STEPS:08d}").ema
     assert released.keys() == average.keys()
