@@ -20,6 +20,7 @@ from pixart.config.dataset import is_url
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe, from_json
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
+from pixart.relocation import home_of, present
 from slurm import profile as profiles
 from slurm.profile import Profile
 
@@ -106,7 +107,8 @@ def read_run_recipe(folder: Path) -> Recipe:
     """Return the recipe of a run. Raises ValueError if the folder is not a run folder."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run folder; config.json is missing")
-    return read_record(folder / "config.json", from_json)
+    home = home_of(folder)
+    return read_record(folder / "config.json", lambda text: from_json(json.dumps(present(json.loads(text), home))))
 
 
 def read_run_profile(folder: Path) -> Profile:

@@ -17,6 +17,7 @@ from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
 from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_stage
+from pixart.relocation import home_of, present
 from pixart.terminal import printable
 
 EVALUATING = ("evaluate", "judge", "summarize")  # kinds of the jobs of an evaluation
@@ -91,6 +92,7 @@ class Traversal:
             raise ValueError(f"{path}: not an image; name a PNG, a checkpoint, a dataset or a run") from None
         if "checkpoint" not in metadata:
             raise ValueError(f"{path}: names no checkpoint; name an unmodified PNG that `sample` wrote")
+        metadata = present(metadata, home_of(path) or self.homes[0])
         facts = {
             key: value
             for key, value in metadata.items()

@@ -10,6 +10,7 @@ from conversion.reading import orbax_metadata
 from conversion.reading.pickle_format import is_pickle_format
 from jobs.state.json_record import read_record
 from pixart import records
+from pixart.relocation import home_of, present
 
 MARKER = "training.json"  # written last; marks the checkpoint complete
 INFERENCE = "inference.json"  # metadata of FP8 weights for inference
@@ -55,7 +56,8 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
-        return path, read_record(path / INFERENCE, "stage", "step", "dataset", "normalization")
+        record = read_record(path / INFERENCE, "stage", "step", "dataset", "normalization")
+        return path, present(record, home_of(path))
     if path.is_file():
         check_file(path)
         return path, None
@@ -74,9 +76,10 @@ def checkpoint_record(directory: Path) -> dict[str, Any]:
     """
     record = read_record(directory / MARKER, *KEYS)
     if record.get("format") == 1:
-        return {**record, "files": {f"state/{name}": values for name, values in (record["files"] or {}).items()}}
+        files = {f"state/{name}": values for name, values in (record["files"] or {}).items()}
+        return present({**record, "files": files}, home_of(directory))
     records.check(record, str(directory / MARKER))
-    return record
+    return present(record, home_of(directory))
 
 
 def acceptance(provenance: Mapping[str, Any]) -> str | None:

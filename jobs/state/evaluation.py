@@ -14,6 +14,7 @@ from jobs.state import ledger
 from jobs.state.json_record import of_this_version, read_record
 from pixart.atomic import write_atomically
 from pixart.evaluation.protocol import short_hash
+from pixart.relocation import home_of, portable, present
 
 FOLDER = "evaluations"  # in the home folder
 REQUEST, PROMPTS = "request.json", "prompts.jsonl"
@@ -108,7 +109,8 @@ def split(count: int, parts: int, index: int) -> range:
 def write(folder: Path, request: Request, prompts: list[dict[str, Any]]) -> None:
     """Write a new evaluation folder; the request is written last."""
     write_atomically(folder / PROMPTS, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    write_atomically(folder / REQUEST, json.dumps(asdict(request), indent=2) + "\n")
+    record = portable(asdict(request), home_of(folder))
+    write_atomically(folder / REQUEST, json.dumps(record, indent=2) + "\n")
 
 
 def read(folder: str | Path) -> Request:
@@ -116,7 +118,7 @@ def read(folder: str | Path) -> Request:
     path = Path(folder) / REQUEST
     if not path.is_file():
         raise ValueError(f"{folder}: is no evaluation; name a folder in HOME/{FOLDER}")
-    record = read_record(path, "variants", "prompts", "reference", "settings")
+    record = present(read_record(path, "variants", "prompts", "reference", "settings"), home_of(path.parent))
     with of_this_version(path):
         return Request(**{**record, "variants": tuple(Variant(**variant) for variant in record["variants"])})
 

@@ -17,6 +17,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from pixart.relocation import home_of, portable
+
 FOLDER = "journal"
 TAIL_BYTES = 1 << 20  # per file; the FP8 metrics of all linears are one line
 EXTREMES: dict[str, Callable[..., float]] = {"min": min, "max": max}
@@ -55,7 +57,7 @@ class Journal:
 
     def artifact(self, file: str | Path) -> None:
         """Append a file to log to MLflow; `previews/step-00000400.png` becomes the image of that step."""
-        self.append({"artifact": str(file)})
+        self.append({"artifact": portable(str(file), home_of(self.folder))})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Append tags of the MLflow run."""

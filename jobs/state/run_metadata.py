@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jobs.state.journal import read_tail
 from jobs.state.json_record import read_record
 from pixart.atomic import write_atomically
+from pixart.relocation import home_of, portable, present
 from slurm.task import RESULT, attempts
 
 FILE = "tracking.json"
@@ -37,19 +38,25 @@ def describe(
         "status": "RUNNING",
         "ended": None,
     }
-    write_atomically(run / FILE, json.dumps(metadata) + "\n")
+    write(run, metadata)
     if parent:
         change(parent, children=[*read_description(parent)["children"], str(run)])
 
 
 def read_description(run: Path) -> dict[str, Any]:
     """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if it is missing."""
-    return read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
+    record = read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
+    return present(record, home_of(run))
 
 
 def change(run: Path, **values: Any) -> None:
     """Replace values in the metadata of a run."""
-    write_atomically(run / FILE, json.dumps({**read_description(run), **values}) + "\n")
+    write(run, {**read_description(run), **values})
+
+
+def write(run: Path, metadata: dict[str, Any]) -> None:
+    """Write the metadata of a run, with paths in the home folder relative to it."""
+    write_atomically(run / FILE, json.dumps(portable(metadata, home_of(run))) + "\n")
 
 
 def add_tags(run: Path, tags: dict[str, str]) -> None:

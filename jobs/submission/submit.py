@@ -27,6 +27,7 @@ from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sampl
 from jobs.tasks.evaluation import evaluate, judge, summarize
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
+from pixart.relocation import record_location
 from slurm.commands import SlurmError, SlurmUnavailableError
 from slurm.executor import Cluster, Submitted
 from slurm.sbatch import Shape, predicted_start
@@ -59,6 +60,7 @@ def new_folder(home: Path, kind: str, parent: str = "runs") -> Path:
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(2)}"
     folder = home / parent / name
     folder.mkdir(parents=True)
+    record_location(home)
     return folder
 
 

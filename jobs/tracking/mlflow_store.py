@@ -22,6 +22,7 @@ from jobs.state import run_metadata
 from jobs.state.journal import points, read_journal
 from jobs.state.json_record import read_record
 from jobs.state.run_metadata import KEY, read_description, status_of, tags_of, work_times
+from jobs.tracking.embedded_store import ARTIFACTS, EMBEDDED, EXPERIMENT, move_artifacts, same_store, store_uri
 from jobs.tracking.mlflow_entities import (
     CONFIGURATION,
     EXPERIMENT_TAGS,
@@ -34,6 +35,7 @@ from jobs.tracking.mlflow_entities import (
     run_label,
 )
 from pixart.atomic import file_lock, write_atomically
+from pixart.relocation import home_of, present
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -45,7 +47,6 @@ LOCK = ".mlflow.lock"
 STORE_ATTEMPTS = 5  # to open a database, with pauses of 2.6 s in all; MLflow's own 10 attempts take 100 s
 REFUSED_STATUSES = (400, 403, 404, 405, 411, 413, 414, 415, 422)
 REFUSAL = re.compile(r"\b(?:413|request entity too large|entitytoolarge)\b", re.IGNORECASE)
-EXPERIMENT = "pixart"
 TIMESTAMP = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # in the name of a run folder; MLflow has a column for it
 MAX_BATCH_SIZE = 1000  # metrics per request, MLflow's limit
 PREVIEW = re.compile(r"step-([0-9]+)\.png")
@@ -90,6 +91,8 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         utils.MAX_RETRY_COUNT = STORE_ATTEMPTS
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            move_artifacts(self.home)
         for name in ("mlflow", "alembic"):  # they log each migration of a new store
             logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(self.uri, registry_uri=self.uri)
@@ -102,7 +105,7 @@ class Tracker:
                 if key not in experiment.tags:
                     self.client.set_experiment_tag(experiment.experiment_id, key, value)
             return experiment.experiment_id
-        location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
+        location = (self.home / ARTIFACTS).as_uri() if self.uri.startswith("sqlite") else None
         return self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
 
     @contextmanager
@@ -156,14 +159,15 @@ class Tracker:
         """
         if (run / STATE).exists():
             state = read_state(run)
-            lifecycle_stage = self.lifecycle_stage(state["run_id"]) if state["uri"] == self.uri else None
+            lifecycle_stage = self.lifecycle_stage(state["run_id"]) if same_store(state["uri"], self.uri) else None
             if lifecycle_stage == "deleted":
                 return None
             if lifecycle_stage == "active":
                 return state
         if work_times(run)[0] is None:
             return None
-        state = {"uri": self.uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
+        uri = self.uri if os.environ.get("MLFLOW_TRACKING_URI") else EMBEDDED  # which moves with the home
+        state = {"uri": uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
         configuration = run / CONFIGURATION
         state["artifacts"] = [[str(configuration), 0.0]] if configuration.exists() else []
         save(run, {**state, "status": "RUNNING"})
@@ -257,7 +261,7 @@ class Tracker:
             if "incident" in line:
                 self.client.set_tag(identifier, "pixart.last_incident", f"step {line['step']}: {line['incident']}")
             if "artifact" in line and [line["artifact"], line["time"]] not in state["artifacts"]:
-                state["artifacts"].append([line["artifact"], line["time"]])
+                state["artifacts"].append([line["artifact"], line["time"]])  # translated when they are sent
         self.seen[run] = (dict(state["sending"]), seen)
 
     def log_metrics(self, identifier: str, metrics: list["Metric"]) -> None:
@@ -274,8 +278,9 @@ class Tracker:
         failure: StoreError | None = None
         for path, moment in list(state["artifacts"]):
             try:
-                if Path(path).is_file():  # it may have been removed since
-                    self.send_file(state["run_id"], Path(path), moment)
+                file = Path(present(path, home_of(run)))
+                if file.is_file():  # it may have been removed since
+                    self.send_file(state["run_id"], file, moment)
             except Exception as error:
                 message = f"MLflow at {self.uri}: {path} cannot be sent; {describe_error(error)}"
                 if not is_refusal(error):
@@ -329,11 +334,6 @@ def is_refusal(error: Exception) -> bool:
         status = error.get_http_status_code()
     match = REFUSAL.search(str(error))
     return status in REFUSED_STATUSES or match is not None
-
-
-def store_uri(home: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, else the URI of the sqlite file in the home folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
 
 
 def read_state(run: Path) -> dict[str, Any]:

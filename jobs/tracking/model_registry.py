@@ -16,6 +16,7 @@ from jobs.state.journal import points, read_journal
 from jobs.tracking.mlflow_store import Tracker, run_id
 from jobs.tracking.sync import sync_folder
 from pixart.atomic import write_atomically
+from pixart.relocation import present
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ALIAS = "newest"
@@ -93,11 +94,11 @@ def write_signature(weights: Path, record: dict[str, Any]) -> None:
     import numpy as np
     from mlflow.models import Model
     from mlflow.models.signature import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
     config, single = record["config"], np.dtype("float32")
     latents = (-1, config["in_dim"], -1, -1)
-    inputs = [TensorSpec(single, latents, "latents"), TensorSpec(single, (-1,), "timestep")]
+    inputs: list[ColSpec | TensorSpec] = [TensorSpec(single, latents, "latents"), TensorSpec(single, (-1,), "timestep")]
     if record["stage"] == 1:
         inputs.append(TensorSpec(np.dtype("int64"), (-1,), "label"))
     else:
@@ -157,7 +158,7 @@ def released_checkpoint(home: Path, model: str, version: str | None, alias: str 
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise ValueError(f"{name}: no such release in {tracker.uri}; run 'release' first") from None
-    return release.tags["checkpoint"]
+    return present(release.tags["checkpoint"], home)
 
 
 def file_hash(path: Path) -> str:

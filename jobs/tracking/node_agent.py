@@ -18,7 +18,8 @@ from typing import Any
 
 from jobs.state.journal import Journal
 from jobs.state.run_metadata import read_description, set_status
-from jobs.tracking.mlflow_store import Tracker, store_uri
+from jobs.tracking.embedded_store import store_uri
+from jobs.tracking.mlflow_store import Tracker
 from jobs.tracking.sync import try_sync
 from pixart.atomic import file_lock
 

@@ -41,6 +41,7 @@ from pixart.checkpoint.safetensors_stream import load_tensors, save_tensors
 from pixart.config.latent_space import recorded_pixel_range
 from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
+from pixart.relocation import home_of, portable, present
 
 FORMAT = 2
 LEGACY_FORMAT = 1  # of version 0.1: only the files in `state` have checksums, by their names there
@@ -110,7 +111,8 @@ def write_metadata(checkpoint: Checkpoint, partial: Path, known: Mapping[str, Se
     if checkpoint.plan is not None and not (partial / STATE).exists():
         save_tensors(checkpoint.scales, partial / SCALES)
     files = integrity.list_files(partial, known, EXCLUDED)
-    write_file(partial / MARKER, records.dumps({"format": FORMAT, **record_of(checkpoint), "files": files}))
+    record = portable(record_of(checkpoint), home_of(partial))
+    write_file(partial / MARKER, records.dumps({"format": FORMAT, **record, "files": files}))
 
 
 def record_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -145,9 +147,10 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{directory}: has checkpoint format {version!r}; supported are {LEGACY_FORMAT} and {FORMAT}")
     if metadata["format"] == LEGACY_FORMAT:
         files = metadata.get("files")
-        return {**metadata, "files": {f"{STATE}/{name}": values for name, values in (files or {}).items()}}
+        metadata = {**metadata, "files": {f"{STATE}/{name}": values for name, values in (files or {}).items()}}
+        return present(metadata, home_of(marker.parent))
     records.check(metadata, str(marker))
-    return metadata
+    return present(metadata, home_of(marker.parent))
 
 
 def normalization_of(metadata: Mapping[str, Any]) -> Normalization:
