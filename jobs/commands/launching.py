@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +44,8 @@ def launching(
 
     A dry run leaves the block at the first submission and prints the plan. Raises ValueError for an unknown cluster.
     """
+    if options.report and find_spec(options.report) is None:
+        raise ValueError(f"--report {options.report}: its package is not installed; install the extra {options.report}")
     profile = profile or load_profile(options)
     launch = Launch(
         home=home,
@@ -51,6 +54,7 @@ def launching(
         overrides=overrides,
         profile=profile,
         wait=profile.executor == "local" or options.wait or wait,
+        report=options.report,
         dry_run=options.dry_run,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handle SIGTERM like SIGINT: cancel the jobs

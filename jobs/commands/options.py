@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 METADATA = "command line"
 DATASET_KEY = "data.path="
+REPORTS = ("wandb",)  # trackers beside MLflow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,13 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise ValueError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def report_name(text: str) -> str:
+    """Return the name of a tracker. Raises ValueError for an unknown one."""
+    if text not in REPORTS:
+        raise ValueError(f"{text!r} is not known; it must be {' or '.join(REPORTS)}")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +151,12 @@ class SubmissionOptions(CommonOptions):
         "--wait",
         default=False,
         help="Wait for the end of the jobs on a cluster, with a progress line (default: return after submission).",
+    )
+    report: str | None = option(
+        "--report",
+        metavar="NAME",
+        convert=report_name,
+        help="Tracker beside MLflow that shows the runs: wandb (default: MLflow alone).",
     )
     dry_run: bool = option(
         "--dry-run",

@@ -10,7 +10,8 @@ from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.journal import Journal, parsed
 from jobs.state.run import Element, Run
-from jobs.state.run_metadata import set_status, status_of
+from jobs.state.run_metadata import read_description, set_status, status_of
+from jobs.tracking import wandb_export
 from jobs.tracking.mlflow_store import LOCK, LOG, StoreError, Tracker
 from pixart.atomic import file_lock
 
@@ -61,6 +62,8 @@ def sync_folder(tracker: Tracker, folder: Path) -> None:
     if (folder / runs.RECORD).exists():  # the folder of a submission has no record
         update_folder(runs.load(folder))
     tracker.sync(folder)
+    if read_description(folder).get("report") == wandb_export.NAME and status_of(folder) != "RUNNING":
+        wandb_export.export(folder)
 
 
 def update_folder(run: Run, *, pages: bool = False) -> None:
