@@ -4,6 +4,7 @@ A PNG names its checkpoint, a checkpoint its conversion or run, and a run its in
 """
 
 import hashlib
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,10 @@ class Traversal:
             raise ValueError(f"{path}: not an image; name a PNG, a checkpoint, a dataset or a run") from None
         if "checkpoint" not in metadata:
             raise ValueError(f"{path}: names no checkpoint; name an unmodified PNG that `sample` wrote")
-        metadata = present(metadata, home_of(path) or self.homes[0])
+        home = home_of(path) or self.homes[0]
+        metadata = present(metadata, home)
+        if command := metadata.get("command"):
+            metadata["command"] = shlex.join(present(shlex.split(command), home))
         facts = {
             key: value
             for key, value in metadata.items()

@@ -72,13 +72,16 @@ def set_status(run: Path, status: Status, ended: float | None = None) -> None:
     description = read_description(run)
     if status == "RUNNING":
         change(run, status=status, ended=None)
-    elif status != description["status"] or description.get("ended") is None:
+    elif status != description["status"]:
         change(run, status=status, ended=ended or last_activity(run) or time.time())
 
 
-def last_activity(run: Path) -> float | None:
-    """Return the time of the last sign of work: a start, a journal line, a log or the result; None before any."""
-    files = [run / RESULT, *(run / "logs").glob("*_log.*")]
+def last_activity(run: Path, *, recorded: bool = False) -> float | None:
+    """Return the time of the last sign of work: a start, a journal line, a log or the result; None before any.
+
+    With `recorded`, only times in records count: the times of files change when a folder is copied.
+    """
+    files = [] if recorded else [run / RESULT, *(run / "logs").glob("*_log.*")]
     moments = [path.stat().st_mtime for path in files if path.exists()]
     moments += [line["time"] for line in read_tail(run) if "metrics" in line or "tags" in line]
     return max([*moments, *start_times(run)], default=None)
@@ -106,7 +109,7 @@ def work_times(run: Path) -> tuple[float | None, float | None]:
     if description["status"] == "RUNNING":
         return begin, None
     end = description.get("ended")  # runs of version 0.1 have none
-    end = end or last_activity(run) or description["begun"]
+    end = end or last_activity(run, recorded=True) or description["begun"]
     return (description["begun"] if begin is None else begin), end
 
 
