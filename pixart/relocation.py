@@ -46,14 +46,14 @@ def home_of(path: Path) -> Path | None:
 
 
 def portable(value: Any, home: Path | None) -> Any:
-    """Return JSON values with paths in the home as they are written to records; without a home, as they are."""
+    """Return JSON values with paths in the home as they are written to records; without a home, unchanged."""
     if home is None:
         return value
     return translated(value, lambda text: replaced(text, [str(home)], HOME))
 
 
 def present(value: Any, home: Path | None) -> Any:
-    """Return JSON values of a record with the present paths of what is in the home; without a home, as they are."""
+    """Return JSON values of a record with the present paths of what is in the home; without a home, unchanged."""
     if home is None:
         return value
     present_path = str(home)
@@ -73,7 +73,7 @@ def translated(value: Any, translate: Callable[[str], str]) -> Any:
 
 
 def replaced(text: str, prefixes: Sequence[str], replacement: str) -> str:
-    """Return a path with the first of the folders `prefixes` that it is in replaced; any other text as it is."""
+    """Return a path with the first of the folders `prefixes` that it is in replaced; any other text unchanged."""
     for prefix in prefixes:
         if text == prefix or text.startswith(f"{prefix}/"):
             return replacement + text[len(prefix) :]

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from jobs.commands.hints import next_command
-from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
+from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions, check_report
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import sync_in_background
 from pixart.config.dataset import is_url
@@ -44,8 +43,7 @@ def launching(
 
     A dry run leaves the block at the first submission and prints the plan. Raises ValueError for an unknown cluster.
     """
-    if options.report and find_spec(options.report) is None:
-        raise ValueError(f"--report {options.report}: its package is not installed; install the extra {options.report}")
+    check_report(options.report)
     profile = profile or load_profile(options)
     launch = Launch(
         home=home,

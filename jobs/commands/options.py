@@ -7,6 +7,7 @@ no other module uses argparse.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -66,11 +67,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def report_name(text: str) -> str:
-    """Return the name of a tracker. Raises ValueError for an unknown one."""
-    if text not in REPORTS:
-        raise ValueError(f"{text!r} is not known; it must be {' or '.join(REPORTS)}")
-    return text
+def check_report(name: str | None) -> None:
+    """Raise ValueError unless a tracker beside MLflow is known and its package is installed."""
+    if name and name not in REPORTS:
+        raise ValueError(f"--report {name}: is not known; it must be {' or '.join(REPORTS)}")
+    if name and find_spec(name) is None:
+        raise ValueError(f"--report {name}: its package is not installed; install the extra {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,6 @@ class SubmissionOptions(CommonOptions):
     report: str | None = option(
         "--report",
         metavar="NAME",
-        convert=report_name,
         help="Tracker beside MLflow that shows the runs: wandb (default: MLflow alone).",
     )
     dry_run: bool = option(

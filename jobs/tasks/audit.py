@@ -115,7 +115,8 @@ def captioned(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
     """Return the id with the caption, and an image large enough to compare with it, of each row."""
     from jobs.tasks.caption import read_part
 
-    images, texts = pictures(manifest, rows, LARGE_PIXELS), {}
+    images = pictures(manifest, rows, LARGE_PIXELS)
+    texts: dict[int, str] = {}
     for shard in sorted({row // manifest.rows_per_shard for row in rows}):
         first = manifest.shard_range(shard)[0]
         captions = read_part(manifest.data.path, shard)["caption"]

@@ -43,7 +43,7 @@ def parent_key(key: str, label: str) -> str | None:
 
 
 def run_label(job: str, parameters: Mapping[str, Any]) -> str:
-    """Return the word that tells the runs of a submission apart: the kind of job, or the stage of training."""
+    """Return the word that distinguishes the runs of a submission: the kind of job, or the stage of training."""
     return f"stage_{parameters['stage']}" if job == "train" and "stage" in parameters else job
 
 

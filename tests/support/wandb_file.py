@@ -36,16 +36,16 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.glob("*.wandb")
-    about: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     history = []
     for payload in payloads(file.read_bytes()):
         record = Record()
         record.ParseFromString(payload)
         if record.HasField("run"):
             one = record.run
-            about = {"id": one.run_id, "name": one.display_name, "group": one.run_group}
-            about["config"] = {item.key: json.loads(item.value_json) for item in one.config.update}
+            metadata = {"id": one.run_id, "name": one.display_name, "group": one.run_group}
+            metadata["config"] = {item.key: json.loads(item.value_json) for item in one.config.update}
         if record.HasField("history"):
             row = record.history.item
             history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row})
-    return about, history
+    return metadata, history

@@ -1,4 +1,4 @@
-"""Print the path of a run's page, and show it in a browser; of a dataset, serve a page to browse its captions.
+"""Print the path of a run's page and show it, or serve a page to browse the captions of a dataset.
 
 A run's page is updated first, unless the run is read-only. The page of a dataset is at an address of this machine alone
 until an interrupt; with --print, its audit is printed. The browser opens only if there is a display.
@@ -24,8 +24,8 @@ class Options(CommonOptions):
     run: str | None = argument(
         "RUN", help="Folder, name or part of the name of a run, or folder of a dataset (default: the newest run)."
     )
-    port: int = option(
-        "--port", metavar="PORT", default=0, convert=positive, help="Port of a dataset's page (default: a free one)."
+    port: int | None = option(
+        "--port", metavar="PORT", convert=positive, help="Port of a dataset's page (default: a free one)."
     )
 
     print_only: bool = option(
@@ -62,7 +62,7 @@ def show_dataset(dataset: Path, options: Options) -> int:
         show(url, options)
 
     with suppress(KeyboardInterrupt):
-        app.serve(str(dataset), options.port, opened)
+        app.serve(str(dataset), options.port or 0, opened)
     return 0
 
 

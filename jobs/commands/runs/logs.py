@@ -64,9 +64,9 @@ def run(options: Options) -> int:
 
 def find_logs(run: Run, jobs: list[str], rank: int | None = None) -> list[Path]:
     """Return the logs of the jobs that exist, of one rank or of all; of each job, standard error first."""
-    found = [log for job in jobs for stream in ("err", "out") for log in run.logs(job, stream)]
+    logs = [log for job in jobs for stream in ("err", "out") for log in run.logs(job, stream)]
     return (
-        found if rank is None else [log for log in found if log.name.endswith((f"_{rank}_log.err", f"_{rank}_log.out"))]
+        logs if rank is None else [log for log in logs if log.name.endswith((f"_{rank}_log.err", f"_{rank}_log.out"))]
     )
 
 

@@ -6,7 +6,7 @@ with unsent data are sent.
 
 from dataclasses import dataclass
 
-from jobs.commands.options import Command, CommonOptions, argument, option, report_name
+from jobs.commands.options import Command, CommonOptions, argument, check_report, option
 from jobs.state import run as runs
 from jobs.tracking import wandb_export
 from jobs.tracking.mlflow_store import Tracker, needs_sync
@@ -21,13 +21,13 @@ class Options(CommonOptions):
     report: str | None = option(
         "--report",
         metavar="NAME",
-        convert=report_name,
         help="Tracker beside MLflow to send the runs to: wandb, as an offline run in RUN/wandb, which `wandb sync` "
         "uploads (default: MLflow alone).",
     )
 
 
 def run(options: Options) -> int:
+    check_report(options.report)
     home = runs.home(options.home)
     folders = [runs.find(home, options.run).folder] if options.run else runs.folders(home)
     if not folders:

@@ -17,6 +17,7 @@ from pixart.html.page import STYLE, text
 
 if TYPE_CHECKING:
     from pixart.data.manifest import Manifest
+    from pixart.data.sources.base import Source
 
 HOST = "127.0.0.1"
 FILES = Path(__file__).parent / "page"
@@ -34,7 +35,8 @@ class Images:
 
     def __init__(self, manifest: "Manifest", captions: Captions) -> None:
         self.manifest, self.captions = manifest, captions
-        self.lock, self.source = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.source: Source | None = None
 
     def jpeg(self, row: int) -> bytes | None:
         """Return an image as JPEG; None if the dataset has no images, or this one cannot be read."""

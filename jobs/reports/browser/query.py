@@ -45,7 +45,7 @@ class Captions:
     """The captions of a dataset. Threads may share it; each query has a cursor of its own."""
 
     def __init__(self, dataset: Path, rows_per_shard: int) -> None:
-        """Open the parts of a dataset. Raises ValueError if there are none yet."""
+        """Open the parts of a dataset. Raises ValueError if the dataset has no parts yet."""
         if not any((dataset / "captions").glob("*.parquet")):
             raise ValueError(f"dataset {dataset}: has no captions yet; run 'caption' first")
         self.lock, self.rows_per_shard = threading.Lock(), rows_per_shard
@@ -59,7 +59,7 @@ class Captions:
             f"FROM read_parquet('{files}', filename = true, file_row_number = true))"
         )
         self.connection.execute(f"CREATE TABLE captions AS SELECT {SEARCHED} FROM parts")
-        self.found: tuple[Search | None, np.ndarray] = (None, np.empty(0, dtype=np.int64))  # rows of the last search
+        self.newest: tuple[Search | None, np.ndarray] = (None, np.empty(0, dtype=np.int64))  # rows of the last search
         duplicates = dataset / FOLDER / DUPLICATES
         self.duplicates = str(duplicates).replace("'", "''") if duplicates.exists() else None
 
@@ -87,21 +87,21 @@ class Captions:
 
     def find(self, search: Search) -> tuple[int, list[dict[str, Any]]]:
         """Return the number of rows that a search finds, and those of its page with their full texts."""
-        found = self.rows(replace(search, page=0))
-        chosen = found[PAGE_SIZE * search.page : PAGE_SIZE * (search.page + 1)].tolist()
+        matches = self.rows(replace(search, page=0))
+        chosen = matches[PAGE_SIZE * search.page : PAGE_SIZE * (search.page + 1)].tolist()
         if not chosen:
-            return len(found), []
+            return len(matches), []
         places = ", ".join("?" * len(chosen))
         shards = sorted({row // self.rows_per_shard for row in chosen})
         query = f"SELECT {COLUMNS} FROM parts WHERE shard IN ({', '.join(map(str, shards))}) AND row IN ({places})"
         cursor = self.cursor().execute(query, chosen)
         names = [column[0] for column in cursor.description or ()]
         by_row = {values[0]: dict(zip(names, values, strict=True)) for values in cursor.fetchall()}
-        return len(found), [by_row[row] for row in chosen]
+        return len(matches), [by_row[row] for row in chosen]
 
     def rows(self, search: Search) -> np.ndarray:
         """Return the rows that a search finds, in its order; those of the last search are kept for its other pages."""
-        kept, rows = self.found
+        kept, rows = self.newest
         if kept == search:
             return rows
         source = "captions"
@@ -112,13 +112,13 @@ class Captions:
         condition, values = condition_of(search)
         query = f"SELECT row FROM {source} WHERE {condition} {order_of(search.order)}"
         rows = self.cursor().execute(query, values).fetchnumpy()["row"]
-        self.found = (search, rows)
+        self.newest = (search, rows)
         return rows
 
     def thumbnail(self, row: int) -> bytes | None:
         """Return the JPEG that is stored with a rejected row; None without one."""
-        found = self.cursor().execute("SELECT thumbnail FROM parts WHERE row = ?", [row]).fetchone()
-        return found[0] if found else None
+        stored = self.cursor().execute("SELECT thumbnail FROM parts WHERE row = ?", [row]).fetchone()
+        return stored[0] if stored else None
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         with self.lock:
@@ -127,7 +127,8 @@ class Captions:
 
 def condition_of(search: Search) -> tuple[str, list[Any]]:
     """Return the SQL condition of a search and the values of its placeholders. Raises ValueError for unknown names."""
-    parts, values = ["true"], []
+    parts: list[str] = ["true"]
+    values: list[Any] = []
     for word in search.words.lower().split():
         parts.append("contains(text, ?)")
         values.append(word)

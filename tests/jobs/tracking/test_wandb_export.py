@@ -68,9 +68,9 @@ def test_a_run_with_a_kill_and_a_requeue_has_the_curves_of_mlflow(run):
     assert folder
     assert not first.exists() or first == folder
     assert [path.name for path in (run / NAME).glob("offline-run-*")] == [folder.name]
-    about, rows = wandb_file.read(folder)
-    assert (about["id"], about["name"], about["group"]) == (read_description(run)["key"], "train-1", "demo")
-    assert about["config"]["stage1"] == {"lr": 0.1}
+    metadata, rows = wandb_file.read(folder)
+    assert (metadata["id"], metadata["name"], metadata["group"]) == (read_description(run)["key"], "train-1", "demo")
+    assert metadata["config"]["stage1"] == {"lr": 0.1}
     drawn = curves(rows)
     assert drawn == mlflow_curves(run)
     assert drawn["train/loss"] == [(step, 1 / (step + 1)) for step in range(STEPS)]
