@@ -100,10 +100,10 @@ class Campaign:
             self.wrong(name, f"control characters in the output: {text[-300:]!r}")
         return code, text
 
-    def wrong(self, name: str, what: str) -> None:
+    def wrong(self, name: str, problem: str) -> None:
         """Count a try whose result is wrong."""
         self.figures.wrong += 1
-        self.failures.append(f"{name}: {what}")
+        self.failures.append(f"{name}: {problem}")
 
     def finish(self, record_property: Callable[[str, Any], None]) -> None:
         """Report the figures, and fail the test if anything broke."""

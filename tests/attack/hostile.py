@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-MARKER = "attack-ran"  # a file that no hostile text may bring into being
+MARKER = "attack-ran"  # a file that no hostile text may create
 ESCAPES = ("\x1b[2J\x1b[31mred", "\x07", "a\rb", "a\nforged: line", "\u202eabc", "\x9b31m", "\x00", "\u2028", "\udcff")
 INJECTIONS = (
     f"$(touch {MARKER})",
@@ -189,7 +189,7 @@ def damages(content: bytes, generator: random.Random) -> list[tuple[str, Callabl
         ("zeros", lambda: bytes(len(content))),
         ("deep list", lambda: b"[" * 100_000),
         ("deep object", lambda: b'{"a":' * 50_000),
-        ("bomb", lambda: b"[" + b"[]," * 100_000 + b"[]]"),
+        ("many lists", lambda: b"[" + b"[]," * 100_000 + b"[]]"),
         ("digits", lambda: b"9" * 100_000),
         ("twice", lambda: content * 2),
         ("list", lambda: b"[" + content + b"]"),
