@@ -17,7 +17,6 @@ from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
 from jobs.state import run as runs
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import sync_in_background
-from pixart import records
 from pixart.config.dataset import is_url
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
@@ -133,8 +132,3 @@ def read_run_recipe(folder: Path) -> Recipe:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run folder; config.json is missing")
     return load_recipe(folder / "config.json")
-
-
-def read_run_profile(folder: Path) -> Profile:
-    """Return the profile of the cluster that a run was submitted to."""
-    return records.read(folder / "profile.json", Profile)

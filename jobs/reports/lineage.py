@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from conversion.report.text import PAGE, REPORT
+from jobs.reports import efficiency
 from jobs.state import audit_files, evaluation, ledger
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import INFERENCE, MARKER, acceptance, checkpoint_record, find_checkpoint
@@ -216,6 +217,7 @@ class Traversal:
         node = self.add_node(
             kind, name, **facts, jobs=jobs, commit=tags.get("pixart.commit"), user=tags.get("pixart.user")
         )
+        node.facts |= efficiency.facts(run)
         node.pages = {"summary": run.folder / "summary.html", "samples": run.folder / "samples.png"}
         if start := tags.get("pixart.parent_checkpoint"):
             node.parents.append(self.checkpoint(Path(start)))

@@ -6,7 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from conversion.report.text import PAGE as REPORT_PAGE
-from jobs.reports import lineage, lineage_page, training
+from jobs.reports import efficiency, lineage, lineage_page, training
 from jobs.reports.training import Incident
 from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
@@ -69,6 +69,7 @@ def summary(run: Run) -> str:
         "jobs": ", ".join(run.job_ids),
         "commit": description["tags"].get("pixart.commit"),
         "folder": str(run.folder),
+        **efficiency.facts(run),
     }
     present = {key: str(value) for key, value in facts.items() if value is not None}
     previews = sorted(path for path in run.folder.glob("previews/step-*.png") if PREVIEW.fullmatch(path.name))

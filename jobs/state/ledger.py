@@ -87,6 +87,22 @@ def shards(dataset: str | Path, job: str) -> set[int]:
     return {int(match[1]) for name in names if (match := NAME.fullmatch(name))}
 
 
+def entries_of(kind: str) -> str:
+    """Return the job under whose name a kind of job writes its last entry of a shard."""
+    return ENTRIES_OF.get(kind, (kind,))[-1]
+
+
+def written(dataset: str | Path, job: str) -> dict[int, float]:
+    """Return when each entry of a job was written, in seconds since the epoch; nothing for a dataset at a URL."""
+    if is_url(str(dataset)):
+        return {}
+    try:
+        with os.scandir(Path(dataset, "ledger", job)) as files:
+            return {int(match[1]): item.stat().st_mtime for item in files if (match := NAME.fullmatch(item.name))}
+    except FileNotFoundError:
+        return {}
+
+
 def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry]:
     """Return the entries by shard, without those that are missing or damaged."""
     texts = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
@@ -201,7 +217,8 @@ def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
     contents: list[bytes | None] = []
     for name in names:
         try:
-            contents.append(Path(dataset, name).read_bytes())
+            with open(f"{dataset}/{name}", "rb") as file:  # noqa: PTH123 - a path object takes longer than the file
+                contents.append(file.read())
         except FileNotFoundError:
             contents.append(None)
     return contents

@@ -2,13 +2,12 @@
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.state import ledger
+from jobs.state import completed, ledger
 from jobs.state.journal import read_tail
 from pixart import records
 from pixart.atomic import write_atomically
@@ -23,7 +22,6 @@ URL_LETTERS = "?%#"  # special characters in the URL of MLflow's embedded store
 ACTIVE = ("pending", "running", "unknown")  # states of an element that may still change
 UNFINISHED = ("failed", "cancelled")  # states of an element that `retry` submits again
 MAX_LISTED = 5  # runs that an error message lists
-VISIBLE_SECONDS = 60  # after which a shared file system shows what a job on another node has written
 TAIL_BYTES = 16_384  # end of a log that is searched for its last line
 
 
@@ -194,13 +192,19 @@ def elements_by_state(run: Run, states: Mapping[str, commands.JobState]) -> dict
     """Return the state of each element, given the states of the jobs that Slurm knows."""
     job_of = run.job_of()
     finished = done(run)  # after the query: an element that finished before Slurm answered has not failed
+    waiting = {job: states[job] for element, job in job_of.items() if element not in finished and job in states}
+    invisible = completed.recent(run.folder, waiting)
     never = Element(state="failed", job="", note="was not submitted")  # Slurm refused a later part of the array
-    return {
-        element: never
-        if element not in job_of and element not in finished
-        else element_state(run, job_of.get(element, ""), element in finished, states.get(job_of.get(element, "")))
-        for element in sorted({*job_of, *run.elements})
-    }
+    state_of = {}
+    for element in sorted({*job_of, *run.elements}):
+        job = job_of.get(element, "")
+        if element in finished:
+            state_of[element] = Element(state="done", job=job)
+        elif job in invisible:
+            state_of[element] = Element(state="running", job=job, note="completed; its result is not visible yet")
+        else:
+            state_of[element] = unfinished_element(run, job, states.get(job)) if job else never
+    return state_of
 
 
 def is_active(elements: dict[int, Element]) -> bool:
@@ -208,18 +212,14 @@ def is_active(elements: dict[int, Element]) -> bool:
     return any(element.state in ACTIVE for element in elements.values())
 
 
-def element_state(run: Run, job: str, is_done: bool, state: commands.JobState | None) -> Element:
-    """Return the state of one element from its data, and from the state of its job if Slurm knows the job."""
-    if is_done:
-        return Element(state="done", job=job)
+def unfinished_element(run: Run, job: str, state: commands.JobState | None) -> Element:
+    """Return the state of an element without data from the state of its job, if Slurm knows the job."""
     if state is not None and state.pending:
         return Element(state="pending", job=job, note=state.reason)
     if state is not None and state.running:
         return Element(state="running", job=job)
     if state is not None and not state.ended:
         return Element(state="unknown", job=job, note=f"Slurm says {state.state}")
-    if state is not None and state.state == "COMPLETED" and state.end and time.time() - state.end < VISIBLE_SECONDS:
-        return Element(state="running", job=job, note="completed; its result is not visible yet")
     if state is not None and state.state == "CANCELLED":
         return Element(state="cancelled", job=job, note=state.reason)
     ended = f"{state.state.lower()}: " if state and state.state not in ("FAILED", "COMPLETED") else ""
@@ -230,7 +230,7 @@ def done(run: Run) -> set[int]:
     """Return the finished elements: the shards in the dataset's ledger, or 0 if the result of a job of ranks exists."""
     if run.ranks:
         return {0} if (run.folder / RESULT).exists() else set()
-    return ledger.shards(run.dataset, ledger.ENTRIES_OF.get(run.kind, (run.kind,))[-1])
+    return ledger.shards(run.dataset, ledger.entries_of(run.kind))
 
 
 def result(run: Run) -> Any:

@@ -11,9 +11,11 @@ from typing import Any, Literal, TypedDict
 
 from pixart import records
 from pixart.atomic import write_atomically
+from slurm.profile import Profile
 from slurm.task import attempts
 
 FILE = "tracking.json"
+PROFILE = "profile.json"
 KEY = "pixart.key"  # tag that finds the MLflow run if a process was killed before saving its id
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
 
@@ -54,6 +56,11 @@ def describe(
 def read_description(run: Path) -> Description:
     """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if it is missing."""
     return records.read(run / FILE, Description)
+
+
+def read_profile(run: Path) -> Profile:
+    """Return the profile of the cluster that a run was last submitted to. Raises ValueError if it is damaged."""
+    return records.read(run / PROFILE, Profile)
 
 
 def change(run: Path, **values: Any) -> None:

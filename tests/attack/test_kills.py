@@ -24,12 +24,12 @@ END_SECONDS = 120  # of a job
 
 def descendants(pid: int) -> set[int]:
     """Return the processes that a process has started, and those that they have."""
-    started: set[int] = set()
+    processes: set[int] = set()
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             for child in map(int, path.read_text().split()):
-                started |= {child} | descendants(child)
-    return started
+                processes |= {child} | descendants(child)
+    return processes
 
 
 def wait(processes: list[BaseProcess]) -> list[int | None]:

@@ -63,7 +63,7 @@ def serving() -> Iterator[tuple[type[Handler], str]]:
 
 
 def test_hostile_answers_of_a_server_are_refused(record_property, monkeypatch):
-    """An answer is JSON or an error; no other host receives the key."""
+    """An answer is a JSON object or an error of one line; no other host receives the key."""
     attack = campaign("answers of servers", short=150, long=1500)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     made = damages(dumped(ANSWER), attack.generator)
@@ -76,17 +76,19 @@ def test_hostile_answers_of_a_server_are_refused(record_property, monkeypatch):
             if number % 7 == 0:
                 headers["content-length"] = attack.generator.choice(["9" * 30, "-1", "x", "5"])
             handler.answer = (status, headers, damage())
-            attack.attempt(
+            answer = attack.attempt(
                 f"{status} {name}",
                 lambda: send_request(url, {"a": 1}, seconds=2, max_attempts=1),
             )
+            if answer is not None and not isinstance(answer, dict):
+                attack.wrong(name, f"the answer is {answer!r}")
         if other.keys:
             attack.wrong("redirect", f"another host was asked, with {other.keys[0]!r}")
     attack.finish(record_property)
 
 
 def test_hostile_texts_of_a_model_are_no_captions(record_property):
-    """The answer of a model is one printable line, or the request is kept."""
+    """The answer of a model is one printable line, or the request is kept unchanged."""
     attack = campaign("answers of models", short=200, long=len(TEXTS) * 8)
     for number in range(attack.tries):
         text = TEXTS[number % len(TEXTS)] * attack.generator.choice([1, 3, 500])

@@ -131,7 +131,7 @@ def test_the_launcher_refuses_an_altered_record(converted, tmp_path):
     "name", ["transformer/config.json", "ema/diffusion_pytorch_model.safetensors", "fp8.safetensors"]
 )
 @pytest.mark.parametrize("damage", [flip(0.5), truncate, Path.unlink])
-def test_the_conversion_to_bf16_refuses_a_damaged_checkpoint(converted, tmp_path, name, damage):
+def test_the_conversion_to_bf16_refuses_the_files_that_load_refuses(converted, tmp_path, name, damage):
     copy, output = tmp_path / "copy.fp8", tmp_path / "output"
     shutil.copytree(converted, copy)
     damage(copy / name)
