@@ -155,6 +155,7 @@ def slow_down(folder: Path) -> str:
     script.write_text(
         """import os, signal, sys, time
 begun, process = time.monotonic(), int(sys.argv[1])
+open(sys.argv[2], "w").close()
 try:
     while time.monotonic() - begun < 8:
         os.kill(process, signal.SIGSTOP)
@@ -165,7 +166,8 @@ except ProcessLookupError:
     pass
 """
     )
-    return f"{sys.executable} {script} $PPID > /dev/null 2>&1 < /dev/null &"
+    begin = f"{sys.executable} {script} $PPID {folder}/begun > /dev/null 2>&1 < /dev/null &"
+    return f"{begin} while [ ! -e {folder}/begun ]; do sleep 0.1; done;"
 
 
 @pytest.fixture
