@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypedDict
 
 import submitit
 
@@ -29,6 +29,18 @@ TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
 INTERRUPTED = "interrupted: "  # begins the last line of the log of a task that a signal ended
 TERMINATE, TIME_LIMIT = 1, 2
 STOP_LEVELS: dict[int, int] = {signal.SIGTERM: TERMINATE, signal.SIGUSR2: TIME_LIMIT}
+
+
+class Attempt(TypedDict):
+    """A start of one rank of a job."""
+
+    job: str
+    rank: int
+    restart: int
+    arguments: list[Any]
+    node: str
+    time: str
+
 
 _stop_level = 0
 
@@ -138,6 +150,6 @@ def restart_count() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def attempts(run: str | Path) -> list[dict[str, Any]]:
+def attempts(run: str | Path) -> list[Attempt]:
     """Return the records of all starts of all ranks in order."""
-    return read_lines(Path(run) / ATTEMPTS)
+    return read_lines(Path(run) / ATTEMPTS, Attempt)

@@ -12,7 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from slurm.commands import NO_ACCOUNTING, RUNNING_STATES, SlurmError, command
 
@@ -52,7 +54,19 @@ class Meter:
             file.write(json.dumps(line) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+class Line(TypedDict):
+    """What one rank has used from its start to its end."""
+
+    job: str
+    rank: int
+    restart: int
+    node: str
+    seconds: float
+    processor_seconds: float
+    memory_bytes: float
+
+
+def read_lines(path: Path, schema: Any) -> list[Any]:
     """Return the records in the lines of a file; lines damaged by a network file system are skipped."""
     try:
         lines = path.read_text().splitlines()
@@ -60,15 +74,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in lines:
-        with suppress(ValueError):
-            records.append(json.loads(line))
+        with suppress(ValueError, RecursionError, msgspec.ValidationError):
+            records.append(msgspec.convert(json.loads(line), schema))
     return records
 
 
 def recorded(run: Path) -> dict[str, Usage]:
     """Return what the ranks of a run have recorded, by job id."""
-    attempts: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for line in read_lines(run / FILE):
+    attempts: dict[tuple[str, int], list[Line]] = {}
+    for line in read_lines(run / FILE, Line):
         attempts.setdefault((line["job"], line["restart"]), []).append(line)
     usages: dict[str, Usage] = {}
     for (job, _), lines in attempts.items():

@@ -41,7 +41,7 @@ def test_other_commands_are_modules():
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {"demo", "test", "check"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
+    assert {"demo", "test", "check", "attack"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
 
 
 def test_options(capsys):

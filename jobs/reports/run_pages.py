@@ -23,7 +23,7 @@ def write_pages(run: Run) -> None:
     """Write the pages whose content has changed, and log them as artifacts in the journal."""
     if run.kind == "train":
         write(run, SUMMARY, summary(run))
-    write(run, LINEAGE, lineage_page.page(lineage.trace(run.folder.parents[1], str(run.folder)), run.folder))
+    write(run, LINEAGE, lineage_page.page(lineage.trace(run.home, str(run.folder)), run.folder))
 
 
 def write(run: Run, name: str, content: str) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.state.json_record import read_record
+from pixart import records
 from pixart.atomic import write_atomically
 from slurm.commands import JobState
 
@@ -31,7 +31,7 @@ def recent(run: Path, states: Mapping[str, JobState]) -> set[str]:
     young = [job for job, end in ends.items() if now - end < MAX_CLOCK_DIFFERENCE_SECONDS]
     if not young:
         return set()
-    seen = read_record(run / FILE) if (run / FILE).exists() else {}
+    seen = records.read(run / FILE, dict[str, records.Moment]) if (run / FILE).exists() else {}
     if new := {job: now for job in young if job not in seen}:
         seen |= new
         write_atomically(run / FILE, json.dumps(seen) + "\n")

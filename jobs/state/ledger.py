@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from jobs.state.json_record import of_this_version, parse_record
+from pixart import records
 from pixart.atomic import write_atomically
-from pixart.config.dataset import is_url
+from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_data
+from pixart.records import Count
 
 MANIFEST = "manifest.json"
 CONTENTS = "source.json"  # what was taken from the source and left out
@@ -32,11 +33,37 @@ class Entry:
 
     manifest: str  # hash of the dataset's manifest
     inputs: str  # SHA-256 of the shard's input data; "" if the input is the source
-    rows: int
-    valid: int
+    rows: Count
+    valid: Count
     checksum: str  # SHA-256 of the data
     seconds: float
     versions: dict[str, str]
+
+
+class DatasetRecord(TypedDict):
+    """The manifest of a dataset as far as the launcher reads it; see `pixart.data.manifest`."""
+
+    format: Count
+    hash: str
+    data: dict[str, Any]
+    images: Count
+    rows_per_shard: Count
+    class_names: list[str]
+    latent_shape: tuple[Count, Count, Count]
+    text_dim: Count
+    models: dict[str, str]
+    adopted: NotRequired[dict[str, Any]]
+
+
+class ContentsRecord(TypedDict):
+    """What a dataset's source holds and leaves out; see `pixart.data.sources.contents`."""
+
+    items: Count
+    labelled: Count
+    left_out: dict[str, Count]
+    largest_label: int
+    has_words: bool
+    columns: dict[str, list[str]]
 
 
 def path(dataset: str | Path, job: str, shard: int) -> Path:
@@ -81,9 +108,9 @@ def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry
     texts = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
     entries_by_shard = {}
     for shard, text in zip(shards, texts, strict=True):
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError):
             if text is not None:
-                entries_by_shard[shard] = Entry(**json.loads(text))
+                entries_by_shard[shard] = records.parse(text, Entry, f"{dataset}/ledger/{job}/{shard:05d}.json")
     return entries_by_shard
 
 
@@ -163,9 +190,13 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
     (text,) = read_files(dataset, [MANIFEST])
     if text is None:
         return None
-    record = parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
-    with of_this_version(f"{dataset}/{MANIFEST}"):
-        return {**record, "data": rename_data(record["data"])}
+    record = records.parse(text, DatasetRecord, f"{dataset}/{MANIFEST}")
+    try:
+        data = rename_data(record["data"])
+        data_from_dict(data)
+    except (TypeError, LookupError, ValueError) as error:
+        raise ValueError(f"{dataset}/{MANIFEST}: is damaged or of another version, data: {error}; restore it") from None
+    return {**record, "data": data}
 
 
 def contents(dataset: str | Path) -> dict[str, Any] | None:
@@ -174,8 +205,7 @@ def contents(dataset: str | Path) -> dict[str, Any] | None:
     Raises ValueError if the record is damaged.
     """
     (text,) = read_files(dataset, [CONTENTS])
-    keys = ("items", "labelled", "left_out", "largest_label", "has_words", "columns")
-    return None if text is None else parse_record(text, f"{dataset}/{CONTENTS}", *keys)
+    return None if text is None else records.parse(text, ContentsRecord, f"{dataset}/{CONTENTS}")
 
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:

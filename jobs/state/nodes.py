@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.state.json_record import read_record
 from jobs.state.run import UNFINISHED, Element, Run, last_error
+from pixart import records
 from pixart.atomic import write_atomically
 from slurm.task import INTERRUPTED, attempts
 
@@ -19,7 +19,7 @@ MIN_FAILURES = 2  # from which a node is avoided, if other nodes succeed
 
 def excluded(folder: Path) -> dict[str, str]:
     """Return the nodes that failed the preflight of a run, with the reasons."""
-    return read_record(folder / FILE) if (folder / FILE).exists() else {}
+    return records.read(folder / FILE, dict[str, str]) if (folder / FILE).exists() else {}
 
 
 def exclude(folder: Path, bad: Mapping[str, str]) -> dict[str, str]:

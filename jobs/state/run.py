@@ -9,9 +9,10 @@ from typing import Any
 
 from jobs.state import completed, ledger
 from jobs.state.journal import read_tail
-from jobs.state.json_record import of_this_version, read_record
+from pixart import records
 from pixart.atomic import write_atomically
 from pixart.config.dataset import is_url
+from pixart.records import Count, Nodes, Ranks
 from slurm import commands
 from slurm.executor import Submitted
 from slurm.task import RESULT
@@ -32,14 +33,19 @@ class Run:
     kind: str
     executor: str
     dataset: str
-    total: int  # number of elements of an array, or of steps of a training run
-    nodes: int = 0  # 0 for an array
-    ranks_per_node: int = 1
-    elements: tuple[int, ...] = ()
-    per_task: int = 1  # elements that one task of an array processes on Slurm
+    total: Count  # number of elements of an array, or of steps of a training run
+    nodes: Nodes = 0  # 0 for an array
+    ranks_per_node: Ranks = 1
+    elements: tuple[Count, ...] = ()
+    per_task: Count = 1  # elements that one task of an array processes on Slurm
     request: dict[str, Any] = field(default_factory=dict)  # arguments of the job's function
-    jobs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # job id, elements of the job
+    jobs: tuple[tuple[str, tuple[Count, ...]], ...] = ()  # job id, elements of the job
     after: tuple[str, ...] = ()  # ids of the jobs whose success it waited for
+
+    @property
+    def home(self) -> Path:
+        """The home folder of a run in HOME/runs."""
+        return self.folder.parent.parent  # of a folder directly below "/" it is "/"
 
     @property
     def ranks(self) -> int:
@@ -96,13 +102,10 @@ def home(named: str | None) -> Path:
 def load(folder: Path) -> Run:
     """Load the record of a run. Raises ValueError if the folder is not a run folder, or the record is damaged."""
     try:
-        record = read_record(folder / RECORD, "kind", "executor", "dataset", "total", "elements", "jobs")
+        content = records.read(folder / RECORD, dict[str, Any])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: no run folder; name a folder in HOME/runs") from None
-    jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
-    with of_this_version(folder / RECORD):
-        sequences = {name: tuple(record.get(name, ())) for name in ("elements", "after")}
-        return Run(**{**record, **sequences, "folder": folder, "jobs": jobs})
+    return records.convert({**content, "folder": folder}, Run, str(folder / RECORD))
 
 
 def folders(home: Path) -> list[Path]:
@@ -231,8 +234,8 @@ def done(run: Run) -> set[int]:
 
 
 def result(run: Run) -> Any:
-    """Return the result of rank 0. Raises FileNotFoundError if the job has not finished."""
-    return json.loads((run.folder / RESULT).read_text())
+    """Return the result of rank 0. Raises FileNotFoundError without one, ValueError for a damaged one."""
+    return records.read(run.folder / RESULT, Any)
 
 
 def last_error(run: Run, job: str) -> str:
