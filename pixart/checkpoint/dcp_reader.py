@@ -80,7 +80,7 @@ class MetadataUnpickler(RestrictedUnpickler):
     def create(self, cls: Any, arguments: Any, named: Mapping[str, Any]) -> Any:
         if not any(cls is allowed for allowed in (*CALLABLE, *DATACLASSES)) or not isinstance(cls, type):
             raise RefusedPickleError("the metadata creates an object of a class that is not allowed")
-        return cls.__new__(cls, *arguments, **named)  # type: ignore[call-overload]
+        return cls.__new__(cls, *arguments, **named)
 
     def set_state(self, target: Any, state: Any) -> None:
         has_setstate = "__setstate__" in vars(type(target))
