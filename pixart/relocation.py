@@ -9,12 +9,19 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from pixart import records
 from pixart.atomic import write_atomically
 
 FILE = "home.json"
 HOME = "{home}"
+
+
+class Locations(TypedDict):
+    """The file of a home folder."""
+
+    locations: list[str]
 
 
 def record_location(home: Path, earlier: Sequence[Path] = ()) -> None:
@@ -31,12 +38,9 @@ def record_location(home: Path, earlier: Sequence[Path] = ()) -> None:
 def locations(home: Path) -> list[str]:
     """Return the paths at which a home folder has been, in order. Raises ValueError if its file is damaged."""
     try:
-        record = json.loads((home / FILE).read_bytes())
-        return [str(path) for path in record["locations"]]
+        return list(records.read(home / FILE, Locations)["locations"])
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError, LookupError):
-        raise ValueError(f"{home / FILE}: is damaged; restore it") from None
 
 
 def home_of(path: Path) -> Path | None:

@@ -1,20 +1,21 @@
 """HTML pages of a run folder: their generation, and the page that `open` shows."""
 
-import json
 import re
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from conversion.report.text import PAGE as REPORT_PAGE
 from jobs.progress import format_duration
-from jobs.reports import lineage, lineage_page, training
+from jobs.reports import efficiency, lineage, lineage_page, training
 from jobs.reports.training import Incident
 from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
 from jobs.state.run import Run
 from jobs.state.run_metadata import read_description, work_times
+from pixart import records
 from pixart.atomic import write_atomically
 from pixart.html.page import Html, text
 from slurm.task import attempts
@@ -27,7 +28,7 @@ def write_pages(run: Run) -> None:
     """Write the pages whose content has changed, and log them as artifacts in the journal."""
     if run.kind == "train":
         write(run, SUMMARY, summary(run))
-    write(run, LINEAGE, lineage_page.page(lineage.trace(run.folder.parents[1], str(run.folder)), run.folder))
+    write(run, LINEAGE, lineage_page.page(lineage.trace(run.home, str(run.folder)), run.folder))
 
 
 def write(run: Run, name: str, content: str) -> None:
@@ -73,6 +74,7 @@ def summary(run: Run) -> str:
         "jobs": ", ".join(run.job_ids),
         "commit": description["tags"].get("pixart.commit"),
         "folder": str(run.folder),
+        **efficiency.facts(run),
     }
     present = {key: str(value) for key, value in facts.items() if value is not None}
     present |= {"pages": page_links(run)}
@@ -92,7 +94,7 @@ def times(run: Run) -> dict[str, str | None]:
         return facts
     facts |= {"ended": moment(end), "duration": format_duration(end - begin)}
     profile = run.folder / "profile.json"
-    if profile.exists() and json.loads(profile.read_bytes()).get("gpus_per_node"):
+    if profile.exists() and records.read(profile, dict[str, Any]).get("gpus_per_node"):
         facts["GPU hours"] = f"{run.ranks * (end - begin) / 3600:.2f} on {run.ranks} GPUs, requeues included"
     return facts
 

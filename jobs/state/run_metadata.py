@@ -6,19 +6,36 @@ The launcher writes it before the first task starts. It is a file, so that chang
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from jobs.state.journal import read_tail
-from jobs.state.json_record import read_record
+from pixart import records
 from pixart.atomic import write_atomically
 from pixart.relocation import home_of, portable, present
+from slurm.profile import Profile
 from slurm.task import RESULT, attempts
 
 FILE = "tracking.json"
+PROFILE = "profile.json"
 KEY = "pixart.key"  # tag that finds the MLflow run if a process was killed before saving its id
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
+
+
+class Description(TypedDict):
+    """The metadata of a run."""
+
+    key: str
+    begun: records.Moment
+    parameters: dict[str, Any]
+    tags: dict[str, str]
+    parent: str | None
+    children: list[str]
+    status: Status
+    ended: NotRequired[records.Moment | None]  # end of the work, once the status is final
+    report: NotRequired[str]  # tracker beside MLflow
 
 
 def describe(
@@ -43,10 +60,14 @@ def describe(
         change(parent, children=[*read_description(parent)["children"], str(run)])
 
 
-def read_description(run: Path) -> dict[str, Any]:
+def read_description(run: Path) -> Description:
     """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if it is missing."""
-    record = read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
-    return present(record, home_of(run))
+    return present(records.read(run / FILE, Description), home_of(run))
+
+
+def read_profile(run: Path) -> Profile:
+    """Return the profile of the cluster that a run was last submitted to. Raises ValueError if it is damaged."""
+    return records.read(run / PROFILE, Profile)
 
 
 def change(run: Path, **values: Any) -> None:
@@ -54,7 +75,7 @@ def change(run: Path, **values: Any) -> None:
     write(run, {**read_description(run), **values})
 
 
-def write(run: Path, metadata: dict[str, Any]) -> None:
+def write(run: Path, metadata: Mapping[str, Any]) -> None:
     """Write the metadata of a run, with paths in the home folder relative to it."""
     write_atomically(run / FILE, json.dumps(portable(metadata, home_of(run))) + "\n")
 
@@ -99,10 +120,16 @@ def work_times(run: Path) -> tuple[float | None, float | None]:
     """
     description = read_description(run)
     if children := [Path(child) for child in description["children"] if (Path(child) / FILE).exists()]:
-        begins, ends = zip(*map(work_times, children), strict=True)
+        begins, ends = zip(*(run_times(child) for child in children), strict=True)
         known = [begin for begin in begins if begin is not None]
         ended = [end for end in ends if end is not None]
         return min(known, default=None), max(ended) if len(ended) == len(children) else None
+    return run_times(run)
+
+
+def run_times(run: Path) -> tuple[float | None, float | None]:
+    """Return `work_times` of a folder that is no submission."""
+    description = read_description(run)
     begin = min(start_times(run), default=None)
     if begin is None:
         begin = min((line["time"] for line in read_tail(run) if "metrics" in line), default=None)
@@ -114,11 +141,12 @@ def work_times(run: Path) -> tuple[float | None, float | None]:
 
 
 def status_of(run: Path) -> Status:
-    """Return the status of a run; that of a submission follows from the runs in it."""
+    """Return the status of a run; that of a submission follows from the runs in it, which have no runs in them."""
     description = read_description(run)
-    children = [status_of(Path(child)) for child in description["children"] if (Path(child) / FILE).exists()]
+    children = [Path(child) for child in description["children"] if (Path(child) / FILE).exists()]
+    statuses = [read_description(child)["status"] for child in children]
     order: tuple[Status, ...] = ("RUNNING", "FAILED", "FINISHED")
-    return min(children, key=order.index) if children else description["status"]
+    return min(statuses, key=order.index) if statuses else description["status"]
 
 
 def tags_of(run: Path) -> dict[str, str]:

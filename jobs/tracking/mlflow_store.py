@@ -16,11 +16,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jobs.state import run_metadata
 from jobs.state.journal import points, read_journal
-from jobs.state.json_record import read_record
 from jobs.state.run_metadata import KEY, read_description, status_of, tags_of, work_times
 from jobs.tracking.embedded_store import ARTIFACTS, EMBEDDED, EXPERIMENT, move_artifacts, same_store, store_uri
 from jobs.tracking.mlflow_entities import (
@@ -34,7 +33,9 @@ from jobs.tracking.mlflow_entities import (
     parent_key,
     run_label,
 )
+from pixart import records
 from pixart.atomic import file_lock, write_atomically
+from pixart.records import Count
 from pixart.relocation import home_of, present
 
 if TYPE_CHECKING:
@@ -58,6 +59,18 @@ CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "1",
 }
+
+
+class SyncState(TypedDict):
+    """The synchronization state of a run; offsets are bytes of its journal's files."""
+
+    uri: str
+    run_id: str
+    offsets: dict[str, Count]
+    sending: dict[str, Count] | None
+    tags: dict[str, str]
+    status: str | None
+    artifacts: NotRequired[list[tuple[str, float]]]
 
 
 class StoreError(Exception):
@@ -338,7 +351,7 @@ def is_refusal(error: Exception) -> bool:
 
 def read_state(run: Path) -> dict[str, Any]:
     """Return the saved synchronization state of a run. Raises FileNotFoundError if it was never synchronized."""
-    state = read_record(run / STATE, "uri", "run_id", "offsets", "sending", "tags", "status")
+    state = records.read(run / STATE, SyncState)
     return {**state, "artifacts": state.get("artifacts", [])}  # an earlier version sent files with the metrics
 
 
