@@ -28,7 +28,6 @@ from slurm import profile as profiles
 from slurm.profile import Profile
 
 BUILT_IN = ("", "demo", "minilm")  # sources and models that are not files
-Value = TypeVar("Value")
 
 
 @contextmanager
