@@ -18,10 +18,10 @@ FILE = "home.json"
 HOME = "{home}"
 
 
-class Record(TypedDict):
-    """The content of `home.json`."""
+class Locations(TypedDict):
+    """The file of a home folder."""
 
-    locations: list[str]  # absolute paths, in order
+    locations: list[str]
 
 
 def record_location(home: Path, earlier: Sequence[Path] = ()) -> None:
@@ -38,10 +38,9 @@ def record_location(home: Path, earlier: Sequence[Path] = ()) -> None:
 def locations(home: Path) -> list[str]:
     """Return the paths at which a home folder has been, in order. Raises ValueError if its file is damaged."""
     try:
-        record: Record = records.read(home / FILE, Record)
+        return list(records.read(home / FILE, Locations)["locations"])
     except FileNotFoundError:
         return []
-    return record["locations"]
 
 
 def home_of(path: Path) -> Path | None:

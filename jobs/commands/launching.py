@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jobs.commands.hints import next_command
 from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions, check_report
@@ -28,7 +28,6 @@ from slurm import profile as profiles
 from slurm.profile import Profile
 
 BUILT_IN = ("", "demo", "minilm")  # sources and models that are not files
-Value = TypeVar("Value")
 
 
 @contextmanager
@@ -135,6 +134,5 @@ def read_run_recipe(folder: Path) -> Recipe:
     """Return the recipe of a run. Raises ValueError if the folder is not a run folder."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run folder; config.json is missing")
-    file = folder / "config.json"
-    values = present(records.read(file, dict[str, Any]), home_of(folder))
-    return from_json(json.dumps(values), str(file))
+    content = records.read(folder / "config.json", dict[str, Any])
+    return from_json(json.dumps(present(content, home_of(folder))), str(folder / "config.json"))

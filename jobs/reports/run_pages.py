@@ -1,10 +1,10 @@
 """HTML pages of a run folder: their generation, and the page that `open` shows."""
 
-import json
 import re
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from conversion.report.text import PAGE as REPORT_PAGE
@@ -15,6 +15,7 @@ from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
 from jobs.state.run import Run
 from jobs.state.run_metadata import read_description, work_times
+from pixart import records
 from pixart.atomic import write_atomically
 from pixart.html.page import Html, text
 from slurm.task import attempts
@@ -93,7 +94,7 @@ def times(run: Run) -> dict[str, str | None]:
         return facts
     facts |= {"ended": moment(end), "duration": format_duration(end - begin)}
     profile = run.folder / "profile.json"
-    if profile.exists() and json.loads(profile.read_bytes()).get("gpus_per_node"):
+    if profile.exists() and records.read(profile, dict[str, Any]).get("gpus_per_node"):
         facts["GPU hours"] = f"{run.ranks * (end - begin) / 3600:.2f} on {run.ranks} GPUs, requeues included"
     return facts
 

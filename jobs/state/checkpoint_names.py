@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from conversion.reading import orbax_metadata
-from conversion.reading.folders import layout
 from conversion.reading.pickle_format import is_pickle_format
 from pixart import records
 from pixart.config.checkpoint_metadata import MARKER, InferenceRecord, read_record
@@ -55,8 +54,7 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
-        record = records.read(path / INFERENCE, InferenceRecord)
-        return path, present(record, home_of(path))
+        return path, present(records.read(path / INFERENCE, InferenceRecord), home_of(path))
     if path.is_file():
         check_file(path)
         return path, None
@@ -83,11 +81,7 @@ def acceptance(provenance: Mapping[str, Any]) -> str | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
-    return (
-        any((directory / name).exists() for name in FOREIGN)
-        or layout.is_state_folder(directory)
-        or orbax_metadata.find(directory) is not None
-    )
+    return any((directory / name).exists() for name in FOREIGN) or orbax_metadata.find(directory) is not None
 
 
 def check_file(path: Path) -> None:
@@ -96,9 +90,6 @@ def check_file(path: Path) -> None:
     Raises ValueError if it is neither, or is truncated.
     """
     if zipfile.is_zipfile(path) or is_pickle_format(path):
-        return
-    if layout.is_index(path):
-        layout.files_of_index(path)
         return
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":

@@ -164,8 +164,8 @@ def read(folder: str | Path) -> Request:
     path = Path(folder) / REQUEST
     if not path.is_file():
         raise ValueError(f"{folder}: is no evaluation; name a folder in HOME/{FOLDER}")
-    record = present(records.read(path, dict[str, Any]), home_of(path.parent))
-    request: Request = records.convert(record, Request, str(path))
+    content = present(records.read(path, dict[str, Any]), home_of(path.parent))
+    request: Request = records.convert(content, Request, str(path))
     records.convert(request.settings, EvaluationConfig, f"{path}: settings")
     return request
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,15 @@ def home(named: str | None) -> Path:
 
 def earlier_locations(home: Path) -> list[Path]:
     """Return where a home without a file of its locations has been, by the absolute paths in its runs' records."""
-    parents = [json.loads(path.read_bytes()).get("parent") for path in (home / "runs").glob(f"*/{METADATA}")]
-    return list(dict.fromkeys(Path(parent).parents[1] for parent in parents if parent and Path(parent).is_absolute()))
+    parents = []
+    for path in (home / "runs").glob(f"*/{METADATA}"):
+        with suppress(ValueError):  # a damaged record is reported where it is used
+            parents.append(records.read(path, dict[str, Any]).get("parent"))
+    return list(
+        dict.fromkeys(
+            Path(parent).parents[1] for parent in parents if isinstance(parent, str) and Path(parent).is_absolute()
+        )
+    )
 
 
 def load(folder: Path) -> Run:

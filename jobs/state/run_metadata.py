@@ -6,6 +6,7 @@ The launcher writes it before the first task starts. It is a file, so that chang
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -33,7 +34,8 @@ class Description(TypedDict):
     parent: str | None
     children: list[str]
     status: Status
-    ended: NotRequired[records.Moment | None]  # runs of version 0.1 have none
+    ended: NotRequired[records.Moment | None]  # end of the work, once the status is final
+    report: NotRequired[str]  # tracker beside MLflow
 
 
 def describe(
@@ -73,7 +75,7 @@ def change(run: Path, **values: Any) -> None:
     write(run, {**read_description(run), **values})
 
 
-def write(run: Path, metadata: dict[str, Any]) -> None:
+def write(run: Path, metadata: Mapping[str, Any]) -> None:
     """Write the metadata of a run, with paths in the home folder relative to it."""
     write_atomically(run / FILE, json.dumps(portable(metadata, home_of(run))) + "\n")
 
@@ -118,16 +120,22 @@ def work_times(run: Path) -> tuple[float | None, float | None]:
     """
     description = read_description(run)
     if children := [Path(child) for child in description["children"] if (Path(child) / FILE).exists()]:
-        begins, ends = zip(*map(work_times, children), strict=True)
+        begins, ends = zip(*(run_times(child) for child in children), strict=True)
         known = [begin for begin in begins if begin is not None]
         ended = [end for end in ends if end is not None]
         return min(known, default=None), max(ended) if len(ended) == len(children) else None
+    return run_times(run)
+
+
+def run_times(run: Path) -> tuple[float | None, float | None]:
+    """Return `work_times` of a folder that is no submission."""
+    description = read_description(run)
     begin = min(start_times(run), default=None)
     if begin is None:
         begin = min((line["time"] for line in read_tail(run) if "metrics" in line), default=None)
     if description["status"] == "RUNNING":
         return begin, None
-    end = description.get("ended")
+    end = description.get("ended")  # runs of version 0.1 have none
     end = end or last_activity(run, recorded=True) or description["begun"]
     return (description["begun"] if begin is None else begin), end
 

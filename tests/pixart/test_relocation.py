@@ -32,5 +32,5 @@ def test_outside_of_a_home_paths_stay(tmp_path):
     assert home_of(tmp_path) is None
     assert present({"dataset": "{home}/x"}, None) == portable({"dataset": "{home}/x"}, None) == {"dataset": "{home}/x"}
     (tmp_path / FILE).write_text('{"places": []}')
-    with pytest.raises(ValueError, match="is damaged; restore it"):
+    with pytest.raises(ValueError, match="is damaged or of another version"):
         locations(tmp_path)
