@@ -76,12 +76,10 @@ def test_hostile_answers_of_a_server_are_refused(record_property, monkeypatch):
             if number % 7 == 0:
                 headers["content-length"] = attack.generator.choice(["9" * 30, "-1", "x", "5"])
             handler.answer = (status, headers, damage())
-            answer = attack.attempt(
+            attack.attempt(
                 f"{status} {name}",
                 lambda: send_request(url, {"a": 1}, seconds=2, max_attempts=1),
             )
-            if answer is not None and not isinstance(answer, dict):
-                attack.wrong(name, f"the answer is {answer!r}")
         if other.keys:
             attack.wrong("redirect", f"another host was asked, with {other.keys[0]!r}")
     attack.finish(record_property)
