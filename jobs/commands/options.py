@@ -65,6 +65,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def non_negative(text: str) -> float:
+    """Return the number that `text` holds. Raises ValueError unless it is finite and at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions:
     """The options of every command."""

@@ -20,7 +20,6 @@ from pixart.config.renamed_keys import rename_stage
 from pixart.terminal import printable
 
 EVALUATING = ("evaluate", "judge", "summarize")  # kinds of the jobs of an evaluation
-XMP_CHUNK = "XML:com.adobe.xmp"  # of a served image; it says what every image of a model says
 MAX_TEXT_LENGTH = 500  # longer texts of a PNG, such as the command, are not shown
 
 
@@ -84,6 +83,8 @@ class Traversal:
         """Return the node of a sampled PNG. Raises ValueError if it was not written by `sample`."""
         from PIL import Image, UnidentifiedImageError
 
+        from pixart.sampling.png import XMP_CHUNK
+
         try:
             with Image.open(path) as image:
                 metadata = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
@@ -91,6 +92,7 @@ class Traversal:
             raise ValueError(f"{path}: not an image; name a PNG, a checkpoint, a dataset or a run") from None
         if "checkpoint" not in metadata:
             raise ValueError(f"{path}: names no checkpoint; name an unmodified PNG that `sample` wrote")
+        # The XMP packet of a served image says what that of every image of a model says.
         facts = {
             key: value
             for key, value in metadata.items()

@@ -205,7 +205,8 @@ def paint(
     `samples/0000/step-000.png`, and all of them are `samples/0000.gif`.
     """
     from pixart.sampling.contact_sheet import contact_sheet
-    from pixart.sampling.images import SampleRequest, generate, save_gif, save_png
+    from pixart.sampling.images import SampleRequest, generate, save_gif
+    from pixart.sampling.png import save_png
 
     def save_frame(index: int, step: int, frame: Any) -> None:
         target = folder / "samples" / f"{index:04d}"

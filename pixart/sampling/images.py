@@ -1,12 +1,11 @@
-"""Image generation from a list of requests, and PNG files that contain their settings."""
+"""Image generation from a list of requests."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pixart.sampling.pipeline import PixArtPipeline
@@ -78,16 +77,3 @@ def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
     """Save frames as a GIF that repeats, and shows the last one for LAST_FRAME_MS."""
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, str]) -> None:
-    """Save an image as PNG with one text chunk per setting."""
-    image.save(path, pnginfo=text_chunks(settings))
-
-
-def text_chunks(settings: Mapping[str, str]) -> PngInfo:
-    """Return one text chunk of a PNG per setting."""
-    text = PngInfo()
-    for name, value in settings.items():
-        text.add_text(name, value)
-    return text

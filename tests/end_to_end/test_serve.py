@@ -65,7 +65,7 @@ def test_an_idle_server_ends_with_its_result(saved_models: SavedModels, tmp_path
     [
         (["--weights", "fp8"], "--weights fp8: "),
         (["--port", "65536"], "'65536' is not a port"),
-        (["--idle-minutes", "nan"], "'nan' is not a number of minutes"),
+        (["--idle-minutes", "nan"], "'nan' is not a number of at least 0"),
         (["--vae", "demo", "--dataset", "data"], "give either these or --dataset"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, read_recipe
-from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option, positive
+from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, non_negative, option, positive
 from jobs.commands.results import evaluation_inputs as inputs
 from jobs.state import evaluation
 from jobs.state import run as runs
@@ -26,14 +26,6 @@ from slurm.executor import Cluster
 
 SUMMARIZE = "summarize"
 GIB = 2**30
-
-
-def number(text: str) -> float:
-    """Return the number that `text` holds. Raises ValueError unless it is at least 0 and finite."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{text!r} is not a number of at least 0")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +61,7 @@ class Options(RecipeOptions, SubmissionOptions):
         "--guidance",
         metavar="SCALE",
         default=(),
-        convert=number,
+        convert=non_negative,
         help="Scale of guidance; several make a curve (default: sample.guidance).",
     )
     steps: tuple[int, ...] = option(

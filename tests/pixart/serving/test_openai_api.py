@@ -15,7 +15,8 @@ from jobs import launch
 from jobs.tasks import sample
 from pixart.config.recipe import to_json
 from pixart.demo.scenes import SHAPES
-from pixart.serving.provenance import DIGITAL_SOURCE_TYPE, XMP_CHUNK
+from pixart.sampling.png import XMP_CHUNK
+from pixart.serving.provenance import DIGITAL_SOURCE_TYPE
 from tests.support.serving_fixture import GUIDANCE, STEPS, RunningServer
 
 PROMPT = "a red circle"
@@ -121,6 +122,19 @@ def test_a_png_has_its_provenance_and_lineage(text_server, tmp_path, capsys):
     assert "xpacket" not in shown
 
 
+def test_an_edited_prompt_keeps_the_request(text_server):
+    """The answer and the PNG have both; the bits are those of the edited prompt."""
+    body = {"seed": 7, "revised_prompt": "a red circle on a white background"}
+    (image,) = client(text_server).images.generate(prompt=PROMPT, extra_body=body).data
+    assert (image.prompt, image.revised_prompt) == (PROMPT, body["revised_prompt"])
+    text = opened(image).text
+    assert (text["request"], text["prompt"]) == (PROMPT, body["revised_prompt"])
+    assert f"--prompt '{body['revised_prompt']}'" in text["command"]
+    (same,) = client(text_server).images.generate(prompt=body["revised_prompt"], extra_body={"seed": 7}).data
+    assert np.array_equal(pixels(opened(image)), pixels(opened(same)))
+    assert "request" not in opened(same).text
+
+
 def test_an_image_by_url(text_server):
     (image,) = client(text_server).images.generate(prompt=PROMPT, response_format="url", extra_body={"seed": 7}).data
     assert image.b64_json is None
@@ -205,6 +219,7 @@ def test_classes_of_stage_1(serve, tmp_path):
         ({"extra_body": {"guidance": -1}}, "guidance", "greater than or equal to 0"),
         ({"extra_body": {"seed": 2**63}}, "seed", "less than or equal to"),
         ({"extra_body": {"recaption": True}}, "recaption", "has no model that rewrites prompts"),
+        ({"extra_body": {"revised_prompt": " "}}, "revised_prompt", "is empty"),
         ({"prompt": "x" * 4001}, "prompt", "must have at most 4000"),
         ({"prompt": " "}, "prompt", "is empty"),
         ({"extra_body": {"partial_images": 2}}, "partial_images", "in a stream only"),
