@@ -160,7 +160,7 @@ class ServerProcess:
 
     def __init__(self, checkpoint: str, home: Path, *words: str) -> None:
         command = [sys.executable, "-m", "jobs.launch", "serve", checkpoint, "--port", "0", "--home", str(home), *words]
-        environment = {**os.environ, "PIXART_CLUSTER": "local"}
+        environment = {**os.environ, "PIXART_CLUSTER": os.environ.get("PIXART_CLUSTER", "local")}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout
         line = self.process.stdout.readline()

@@ -1,6 +1,7 @@
 """The images API with OpenAI's own client, compared bit for bit with the sample job."""
 
 import base64
+import dataclasses
 import io
 import json
 import urllib.request
@@ -9,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
+from conversion.export.writers import export_inference
 from jobs import launch
 from jobs.tasks import sample
+from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import to_json
 from pixart.demo.scenes import SHAPES
+from pixart.model.fp8.plan import Plan
 from pixart.sampling.png import XMP_CHUNK
 from pixart.serving.provenance import DIGITAL_SOURCE_TYPE
 from tests.support.serving_fixture import GUIDANCE, STEPS, RunningServer
@@ -58,6 +63,25 @@ def test_an_image_has_the_bits_of_the_sample_job(text_server, tmp_path):
         assert np.array_equal(pixels(opened(image)), pixels(expected))
         assert (image.batch_size, image.seed, image.revised_prompt, image.url) == (1, 7, None, None)
         assert answer.size == "64x64"
+
+
+def test_fp8_weights_are_served(saved_models, serve, tmp_path):
+    """An image of the FP8 export has the bits of `sample` with it, and differs from the EMA weights' image."""
+    linear = "dit_blocks.0.mlp.linear1"
+    state = checkpoints.load(saved_models.checkpoints[2])
+    scales = {f"{linear}.scale": torch.tensor([50.0, 1.0, 1.0])}
+    folder = checkpoints.save(state, tmp_path / "checkpoint")
+    export_inference(dataclasses.replace(state, plan=Plan(linears=(linear,)), scales=scales), folder)
+    models = dataclasses.replace(saved_models, checkpoints={2: folder})
+    server = serve(models=models, weights=("fp8", "ema"))
+    images = {
+        weights: client(server).images.generate(prompt=PROMPT, extra_body={"seed": 7, "weights": weights}).data[0]
+        for weights in ("fp8", "ema")
+    }
+    expected = sampled(server, tmp_path / "run", seed=7, prompts=[{"prompt": PROMPT}], checkpoint=f"{folder}/inference")
+    assert np.array_equal(pixels(opened(images["fp8"])), pixels(expected))
+    assert opened(images["fp8"]).text["weights"] == "ema in FP8"
+    assert np.abs(pixels(opened(images["fp8"])) - pixels(opened(images["ema"]))).max() > 0
 
 
 def test_other_settings_are_those_of_the_sample_job(text_server, tmp_path):
