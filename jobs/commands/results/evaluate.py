@@ -21,7 +21,7 @@ from jobs.submission.launch import Launch
 from jobs.submission.submit import run_elements, run_ranks
 from jobs.submission.wait import dependencies
 from pixart.config.recipe import to_json
-from pixart.evaluation.protocol import short_hash
+from pixart.evaluation.protocol import remarks, short_hash
 from slurm.executor import Cluster
 
 SUMMARIZE = "summarize"
@@ -225,6 +225,7 @@ def describe_results(folder: Path) -> str:
         )
         settings = f"{variant['weights']}, {variant['steps']} steps, guidance {variant['guidance']:g}"
         lines.append(f"step {variant['step']}, {settings}: {figures or 'no figures'}")
+        lines += remarks(variant["figures"])
         if variant["judged_by"]:
             lines.append(f"judged by {variant['judged_by']}; {variant['not_judged']} questions not judged")
     return "\n".join(lines)
