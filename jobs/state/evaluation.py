@@ -190,3 +190,13 @@ def of_checkpoint(home: Path, checkpoint: Path) -> list[Path]:
     return [
         folder for folder in finished if any(variant.checkpoint == str(checkpoint) for variant in read(folder).variants)
     ]
+
+
+def results_of(home: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
+    """Return the results of a checkpoint's finished evaluations by name, with the variants of this checkpoint alone."""
+    found = {}
+    for folder in of_checkpoint(home, Path(checkpoint)):
+        results = read_record(folder / RESULTS, "variants")
+        variants = [variant for variant in results["variants"] if variant["checkpoint"] == checkpoint]
+        found[folder.name] = {**results, "variants": variants}
+    return found

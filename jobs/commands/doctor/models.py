@@ -4,12 +4,12 @@ Models by hub name are in the cache of huggingface_hub (HF_HOME); HF_ENDPOINT an
 """
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.commands.doctor.finding import Finding, missing, ok
 from pixart.config.recipe import Recipe
+from pixart.data.encoders.model_files import cached, licence
 
 BUILT_IN = {"vae": "demo", "text_encoder": "minilm"}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the files that define a model
@@ -62,17 +62,6 @@ def in_cache(folder: Path) -> bool:
     return "snapshots" in folder.parts
 
 
-def cached(name: str) -> Path | None:
-    """Return the folder of a hub model in the cache; None if nothing of it was downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from pixart.data.encoders.vae import split_hub_name
-
-    repository, subfolder = split_hub_name(name)
-    config = try_to_load_from_cache(repository, f"{subfolder}/config.json" if subfolder else "config.json")
-    return Path(config).parent if isinstance(config, str) else None
-
-
 def is_complete(folder: Path | None) -> bool:
     """Return whether a model folder has its configuration and all files of its weights."""
     if folder is None or not (folder / "config.json").is_file():
@@ -80,18 +69,6 @@ def is_complete(folder: Path | None) -> bool:
     for index in folder.glob("*.safetensors.index.json"):
         return all((folder / file).is_file() for file in set(json.loads(index.read_text())["weight_map"].values()))
     return any(path.is_file() for path in folder.glob("*.safetensors"))
-
-
-def licence(folder: Path) -> str:
-    """Return the licence that a model's card names; that of a subfolder is the card of the whole repository."""
-    for place in (folder, *folder.parents):
-        if (place / "README.md").is_file():
-            card = re.match(r"---\n(.*?)\n---", (place / "README.md").read_text(errors="replace"), re.DOTALL)
-            names = dict(re.findall(r"^(license(?:_name)?): *(.+)$", card[1], re.MULTILINE)) if card else {}
-            return names.get("license_name") or names.get("license") or "not named by its card"
-        if place.parent.name == "snapshots":
-            break
-    return "not recorded"
 
 
 def download(name: str) -> str | None:
