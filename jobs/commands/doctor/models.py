@@ -27,12 +27,14 @@ def named(recipe: Recipe) -> dict[str, str]:
 
 def check(recipe: Recipe, *, fetch: bool) -> Iterator[Finding]:
     """Yield what is on disk of each model, after the download of what is missing if `fetch`."""
+    from pixart.data.encoders.vae import cached_folder
+
     for key, name in named(recipe).items():
         if Path(name).exists() or name.startswith(("/", ".")):
             folder: Path | None = Path(name)
         else:
-            problem = download(name) if fetch and not is_complete(cached(name)) else None
-            folder = cached(name)
+            problem = download(name) if fetch and not is_complete(cached_folder(name)) else None
+            folder = cached_folder(name)
             if problem:
                 yield missing(key, f"{name}: {problem}")
                 continue
