@@ -194,9 +194,9 @@ def of_checkpoint(home: Path, checkpoint: Path) -> list[Path]:
 
 def results_of(home: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
     """Return the results of a checkpoint's finished evaluations by name, with the variants of this checkpoint alone."""
-    found = {}
+    results_by_name = {}
     for folder in of_checkpoint(home, Path(checkpoint)):
         results = read_record(folder / RESULTS, "variants")
         variants = [variant for variant in results["variants"] if variant["checkpoint"] == checkpoint]
-        found[folder.name] = {**results, "variants": variants}
-    return found
+        results_by_name[folder.name] = {**results, "variants": variants}
+    return results_by_name

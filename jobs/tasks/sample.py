@@ -167,13 +167,13 @@ def write_export(
     The card has the figures of the checkpoint's evaluations in `home`; its title is `name`, else that of the folder.
     """
     from pixart.atomic import atomic_directory
-    from pixart.data.encoders.model_files import licence_of
+    from pixart.data.encoders.licences import licence_of
     from pixart.data.encoders.text_encoder import encoder_path
     from pixart.data.encoders.vae import vae_path
     from pixart.sampling.model_card import model_card
 
     stage, data, checkpoint = pipeline.transformer.stage, configuration.data, provenance["checkpoint"]
-    licences = {"transformer": "chosen by whoever publishes it", f"vae: {data.vae}": licence_of(vae_path(data.vae))}
+    licences = {"transformer": "to be chosen at publication", f"vae: {data.vae}": licence_of(vae_path(data.vae))}
     if stage == 2:
         licences[f"text encoder: {data.text_encoder}"] = licence_of(encoder_path(data.text_encoder))
     with atomic_directory(target) as partial:

@@ -110,8 +110,8 @@ def figures_table(names: Sequence[str], variants: Sequence[Variant]) -> str:
         [label(variant), variant["protocol"]["hash"], *(figure_cell(variant["figures"].get(name)) for name in names)]
         for variant in variants
     ]
-    found = dict.fromkeys(remark for variant in variants for remark in remarks(variant["figures"]))
-    notes = "".join(f"<p>{text(remark)}</p>\n" for remark in found)
+    sentences = dict.fromkeys(remark for variant in variants for remark in remarks(variant["figures"]))
+    notes = "".join(f"<p>{text(remark)}</p>\n" for remark in sentences)
     return f'<h2>Figures with 95 % intervals</h2>\n<div class="figures">{table(head, rows)}</div>\n{notes}'
 
 

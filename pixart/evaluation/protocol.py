@@ -63,22 +63,22 @@ def image_seed(seed: int, prompt: int, repeat: int) -> int:
 
 def remarks(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return sentences about distances that do not rank checkpoints, with the reason, by their values and numbers."""
-    found = []
+    sentences = []
     shares = [figures[name] for name in NEIGHBOR_FIGURES if name in figures]
     if shares and all(share["value"] == 0 for share in shares):
-        found.append(
+        sentences.append(
             f"{', '.join(NEIGHBOR_FIGURES)} are 0: in these features no generated image is as near to a reference "
             "image as that one's neighbors, so that they rank nothing; compare by fd or sliced_wasserstein."
         )
     elif shares and (count := min(share["count"] for share in shares)) < MIN_NEIGHBOR_IMAGES:
-        found.append(
+        sentences.append(
             f"{', '.join(NEIGHBOR_FIGURES)} are of {count:,} images: their neighborhoods grow as images get fewer; "
             f"compare them between equal numbers only, and with others from {MIN_NEIGHBOR_IMAGES:,} on."
         )
     kid = figures.get("kid")
     if kid and kid["low"] <= 0 <= kid["high"]:
-        found.append(
+        sentences.append(
             f"kid is not distinguished from 0 by {kid['count']:,} images: its interval holds 0; give more prompts, or "
             "compare by sliced_wasserstein."
         )
-    return found
+    return sentences

@@ -131,12 +131,12 @@ def test_vllm_beside_the_server_rewrites(saved_models: SavedModels, tmp_path, ti
 
 def vllm_processes(model: Path) -> list[str]:
     """Return the processes whose command line names a model."""
-    found = []
+    numbers = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # processes that end meanwhile
             if str(model).encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
-                found.append(folder.name)
-    return found
+                numbers.append(folder.name)
+    return numbers
 
 
 @pytest.mark.slurm

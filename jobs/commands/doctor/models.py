@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.commands.doctor.finding import Finding, missing, ok
 from pixart.config.recipe import Recipe
-from pixart.data.encoders.model_files import cached, licence
+from pixart.data.encoders.licences import licence
 
 BUILT_IN = {"vae": "demo", "text_encoder": "minilm"}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the files that define a model

@@ -30,7 +30,7 @@ def test_sets_that_are_separate_have_no_neighbors():
     assert remark.startswith("precision, recall, density, coverage are 0: ")
 
 
-def test_few_images_are_said():
+def test_remarks_on_few_images():
     neighbors, kid = remarks(figures_of(32, shift=0.0))
     assert "are of 32 images" in neighbors
     assert kid.startswith("kid is not distinguished from 0 by 32 images")

@@ -36,7 +36,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_clip_score_is_that_of_the_models_own_logits(clip):
+def test_the_clip_score_equals_the_logits_without_temperature(clip):
     """100 times the cosine, which the model's logits are times its temperature; long prompts are truncated."""
     images = scenes(2, 0)
     scores = ClipScorer(str(clip)).score(images, PROMPTS)

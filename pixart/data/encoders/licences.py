@@ -1,18 +1,9 @@
-"""Folders of models on disk and their licences. Imports no torch."""
+"""Licences of models on disk. Imports no torch."""
 
 import re
 from pathlib import Path
 
-
-def cached(name: str) -> Path | None:
-    """Return the folder of a hub model in the cache; None if nothing of it was downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from pixart.data.encoders.vae import split_hub_name
-
-    repository, subfolder = split_hub_name(name)
-    config = try_to_load_from_cache(repository, f"{subfolder}/config.json" if subfolder else "config.json")
-    return Path(config).parent if isinstance(config, str) else None
+from pixart.data.encoders.vae import cached_folder
 
 
 def licence(folder: Path) -> str:
@@ -29,5 +20,5 @@ def licence(folder: Path) -> str:
 
 def licence_of(name: str) -> str:
     """Return the licence of a model by folder or hub name, as its card on disk names it."""
-    folder = Path(name) if Path(name).is_dir() else cached(name)
+    folder = Path(name) if Path(name).is_dir() else cached_folder(name)
     return licence(folder) if folder else "not recorded"
