@@ -80,6 +80,7 @@ def load(url: str, clients: int, seconds: float, body: dict[str, Any] | None = N
                 if fault := check(response, data):
                     result.faults.append(fault)
             if response.status == 429:
+                connection.close()  # the server closes a connection that is idle for longer than its limit
                 time.sleep(max(0.0, min(float(response.headers["Retry-After"]), end - time.perf_counter())))
         connection.close()
 
