@@ -96,8 +96,9 @@ def measure_speed(run: Path, width: int, num_images: int, repeats: int, steps: i
     from pixart.data import manifest as manifests
     from pixart.demo.scenes import caption, make_scene
     from pixart.sampling.denoise import denoise
-    from pixart.sampling.images import BATCH_SIZE, SampleRequest, generate, save_png
+    from pixart.sampling.images import BATCH_SIZE, SampleRequest, generate
     from pixart.sampling.loading import find, load_pipeline
+    from pixart.sampling.png import save_png
 
     directory = find(run)
     pipeline = load_pipeline(directory, "ema", manifests.read(read_metadata(directory)["dataset"]))

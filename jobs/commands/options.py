@@ -75,6 +75,17 @@ def check_report(name: str | None) -> None:
         raise ValueError(f"--report {name}: its package is not installed; install the extra {name}")
 
 
+def non_negative(text: str) -> float:
+    """Return the number that `text` holds. Raises ValueError unless it is finite and at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions:
     """The options of every command."""

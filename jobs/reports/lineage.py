@@ -24,7 +24,6 @@ from pixart.relocation import home_of, present
 from pixart.terminal import printable
 
 EVALUATING = ("evaluate", "judge", "summarize")  # kinds of the jobs of an evaluation
-XMP_CHUNK = "XML:com.adobe.xmp"  # of a served image; it says what every image of a model says
 MAX_TEXT_LENGTH = 500  # longer texts of a PNG, such as the command, are not shown
 
 
@@ -101,6 +100,8 @@ class Traversal:
         """Return the node of a sampled PNG. Raises ValueError if it was not written by `sample`."""
         from PIL import Image, UnidentifiedImageError
 
+        from pixart.sampling.png import XMP_CHUNK
+
         try:
             with Image.open(path) as image:
                 metadata = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
@@ -112,6 +113,7 @@ class Traversal:
         metadata = present(metadata, home)
         if command := metadata.get("command"):
             metadata["command"] = shlex.join(present(shlex.split(command), home))
+        # The XMP packet of a served image says what that of every image of a model says.
         facts = {
             key: value
             for key, value in metadata.items()

@@ -239,3 +239,13 @@ def of_checkpoint(home: Path, checkpoint: Path) -> list[Path]:
     return [
         folder for folder in finished if any(variant.checkpoint == str(checkpoint) for variant in read(folder).variants)
     ]
+
+
+def results_of(home: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
+    """Return the results of a checkpoint's finished evaluations by name, with the variants of this checkpoint alone."""
+    results_by_name = {}
+    for folder in of_checkpoint(home, Path(checkpoint)):
+        results = records.read(folder / RESULTS, Results)
+        variants = [variant for variant in results["variants"] if variant["checkpoint"] == checkpoint]
+        results_by_name[folder.name] = {**results, "variants": variants}
+    return results_by_name

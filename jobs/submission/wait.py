@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from jobs.progress import ProgressLine
 from jobs.state import run as runs
@@ -27,16 +28,26 @@ def wait_for_run(launch: Launch, run: Run, progress: Callable[[dict[int, Element
     An interrupt cancels processes of this machine; jobs of a cluster continue. Raises ValueError for a failure that the
     user's input caused, JobFailedError for any other.
     """
+    with recorded_end(launch, run), ProgressLine(run.kind, run.total) as line:
+        synced = time.monotonic()
+        for elements in poll(run, launch.profile.poll_seconds):
+            line.update(*progress(elements))
+            if time.monotonic() - synced > (RETRY_SECONDS if launch.mlflow_stale else SYNC_SECONDS):
+                sync_run(launch, run.folder)
+                synced = time.monotonic()
+        raise_first_failure(run, elements)
+
+
+@contextmanager
+def recorded_end(launch: Launch, run: Run) -> Iterator[None]:
+    """Record how a run ended that the block waits for, and send the rest of its journal to MLflow.
+
+    An interrupt cancels processes of this machine; jobs of a cluster continue, and the command that cancels them is
+    printed.
+    """
     status: Status = "FAILED"
     try:
-        with ProgressLine(run.kind, run.total) as line:
-            synced = time.monotonic()
-            for elements in poll(run, launch.profile.poll_seconds):
-                line.update(*progress(elements))
-                if time.monotonic() - synced > (RETRY_SECONDS if launch.mlflow_stale else SYNC_SECONDS):
-                    sync_run(launch, run.folder)
-                    synced = time.monotonic()
-            raise_first_failure(run, elements)
+        yield
         status = "FINISHED"
     except KeyboardInterrupt:
         if run.executor == "local":

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from jobs.state import evaluation
 from jobs.state.checkpoint_names import INFERENCE, MARKER, find_weights
 from jobs.state.journal import Journal
 from jobs.state.prompts import dataset_captions
@@ -62,7 +63,7 @@ def run(
         lines = records.read_lines(Path(rewritten), RewrittenRecord)
         prompts = [{"prompt": line["text"], "request": line["request"]} for line in lines]
     if export:
-        write_export(pipeline, Path(export), provenance)
+        write_export(pipeline, Path(export), provenance, configuration, folder.parents[1])
         if not prompts and not classes:
             return {"export": export}
 
@@ -169,12 +170,34 @@ def check_requests(pipeline, prompts: list[dict[str, str]], classes: list[int], 
             raise ValueError(f"--class {unknown[0]}: the classes are 0 to {null - 1}, and none")
 
 
-def write_export(pipeline, target: Path, provenance: dict[str, str]) -> None:
-    """Write the pipeline and its provenance to a folder, atomically."""
-    from pixart.atomic import atomic_directory
+def write_export(
+    pipeline, target: Path, provenance: dict[str, str], configuration: Recipe, home: Path, name: str = ""
+) -> None:
+    """Write the pipeline, its model card and its provenance to a folder, atomically.
 
+    The card has the figures of the checkpoint's evaluations in `home`; its title is `name`, else that of the folder.
+    """
+    from pixart.atomic import atomic_directory
+    from pixart.data.encoders.licences import licence_of
+    from pixart.data.encoders.text_encoder import encoder_path
+    from pixart.data.encoders.vae import vae_path
+    from pixart.sampling.model_card import model_card
+
+    stage, data, checkpoint = pipeline.transformer.stage, configuration.data, provenance["checkpoint"]
+    licences = {"transformer": "to be chosen at publication", f"vae: {data.vae}": licence_of(vae_path(data.vae))}
+    if stage == 2:
+        licences[f"text encoder: {data.text_encoder}"] = licence_of(encoder_path(data.text_encoder))
     with atomic_directory(target) as partial:
         pipeline.save_pretrained(partial)
+        card = model_card(
+            name or target.name,
+            stage,
+            files=sorted(str(path.relative_to(partial)) for path in partial.rglob("*.py")),
+            lineage=provenance,
+            licences=licences,
+            evaluations=evaluation.results_of(home, checkpoint),
+        )
+        write_atomically(partial / "README.md", card)
         write_atomically(partial / "origin.json", json.dumps(provenance, indent=2) + "\n")
 
 
@@ -216,7 +239,8 @@ def paint(
     `samples/0000/step-000.png`, and all of them are `samples/0000.gif`.
     """
     from pixart.sampling.contact_sheet import contact_sheet
-    from pixart.sampling.images import SampleRequest, generate, save_gif, save_png
+    from pixart.sampling.images import SampleRequest, generate, save_gif
+    from pixart.sampling.png import save_png
 
     def save_frame(index: int, step: int, frame: Any) -> None:
         target = folder / "samples" / f"{index:04d}"

@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pixart.evaluation.protocol import remarks
 from pixart.html.charts import Series, chart, linear_axis
 from pixart.html.page import COLORS, Html, document, table, text
 
@@ -103,13 +104,15 @@ def figure_cell(figure: Mapping[str, float] | None) -> Html:
 
 
 def figures_table(names: Sequence[str], variants: Sequence[Variant]) -> str:
-    """Return the table of all figures, with a row per variant."""
+    """Return the table of all figures, with a row per variant, and remarks on figures that rank nothing."""
     head = ["checkpoint and settings", "protocol", *(FIGURES[name][0] for name in names)]
     rows = [
         [label(variant), variant["protocol"]["hash"], *(figure_cell(variant["figures"].get(name)) for name in names)]
         for variant in variants
     ]
-    return f'<h2>Figures with 95 % intervals</h2>\n<div class="figures">{table(head, rows)}</div>'
+    sentences = dict.fromkeys(remark for variant in variants for remark in remarks(variant["figures"]))
+    notes = "".join(f"<p>{text(remark)}</p>\n" for remark in sentences)
+    return f'<h2>Figures with 95 % intervals</h2>\n<div class="figures">{table(head, rows)}</div>\n{notes}'
 
 
 def curve_section(name: str, variants: Sequence[Variant]) -> str:

@@ -1,15 +1,15 @@
-"""Image generation from a list of requests, and PNG files that contain their settings."""
+"""Image generation from a list of requests."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from pixart.sampling.pipeline import PixArtPipeline
+from pixart.sampling.pipeline import Conditioning, PixArtPipeline
 
 BATCH_SIZE = 16
 FRAME_MS, LAST_FRAME_MS = 80, 1500  # display time of the frames of a GIF, in milliseconds
@@ -50,44 +50,40 @@ def generate(
 ) -> Iterator[Image.Image]:
     """Yield the image of each request in order. An image does not depend on the others of its batch.
 
-    `on_frame` receives the index of the request, the step and the decoded latents of each step but the last, whose
-    frame is the image itself.
+    The prompts of the next batch are encoded in a thread while a batch is denoised. `on_frame` receives the index of
+    the request, the step and the decoded latents of each step but the last, whose frame is the image itself.
     """
-    for begin in range(0, len(requests), BATCH_SIZE):
-        batch = requests[begin : begin + BATCH_SIZE]
-        labels = [request.label for request in batch if request.label is not None]
+    starts = range(0, len(requests), BATCH_SIZE)
+    with ThreadPoolExecutor(1) as encoder:
+        upcoming = encoder.submit(conditioning, pipeline, requests[:BATCH_SIZE])
+        for begin in starts:
+            batch, conditionings = requests[begin : begin + BATCH_SIZE], upcoming.result()
+            if begin != starts[-1]:
+                upcoming = encoder.submit(conditioning, pipeline, requests[begin + BATCH_SIZE :][:BATCH_SIZE])
 
-        def decode_frames(
-            pipeline: PixArtPipeline, step: int, _: Tensor, values: dict[str, Tensor], first: int = begin
-        ) -> None:
-            if on_frame and step < steps - 1:
-                for index, frame in enumerate(pipeline.decode_latents(values["latents"])):
-                    on_frame(first + index, step, frame)
+            def decode_frames(
+                pipeline: PixArtPipeline, step: int, _: Tensor, values: dict[str, Tensor], first: int = begin
+            ) -> None:
+                if on_frame and step < steps - 1:
+                    for index, frame in enumerate(pipeline.decode_latents(values["latents"])):
+                        on_frame(first + index, step, frame)
 
-        yield from pipeline(
-            None if labels else [request.prompt for request in batch],
-            class_labels=labels or None,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(request.seed) for request in batch],
-            callback_on_step_end=decode_frames,
-        ).images
+            yield from pipeline(
+                conditionings=conditionings,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(request.seed) for request in batch],
+                callback_on_step_end=decode_frames,
+            ).images
+
+
+def conditioning(pipeline: PixArtPipeline, batch: Sequence[SampleRequest]) -> tuple[Conditioning, Conditioning]:
+    """Return the conditioning of the prompts or classes of a batch, and the null conditioning."""
+    labels = [request.label for request in batch if request.label is not None]
+    return pipeline.conditioning(None if labels else [request.prompt for request in batch], labels or None, 1)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
     """Save frames as a GIF that repeats, and shows the last one for LAST_FRAME_MS."""
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, str]) -> None:
-    """Save an image as PNG with one text chunk per setting."""
-    image.save(path, pnginfo=text_chunks(settings))
-
-
-def text_chunks(settings: Mapping[str, str]) -> PngInfo:
-    """Return one text chunk of a PNG per setting."""
-    text = PngInfo()
-    for name, value in settings.items():
-        text.add_text(name, value)
-    return text

@@ -60,6 +60,7 @@ class PixArtPipeline(DiffusionPipeline):
         pixel_range: Sequence[int] = (-1, 1),
     ) -> None:
         super().__init__()
+        self.null_text: tuple[PreTrainedModel, tuple[Tensor, Tensor]] | None = None  # of the text encoder that made it
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -79,6 +80,7 @@ class PixArtPipeline(DiffusionPipeline):
         prompt: Prompts | None = None,
         *,
         class_labels: Classes | None = None,
+        conditionings: tuple[Conditioning, Conditioning] | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 4.5,
         num_images_per_prompt: int = 1,
@@ -88,14 +90,17 @@ class PixArtPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput:
         """Generate PIL images, or with `output_type="latent"` normalized latents (B, C, sample_size, sample_size).
 
-        Stage 2 takes prompts; stage 1 takes classes by index, by name or `none`. With a list of one generator per
+        Stage 2 takes prompts; stage 1 takes classes by index, by name or `none`. `conditionings`, which `conditioning`
+        returns, replaces both. With a list of one generator per
         image, an image depends on its own generator only. `callback_on_step_end` is called, as in diffusers, with the
         pipeline, the step, the timestep and `{"latents": latents}`, of normalized latents that it cannot replace.
         Raises ValueError if an argument is invalid.
         """
         if output_type not in ("pil", "latent"):
             raise ValueError(f"output_type={output_type!r}: must be pil or latent")
-        conditioning, null_conditioning = self.conditioning(prompt, class_labels, num_images_per_prompt)
+        if conditionings is None:
+            conditionings = self.conditioning(prompt, class_labels, num_images_per_prompt)
+        conditioning, null_conditioning = conditionings
         count = len(next(iter(conditioning.values())))
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"generator: {len(generator)} generators for {count} images; pass one per image")
@@ -153,14 +158,20 @@ class PixArtPipeline(DiffusionPipeline):
     def text_conditioning(self, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
         """Return the conditioning of the prompts and that of the empty text.
 
-        Both have `text` (B, L, text_dim) and `text_mask` (B, L).
+        Both have `text` (B, L, text_dim) and `text_mask` (B, L). Equal prompts are encoded once, and the empty text
+        once for all calls.
         """
         device, config = self.transformer.device, self.config
         encoder = Encoder(self.tokenizer, self.text_encoder, max_tokens=config.text_tokens, scale=config.text_scale)
-        states, mask = encoder.encode([*prompts, ""])
-        states, mask, count = states.to(device), mask.to(device), len(prompts)
-        null = {"text": states[-1:].expand(count, -1, -1), "text_mask": mask[-1:].expand(count, -1)}
-        return {"text": states[:-1], "text_mask": mask[:-1]}, null
+        if self.null_text is None or self.null_text[0] is not self.text_encoder:
+            self.null_text = (self.text_encoder, encoder.encode([""]))
+        null, null_mask = (tensor.to(device).expand(len(prompts), *tensor.shape[1:]) for tensor in self.null_text[1])
+        distinct = list(dict.fromkeys(prompts))
+        states, mask = (tensor.to(device) for tensor in encoder.encode(distinct))
+        if len(distinct) < len(prompts):
+            rows = [distinct.index(prompt) for prompt in prompts]
+            states, mask = states[rows], mask[rows]
+        return {"text": states, "text_mask": mask}, {"text": null, "text_mask": null_mask}
 
     def class_index(self, label: int | str) -> int:
         """Return the index of a class given by index, name or `none`. Raises ValueError for an unknown class."""

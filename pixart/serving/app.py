@@ -42,7 +42,7 @@ def make_app(service: Service, *, token: str | None = None) -> Guard:
             wanted = parse_images(api.read_json(await request.body()), service.model, service.limits)
             deadline = begun + service.limits.request_seconds
             prompt, problem = await until_client_leaves(request, rewritten(service, wanted, deadline))
-            revised = prompt if wanted.recaption else None
+            revised = prompt if wanted.recaption or wanted.revised_prompt else None
             if wanted.stream:
                 response: Response = await stream(service, request, wanted, prompt, revised, deadline)
             else:
@@ -125,6 +125,8 @@ def make_app(service: Service, *, token: str | None = None) -> Guard:
 
 async def rewritten(service: Service, request: ImageRequest, deadline: float) -> tuple[str, str]:
     """Return the prompt to sample, and the problem if rewriting it was asked for and left it unchanged."""
+    if request.revised_prompt:
+        return request.revised_prompt, ""
     if not request.recaption or service.recaptioner is None:
         return request.prompt, ""
     result = await service.recaptioner.rewrite(request.prompt, deadline - asyncio.get_running_loop().time())

@@ -58,12 +58,17 @@ def images_body(request: ImageRequest, images: Sequence[Mapping[str, Any]]) -> d
 
 
 def image_entry(request: ImageRequest, index: int, batch_size: int, revised_prompt: str | None) -> dict[str, Any]:
-    """Return the fields of one image beside its data.
+    """Return the fields of one image beside its data; `prompt` is the client's, also where another was sampled.
 
     `batch_size` is the largest number of images that it was computed together with, itself included; only an image with
     1 has exactly the bits of one that `sample` makes alone.
     """
-    return {"revised_prompt": revised_prompt, "seed": request.seed + index, "batch_size": batch_size}
+    return {
+        "prompt": request.prompt,
+        "revised_prompt": revised_prompt,
+        "seed": request.seed + index,
+        "batch_size": batch_size,
+    }
 
 
 def base64_text(png: bytes) -> str:

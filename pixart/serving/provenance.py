@@ -6,11 +6,10 @@ from xml.sax.saxutils import quoteattr
 
 from PIL import Image
 
-from pixart.sampling.images import text_chunks
+from pixart.sampling.png import XMP_CHUNK, text_chunks
 
 # https://cv.iptc.org/newscodes/digitalsourcetype/: created by a model that was trained on samples
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-XMP_CHUNK = "XML:com.adobe.xmp"  # keyword of XMP in PNG, "XMP specification part 3", 1.1.5
 CREATOR_TOOL = "pixart-suite"
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">

@@ -1,6 +1,6 @@
 """Requests for images: their limits, and the check of what a client sends.
 
-The fields are those of OpenAI's images API, and steps, guidance, seed, recaption and weights.
+The fields are those of OpenAI's images API, and revised_prompt, steps, guidance, seed, recaption and weights.
 """
 
 import secrets
@@ -59,6 +59,7 @@ class ImageRequest:
     """A checked request for images; image k has the seed `seed` + k."""
 
     prompt: str  # in stage 1 the name or index of a class, or `none`
+    revised_prompt: str | None = None  # that is sampled in place of the prompt, which the client rewrote or edited
     n: int
     seed: int
     steps: int
@@ -77,6 +78,7 @@ class ImageBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     prompt: Annotated[str, Field(min_length=1)]
+    revised_prompt: Annotated[str, Field(min_length=1)] | None = None
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     size: str | None = None
@@ -128,6 +130,11 @@ def parse_images(content: Any, model: ServedModel, limits: Limits) -> ImageReque
         raise RequestError("partial_images: are sent in a stream only; set stream to true", param="partial_images")
     if body.stream and body.response_format == "url":
         raise RequestError("response_format='url': a stream has b64_json only", param="response_format")
+    if body.revised_prompt is not None:
+        if body.recaption or model.stage == 1:
+            reason = "recaption writes it" if body.recaption else "a class is sampled as it is"
+            raise RequestError(f"revised_prompt: cannot be given, as {reason}; leave it out", param="revised_prompt")
+        check_prompt(body.revised_prompt, limits, param="revised_prompt")
     if model.stage == 1:
         check_class(body.prompt, model)
     n = body.n or 1
@@ -136,6 +143,7 @@ def parse_images(content: Any, model: ServedModel, limits: Limits) -> ImageReque
         raise RequestError(f"seed={seed}: must be at most {MAX_SEED - n} for {n} images", param="seed")
     return ImageRequest(
         prompt=body.prompt,
+        revised_prompt=body.revised_prompt,
         n=n,
         seed=seed,
         steps=body.steps or model.steps,
@@ -167,18 +175,18 @@ def parse_size(size: str | None, model: ServedModel) -> tuple[int, int]:
     return model.size
 
 
-def check_prompt(prompt: str, limits: Limits) -> None:
+def check_prompt(prompt: str, limits: Limits, param: str = "prompt") -> None:
     """Raise RequestError for a prompt that is empty, too long, or has characters that no text file can hold."""
     if len(prompt) > limits.prompt_characters:
         raise RequestError(
-            f"prompt: has {len(prompt)} characters; it must have at most {limits.prompt_characters}",
-            param="prompt",
+            f"{param}: has {len(prompt)} characters; it must have at most {limits.prompt_characters}",
+            param=param,
             code="string_above_max_length",
         )
     if not prompt.strip():
-        raise RequestError("prompt: is empty; describe the image", param="prompt")
+        raise RequestError(f"{param}: is empty; describe the image", param=param)
     if any(0xD800 <= ord(letter) < 0xE000 or (letter < " " and letter not in "\t\n\r") for letter in prompt):
-        raise RequestError("prompt: has control characters or lone surrogates; remove them", param="prompt")
+        raise RequestError(f"{param}: has control characters or lone surrogates; remove them", param=param)
 
 
 def check_class(name: str, model: ServedModel) -> None:

@@ -1,5 +1,6 @@
-"""A model hub on this machine: an HTTP server with the few endpoints that huggingface_hub downloads by."""
+"""A model hub on this machine: an HTTP server with the few endpoints that huggingface_hub downloads and uploads by."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -10,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 COMMIT = "c" * 40
+TOKEN = "hf_secret"  # that may upload
 GATED = "owner/gated"  # a model whose licence must be accepted
 FILES = {
     "owner/model": {
@@ -26,9 +28,14 @@ def digest(content: bytes) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Handler of the requests; `requested` are the paths of the files that were sent."""
+    """Handler of the requests; `requested` are the paths of the files that were sent.
+
+    `created` are the repositories that were asked for, and `uploaded` the files of commits by path.
+    """
 
     requested: list[str] = []  # noqa: RUF012 - shared by the requests
+    created: list[dict[str, object]] = []  # noqa: RUF012
+    uploaded: dict[str, bytes] = {}  # noqa: RUF012
 
     def do_HEAD(self) -> None:
         self.do_GET(body=False)
@@ -43,6 +50,30 @@ class Hub(BaseHTTPRequestHandler):
             self.send(200, content, body=body)
         else:
             self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body=body)
+
+    def do_POST(self) -> None:
+        """Create a repository, say that all files are sent within the commit, and keep the files of a commit."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        path = urlsplit(self.path).path
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self.send(401, b"{}")
+        elif path == "/api/repos/create":
+            self.created.append(json.loads(content))
+            self.send(200, json.dumps({"url": f"http://{self.headers['Host']}/owner/new"}).encode())
+        elif path == "/api/validate-yaml":
+            self.send(200, b'{"errors": [], "warnings": []}')
+        elif path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(content)["files"]]
+            entries = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            self.send(200, json.dumps({"files": entries}).encode())
+        elif path.endswith("/commit/main"):
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    self.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"http://{self.headers['Host']}/owner/new/commit/{COMMIT}"
+            self.send(200, json.dumps({"commitOid": COMMIT, "commitUrl": url, "hookOutput": ""}).encode())
+        else:
+            self.send(404, b"{}")
 
     def answer_model_info(self, repository: str, *, tree: bool) -> None:
         if repository == GATED:
@@ -73,7 +104,8 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[str]:
     """Address of a running model hub."""
-    Hub.requested.clear()
+    for kept in (Hub.requested, Hub.created, Hub.uploaded):
+        kept.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

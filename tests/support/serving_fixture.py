@@ -146,11 +146,15 @@ def text_server(saved_models: SavedModels, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def serve(saved_models: SavedModels, tmp_path: Path) -> Iterator[Serve]:
-    """Callable that runs another server until the end of the test; its arguments are those of `running_server`."""
+    """Callable that runs another server until the end of the test; its arguments are those of `running_server`.
+
+    `models` replaces the saved models.
+    """
     running: list[Any] = []
 
     def start(**options: Any) -> RunningServer:
-        context = running_server(saved_models, tmp_path / f"run-{len(running)}", **options)
+        models = options.pop("models", saved_models)
+        context = running_server(models, tmp_path / f"run-{len(running)}", **options)
         running.append(context)
         return context.__enter__()
 

@@ -3,7 +3,6 @@
 Models by hub name are in the cache of huggingface_hub (HF_HOME); HF_ENDPOINT and HF_TOKEN are honoured.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
@@ -50,6 +49,8 @@ def check(recipe: Recipe, *, fetch: bool) -> Iterator[Finding]:
 
 def describe(key: str, name: str, folder: Path | None) -> Finding:
     """Return whether the files of a model are complete, and its licence."""
+    from pixart.data.encoders.licences import licence
+
     if folder is None or not is_complete(folder):
         local = folder is not None and not in_cache(folder)
         state = "has no weights" if local and folder and folder.exists() else "is not on disk"
@@ -78,18 +79,6 @@ def is_complete(folder: Path | None) -> bool:
     for index in folder.glob("*.safetensors.index.json"):
         return all((folder / file).is_file() for file in set(records.read(index, IndexRecord)["weight_map"].values()))
     return any(path.is_file() for path in folder.glob("*.safetensors"))
-
-
-def licence(folder: Path) -> str:
-    """Return the licence that a model's card names; that of a subfolder is the card of the whole repository."""
-    for place in (folder, *folder.parents):
-        if (place / "README.md").is_file():
-            card = re.match(r"---\n(.*?)\n---", (place / "README.md").read_text(errors="replace"), re.DOTALL)
-            names = dict(re.findall(r"^(license(?:_name)?): *(.+)$", card[1], re.MULTILINE)) if card else {}
-            return names.get("license_name") or names.get("license") or "not named by its card"
-        if place.parent.name == "snapshots":
-            break
-    return "not recorded"
 
 
 def download(name: str) -> str | None:

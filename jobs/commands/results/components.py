@@ -18,6 +18,7 @@ from pixart.config.dataset import DataConfig
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
 
+WITHOUT_DATASET = ", or --vae and, for stage 2, --text-encoder"  # options that replace a dataset
 BASE_LATENT_SIZE = "model.base_latent_size="  # read for files that do not record it
 
 
@@ -50,7 +51,7 @@ def open_components(
     if options.vae or options.text_encoder:
         launch.recipe = without_dataset(launch.recipe, options)
         return [], None
-    manifest = open_training_dataset(launch, options, checkpoint, record)
+    manifest = open_training_dataset(launch, options, checkpoint, record, alternative=WITHOUT_DATASET)
     if not record:
         return manifest["class_names"], None
     model = check_checkpoint(checkpoint, record, launch.dataset, manifest)
@@ -95,22 +96,19 @@ def without_dataset(recipe: Recipe, options: ComponentOptions) -> Recipe:
 
 
 def open_training_dataset(
-    launch: Launch, options: DatasetOptions, checkpoint: Path, record: dict[str, Any] | None
+    launch: Launch, options: DatasetOptions, checkpoint: Path, record: dict[str, Any] | None, *, alternative: str = ""
 ) -> dict[str, Any]:
     """Return the manifest of the dataset that the options name, else of the one that the checkpoint was trained on.
 
-    Sampling needs it for the VAE and the text encoder. Raises ValueError if the dataset is unknown or does not exist.
+    Sampling needs it for the VAE and the text encoder. Raises ValueError if the dataset is unknown or does not exist;
+    `alternative` are the options of the command that replace the dataset, for the error's advice.
     """
     if not options.names_dataset:
         if not record or not record["dataset"]:
             raise ValueError(
-                f"{checkpoint}: names no dataset, whose VAE and text encoder are needed; give --dataset, or --vae and, "
-                "for stage 2, --text-encoder"
+                f"{checkpoint}: names no dataset, whose VAE and text encoder are needed; give --dataset{alternative}"
             )
         launch.recipe = apply(launch.recipe, [f"{DATASET_KEY}{record['dataset']}"])
     if ledger.manifest(launch.dataset) is None:
-        raise ValueError(
-            f"dataset {launch.dataset} does not exist; give its present path by --dataset, or --vae and, for stage 2, "
-            "--text-encoder"
-        )
+        raise ValueError(f"dataset {launch.dataset} does not exist; give its present path by --dataset{alternative}")
     return open_dataset(launch)

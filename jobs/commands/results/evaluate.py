@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, read_recipe
-from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option, positive
+from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, non_negative, option, positive
 from jobs.commands.results import evaluation_inputs as inputs
 from jobs.state import evaluation
 from jobs.state import run as runs
@@ -21,19 +21,11 @@ from jobs.submission.launch import Launch
 from jobs.submission.submit import run_elements, run_ranks
 from jobs.submission.wait import dependencies
 from pixart.config.recipe import to_json
-from pixart.evaluation.protocol import short_hash
+from pixart.evaluation.protocol import remarks, short_hash
 from slurm.executor import Cluster
 
 SUMMARIZE = "summarize"
 GIB = 2**30
-
-
-def number(text: str) -> float:
-    """Return the number that `text` holds. Raises ValueError unless it is at least 0 and finite."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{text!r} is not a number of at least 0")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +61,7 @@ class Options(RecipeOptions, SubmissionOptions):
         "--guidance",
         metavar="SCALE",
         default=(),
-        convert=number,
+        convert=non_negative,
         help="Scale of guidance; several make a curve (default: sample.guidance).",
     )
     steps: tuple[int, ...] = option(
@@ -233,6 +225,7 @@ def describe_results(folder: Path) -> str:
         )
         settings = f"{variant['weights']}, {variant['steps']} steps, guidance {variant['guidance']:g}"
         lines.append(f"step {variant['step']}, {settings}: {figures or 'no figures'}")
+        lines += remarks(variant["figures"])
         if variant["judged_by"]:
             lines.append(f"judged by {variant['judged_by']}; {variant['not_judged']} questions not judged")
     return "\n".join(lines)

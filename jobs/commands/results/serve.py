@@ -11,7 +11,7 @@ from typing import Literal
 
 from jobs.commands.hints import describe_submission
 from jobs.commands.launching import launching, read_recipe
-from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option, positive
+from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, non_negative, option, positive
 from jobs.commands.results.components import base_latent_size, open_components
 from jobs.commands.results.serving import ServingRequest, find_source, follow, submit_serving, write_lineage
 from jobs.state import run as runs
@@ -27,17 +27,6 @@ def port_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or int(text) > MAX_PORT:
         raise ValueError(f"{text!r} is not a port; it must be 0 to {MAX_PORT}")
     return int(text)
-
-
-def minutes(text: str) -> float:
-    """Return a number of minutes. Raises ValueError unless it is a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{text!r} is not a number of minutes; it must be at least 0")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +71,7 @@ class Options(RecipeOptions, SubmissionOptions):
     idle_minutes: float | None = option(
         "--idle-minutes",
         metavar="MINUTES",
-        convert=minutes,
+        convert=non_negative,
         help="End when no image was requested for this time; 0 is never (default: 0, and 30 on Slurm).",
     )
     max_batch_size: int | None = option(

@@ -10,10 +10,9 @@ from jobs.state import endpoint as endpoints
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import find_weights
 from jobs.state.run import Run
-from jobs.state.run_metadata import Status, set_status
-from jobs.submission.launch import Launch, sync_run
+from jobs.submission.launch import Launch
 from jobs.submission.submit import run_ranks
-from jobs.submission.wait import poll, raise_first_failure
+from jobs.submission.wait import poll, raise_first_failure, recorded_end
 from jobs.tasks.serve import LINEAGE
 from jobs.tracking.model_registry import released_checkpoint
 from pixart.atomic import write_atomically
@@ -87,27 +86,21 @@ def follow(launch: Launch, run: Run) -> str:
     An interrupt ends a server on this machine, which finishes what it has begun; one on a cluster continues. Raises
     ValueError or JobFailedError if it failed.
     """
-    status: Status = "FAILED"
     is_local, shown = run.executor == "local", False
-    try:
-        for _ in poll(run, launch.profile.poll_seconds):
-            endpoint = None if shown else endpoints.load(run.folder)
-            if endpoint:
-                print(endpoints.describe(endpoint, is_remote=not is_local), flush=True)
-                shown = True
-        raise_first_failure(run, runs.elements(run))
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        if not is_local:
-            status = "RUNNING"
-            raise
-        commands.cancel(run.executor, run.job_ids)
-        for _ in poll(run, launch.profile.poll_seconds):
-            pass
-        status = "FINISHED"
-        return "ended: interrupted"
-    finally:
-        set_status(run.folder, status)
-        sync_run(launch, run.folder)
+    with recorded_end(launch, run):
+        try:
+            for _ in poll(run, launch.profile.poll_seconds):
+                endpoint = None if shown else endpoints.load(run.folder)
+                if endpoint:
+                    print(endpoints.describe(endpoint, is_remote=not is_local), flush=True)
+                    shown = True
+            raise_first_failure(run, runs.elements(run))
+        except KeyboardInterrupt:
+            if not is_local:
+                raise
+            commands.cancel(run.executor, run.job_ids)
+            for _ in poll(run, launch.profile.poll_seconds):
+                pass
+            return "ended: interrupted"
     result = runs.result(run)
     return f"ended: {result['ended']}, after {result['images']} images"

@@ -136,7 +136,8 @@ class Worker:
         self, pipeline, variant: Variant, index: int, rows: range, provenance: dict[str, str]
     ) -> Iterator[tuple[int, Any]]:
         """Yield the row and image of each of `rows`; images are written meanwhile, if the request keeps them."""
-        from pixart.sampling.images import SampleRequest, generate, save_png
+        from pixart.sampling.images import SampleRequest, generate
+        from pixart.sampling.png import save_png
 
         repeats, seed = self.request.settings["images_per_prompt"], self.request.settings["seed"]
         pictures = []

@@ -99,9 +99,8 @@ async function rewrite() {
 
 function requestBody() {
   const steps = element("steps").valueAsNumber;
-  const text = element("rewritten").value.trim() || element("prompt").value;
   const body = {
-    prompt: model.stage === 2 ? text : element("class").value,
+    prompt: model.stage === 2 ? element("prompt").value : element("class").value,
     n: element("n").valueAsNumber,
     steps,
     guidance: element("guidance").valueAsNumber,
@@ -109,6 +108,8 @@ function requestBody() {
     stream: true,
     partial_images: Math.min(MAX_FRAMES, steps - 1),
   };
+  const rewritten = element("rewritten").value.trim();
+  if (model.stage === 2 && rewritten) body.revised_prompt = rewritten;
   if (element("seed").value !== "") body.seed = element("seed").valueAsNumber;
   return body;
 }
@@ -168,9 +169,15 @@ async function generate(event) {
   }
 }
 
+function sampledPrompt(entry) {
+  return entry.body.revised_prompt ?? entry.body.prompt;
+}
+
 function show(entry) {
   element("results").hidden = false;
-  element("shown-prompt").textContent = entry.body.prompt;
+  element("shown-prompt").textContent = sampledPrompt(entry);
+  element("shown-request").textContent = `Request: ${entry.body.prompt}`;
+  element("shown-request").hidden = !entry.body.revised_prompt;
   element("images").replaceChildren(...entry.images.map((item, index) => figure(entry, item, index)));
   showGallery(entry);
 }
@@ -184,7 +191,7 @@ function figure(entry, item, index) {
     const frame = item.frames[slider.valueAsNumber];
     if (!frame) return;
     picture.src = frame.source;
-    picture.alt = `${entry.body.prompt}, step ${frame.step + 1} of ${entry.body.steps}`;
+    picture.alt = `${sampledPrompt(entry)}, step ${frame.step + 1} of ${entry.body.steps}`;
     label.textContent = `Image ${index + 1}, step ${frame.step + 1} of ${entry.body.steps}`;
     slider.setAttribute("aria-valuetext", `step ${frame.step + 1}`);
   };
@@ -222,7 +229,7 @@ function showGallery(current = session.at(-1)) {
   element("session").hidden = !session.length;
   element("gallery").replaceChildren(
     ...session.map((entry, index) => {
-      const picture = node("img", { src: entry.images[0].frames.at(-1).source, alt: `Request ${index + 1}: ${entry.body.prompt}` });
+      const picture = node("img", { src: entry.images[0].frames.at(-1).source, alt: `Request ${index + 1}: ${sampledPrompt(entry)}` });
       const button = node("button", { type: "button", onclick: () => show(entry) }, picture);
       button.setAttribute("aria-current", String(entry === current));
       return node("li", {}, button);

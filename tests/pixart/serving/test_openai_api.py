@@ -1,6 +1,7 @@
 """The images API with OpenAI's own client, compared bit for bit with the sample job."""
 
 import base64
+import dataclasses
 import io
 import json
 import urllib.request
@@ -9,13 +10,18 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
+from conversion.export.writers import export_inference
 from jobs import launch
 from jobs.tasks import sample
+from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import to_json
 from pixart.demo.scenes import SHAPES
-from pixart.serving.provenance import DIGITAL_SOURCE_TYPE, XMP_CHUNK
+from pixart.model.fp8.plan import Plan
+from pixart.sampling.png import XMP_CHUNK
+from pixart.serving.provenance import DIGITAL_SOURCE_TYPE
 from tests.support.serving_fixture import GUIDANCE, STEPS, RunningServer
 
 PROMPT = "a red circle"
@@ -57,6 +63,25 @@ def test_an_image_has_the_bits_of_the_sample_job(text_server, tmp_path):
         assert np.array_equal(pixels(opened(image)), pixels(expected))
         assert (image.batch_size, image.seed, image.revised_prompt, image.url) == (1, 7, None, None)
         assert answer.size == "64x64"
+
+
+def test_fp8_weights_are_served(saved_models, serve, tmp_path):
+    """An image of the FP8 export has the bits of `sample` with it, and differs from the EMA weights' image."""
+    linear = "dit_blocks.0.mlp.linear1"
+    state = checkpoints.load(saved_models.checkpoints[2])
+    scales = {f"{linear}.scale": torch.tensor([50.0, 1.0, 1.0])}
+    folder = checkpoints.save(state, tmp_path / "checkpoint")
+    export_inference(dataclasses.replace(state, plan=Plan(linears=(linear,)), scales=scales), folder)
+    models = dataclasses.replace(saved_models, checkpoints={2: folder})
+    server = serve(models=models, weights=("fp8", "ema"))
+    images = {
+        weights: client(server).images.generate(prompt=PROMPT, extra_body={"seed": 7, "weights": weights}).data[0]
+        for weights in ("fp8", "ema")
+    }
+    expected = sampled(server, tmp_path / "run", seed=7, prompts=[{"prompt": PROMPT}], checkpoint=f"{folder}/inference")
+    assert np.array_equal(pixels(opened(images["fp8"])), pixels(expected))
+    assert opened(images["fp8"]).text["weights"] == "ema in FP8"
+    assert np.abs(pixels(opened(images["fp8"])) - pixels(opened(images["ema"]))).max() > 0
 
 
 def test_other_settings_are_those_of_the_sample_job(text_server, tmp_path):
@@ -119,6 +144,19 @@ def test_a_png_has_its_provenance_and_lineage(text_server, tmp_path, capsys):
     assert str(text_server.checkpoint) in shown
     assert text_server.recipe.data.path in shown
     assert "xpacket" not in shown
+
+
+def test_an_edited_prompt_keeps_the_request(text_server):
+    """The answer and the PNG have both; the bits are those of the edited prompt."""
+    body = {"seed": 7, "revised_prompt": "a red circle on a white background"}
+    (image,) = client(text_server).images.generate(prompt=PROMPT, extra_body=body).data
+    assert (image.prompt, image.revised_prompt) == (PROMPT, body["revised_prompt"])
+    text = opened(image).text
+    assert (text["request"], text["prompt"]) == (PROMPT, body["revised_prompt"])
+    assert f"--prompt '{body['revised_prompt']}'" in text["command"]
+    (same,) = client(text_server).images.generate(prompt=body["revised_prompt"], extra_body={"seed": 7}).data
+    assert np.array_equal(pixels(opened(image)), pixels(opened(same)))
+    assert "request" not in opened(same).text
 
 
 def test_an_image_by_url(text_server):
@@ -205,6 +243,7 @@ def test_classes_of_stage_1(serve, tmp_path):
         ({"extra_body": {"guidance": -1}}, "guidance", "greater than or equal to 0"),
         ({"extra_body": {"seed": 2**63}}, "seed", "less than or equal to"),
         ({"extra_body": {"recaption": True}}, "recaption", "has no model that rewrites prompts"),
+        ({"extra_body": {"revised_prompt": " "}}, "revised_prompt", "is empty"),
         ({"prompt": "x" * 4001}, "prompt", "must have at most 4000"),
         ({"prompt": " "}, "prompt", "is empty"),
         ({"extra_body": {"partial_images": 2}}, "partial_images", "in a stream only"),

@@ -115,6 +115,11 @@ class FakeServer(BaseHTTPRequestHandler):
         if request == "endless":
             self.answer({"choices": [{"message": {"content": "a" * 5_000_000}, "finish_reason": "stop"}]})
             return
+        if request == "no json":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>a red ball</html>")
+            return
         if request == "slow header":
             with suppress(OSError):
                 self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Header: ")
@@ -259,6 +264,7 @@ def test_overlap_and_divergence():
         ("endless", "longer than 1048576 bytes"),
         ("drip", "not complete after 0.5 s"),
         ("slow header", "not complete after 0.5 s"),
+        ("no json", "does not respond: Expecting value"),
     ],
 )
 def test_a_hostile_server_gets_no_credentials_and_no_time(url, monkeypatch, request_text, message):
