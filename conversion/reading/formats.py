@@ -103,9 +103,9 @@ def read_diffusers(path: Path) -> StoredState:
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the model in a configuration, which diffusers' EMAModel extends by its own."""
-    unset = (None, False)  # of arguments that the model does not use
     names = inspect.signature(DiT.__init__).parameters
-    return {key: value for key, value in config.items() if key in names and value not in unset}
+    is_set = {key: value is not None and value is not False for key, value in config.items()}
+    return {key: value for key, value in config.items() if key in names and is_set[key]}
 
 
 def config_beside(path: Path) -> dict[str, Any] | None:

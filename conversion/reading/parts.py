@@ -107,8 +107,8 @@ def check_modules(entries: Mapping[str, Any], path: Path) -> None:
         keys = map(str, value) if isinstance(value, Mapping) else ()
         if flat := next((key for key in keys if key.endswith(FLAT_PARAMETERS)), None):
             raise ValueError(
-                f"{path}: {name!r} has parameters that FSDP has flattened ({flat!r}), which have lost their names; save"
-                " it with StateDictType.FULL_STATE_DICT, or by torch.distributed.checkpoint"
+                f"{path}: {name!r} has parameters that FSDP has flattened ({flat!r}), which have lost their names; "
+                "save it with StateDictType.FULL_STATE_DICT, or by torch.distributed.checkpoint"
             )
         is_module = isinstance(value, Inert) and isinstance(value.state, Mapping) and "_modules" in value.state
         if is_module and kind_of(name.rpartition(FOLDER)[2]) in (MODEL, EMA):

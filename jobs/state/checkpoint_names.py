@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from conversion.reading import orbax_metadata
-from conversion.reading.folders import layout
 from conversion.reading.pickle_format import is_pickle_format
 from pixart import records
 from pixart.config.checkpoint_metadata import MARKER, InferenceRecord, read_record
 from pixart.records import Header
+from pixart.relocation import home_of, present
 
 INFERENCE = "inference.json"  # metadata of FP8 weights for inference
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,7 +54,7 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
-        return path, records.read(path / INFERENCE, InferenceRecord)
+        return path, present(records.read(path / INFERENCE, InferenceRecord), home_of(path))
     if path.is_file():
         check_file(path)
         return path, None
@@ -71,7 +71,7 @@ def checkpoint_record(directory: Path) -> dict[str, Any]:
     In format 1, of version 0.1, the metadata has no checksum and files are named relative to the folder `state`.
     Raises ValueError if it is damaged.
     """
-    return read_record(directory)
+    return present(read_record(directory), home_of(directory))
 
 
 def acceptance(provenance: Mapping[str, Any]) -> str | None:
@@ -81,11 +81,7 @@ def acceptance(provenance: Mapping[str, Any]) -> str | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
-    return (
-        any((directory / name).exists() for name in FOREIGN)
-        or layout.is_state_folder(directory)
-        or orbax_metadata.find(directory) is not None
-    )
+    return any((directory / name).exists() for name in FOREIGN) or orbax_metadata.find(directory) is not None
 
 
 def check_file(path: Path) -> None:
@@ -94,9 +90,6 @@ def check_file(path: Path) -> None:
     Raises ValueError if it is neither, or is truncated.
     """
     if zipfile.is_zipfile(path) or is_pickle_format(path):
-        return
-    if layout.is_index(path):
-        layout.files_of_index(path)
         return
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":

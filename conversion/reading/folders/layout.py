@@ -7,8 +7,10 @@ transformer/, transformer_ema/, unet/                         trainers of diffus
 mp_rank_00_model_states.pt, or latest that names its folder   DeepSpeed, also within accelerate's and Lightning's
 """
 
-import json
 from pathlib import Path
+from typing import TypedDict
+
+from pixart import records
 
 INDEX_END = ".index.json"
 METADATA = ".metadata"  # of torch.distributed.checkpoint
@@ -18,9 +20,14 @@ WEIGHT_ENDS = (".safetensors", ".bin")
 MODEL_STATES = "mp_rank_00_model_states.pt"  # of DeepSpeed
 PARTITIONED_MODEL_STATES = f"zero_pp_rank_0_{MODEL_STATES}"  # the same with ZeRO stage 3
 LATEST = "latest"  # a file with the name of DeepSpeed's newest folder
-MAX_INDEX_BYTES = 64 << 20
 MODULE_FOLDERS = ("transformer", "unet", "dit", "model")
 EMA_FOLDERS = tuple(f"{name}_ema" for name in MODULE_FOLDERS)
+
+
+class Index(TypedDict):
+    """An index of weights in several files."""
+
+    weight_map: dict[str, str]  # the file of each key
 
 
 def is_index(path: Path) -> bool:
@@ -78,15 +85,12 @@ def is_state_folder(folder: Path) -> bool:
 def files_of_index(path: Path) -> dict[str, list[str]]:
     """Return the keys by file of an index. Raises ValueError if it is damaged, or names a file of another folder."""
     try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise ValueError
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        items = [(str(key), name) for key, name in weight_map.items()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        index: Index = records.read(path, Index)
+    except (OSError, ValueError):
         raise ValueError(f"{path}: cannot be read; it is not an index of weights, or it is damaged") from None
     files: dict[str, list[str]] = {}
-    for key, name in items:
-        if not isinstance(name, str) or not name or name != Path(name).name or name in (".", ".."):
+    for key, name in index["weight_map"].items():
+        if not name or name != Path(name).name or name in (".", ".."):
             raise ValueError(f"{path}: {name!r} is not the name of a file in its folder; correct the index")
         if not (path.parent / name).is_file():
             raise ValueError(f"{path}: its file {name!r} is missing; copy the complete checkpoint")

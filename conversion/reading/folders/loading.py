@@ -1,9 +1,8 @@
 """Loading of the folders that `layout` recognizes, as the content that one file would have."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from conversion.reading.folders import deepspeed
 from conversion.reading.folders.layout import (
@@ -15,6 +14,7 @@ from conversion.reading.folders.layout import (
     module_folders,
     weight_files,
 )
+from pixart import records
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint.inert import as_value
 
@@ -23,6 +23,12 @@ CUSTOM = "custom_checkpoint_"  # accelerate's name of an object that was registe
 TRAINER_STATE = "trainer_state.json"  # of transformers
 DESCRIPTIONS = (".json", ".md", ".txt", ".yaml", ".log")  # of files that hold no training state
 Load = Callable[[Path], Any]
+
+
+class TrainerState(TypedDict):
+    """What the Trainer of transformers records beside its weights."""
+
+    global_step: int
 
 
 def read(path: Path, load: Load) -> tuple[dict[str, Any], str]:
@@ -84,7 +90,7 @@ def load_index(path: Path, load: Load) -> dict[str, Any]:
 def trainer_step(folder: Path) -> dict[str, int]:
     """Return the step that the Trainer of transformers has written beside the weights."""
     try:
-        step = json.loads((folder / TRAINER_STATE).read_bytes())["global_step"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        state: TrainerState = records.read(folder / TRAINER_STATE, TrainerState)
+    except (OSError, ValueError):
         return {}
-    return {"global_step": step}
+    return {"global_step": state["global_step"]}
