@@ -56,7 +56,7 @@ def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str
     a8, b8 = quantize(a, scale, fmt), quantize(b, scale, E4M3)
 
     def gemm(a8: Tensor, b8: Tensor) -> Tensor:
-        return scaled_matmul(a8, b8, scale, scale, torch.bfloat16, bias=None, fast_accum=fast)
+        return scaled_matmul(a8, b8, 1 / scale, 1 / scale, torch.bfloat16, bias=None, fast_accum=fast)
 
     def with_casts(a: Tensor, b: Tensor) -> Tensor:
         return gemm(quantize(a, scale, fmt), quantize(b, scale, E4M3))

@@ -78,7 +78,7 @@ class Trainer:
         parallelize(self.model, ranks, config)
         if start:
             self.model.to_empty(device=ranks.device)
-        fsdp_allgather.enable_fp8_all_gather(self.model, compute_dtype(config.precision))
+        fsdp_allgather.enable_fp8_all_gather(self.model, compute_dtype(config.precision), compile=config.compile)
         self.optimizer = make_optimizer(self.model, config)
         self.ema = EMA(self.model, config.ema_decay)
         self.fused_update = (
