@@ -117,6 +117,11 @@ def fall_back_to_bf16(model: nn.Module, plan: Plan, step: int) -> Plan:
         for name, rate in zip(rates, values, strict=True)
         if rate > MAX_SATURATION_RATE
     }
+    return disable_fp8(model, plan, reasons)
+
+
+def disable_fp8(model: nn.Module, plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """Disable FP8 in the linears that `reasons` names, in place, and return the plan without them."""
     for name in reasons:
         linear = cast(Float8Linear, model.get_submodule(name))
         linear.fp8_enabled, linear.gathered_weight = False, None
