@@ -27,12 +27,14 @@ def named(recipe: Recipe) -> dict[str, str]:
 
 def check(recipe: Recipe, *, fetch: bool) -> Iterator[Finding]:
     """Yield what is on disk of each model, after the download of what is missing if `fetch`."""
+    from pixart.data.encoders.vae import cached_folder
+
     for key, name in named(recipe).items():
         if Path(name).exists() or name.startswith(("/", ".")):
             folder: Path | None = Path(name)
         else:
-            problem = download(name) if fetch and not is_complete(cached(name)) else None
-            folder = cached(name)
+            problem = download(name) if fetch and not is_complete(cached_folder(name)) else None
+            folder = cached_folder(name)
             if problem:
                 yield missing(key, f"{name}: {problem}")
                 continue
@@ -60,17 +62,6 @@ def token() -> str:
 
 def in_cache(folder: Path) -> bool:
     return "snapshots" in folder.parts
-
-
-def cached(name: str) -> Path | None:
-    """Return the folder of a hub model in the cache; None if nothing of it was downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from pixart.data.encoders.vae import split_hub_name
-
-    repository, subfolder = split_hub_name(name)
-    config = try_to_load_from_cache(repository, f"{subfolder}/config.json" if subfolder else "config.json")
-    return Path(config).parent if isinstance(config, str) else None
 
 
 def is_complete(folder: Path | None) -> bool:

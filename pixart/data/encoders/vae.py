@@ -38,6 +38,15 @@ def split_hub_name(name: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
+def cached_folder(name: str) -> Path | None:
+    """Return the folder of a hub model in the cache on disk; None if nothing of it was downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, subfolder = split_hub_name(name)
+    config = try_to_load_from_cache(repository, f"{subfolder}/config.json" if subfolder else "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def vae_path(name: str) -> str:
     """Return the folder or hub name of a VAE; `demo` is the autoencoder in `pixart/demo`."""
     return str(DEMO_VAE) if name == "demo" else name
