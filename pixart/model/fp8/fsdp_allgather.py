@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from pixart.model.fp8.linear import Float8Linear, GatheredWeight, float8_linears
 from pixart.model.fp8.ops import E4M3, WEIGHT, amax, quantize
 
-CAST_OPTIONS = {"combo_kernels": True}
+CAST_OPTIONS: dict[str, Any] = {"combo_kernels": True}
 
 
 def enable_fp8_all_gather(model: nn.Module, dtype: torch.dtype, *, compile: bool = False) -> None:
