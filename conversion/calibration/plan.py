@@ -38,11 +38,14 @@ def make_plan(
     other arguments are fields of `Plan`. Raises ValueError for a pattern that matches no linear, and for more blocks
     than the model has.
     """
-    if last_blocks > len(model.blocks):
-        raise ValueError(f"--last-blocks-bf16 {last_blocks}: the model has {len(model.blocks)} blocks")
-    last = tuple(f"dit_blocks.{index}." for index in range(len(model.blocks) - last_blocks, len(model.blocks)))
     alignment = ALIGNMENT[recipe]
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    blocks = len({name.split(".")[1] for name in modules if name.startswith("dit_blocks.")})
+    if last_blocks > blocks:
+        raise ValueError(
+            f"--last-blocks-bf16 {last_blocks}: the model has {blocks} blocks; allowed are numbers up to {blocks}"
+        )
+    last = tuple(f"dit_blocks.{index}." for index in range(blocks - last_blocks, blocks))
     for pattern in keep:
         if not any(fnmatch(name, pattern) for name in modules):
             raise ValueError(

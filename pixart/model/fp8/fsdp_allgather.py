@@ -51,7 +51,8 @@ def disable_fp8_all_gather(model: nn.Module, name: str) -> None:
     for group in groups:
         for parameter in group.fsdp_params:
             if parameter.sharded_param is linear.weight:  # FSDP2 keeps the gathered tensor, whose dtype has changed
-                del parameter._unsharded_param
+                if hasattr(parameter, "_unsharded_param"):  # not before the first all-gather
+                    del parameter._unsharded_param
                 parameter.all_gather_outputs = []
                 parameter._init_extensions()
 
