@@ -6,12 +6,14 @@ The command prints a table and writes it to `benchmarks/results/`. Each linear h
 GEMMs of the backward pass.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from benchmarks import measure
+from pixart.gpu_rates import FP8_CARDS, linear_seconds
 from pixart.model.device_timer import median_seconds
 from pixart.model.fp8.ops import E4M3, E5M2, Format, quantize, scaled_matmul
 
@@ -56,7 +58,7 @@ def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str
     a8, b8 = quantize(a, scale, fmt), quantize(b, scale, E4M3)
 
     def gemm(a8: Tensor, b8: Tensor) -> Tensor:
-        return scaled_matmul(a8, b8, scale, scale, torch.bfloat16, bias=None, fast_accum=fast)
+        return scaled_matmul(a8, b8, 1 / scale, 1 / scale, torch.bfloat16, bias=None, fast_accum=fast)
 
     def with_casts(a: Tensor, b: Tensor) -> Tensor:
         return gemm(quantize(a, scale, fmt), quantize(b, scale, E4M3))
@@ -70,10 +72,29 @@ def row(a: Tensor, b: Tensor, fmt: Format, fast: bool, repeats: int) -> list[str
     return [f"{plain:.3g}", f"{fp8:.3g}", f"{cast:.3g}", f"{fp8 / plain:.3g}", f"{cast / plain:.3g}"]
 
 
+def rooflines(options: Namespace) -> None:
+    """Write a table by linear of the least time in BF16 and in FP8 with casts on `options.card`."""
+    heading = [
+        f"# Rooflines of a block's linears, batch {options.batch}, width {options.dim}, {options.card}",
+        "",
+        "Nothing is measured: peak rates and bandwidths of the data sheet, the three GEMMs of a training step.",
+    ]
+    columns = ["linear", "rows x inputs x outputs", "BF16, ms", "FP8 with casts, ms", "BF16 / FP8"]
+    page = measure.Page(options.out, f"gemm-{options.card}", heading, columns)
+    for linear, sizes in shapes(options.batch, options.dim).items():
+        bf16, fp8 = linear_seconds(options.card, *sizes)
+        size = " x ".join(map(str, sizes))
+        page.row(linear, size, f"{bf16 * 1e3:.3f}", f"{fp8 * 1e3:.3f}", f"{bf16 / fp8:.2f}")
+
+
 def main() -> None:
     parser = measure.parser(__doc__, repeats=20)
     parser.add_argument("--dim", type=int, default=1152)
+    parser.add_argument("--card", choices=list(FP8_CARDS), help="Print the rooflines of this GPU; measure nothing.")
     options = parser.parse_args()
+    if options.card:
+        rooflines(options)
+        return
     heading = [
         f"# GEMMs of a block, batch {options.batch}, width {options.dim}, on {measure.device_name()}",
         "",

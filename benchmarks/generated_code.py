@@ -6,13 +6,14 @@ kernel that reads a tensor twice counts twice.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch._inductor import config, ir
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 
@@ -30,6 +31,7 @@ class Work:
     transposed_bytes: int = 0  # read and written by transposed copies of FP8 operands, which some GPUs require
     launches: Counter[str] = field(default_factory=Counter)  # by "generated", "gemms", "attention", "other"
     attentions: int = 0  # attention calls, forward and backward
+    opaque_calls: int = 0  # calls of the suite's Python operators
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -38,6 +40,7 @@ class Work:
             transposed_bytes=self.transposed_bytes + other.transposed_bytes,
             launches=self.launches + other.launches,
             attentions=self.attentions + other.attentions,
+            opaque_calls=self.opaque_calls + other.opaque_calls,
         )
 
 
@@ -76,7 +79,7 @@ def work_of_graph(graph: GraphLowering) -> Work:
             continue
         if not isinstance(node, ExternKernelSchedulerNode):
             work.launches["generated"] += 1
-            work.generated_bytes += node.get_read_write_buffers_sizes()
+            work.generated_bytes += accessed_bytes(node)
         elif not isinstance(node.node, ir.MultiOutput):  # a node that only names a result of the previous call
             add_call(work, node)
     return work
@@ -93,6 +96,7 @@ def add_call(work: Work, node: BaseSchedulerNode) -> None:
         precision = "fp8" if left.get_dtype() in FP8 else "bf16"
         work.operations[precision] += 2 * result_elements(kernel) * summed(name, kernel, left)
         if name == "tensor_core_gemm":
+            work.opaque_calls += 1
             transpose_left, transpose_right = kernel.constant_args[:2]
             for operand, transposed in ((left, transpose_left), (right, not transpose_right)):
                 work.transposed_bytes += 2 * elements(operand) if transposed else 0
@@ -101,7 +105,23 @@ def add_call(work: Work, node: BaseSchedulerNode) -> None:
         work.attentions += 1
     else:
         work.launches["other"] += 1
-        work.generated_bytes += node.get_read_write_buffers_sizes()
+        work.generated_bytes += accessed_bytes(node)
+
+
+def accessed_bytes(node: BaseSchedulerNode) -> int:
+    """Return the bytes that a kernel reads and writes; values that stay within the kernel are not counted.
+
+    Each element of a buffer counts once per kernel and direction. Where a kernel accesses a part of a buffer only, such
+    as the queries in the output of a fused GEMM, the part counts and not the buffer.
+    """
+    whole = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    parts: dict[str, set[MemoryDep]] = defaultdict(set)
+    for access in (*node.read_writes.reads, *node.read_writes.writes):
+        if isinstance(access, MemoryDep) and not access.is_indirect():
+            parts[access.name].add(access.normalize())
+        else:
+            parts[access.name] = set()
+    return sum(min(size, sum(part.numbytes_hint() for part in parts[name]) or size) for name, size in whole.items())
 
 
 def operator_name(kernel: ir.ExternKernel) -> str:

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.generated_code import Work, work_of_graph
-from pixart.model.fp8 import ops
+from pixart.model.fp8 import ops, tensor_cores
 
 CUDA = torch.device("cuda", 0)
 HOPPER = {
@@ -56,9 +56,16 @@ class Driver:
         return 0
 
 
-def pretend() -> None:
-    """Make torch and Triton report an H100 for the rest of this process."""
-    gpu = types.SimpleNamespace(**HOPPER, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20)
+def pretend(capability: int = 9) -> None:
+    """Make torch and Triton report an H100 for the rest of this process.
+
+    With another major compute `capability`, torch reports that, but Triton's code is still for an H100: the suite then
+    selects the GEMMs of the other GPU.
+    """
+    tensor_cores.register_lowerings()
+    gpu = types.SimpleNamespace(
+        **{**HOPPER, "major": capability}, minor=0, name="a card", total_memory=1 << 37, L2_cache_size=50 << 20
+    )
     torch.cuda.get_device_properties = lambda *_: gpu
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.current_device = lambda: 0

@@ -38,7 +38,7 @@ from pixart.model.device_timer import median_seconds, synchronize
 from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
 from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
-from pixart.model.fp8.ops import ANY_LAYOUT_CAPABILITY
+from pixart.model.fp8.tensor_cores import ANY_LAYOUT_CAPABILITY
 from pixart.model.sdpa import AttentionKernel
 from pixart.training.ema import EMA
 from pixart.training.fused_adamw_ema import FusedAdamWEma

@@ -41,6 +41,7 @@ class Options:
     reparameterization: Strategy = "fitted"
     fp8_recipe: Recipe = STATEFUL
     keep_bf16: tuple[str, ...] = (AUTO,)
+    last_blocks_bf16: int = 0
     calibration_dataset: str | None = None
     text_dim: int | None = None
     base_latent_size: int | None = None
@@ -60,6 +61,7 @@ class Options:
             "batch_size": 1,
             "amax_history_len": 2,
             "margin": 0,
+            "last_blocks_bf16": 0,
             "text_dim": 1,
             "base_latent_size": 1,
         }
@@ -123,6 +125,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="Linears to keep in BF16, as a name with wildcards; auto keeps those that are measured to lose too much "
         "accuracy in FP8; repeatable (default: auto).",
+    )
+    parser.add_argument(
+        "--last-blocks-bf16",
+        type=int,
+        default=default.last_blocks_bf16,
+        metavar="N",
+        help="Number of blocks at the end of the model whose linears stay in BF16 (default: %(default)s).",
     )
     parser.add_argument(
         "--dataset",

@@ -23,14 +23,29 @@ KEPT_IN_BF16 = {
 
 
 def make_plan(
-    model: DiT, *, recipe: Recipe = STATEFUL, keep: Sequence[str] = (), history: int = 16, margin: int = 0, batch: int
+    model: DiT,
+    *,
+    recipe: Recipe = STATEFUL,
+    keep: Sequence[str] = (),
+    last_blocks: int = 0,
+    history: int = 16,
+    margin: int = 0,
+    batch: int,
 ) -> Plan:
-    """Plan FP8 for every aligned linear, except those in KEPT_IN_BF16 and those that match a pattern of `keep`.
+    """Plan FP8 for every aligned linear.
 
-    The other arguments are fields of `Plan`. Raises ValueError for a pattern that matches no linear.
+    Those in KEPT_IN_BF16, those that match a pattern of `keep`, and those of the `last_blocks` blocks are left out. The
+    other arguments are fields of `Plan`. Raises ValueError for a pattern that matches no linear, and for more blocks
+    than the model has.
     """
     alignment = ALIGNMENT[recipe]
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    blocks = len({name.split(".")[1] for name in modules if name.startswith("dit_blocks.")})
+    if last_blocks > blocks:
+        raise ValueError(
+            f"--last-blocks-bf16 {last_blocks}: the model has {blocks} blocks; allowed are numbers up to {blocks}"
+        )
+    last = tuple(f"dit_blocks.{index}." for index in range(blocks - last_blocks, blocks))
     for pattern in keep:
         if not any(fnmatch(name, pattern) for name in modules):
             raise ValueError(
@@ -46,6 +61,8 @@ def make_plan(
             kept[name] = f"dimension {unaligned[0]} is not a multiple of {alignment}"
         elif match := next((pattern for pattern in keep if fnmatch(name, pattern)), None):
             kept[name] = f"matches --keep-bf16 {match}"
+        elif name.startswith(last):
+            kept[name] = f"in one of the last blocks, --last-blocks-bf16 {last_blocks}"
         else:
             linears.append(name)
     return Plan(linears=tuple(linears), kept=kept, recipe=recipe, history=history, margin=margin, batch=batch)
@@ -65,6 +82,7 @@ def plan_from_options(start: Checkpoint, options: Options, text_dim: int) -> Pla
         model,
         recipe=options.fp8_recipe,
         keep=[pattern for pattern in options.keep_bf16 if pattern != AUTO],
+        last_blocks=options.last_blocks_bf16,
         history=options.amax_history_len,
         margin=options.margin,
         batch=options.batch_size,

@@ -72,6 +72,9 @@ class TrainConfig:
     fp8_grad_weight: bool = True
     """Whether the native backend computes weight gradients in FP8 rather than in BF16."""
 
+    finish_bf16_steps: int = 0
+    """Number of steps at the end of an FP8 training that all linears compute in BF16; native backend only."""
+
     seed: int = 0
     """Random seed of initialization, data order, noise and timesteps."""
 
@@ -162,6 +165,7 @@ class TrainConfig:
             weight_decay=self.weight_decay,
             eps=self.eps,
             seed=self.seed,
+            finish_bf16_steps=self.finish_bf16_steps,
             keep_every=self.keep_every,
             validate_every=self.validate_every,
             num_validation_samples=self.num_validation_samples,

@@ -121,8 +121,9 @@ class Attention(nn.Module):
             projected = self.project([self.q_proj, self.k_proj, self.v_proj], query)
         else:
             projected = [self.q_proj(query), *self.project([self.k_proj, self.v_proj], context)]
-        q, k, v = (rearrange(tensor, "b n (h d) -> b h n d", h=self.num_heads) for tensor in projected)
-        q, k = self.q_norm(q), self.k_norm(k)
+        # The norms precede the transposition: one kernel then computes a norm in either pass, in the GEMM's layout.
+        q, k, v = (rearrange(tensor, "b n (h d) -> b n h d", h=self.num_heads) for tensor in projected)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (self.q_norm(q), self.k_norm(k), v))
         attended = attend(q, k, v, None if mask is None else mask[:, None, None], self.kernel)
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
 

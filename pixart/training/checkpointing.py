@@ -24,6 +24,7 @@ from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.dcp_reader import RestrictedReader, WeightsOnlyPlanner, raise_value_error
 from pixart.checkpoint.directory import STATE, Checkpoint, write_metadata
 from pixart.checkpoint.integrity import length_and_crc32c
+from pixart.model.fp8 import scaling
 from pixart.training.process_group import Ranks
 from pixart.training.trainer import Trainer
 
@@ -246,6 +247,7 @@ def restore(trainer: Trainer, directory: Path) -> None:
                 raise ValueError(f"{directory}: {key} is missing or its shape is not {tuple(target.shape)}")
             target.copy_(shard_like(tensor, target))
     trainer.rescale_gradients_for_batch_size()
+    scaling.share_loaded_scales(trainer.model)
 
 
 def shard_like(tensor: Tensor, target: Tensor) -> Tensor:

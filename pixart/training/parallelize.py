@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pixart.config.training import TrainConfig
 from pixart.model.dit import DiT
-from pixart.model.fp8 import ops  # noqa: F401 - registers torch.ops.pixart.tensor_core_gemm
+from pixart.model.fp8 import tensor_cores
 from pixart.training.process_group import Ranks
 
 aten = torch.ops.aten
@@ -31,6 +31,7 @@ def parallelize(model: DiT, ranks: Ranks, config: TrainConfig) -> None:
     """
     if config.compile:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        tensor_cores.register_lowerings()
     # TransformerEngine's linears run outside of compiled graphs.
     fullgraph = not any("transformer_engine" in type(module).__module__ for module in model.modules())
     for block in model.blocks:

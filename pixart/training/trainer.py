@@ -78,7 +78,7 @@ class Trainer:
         parallelize(self.model, ranks, config)
         if start:
             self.model.to_empty(device=ranks.device)
-        fsdp_allgather.enable_fp8_all_gather(self.model, compute_dtype(config.precision))
+        fsdp_allgather.enable_fp8_all_gather(self.model, compute_dtype(config.precision), compile=config.compile)
         self.optimizer = make_optimizer(self.model, config)
         self.ema = EMA(self.model, config.ema_decay)
         self.fused_update = (
@@ -107,6 +107,11 @@ class Trainer:
     def swap_linears(self, plan: Plan) -> None:
         """Replace the planned linears using the backend for the plan's recipe."""
         backend = resolve_fp8_backend(self.config.fp8_backend, plan.recipe)
+        if self.config.finish_bf16_steps and backend != "native":
+            raise ValueError(
+                f"finish_bf16_steps={self.config.finish_bf16_steps}: the FP8 linears of {backend} cannot change to "
+                "BF16 within a run; use a plan with the recipe delayed, or set it to 0"
+            )
         if backend == "native":
             if self.ranks.device.type == "cuda" and self.config.fp8_grad_weight:
                 rows_per_image = {"image tokens": self.tokens_per_image}
@@ -125,6 +130,7 @@ class Trainer:
 
         Gradients that are not finite leave weights and moments unchanged. Nothing here synchronizes with the device.
         """
+        self.finish_in_bf16()
         data = self.normalization.apply(batch.latents.to(self.ranks.device, non_blocking=True))
         noise, t = self.sample_noise_and_time(data.shape[1:])
         loss = torch.zeros((), device=self.ranks.device)
@@ -225,11 +231,24 @@ class Trainer:
         """Disable FP8 in linears that saturate in too many steps, and return a message for each."""
         if not self.plan:
             return []
-        before, self.plan = self.plan, scaling.fall_back_to_bf16(self.model, self.plan, self.steps_done)
-        names = sorted(set(before.linears) - set(self.plan.linears))
+        names = self.replace_plan(scaling.fall_back_to_bf16(self.model, self.plan, self.steps_done))
+        return [f"{name} falls back to BF16: it {self.plan.kept[name]}" for name in names]
+
+    def finish_in_bf16(self) -> None:
+        """Disable FP8 in all linears from the first of the last `config.finish_bf16_steps` steps on."""
+        count = self.config.finish_bf16_steps
+        if count and self.plan and self.plan.linears and self.steps_done >= self.config.steps - count:
+            reason = f"stage{self.stage}.finish_bf16_steps={count}"
+            self.replace_plan(scaling.disable_fp8(self.model, self.plan, dict.fromkeys(self.plan.linears, reason)))
+
+    def replace_plan(self, plan: Plan) -> list[str]:
+        """Take a plan with fewer linears, gather the weights of the others in BF16, and return their names."""
+        assert self.plan
+        names = sorted(set(self.plan.linears) - set(plan.linears))
+        self.plan = plan
         for name in names:
             fsdp_allgather.disable_fp8_all_gather(self.model, name)
-        return [f"{name} falls back to BF16: it {self.plan.kept[name]}" for name in names]
+        return names
 
 
 def persistent_buffers(model: DiT) -> dict[str, Tensor]:

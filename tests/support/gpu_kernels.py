@@ -3,6 +3,8 @@
 python -m tests.support.gpu_kernels linear      # norm, modulation, an FP8 linear and an activation, both passes
 python -m tests.support.gpu_kernels optimizer   # AdamW and the EMA weights in one pass
 python -m tests.support.gpu_kernels block       # the FP8 stores and the work of a block, both passes
+python -m tests.support.gpu_kernels block10     # the same on a GPU whose GEMMs accept any layout
+python -m tests.support.gpu_kernels casts       # the kernels that cast the weights of a block on each of 8 ranks
 python -m tests.support.gpu_kernels transpose   # the FP8 stores of an intentionally transposed cast
 """
 
@@ -26,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from benchmarks import block_code
 from benchmarks.generated_code import total
 from benchmarks.lowering import lower, lower_module, pretend
-from pixart.model.fp8 import ops
+from pixart.model.fp8 import fsdp_allgather, ops
 from pixart.model.fp8.ops import E4M3, INPUT, Float8LinearFunction
 from pixart.training.optimizer import PARAMETER_TENSORS, adamw_ema_update
 
@@ -41,7 +43,7 @@ def forward_backward(
     ops.update_amax(staged, INPUT, ops.amax(modulated))
     saved: list[Tensor] = []
     context = types.SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
-    output = Float8LinearFunction.forward(context, modulated, weight, None, bias, scales, (WIDTH,), False, staged)
+    (output,) = Float8LinearFunction.forward(context, modulated, weight, None, bias, scales, (WIDTH,), False, staged)
     context.saved_tensors, context.needs_input_grad = tuple(saved), (True, True, False, True)
     grads = Float8LinearFunction.backward(context, F.silu(after))
     return output, grads[0], grads[1], grads[3], staged
@@ -91,7 +93,25 @@ def block() -> dict:
     lowered = lower_module(block_code.block(BATCH, fp8=True), *block_code.inputs(BATCH))
     stores = [store for part in lowered for store in float8_stores(part.code)]
     work = total([part.work for part in lowered])
-    return {"stores": stores, **{field.name: getattr(work, field.name) for field in fields(work)}}
+    tensor = BATCH * block_code.TOKENS * WIDTH * torch.bfloat16.itemsize  # of all tokens
+    units = [part.work.generated_bytes / tensor for part in lowered]
+    return {"stores": stores, "units": units, **{field.name: getattr(work, field.name) for field in fields(work)}}
+
+
+def casts() -> list[str]:
+    """Return the kernels that are launched to cast a block's weights under FSDP2 on 8 ranks, and to find their amax."""
+    mode = FakeTensorMode()
+    with mode:
+        shapes = [(WIDTH, WIDTH)] * 6 + [(4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)]
+        shards = [torch.empty(outputs // 8, inputs, device="cuda") for outputs, inputs in shapes]
+        scales = [torch.empty(3, device="cuda") for _ in shapes]
+
+    def cast_all(*tensors: Tensor) -> list[Tensor]:
+        results = fsdp_allgather.cast_shards(tensors[: len(shapes)], tensors[len(shapes) :])
+        return [tensor for result in results for tensor in result]
+
+    with config.patch(fsdp_allgather.CAST_OPTIONS):
+        return re.findall(r"(\w+)\.run\(", generated(mode, cast_all, [*shards, *scales]))
 
 
 def transpose() -> dict:
@@ -148,9 +168,11 @@ SUBJECTS: dict[str, Callable[[], Any]] = {
     "linear": lambda: describe(linear()),
     "optimizer": lambda: loads_and_stores(optimizer()),
     "block": block,
+    "block10": block,
+    "casts": casts,
     "transpose": transpose,
 }
 
 if __name__ == "__main__":
-    pretend()
+    pretend(10 if sys.argv[1] == "block10" else 9)
     print(json.dumps(SUBJECTS[sys.argv[1]]()))

@@ -1,10 +1,13 @@
-"""FP8 all-gather for FSDP2: each rank casts its shard once per optimizer step, and a quarter of the bytes is sent.
+"""FP8 all-gather for FSDP2: each rank casts its shards once per optimizer step, and a quarter of the bytes is sent.
+
+The weights of a block are cast together, in one compiled pass that also finds their largest magnitudes.
 
 FSDP2 calls `fsdp_pre_all_gather` and `fsdp_post_all_gather` if the local tensor of a parameter has them. The gathered
 parameter then has an FP8 dtype while its gradient should have the compute dtype. `grad_dtype` sets that dtype, but a
 compiled graph would still cast the gradient to FP8; a proxy without memory therefore carries it around the graph.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,16 +20,23 @@ from torch.distributed.tensor import DTensor
 from pixart.model.fp8.linear import Float8Linear, GatheredWeight, float8_linears
 from pixart.model.fp8.ops import E4M3, WEIGHT, amax, quantize
 
+CAST_OPTIONS: dict[str, Any] = {"combo_kernels": True}
 
-def enable_fp8_all_gather(model: nn.Module, dtype: torch.dtype) -> None:
+
+def enable_fp8_all_gather(model: nn.Module, dtype: torch.dtype, *, compile: bool = False) -> None:
     """Gather the weights of all FP8 linears in FP8.
 
-    The model is sharded by `fully_shard` and its weights are materialized; `dtype` is the compute dtype.
+    The model is sharded by `fully_shard` and its weights are materialized; `dtype` is the compute dtype. `compile`
+    compiles the casts of a block into one graph.
     """
+    # All blocks have the same shapes: one graph suffices. Combined kernels make two launches of the casts of a block.
+    cast = torch.compile(cast_shards, fullgraph=True, dynamic=False, options=CAST_OPTIONS) if compile else cast_shards
+    casts: dict[int, BlockCast] = {}
     for name, linear in float8_linears(model):
-        all_gather = Float8AllGather(linear, dtype)
+        unit = fsdp_module_of(model, name)
+        all_gather = Float8AllGather(linear, dtype, casts.setdefault(id(unit), BlockCast(cast)))
         # Registered after FSDP2's hook, which gathers the weights.
-        fsdp_module_of(model, name).register_forward_pre_hook(all_gather.prepare_forward)
+        unit.register_forward_pre_hook(all_gather.prepare_forward)
 
 
 def disable_fp8_all_gather(model: nn.Module, name: str) -> None:
@@ -41,7 +51,8 @@ def disable_fp8_all_gather(model: nn.Module, name: str) -> None:
     for group in groups:
         for parameter in group.fsdp_params:
             if parameter.sharded_param is linear.weight:  # FSDP2 keeps the gathered tensor, whose dtype has changed
-                del parameter._unsharded_param
+                if hasattr(parameter, "_unsharded_param"):  # not before the first all-gather
+                    del parameter._unsharded_param
                 parameter.all_gather_outputs = []
                 parameter._init_extensions()
 
@@ -53,32 +64,64 @@ def fsdp_module_of(model: nn.Module, name: str) -> Any:
     return module
 
 
-class Float8AllGather:
-    """FSDP2 all-gather extension of one weight; the shard is cast again when it or its scale has changed."""
+def cast_shards(shards: Sequence[Tensor], scales: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return each of a block's shards in FP8, of its number of elements but not its shape, and its amax ().
 
-    def __init__(self, linear: Float8Linear, dtype: torch.dtype) -> None:
-        self.linear, self.dtype, self.weight = linear, dtype, linear.weight
+    `scales` are (3,), by slot.
+    """
+    width = min(shard.shape[1] for shard in shards)  # a common width lets one launch reduce the rows of all shards
+    results = []
+    for shard, scale in zip(shards, scales, strict=True):
+        flat = shard.view(-1, width) if shard.shape[1] % width == 0 else shard
+        largest = amax(flat) if len(shard) else torch.zeros((), device=scale.device)
+        results.append((quantize(flat, scale[WEIGHT], E4M3).to(E4M3.dtype), largest))
+    return results
+
+
+class BlockCast:
+    """Casts of the shards of one FSDP2 unit, which are made again when any weight or scale has changed."""
+
+    def __init__(self, cast: Callable[..., list[tuple[Tensor, Tensor]]]) -> None:
+        self.cast = cast
+        self.members: list[Float8AllGather] = []
+        self.versions: list[tuple[int, int]] | None = None
+
+    def update(self, ranks: int) -> None:
+        """Cast all shards unless they are up to date; the weights are sharded over `ranks`."""
+        # An optimizer's fused kernels do not count as a change of the weight, but scales are updated after each step.
+        members = [member for member in self.members if member.linear.fp8_enabled]
+        versions = [(member.weight._version, member.linear.scale._version) for member in members]
+        if self.versions == versions:
+            return
+        shards, scales = [member.shard for member in members], [member.linear.scale for member in members]
+        for member, (shard8, largest) in zip(members, self.cast(shards, scales), strict=True):
+            shape, rows = member.shard.shape, -(-len(member.weight) // ranks)
+            shard8 = shard8.view(shape)
+            if padding := rows - len(shard8):  # every rank sends the same number of rows
+                shard8 = F.pad(shard8.view(torch.uint8), (0, 0, 0, padding)).view(E4M3.dtype)
+            member.shard8, member.amax = shard8, largest
+        self.versions = versions
+
+
+class Float8AllGather:
+    """FSDP2 all-gather extension of one weight, which is cast with the others of its unit."""
+
+    shard8: Tensor  # this rank's shard in FP8
+    amax: Tensor  # (), of this rank's shard
+
+    def __init__(self, linear: Float8Linear, dtype: torch.dtype, casts: BlockCast) -> None:
+        self.linear, self.dtype, self.weight, self.casts = linear, dtype, linear.weight, casts
         # FSDP2 reads the attributes of this very tensor: `to_local` returns another one with the same memory.
         shard: Any = cast(DTensor, linear.weight)._local_tensor
         shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = self.pre_all_gather, self.post_all_gather
         self.shard = shard
-        self.cast_versions: tuple[int, int] | None = None
+        casts.members.append(self)
 
     def pre_all_gather(
         self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: tuple[int, ...], module: nn.Module, policy: Any
     ) -> tuple[tuple[Tensor], None]:
         """Return this rank's shard in FP8, padded to the number of rows that every rank sends."""
-        scale = self.linear.scale
-        # An optimizer's fused kernels do not count as a change of the weight, but scales are updated after each step.
-        versions = (self.weight._version, scale._version)
-        if self.cast_versions != versions:
-            rows = -(-outer_size[0] // mesh.size())
-            shard8 = quantize(self.shard, scale[WEIGHT], E4M3).to(E4M3.dtype)
-            if rows > len(shard8):
-                shard8 = F.pad(shard8.view(torch.uint8), (0, 0, 0, rows - len(shard8))).view(E4M3.dtype)
-            self.shard8 = shard8
-            self.amax = amax(self.shard) if len(self.shard) else torch.zeros((), device=scale.device)
-            self.cast_versions = versions
+        self.casts.update(mesh.size())
         return (self.shard8,), None
 
     def post_all_gather(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixart.model.fp8.ops import INPUT, SLOTS, WEIGHT, Float8LinearFunction, amax, update_amax
+from pixart.model.fp8.ops import INPUT, SLOTS, WEIGHT, Float8LinearFunction, amax, concatenate, update_amax
 from pixart.model.fp8.plan import Plan, iterate_planned_linears
 
 
@@ -47,14 +47,14 @@ class Float8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if not self.fp8_enabled:
             return super().forward(x)
-        return gemm([self], x)
+        return gemm([self], x)[0]
 
     @staticmethod
     def fused_forward(linears: "Sequence[Float8Linear]", x: Tensor) -> Sequence[Tensor]:
         """Return the outputs of several linears for the same x, computed by one GEMM if all of them run in FP8."""
         if not all(isinstance(linear, Float8Linear) and linear.fp8_enabled for linear in linears):
             return [linear(x) for linear in linears]
-        return gemm(linears, x).split([linear.out_features for linear in linears], dim=-1)
+        return gemm(linears, x)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,8 +65,8 @@ class GatheredWeight:
     amax: Tensor  # (), of this rank's shard
 
 
-def gemm(linears: Sequence[Float8Linear], x: Tensor) -> Tensor:
-    """Return x (..., in) times the concatenated weights of `linears` plus their biases -> (..., sum of out features).
+def gemm(linears: Sequence[Float8Linear], x: Tensor) -> list[Tensor]:
+    """Return each linear's output (..., out) for x (..., in), computed by one GEMM.
 
     The amax of the input and of the weights is staged if gradients are enabled.
     """
@@ -77,7 +77,7 @@ def gemm(linears: Sequence[Float8Linear], x: Tensor) -> Tensor:
             weight_amax = linear.gathered_weight.amax if linear.gathered_weight else amax(linear.weight)
             update_amax(linear.amax_history[0], WEIGHT, weight_amax)
     weights = [linear.gathered_weight.grad_proxy if linear.gathered_weight else linear.weight for linear in linears]
-    rows = Float8LinearFunction.apply(
+    outputs = Float8LinearFunction.apply(
         x.flatten(0, -2),
         concatenate(weights),
         concatenate([linear.weight.detach() for linear in linears]) if linears[0].gathered_weight else None,
@@ -87,12 +87,7 @@ def gemm(linears: Sequence[Float8Linear], x: Tensor) -> Tensor:
         linears[0].high_precision_grad_weight,
         *[linear.amax_history[0] for linear in linears],
     )
-    return rows.unflatten(0, x.shape[:-1])
-
-
-def concatenate(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first dimension; a single tensor is returned without a copy."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    return [rows.unflatten(0, x.shape[:-1]) for rows in outputs]
 
 
 def swap_linears(model: nn.Module, plan: Plan, *, high_precision_grad_weight: bool = False) -> None:

@@ -5,12 +5,13 @@ of summation. Nothing here synchronizes with the device, and torch.compile trace
 known in advance, so that a cast is fused into the kernel that produces its tensor.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pixart.model.fp8.tensor_cores import join_columns, tensor_core_gemm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,9 +32,6 @@ SLOTS = ("input", "weight", "grad_output")
 FORMATS = (E4M3, E4M3, E5M2)
 
 CHUNK_SIZE = 1 << 15  # float32 values per thread: a fraction of a core's cache
-# Major compute capability of GPUs whose FP8 GEMMs accept both layouts of each operand (B200, B300). Earlier GPUs
-# (8.9, 9.0) and the consumer GPUs of the same generation (12.x) require a row-major a and a column-major b.
-ANY_LAYOUT_CAPABILITY = 10
 
 
 def uses_tensor_cores(x: Tensor) -> bool:
@@ -84,33 +82,36 @@ def update_amax(staged: Tensor, slot: int, value: Tensor) -> None:
 
 
 def scaled_matmul(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, bias: Tensor | None, fast_accum: bool
+    a: Tensor,
+    b: Tensor,
+    inverse_a: Tensor,
+    inverse_b: Tensor,
+    dtype: torch.dtype,
+    *,
+    bias: Tensor | None,
+    fast_accum: bool,
 ) -> Tensor:
-    """Return quantized a (m, k) times quantized b (k, n), divided by both scales, plus bias (n,) -> (m, n).
+    """Return quantized a (m, k) times quantized b (k, n), times the inverses () of both scales, plus bias -> (m, n).
 
-    Each of a and b is contiguous or the transpose of a contiguous tensor. A scale is one number, one per row of a
-    (m, 1), or one per column of b (n,). `fast_accum` accumulates at lower precision on a GPU, which is customary in the
-    forward pass and not in the backward pass.
+    Each of a and b is contiguous or the transpose of a contiguous tensor. `fast_accum` accumulates at lower precision
+    on a GPU, which is customary in the forward pass and not in the backward pass.
     """
-    unscale = (scale_a * scale_b).reciprocal()
     if not uses_tensor_cores(a):
-        if unscale.dim() < 2 and b.numel() < a.shape[0] * b.shape[1]:  # unscale the smaller of b and the result
+        unscale = inverse_a * inverse_b
+        if b.numel() < a.shape[0] * b.shape[1]:  # unscale the smaller of b and the result
             scaled = b * unscale
             return cast(a @ scaled if bias is None else torch.addmm(bias.float(), a, scaled), dtype)
         result = a @ b * unscale
         return cast(result if bias is None else result + bias, dtype)
-    per_tensor = unscale.dim() == 0
-    one = torch.ones((), device=a.device)
-    fuse_bias = per_tensor and bias is not None and dtype != torch.float32  # cuBLAS has no bias for float32 results
-    inverse_scales = (scale_a.reciprocal(), scale_b.reciprocal()) if per_tensor else (one, one)
+    fuse_bias = bias is not None and dtype != torch.float32  # cuBLAS has no bias for float32 results
     transposed = (not a.is_contiguous(), not b.is_contiguous())
     operands = [
         tensor.t() if is_transposed else tensor for tensor, is_transposed in zip((a, b), transposed, strict=True)
     ]
     bias = bias if bias is None else bias.to(dtype)  # under autocast the bias is still float32
-    result = tensor_core_gemm(*operands, *transposed, *inverse_scales, bias if fuse_bias else None, dtype, fast_accum)
-    if not per_tensor:
-        result = cast(result * unscale, dtype)
+    result = tensor_core_gemm(
+        *operands, *transposed, inverse_a, inverse_b, bias if fuse_bias else None, dtype, fast_accum
+    )
     return result if fuse_bias or bias is None else result + bias
 
 
@@ -123,60 +124,15 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-@torch.library.custom_op("pixart::tensor_core_gemm", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def tensor_core_gemm(
-    a: Tensor,
-    b: Tensor,
-    transposed_a: bool,
-    transposed_b: bool,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    fast_accum: bool,
-) -> Tensor:
-    """Return FP8 a (m, k) times FP8 b (k, n), times both scales, plus bias (n,) -> (m, n).
-
-    A `transposed` operand is passed as its transpose; all tensors are contiguous.
-
-    This is a custom operator, opaque to the compiler, because torch's operator requires reductions along rows even
-    on GPUs that do not, and because a transposed copy fused into a row-wise cast would write single bytes with a stride
-    of one row.
-    """
-    a, b = a.contiguous(), b.contiguous()  # the compiler may choose another layout
-    if torch.cuda.get_device_properties(a.device).major != ANY_LAYOUT_CAPABILITY:
-        a, transposed_a = (transpose_copy(a) if transposed_a else a), False
-        b, transposed_b = (b if transposed_b else transpose_copy(b)), True
-    a, b = (a.t() if transposed_a else a), (b.t() if transposed_b else b)
-    return torch._scaled_mm(
-        a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast_accum
-    )
-
-
-@tensor_core_gemm.register_fake
-def _(a, b, transposed_a, transposed_b, scale_a, scale_b, bias, dtype, fast_accum):
-    assert bias is None or bias.dtype == dtype  # cuBLAS requires it
-    return a.new_empty(a.shape[transposed_a], b.shape[1 - transposed_b], dtype=dtype)
-
-
-def transpose_copy(x: Tensor) -> Tensor:
-    """Return the contiguous transpose of x (m, n) -> (n, m), by a compiled kernel: tiled, unlike an eager copy."""
-    return compiled_transpose_copy()(x)
-
-
-@functools.cache
-def compiled_transpose_copy() -> Callable[[Tensor], Tensor]:
-    """Return the compiled function, made at its first use because that imports the compiler, which takes a second."""
-    return torch.compile(lambda x: x.t().contiguous(), dynamic=True)
-
-
 class Float8LinearFunction(torch.autograd.Function):
     """x (rows, in) times weight (out, in) transposed plus bias (out,), with all three GEMMs of a step in FP8.
 
-    `weight` may be the concatenated weights of several linears with `out_features` rows each; `scales` (linears, 3) are
-    theirs by slot, and `staged` are their staged amax (3,), which the backward pass updates. All use the input scale of
-    the first one. `weight8` is the weight in FP8 if FSDP2 has gathered it so; the gradient is that of `weight`, whose
-    values are not read then. `high_precision_grad_weight` computes the weight gradient in the input's precision.
+    `weight` may be the concatenated weights of several linears with `out_features` rows each. The result is a tuple of
+    each linear's output, so that the gradient of each is cast by the kernel that produces it. `scales` (linears, 3) are
+    theirs by slot: tensors of one GEMM share a scale, the smallest, which clips none of them. `staged` are their staged
+    amax (3,), which the backward pass updates. `weight8` is the weight in FP8 with the shared scale if FSDP2 has
+    gathered it so; the gradient is that of `weight`, whose values are not read then. `high_precision_grad_weight`
+    computes the weight gradient in the input's precision.
     """
 
     @staticmethod
@@ -190,47 +146,44 @@ class Float8LinearFunction(torch.autograd.Function):
         out_features: tuple[int, ...],
         high_precision_grad_weight: bool,
         *staged: Tensor,
-    ) -> Tensor:
-        x8, weight_scale = quantize(x, scales[0, INPUT], E4M3), repeat_scales(scales[:, WEIGHT], out_features)
+    ) -> tuple[Tensor, ...]:
+        scale = scales.amin(0)
+        inverse = scale.reciprocal()
+        x8 = quantize(x, scale[INPUT], E4M3)
         if weight8 is None:
-            weight8 = quantize(weight, weight_scale if len(out_features) == 1 else weight_scale.unsqueeze(-1), E4M3)
+            weight8 = quantize(weight, scale[WEIGHT], E4M3)
         elif not uses_tensor_cores(weight8):
             weight8 = weight8.float()
-        ctx.save_for_backward(x if high_precision_grad_weight else x8, weight8, scales)
+        ctx.save_for_backward(x if high_precision_grad_weight else x8, weight8, scale, inverse)
         ctx.out_features, ctx.staged, ctx.dtypes = out_features, staged, (x.dtype, weight.dtype)
         ctx.high_precision_grad_weight = high_precision_grad_weight
-        return scaled_matmul(x8, weight8.t(), scales[0, INPUT], weight_scale, x.dtype, bias=bias, fast_accum=True)
+        result = scaled_matmul(x8, weight8.t(), inverse[INPUT], inverse[WEIGHT], x.dtype, bias=bias, fast_accum=True)
+        return result.split(out_features, dim=-1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight8, scales = ctx.saved_tensors  # x is quantized, except for a high-precision weight gradient
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight8, scale, inverse = ctx.saved_tensors  # x is quantized, unless the weight gradient is not
         x_dtype, weight_dtype = ctx.dtypes
-        for staged, part in zip(ctx.staged, grad.split(ctx.out_features, dim=-1), strict=True):
-            update_amax(staged, GRAD_OUTPUT, amax(part))
+        for staged, grad in zip(ctx.staged, grads, strict=True):
+            update_amax(staged, GRAD_OUTPUT, amax(grad))
         needs_x, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad  # text embeddings need no gradient
-        single = len(ctx.out_features) == 1
-        grad_scale, weight_scale = scales[0, GRAD_OUTPUT], scales[0, WEIGHT]
-        if not single:  # the sum over all outputs needs a common product of scales: the smallest, which clips nothing
-            products = scales[:, GRAD_OUTPUT] * scales[:, WEIGHT]
-            grad_scale = repeat_scales(scales[:, GRAD_OUTPUT] * (products.min() / products), ctx.out_features)
-            weight_scale = products.min()
-        grad8 = quantize(grad, grad_scale, E5M2)
+        parts = [quantize(grad, scale[GRAD_OUTPUT], E5M2) for grad in grads]
+        grad8 = join_columns(parts) if len(parts) > 1 and uses_tensor_cores(grads[0]) else concatenate(parts, dim=-1)
         grad_x = grad_weight = None
         if needs_x:
-            scale = grad_scale if single else torch.ones_like(weight_scale)
-            grad_x = scaled_matmul(grad8, weight8, scale, weight_scale, x_dtype, bias=None, fast_accum=False)
-        if needs_weight and ctx.high_precision_grad_weight:
-            grad_weight = (grad.t() @ x).to(weight_dtype)
-        elif needs_weight:
-            row_scale = grad_scale if single else grad_scale.unsqueeze(-1)
-            grad_weight = scaled_matmul(
-                grad8.t(), x, row_scale, scales[0, INPUT], weight_dtype, bias=None, fast_accum=False
+            grad_x = scaled_matmul(
+                grad8, weight8, inverse[GRAD_OUTPUT], inverse[WEIGHT], x_dtype, bias=None, fast_accum=False
             )
-        return grad_x, grad_weight, None, grad.sum(0) if needs_bias else None, *[None] * (3 + len(ctx.staged))
+        if needs_weight and ctx.high_precision_grad_weight:
+            grad_weight = (concatenate(grads, dim=-1).t() @ x).to(weight_dtype)
+        elif needs_weight:
+            grad_weight = scaled_matmul(
+                grad8.t(), x, inverse[GRAD_OUTPUT], inverse[INPUT], weight_dtype, bias=None, fast_accum=False
+            )
+        grad_bias = concatenate([grad.sum(0) for grad in grads]) if needs_bias else None
+        return grad_x, grad_weight, None, grad_bias, *[None] * (3 + len(ctx.staged))
 
 
-def repeat_scales(scales: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return a single scale as a scalar (); repeat each of several scales by its size -> (sum of sizes,)."""
-    if len(sizes) == 1:
-        return scales[0]
-    return torch.cat([scale.expand(size) for scale, size in zip(scales, sizes, strict=True)])
+def concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenate along a dimension; a single tensor is returned without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

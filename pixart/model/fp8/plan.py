@@ -1,10 +1,13 @@
 """The FP8 plan: which linears run in FP8, and with which recipe."""
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
+# Linears of the same input, whose GEMM is one in training, by the name of their attention module.
+FUSED_LINEARS = {"attention": ("q_proj", "k_proj", "v_proj"), "cross_attention": ("k_proj", "v_proj")}
 GEMM_ALIGNMENT = 16  # dimensions of an FP8 GEMM must be multiples of this (cuBLAS)
 
 
@@ -18,6 +21,21 @@ class Plan:
     history: int = 16  # rows of the amax history, including the staging row
     margin: int = 0  # powers of two of headroom
     batch: int = 1  # images per step and rank; the gradients of a mean loss are inversely proportional to it
+
+
+def fused_linears(names: Iterable[str]) -> list[list[str]]:
+    """Return the groups of linears, among those of `names`, that one GEMM computes: their scales are shared.
+
+    A group of which a linear is missing, such as one that has fallen back to BF16, is not fused.
+    """
+    attentions: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if child in FUSED_LINEARS.get(parent.rpartition(".")[2], ()):
+            attentions[parent].append(name)
+    return [
+        group for parent, group in attentions.items() if len(group) == len(FUSED_LINEARS[parent.rpartition(".")[2]])
+    ]
 
 
 def check_gemm_alignment(images: int, rows_per_image: Mapping[str, int]) -> None:

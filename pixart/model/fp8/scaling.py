@@ -1,7 +1,7 @@
 """Delayed scaling: scales that follow the largest magnitudes of the last steps, and their state in a checkpoint."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pixart.model.fp8.linear import Float8Linear, float8_linears
 from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, SLOTS
-from pixart.model.fp8.plan import Plan
+from pixart.model.fp8.plan import Plan, fused_linears
 
 SATURATION_WEIGHT = 1 / 32  # of a step in the running saturation rate
 MAX_SATURATION_RATE = 0.5  # above this rate delayed scaling does not follow a tensor
@@ -32,6 +32,28 @@ def format_maxima(device: torch.device) -> Tensor:
     return torch.tensor([fmt.max for fmt in FORMATS], device=device)
 
 
+@functools.cache
+def fused_members(names: tuple[str, ...], device: torch.device) -> Tensor:
+    """Return the indices of the linears that share each linear's scales, itself included -> (linears, 3).
+
+    The rows of smaller groups repeat an index. Cached, as a copy to a GPU synchronizes.
+    """
+    indices = {name: index for index, name in enumerate(names)}
+    members = {name: [index] * 3 for name, index in indices.items()}
+    for group in fused_linears(names):
+        members |= {name: [indices[group[min(place, len(group) - 1)]] for place in range(3)] for name in group}
+    return torch.tensor(list(members.values()), device=device)
+
+
+def share_scales(scales: Tensor, names: Sequence[str]) -> Tensor:
+    """Return `scales` (linears, 3) with the smallest scale of the linears that one GEMM computes for each of these.
+
+    The smallest scale, of the largest amax, clips none of their tensors. A GEMM of several linears has one scale for
+    each operand: other scales would have to be divided out of its result in passes of their own.
+    """
+    return scales[fused_members(tuple(names), scales.device)].amin(1)
+
+
 @torch.no_grad()
 def update_scales(model: nn.Module, plan: Plan) -> None:
     """Append the staged amax, reduced over ranks, to the histories and set the scales from their maximum.
@@ -39,7 +61,8 @@ def update_scales(model: nn.Module, plan: Plan) -> None:
     Call once per optimizer step. An amax that is not finite, from a step that the optimizer skips, is replaced by the
     last one.
     """
-    linears = [module for _, module in float8_linears(model)]
+    named = dict(float8_linears(model))
+    linears = list(named.values())
     if not linears:
         return
     histories = torch.stack([module.amax_history for module in linears])  # (linears, history, 3)
@@ -51,7 +74,7 @@ def update_scales(model: nn.Module, plan: Plan) -> None:
     previous = torch.stack([module.scale for module in linears])
     saturated = (histories[:, 0] * previous > format_max).float()
     rates = torch.stack([module.saturation_rate for module in linears]).lerp_(saturated, SATURATION_WEIGHT)
-    scales = scale_from_amax(histories.amax(dim=1), previous, format_max, plan.margin)
+    scales = share_scales(scale_from_amax(histories.amax(dim=1), previous, format_max, plan.margin), list(named))
     histories = histories.roll(-1, dims=1)
     histories[:, 0] = 0
     torch._foreach_copy_([module.scale for module in linears], list(scales))
@@ -94,6 +117,11 @@ def fall_back_to_bf16(model: nn.Module, plan: Plan, step: int) -> Plan:
         for name, rate in zip(rates, values, strict=True)
         if rate > MAX_SATURATION_RATE
     }
+    return disable_fp8(model, plan, reasons)
+
+
+def disable_fp8(model: nn.Module, plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """Disable FP8 in the linears that `reasons` names, in place, and return the plan without them."""
     for name in reasons:
         linear = cast(Float8Linear, model.get_submodule(name))
         linear.fp8_enabled, linear.gathered_weight = False, None
@@ -109,11 +137,15 @@ def calibrated_state(amax: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor
     """
     format_max = format_maxima(torch.device("cpu"))
     state: dict[str, Tensor] = {}
-    for name in plan.linears:
+    if not plan.linears:
+        return state
+    measured = torch.stack([amax[name].float() for name in plan.linears])
+    scales = share_scales(scale_from_amax(measured, torch.ones(len(SLOTS)), format_max, plan.margin), plan.linears)
+    for name, scale in zip(plan.linears, scales, strict=True):
         history = torch.zeros(plan.history, len(SLOTS))
         history[1:] = amax[name]
         buffers = {
-            "scale": scale_from_amax(amax[name], torch.ones(len(SLOTS)), format_max, plan.margin),
+            "scale": scale.clone(),
             "amax_history": history,
             "saturation_rate": torch.zeros(len(SLOTS)),
         }
@@ -156,3 +188,15 @@ def load_scale_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in expected.items():
         tensor.copy_(state[name])
+    share_loaded_scales(model)
+
+
+@torch.no_grad()
+def share_loaded_scales(model: nn.Module) -> None:
+    """Share the scales of linears that one GEMM computes, in place; those of older checkpoints differ.
+
+    The scales of a checkpoint of this version do not change.
+    """
+    if named := dict(float8_linears(model)):
+        scales = torch.stack([module.scale for module in named.values()])
+        torch._foreach_copy_([module.scale for module in named.values()], list(share_scales(scales, list(named))))

@@ -100,3 +100,13 @@ def test_patterns_keep_linears_in_bf16(stage1):
     assert plan.kept["dit_blocks.1.mlp.linear2"] == "matches --keep-bf16 *linear2"
     with pytest.raises(ValueError, match="matches no linear"):
         make_plan(model, keep=["encoder.*"], batch=1)
+
+
+def test_the_last_blocks_stay_in_bf16(stage1):
+    model = stage2_model(stage1)
+    plan, blocks = make_plan(model, last_blocks=1, batch=1), len(model.blocks)
+    assert [name for name in plan.linears if name.startswith(f"dit_blocks.{blocks - 2}.")]
+    assert not [name for name in plan.linears if name.startswith(f"dit_blocks.{blocks - 1}.")]
+    assert "--last-blocks-bf16 1" in plan.kept[f"dit_blocks.{blocks - 1}.mlp.linear2"]
+    with pytest.raises(ValueError, match=f"the model has {blocks} blocks"):
+        make_plan(model, last_blocks=blocks + 1, batch=1)

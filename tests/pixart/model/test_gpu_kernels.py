@@ -78,3 +78,21 @@ def test_operations_of_a_block_are_counted_from_its_generated_code():
     # The GEMM of a weight gradient requires both operands transposed, that of an input gradient the weight.
     transposed = sum(rows * (inputs + outputs) + inputs * outputs for inputs, outputs in linears)
     assert block["transposed_bytes"] == 2 * transposed
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_the_step_of_a_block_is_lean():
+    """Of forward and backward pass: traffic of generated kernels, Python operators, and launches of weight casts.
+
+    A unit is one BF16 tensor of all tokens. With a scale for each of queries, keys and values, and their norms in
+    another layout than their GEMM's, the passes moved 39.4 and 66.9 units.
+    """
+    block, blocks = kernels("block10"), 28
+    forward, backward = block["units"]
+    assert forward <= 31
+    assert backward <= 54
+    assert block["opaque_calls"] == 0
+    assert block["transposed_bytes"] == 0
+    assert block["launches"]["gemms"] == 20
+    assert blocks * len(kernels("casts")) <= 60

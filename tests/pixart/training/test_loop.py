@@ -129,6 +129,23 @@ def test_fp8_resume_is_exact_and_scales_move(small_recipe, converted, tmp_path):
     assert end.scales["dit_blocks.0.cross_attention.q_proj.amax_history"][-1, 2] > 0
 
 
+def test_the_last_steps_are_in_bf16(small_recipe, converted, tmp_path):
+    """All linears change to BF16 after 4 of 6 steps; runs resumed before and after the change continue it exactly."""
+    config = dataclasses.replace(small_recipe.stage2, finish_bf16_steps=2, save_every=1, keep_last=6)
+    last = run_stage(small_recipe, tmp_path / "run", 2, config, start=converted)
+    planned = checkpoints.load(converted).plan.linears
+    plans = {step: checkpoints.load(last.parent / f"step-{step:08}").plan for step in (4, 5, 6)}
+    assert plans[4].linears == planned
+    assert plans[5].linears == plans[6].linears == ()
+    assert {plans[6].kept[name] for name in planned} == {"stage2.finish_bf16_steps=2"}
+    for step in (4, 5):
+        run = tmp_path / f"resumed{step}/checkpoints"
+        run.mkdir(parents=True)
+        (run / f"step-{step:08}").symlink_to(last.parent / f"step-{step:08}")
+        resumed = run_stage(small_recipe, run.parent, 2, config)
+        assert_equal(checkpoints.load(resumed), checkpoints.load(last))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
 def test_compiled_fp8_training_equals_eager_training(small_recipe, converted, tmp_path):
