@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -60,12 +61,14 @@ def time_and_noise(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def split_passes(model: DiT, batches: SeededBatches) -> Iterator[SeededBatches]:
-    """Yield the batches in groups that share a forward pass."""
+    """Yield the batches in groups that share a forward pass: consecutive ones of the same shape."""
     remaining = list(batches.items())
     while remaining:
-        count = batches_per_pass(model, remaining[0][1].latents)
-        yield dict(remaining[:count])
-        del remaining[:count]
+        latents = remaining[0][1].latents
+        group = remaining[: batches_per_pass(model, latents)]
+        group = list(takewhile(lambda item: item[1].latents.shape == latents.shape, group))
+        yield dict(group)
+        del remaining[: len(group)]
 
 
 @torch.no_grad()

@@ -127,11 +127,15 @@ def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: 
             f"dataset {recipe.data.path}: was adopted from shards of labels, without captions; stage 2 needs captions"
         )
     classes, sizes = len(manifest["class_names"]), recipe.model.num_classes
-    channels, side, _ = manifest["latent_shape"]
+    channels = manifest["latent_shape"][0]
     if not record and recipe.model.in_dim != channels:
         raise ValueError(f"model.in_dim={recipe.model.in_dim}: the dataset's latents have {channels} channels")
-    if not record and side % recipe.model.patch_size:
-        raise ValueError(f"model.patch_size={recipe.model.patch_size}: does not divide latents of {side} x {side}")
+    patch_size = record["config"].get("patch_size", recipe.model.patch_size) if record else recipe.model.patch_size
+    for height, width in manifest.get("buckets") or [manifest["latent_shape"][1:]]:
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"model.patch_size={patch_size}: does not divide the dataset's latents of {height} x {width}"
+            )
     if stage == 1 and not record and classes >= sizes:
         raise ValueError(
             f"model.num_classes={sizes}: the dataset has {classes} classes, and one more index is the null class; "

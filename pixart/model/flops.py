@@ -17,11 +17,11 @@ PEAK_TFLOPS = {
 }
 
 
-def training_flops(config: Mapping[str, Any], latent_size: int, text_tokens: int) -> int:
+def training_flops(config: Mapping[str, Any], latent_size: int | tuple[int, int], text_tokens: int) -> int:
     """Return the floating-point operations of one image's forward and backward pass.
 
-    `config` is the configuration of a DiT; the latent has `latent_size` x `latent_size` pixels. torch's counter counts
-    GEMMs, convolutions and attention; element-wise operations are negligible.
+    `config` is the configuration of a DiT; the latent is a square with sides of `latent_size` latent pixels, or has this
+    height and width. torch's counter counts GEMMs, convolutions and attention; element-wise operations are negligible.
     """
     forward = model_call(config, latent_size, text_tokens)
     with FlopCounterMode(display=False) as counter:
@@ -44,11 +44,14 @@ def gpu_hours(flops: float, peak_tflops: float, utilization: float) -> float:
     return flops / (peak_tflops * 1e12 * utilization) / 3600
 
 
-def model_call(config: Mapping[str, Any], latent_size: int, text_tokens: int) -> Callable[[], torch.Tensor]:
+def model_call(
+    config: Mapping[str, Any], latent_size: int | tuple[int, int], text_tokens: int
+) -> Callable[[], torch.Tensor]:
     """Return a function that calls a DiT for one image, without memory or computation."""
+    height, width = latent_size if isinstance(latent_size, tuple) else (latent_size, latent_size)
     with torch.device("meta"):
         model = DiT(**config)
-        latent, t = torch.empty(1, model.config.in_dim, latent_size, latent_size), torch.empty(1)
+        latent, t = torch.empty(1, model.config.in_dim, height, width), torch.empty(1)
         if model.stage == 1:
             conditioning = {"label": torch.empty(1, dtype=torch.long)}
         else:

@@ -107,7 +107,7 @@ def train(
         for batch in metrics.time_data_loading(loader.iterate(trainer.steps_done, config.steps)):
             if trace := profiler.step_begins(trainer.steps_done + 1):
                 reporter.artifact(trace)
-            metrics.add(*trainer.train_step(batch))
+            metrics.add(batch, *trainer.train_step(batch))
             watchdog.step_ended()
             stop_level = ranks.all_reduce_max(stop())
             save_due = is_due(config.save_every) or stop_level > 0
