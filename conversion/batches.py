@@ -32,10 +32,10 @@ class CalibrationBatch:
 def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_size: int) -> list[CalibrationBatch]:
     """Draw batches from a finished dataset, with the text embeddings that training reads.
 
-    Rows are drawn without replacement if the dataset has enough of them. Those of a batch are of one aspect bucket. Each
-    bucket with valid rows has batches in proportion to its rows, and at least one, which may make more batches than
-    `num_batches`; the first batches are one of each bucket. Raises ValueError if the dataset has no valid
-    row, or latents of another number of channels, pixel range or VAE than the checkpoint.
+    Rows are drawn without replacement if the dataset has enough of them. Those of a batch are of one aspect bucket.
+    Each bucket with valid rows has batches in proportion to its rows, and at least one, which may make more batches
+    than `num_batches`; the first batches are one of each bucket. Raises ValueError if the dataset has no valid row, or
+    latents of another number of channels, pixel range or VAE than the checkpoint.
     """
     manifest, normalization = manifests.read(path), checkpoint.normalization
     channels, expected = manifest.latent_shape[0], len(normalization.mean)

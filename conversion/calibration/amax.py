@@ -64,11 +64,11 @@ def split_passes(model: DiT, batches: SeededBatches) -> Iterator[SeededBatches]:
     """Yield the batches in groups that share a forward pass: consecutive ones of the same shape."""
     remaining = list(batches.items())
     while remaining:
-        latents = remaining[0][1].latents
-        group = remaining[: batches_per_pass(model, latents)]
-        group = list(takewhile(lambda item: item[1].latents.shape == latents.shape, group))
-        yield dict(group)
-        del remaining[: len(group)]
+        group = remaining[: batches_per_pass(model, remaining[0][1].latents)]
+        shapes = [batch.latents.shape for _, batch in group]
+        count = sum(1 for _ in takewhile(shapes[0].__eq__, shapes))
+        yield dict(group[:count])
+        del remaining[:count]
 
 
 @torch.no_grad()

@@ -1,15 +1,18 @@
 """Checks before a training job is submitted; each raises ValueError, with a one-line message, if it fails."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.state import ledger, run
+from jobs.state.audit_files import FOLDER, SUMMARY
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from jobs.state.prompts import read_prompts
+from pixart.config.aspect_buckets import bucket_shapes
 from pixart.config.dataset import data_from_dict
 from pixart.config.keys.overrides import parse
-from pixart.config.latent_space import check_latent_space, recorded_pixel_range
+from pixart.config.latent_space import check_image_shapes, check_latent_space, recorded_pixel_range
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.recipe import Recipe
 from pixart.config.training import TrainConfig, resolve_fp8_backend
@@ -173,6 +176,28 @@ def check_contents(recipe: Recipe, stage: int, record: Record | None) -> None:
             f"dataset {recipe.data.path}: no item of the source {recipe.data.source} has words, and stage 2 needs "
             "captions; create a dataset with --set data.captioner=vllm, or name the captions by data.columns.caption"
         )
+
+
+def check_resumed_shapes(recipe: Recipe, run_folder: Path, record: Record) -> None:
+    """Check that a run is resumed on a dataset of the aspect buckets that it was trained on."""
+    data = recipe.data
+    shapes = bucket_shapes(data.aspect_buckets, data.image_size) or ((data.image_size, data.image_size),)
+    check_image_shapes(str(run_folder), record["provenance"], data.path, shapes)
+
+
+def check_bucket_rows(dataset: str, ranks: int) -> None:
+    """Check that each aspect bucket with images has at least one for every rank, as far as the audit has counted them.
+
+    A bucket without images is left out of training.
+    """
+    (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
+    shapes = json.loads(text).get("shapes", []) if text else []
+    for shape in shapes if len(shapes) > 1 else []:
+        if 0 < shape["images"] < ranks:
+            raise ValueError(
+                f"dataset {dataset}: its aspect bucket {shape['width']}x{shape['height']} has {shape['images']} images "
+                f"for {ranks} ranks; create it with fewer buckets, or give fewer --nodes"
+            )
 
 
 def check_latents(checkpoint: str, record: Record, dataset: str, manifest: dict[str, Any]) -> None:

@@ -20,8 +20,9 @@ PEAK_TFLOPS = {
 def training_flops(config: Mapping[str, Any], latent_size: int | tuple[int, int], text_tokens: int) -> int:
     """Return the floating-point operations of one image's forward and backward pass.
 
-    `config` is the configuration of a DiT; the latent is a square with sides of `latent_size` latent pixels, or has this
-    height and width. torch's counter counts GEMMs, convolutions and attention; element-wise operations are negligible.
+    `config` is the configuration of a DiT; `latent_size` is the height and width of the latent, or the side of a square
+    one, in latent pixels. torch's counter counts GEMMs, convolutions and attention; element-wise operations are
+    negligible.
     """
     forward = model_call(config, latent_size, text_tokens)
     with FlopCounterMode(display=False) as counter:

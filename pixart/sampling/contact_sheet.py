@@ -13,7 +13,7 @@ MAX_LINES = 5  # wrapped lines per line of a caption
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Arrange images in a grid, resized to fit into a square of the column width; long captions are wrapped and truncated."""
+    """Arrange images in a grid of squares that they are resized to fit; long captions are wrapped and truncated."""
     columns = min(columns, len(images))
     font = ImageFont.load_default(size=FONT_SIZE)
     characters = CELL // 6

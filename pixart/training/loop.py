@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pixart.checkpoint import directory as checkpoints
+from pixart.config.latent_space import check_image_shapes
 from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
@@ -60,6 +61,10 @@ def train(
         check_config(stage, config, ranks)
         store = Store(manifests.read(dataset))
         checkpoint, errors = find_newest_valid(run, ranks)
+        if checkpoint:
+            check_image_shapes(
+                str(run), checkpoints.load_without_tensors(checkpoint).provenance, dataset, store.manifest.image_shapes
+            )
         if checkpoint is None and start:
             checkpoint = checkpoints.find(start)
             verify(checkpoint, ranks)

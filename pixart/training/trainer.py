@@ -220,6 +220,7 @@ class Trainer:
                 "models": fingerprints,
                 "cond_dropout_prob": self.config.cond_dropout_prob,
                 "decay_qk_norm": self.config.decay_qk_norm,
+                "image_shapes": [list(shape) for shape in self.dataset.image_shapes],
             },
         )
 

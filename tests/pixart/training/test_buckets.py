@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def converted(stage1, tmp_path_factory):
 
 
 def test_every_bucket_is_trained_validated_and_previewed(stage1):
-    last, reporter = stage1
+    _, reporter = stage1
     assert len(reporter.losses) == 18
     assert all(np.isfinite(list(values.values())).all() for values in reporter.values.values())
     assert {"val/loss", "val/loss_ema"} <= reporter.values.keys()
@@ -90,8 +91,7 @@ def validation_loss(recipe, rows: list[int], file: str | None = None) -> float:
         trainer, store = trainer_of(recipe, 1, ranks)
         loss = Validator(trainer, store, np.array(rows)).loss()
         if file and ranks.is_first:
-            with open(file, "w") as output:
-                output.write(repr(loss))
+            Path(file).write_text(repr(loss))
     return loss
 
 
