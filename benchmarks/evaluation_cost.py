@@ -5,7 +5,8 @@ Counts the denoising alone, of PixArt-alpha XL/2; text encoder, autoencoder and 
 
 import argparse
 
-from pixart.model.flops import PEAK_TFLOPS, gpu_hours, sampling_flops
+from pixart.gpu_rates import PEAK_TFLOPS, gpu_hours
+from pixart.model.flops import sampling_flops
 from pixart.recipes import RECIPES
 
 IMAGES = 30_000  # of PixArt-alpha's protocol for FID

@@ -67,6 +67,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "doctor": Entry(
             "doctor.doctor", "Check what the jobs of a profile and recipe need, and report what is missing."
         ),
+        "estimate": Entry("estimate", "Estimate the bytes on disk and the GPU hours of a recipe."),
         "config": Entry("config", "List every configuration key, or print a recipe as TOML."),
     },
 }

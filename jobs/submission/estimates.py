@@ -1,37 +1,74 @@
-"""Estimates of what jobs ask for and write, from the configuration alone: GPU hours, and bytes on disk."""
+"""Estimates of what jobs ask for and write: GPU hours, and bytes on disk.
 
+They are made from the configuration, and from the finished shards of a dataset where there are any.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jobs.state import ledger
+from pixart.config.model_costs import Operations, num_parameters, text_encoder_operations, training_operations
 from pixart.config.recipe import Recipe
+from pixart.gpu_rates import PEAK_TFLOPS, Card, gpu_hours
 from slurm.profile import Profile, for_kind
 from slurm.sbatch import Shape
 
 LATENT_DOWNSAMPLING = 8  # side of the image area of one latent pixel, of the demo's and Stable Diffusion's autoencoders
-FLOAT16_BYTES, TOKEN_BYTES = 2, 5  # a token is an int32 and a bool of its mask
-TEXT_BYTES = 1000  # of a caption and its other columns in a parquet part
+FLOAT16_BYTES, TOKEN_BYTES, MASK_BYTES = 2, 4, 1
+SCALAR_BYTES = 5  # of a row's label and of whether it is valid
+CHUNK_BYTES = 20  # of the checksum and the index entry that each row of an array has
+CAPTION_BYTES = 1000  # of a caption and its other columns in a parquet part, unless a shard is finished
+TEXT_DIM = 2048  # of T5Gemma-XL's embeddings, unless the text encoder or the dataset is on disk
 STATE_BYTES = 4 * 4  # per parameter: float32 weights, EMA weights and two moments
+MEASURED_SHARDS = 16  # at most, whose files and durations are read
 
 
-def gpu_hours(profile: Profile, shape: Shape) -> float | None:
+def requested_gpu_hours(profile: Profile, shape: Shape) -> float | None:
     """Return the GPU hours that a submission asks for, up to its time limits; None without a time limit."""
     profile = for_kind(profile, shape.kind)
     minutes = profile.minutes.get(shape.kind)
     return None if minutes is None else max(1, len(shape.tasks)) * shape.nodes * shape.gpus_per_node * minutes / 60
 
 
+def latent_shape(recipe: Recipe, manifest: dict[str, Any] | None) -> tuple[int, int, int]:
+    """Return the shape (channels, height, width) of the latent of a square image."""
+    side = recipe.data.image_size // LATENT_DOWNSAMPLING
+    channels, height, width = manifest["latent_shape"] if manifest else (recipe.model.in_dim, side, side)
+    return channels, height, width
+
+
 def row_bytes(recipe: Recipe, kind: str, manifest: dict[str, Any] | None) -> float:
     """Return the bytes that a job of this kind writes for one image; 0 for other kinds than data jobs."""
     data = recipe.data
     if kind == "caption":
-        return TEXT_BYTES
+        return CAPTION_BYTES
     if kind not in ("latents", "adopt"):
         return 0
-    side = data.image_size // LATENT_DOWNSAMPLING
-    channels, height, width = manifest["latent_shape"] if manifest else (recipe.model.in_dim, side, side)
-    tokens = data.max_text_tokens * (2 if data.short_captions else 1)
-    states = tokens * manifest["text_dim"] * FLOAT16_BYTES if manifest and data.store_text_embeddings else 0
-    return channels * height * width * FLOAT16_BYTES + tokens * TOKEN_BYTES + states
+    channels, height, width = latent_shape(recipe, manifest)
+    latents = channels * height * width * FLOAT16_BYTES + CHUNK_BYTES
+    text = data.max_text_tokens * (TOKEN_BYTES + MASK_BYTES) + 2 * CHUNK_BYTES
+    if data.store_text_embeddings:
+        text += data.max_text_tokens * text_dim(recipe, manifest) * FLOAT16_BYTES + CHUNK_BYTES
+    return latents + SCALAR_BYTES + text * (2 if data.short_captions else 1)
+
+
+def text_dim(recipe: Recipe, manifest: dict[str, Any] | None) -> int:
+    """Return the width of the text embeddings: of the dataset, of the encoder on disk, or else TEXT_DIM."""
+    if manifest:
+        return manifest["text_dim"]
+    config = encoder_config(recipe.data.text_encoder)
+    return config.get("hidden_size") or config["d_model"] if config else TEXT_DIM
+
+
+def encoder_config(name: str) -> dict[str, Any] | None:
+    """Return the configuration of a text encoder; None if it is not on disk."""
+    from pixart.data.encoders import text_encoder
+    from pixart.data.encoders.vae import cached_folder
+
+    path = text_encoder.encoder_path(name)
+    folder = Path(path) if Path(path).exists() else cached_folder(path)
+    return text_encoder.encoder_config(str(folder)) if folder else None
 
 
 def num_images(recipe: Recipe, manifest: dict[str, Any] | None) -> int | None:
@@ -48,21 +85,62 @@ def dataset_bytes(recipe: Recipe) -> float | None:
     )
 
 
-def num_parameters(recipe: Recipe, stage: int) -> int:
-    """Return about how many parameters the transformer has: its linears, without biases, norms and embeddings.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What finished shards of a job took for one row, on average."""
 
-    A block has 4 matrices of attention, in stage 2 another 4 of cross-attention, 2 of the MLP, and in stage 1 its own
-    modulation, a (cond_dim, dim) and a (dim, 6 dim) linear, which stage 2 shares among the blocks.
+    shards: int
+    row_bytes: float
+    row_seconds: float
+
+
+def measure(dataset: str, kind: str) -> Measured | None:
+    """Return the bytes and seconds per row of up to MEASURED_SHARDS finished shards on this machine; None without any.
+
+    The bytes are those of caption parts; arrays have the size that `row_bytes` computes.
     """
-    model = recipe.model
-    square, modulation = model.dim**2, model.cond_dim * model.dim + 6 * model.dim**2
-    block = (4 + 2 * model.mlp_ratio + (4 if stage == 2 else 0)) * square
-    return model.num_blocks * block + modulation * (1 if stage == 2 else model.num_blocks)
+    shards = sorted(ledger.shards(dataset, kind))[:MEASURED_SHARDS]
+    entries = ledger.entries(dataset, kind, shards)
+    rows = sum(entry.rows for entry in entries.values())
+    if not rows:
+        return None
+    folder, suffix = ledger.DATA_FOLDERS[kind]
+    files = [Path(dataset, folder, f"{shard:05d}{suffix}") for shard in entries]
+    size = sum(file.stat().st_size for file in files if file.exists())
+    seconds = sum(entry.seconds for entry in entries.values())
+    return Measured(shards=len(entries), row_bytes=size / rows, row_seconds=seconds / rows)
+
+
+def image_operations(recipe: Recipe, stage: int, manifest: dict[str, Any] | None) -> Operations:
+    """Return the operations of one image in a stage, with those of the text encoder if it runs in every step."""
+    _, height, width = latent_shape(recipe, manifest)
+    data = recipe.data
+    operations = training_operations(
+        recipe.model, stage, height * width, data.max_text_tokens, text_dim(recipe, manifest)
+    )
+    config = None if stage == 1 or data.store_text_embeddings else encoder_config(data.text_encoder)
+    encoder = text_encoder_operations(config, data.max_text_tokens) if config else 0
+    return Operations(block_linears=operations.block_linears, other=operations.other + encoder)
+
+
+def stage_gpu_hours(recipe: Recipe, stage: int, operations: Operations, card: Card, utilization: float) -> float:
+    """Return the hours that one GPU takes for a stage at a share `utilization` of its peak.
+
+    In FP8 the blocks' linears have the rate of FP8 if the card has one.
+    """
+    config, peaks = recipe.train(stage), PEAK_TFLOPS[card]
+    rate = peaks["bf16" if config.precision == "bf16" else "fp32"]
+    linear_rate = peaks.get("fp8", rate) if config.fp8 else rate
+    image = gpu_hours(operations.block_linears, linear_rate, utilization) + gpu_hours(
+        operations.other, rate, utilization
+    )
+    return config.steps * config.global_batch_size * image
 
 
 def checkpoint_bytes(recipe: Recipe, stage: int) -> float:
     """Return about how large a checkpoint of a stage is, in bytes."""
-    return STATE_BYTES * num_parameters(recipe, stage)
+    manifest = ledger.manifest(recipe.data.path)
+    return STATE_BYTES * num_parameters(recipe.model, stage, text_dim(recipe, manifest))
 
 
 def num_checkpoints(recipe: Recipe, stage: int) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def forecast(cluster: Cluster, launch: Launch, shape: Shape, stage: int | None =
 
     Raises SlurmError if Slurm would refuse it.
     """
-    hours = estimates.gpu_hours(launch.profile, shape)
+    hours = estimates.requested_gpu_hours(launch.profile, shape)
     limit = "without a time limit" if hours is None else f"{hours:.1f} at most"
     lines = [f"GPU hours: {limit}", f"writes: {estimates.written(launch.recipe, shape, stage)}"]
     if cluster.is_slurm:

@@ -1,4 +1,4 @@
-"""Floating-point operations of training and sampling, and the peak throughput of GPUs."""
+"""Floating-point operations of training and sampling, as PyTorch counts them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,14 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart.model.dit import DiT
-
-# Dense TFLOP/s by precision, from NVIDIA's data sheets (their figures with sparsity are twice as high).
-PEAK_TFLOPS = {
-    "A100": {"bf16": 312.0, "fp32": 156.0},
-    "H100": {"bf16": 989.4, "fp8": 1978.9, "fp32": 494.7},
-    "H200": {"bf16": 989.4, "fp8": 1978.9, "fp32": 494.7},
-    "B200": {"bf16": 2250.0, "fp8": 4500.0, "fp32": 1100.0},
-}
 
 
 def training_flops(config: Mapping[str, Any], latent_size: int | tuple[int, int], text_tokens: int) -> int:
@@ -40,11 +32,6 @@ def sampling_flops(
     return counter.get_total_flops() * steps * (1 if guidance == 1 else 2)
 
 
-def gpu_hours(flops: float, peak_tflops: float, utilization: float) -> float:
-    """Return the hours that one GPU takes for `flops` at a share `utilization` of its peak."""
-    return flops / (peak_tflops * 1e12 * utilization) / 3600
-
-
 def model_call(
     config: Mapping[str, Any], latent_size: int | tuple[int, int], text_tokens: int
 ) -> Callable[[], torch.Tensor]:
@@ -59,8 +46,3 @@ def model_call(
             text_mask = torch.empty(1, text_tokens, dtype=torch.bool)
             conditioning = {"text": torch.empty(1, text_tokens, model.config.text_dim), "text_mask": text_mask}
     return lambda: model(latent, t, **conditioning)
-
-
-def peak_tflops(device_name: str, precision: str) -> float | None:
-    """Return a GPU's dense peak in TFLOP/s, or None if the GPU or the precision is not in PEAK_TFLOPS."""
-    return next((peaks.get(precision) for gpu, peaks in PEAK_TFLOPS.items() if gpu in device_name), None)

@@ -1,6 +1,5 @@
 """Loading of models for sampling: EMA or master weights of a checkpoint, or FP8 weights with calibrated scales."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import WEIGHTS
 from pixart.checkpoint.integrity import check_files
 from pixart.checkpoint.safetensors_stream import load_tensors
+from pixart.config.checkpoint_metadata import InferenceRecord
 from pixart.config.dataset import DataConfig
 from pixart.config.latent_space import check_latent_space
 from pixart.data.encoders.fingerprint import fingerprint
@@ -138,10 +138,7 @@ def read_inference_record(directory: Path) -> dict[str, Any]:
     Weights that version 0.1 exported have no checksums.
     """
     file = directory / INFERENCE_FILE
-    try:
-        metadata = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON; {error}") from None
+    metadata = records.read(file, InferenceRecord)
     if "files" in metadata:
         records.check(metadata, str(file))
         check_files(directory, metadata["files"])

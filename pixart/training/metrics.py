@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pixart.data.loading.loader import Batch
 from pixart.data.loading.order import TrainingOrder
-from pixart.model.flops import peak_tflops, training_flops
+from pixart.gpu_rates import peak_tflops
+from pixart.model.flops import training_flops
 from pixart.model.fp8 import scaling
 from pixart.training.optimizer import learning_rate
 from pixart.training.trainer import Trainer

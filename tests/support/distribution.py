@@ -27,7 +27,7 @@ GROUPS = {
     "slurm-latents": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-latents\]",
     "slurm-caption": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-caption\]",
     "vllm": r"end_to_end/test_recaption\.py|captions/test_captioner\.py|model/test_gpu_kernels\.py|test_distances\.py",
-    "demo": r"tasks/test_evaluate\.py|end_to_end/test_pages\.py|test_commands\.py::test_demo_",
+    "demo": r"tasks/test_evaluate\.py|end_to_end/test_(pages|estimate)\.py|test_commands\.py::test_demo_",
     ALONE: r"^tests/performance/",
 }
 

@@ -3,17 +3,24 @@
 Models by hub name are in the cache of huggingface_hub (HF_HOME); HF_ENDPOINT and HF_TOKEN are honoured.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
 from jobs.commands.doctor.finding import Finding, missing, ok
+from pixart import records
 from pixart.config.recipe import Recipe
 
 BUILT_IN = {"vae": "demo", "text_encoder": "minilm"}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the files that define a model
 DOCUMENTS = ("README.md", "LICENSE*")
+
+
+class IndexRecord(TypedDict):
+    """The files of a model whose weights are in several ones, by tensor."""
+
+    weight_map: dict[str, str]
 
 
 def named(recipe: Recipe) -> dict[str, str]:
@@ -27,12 +34,14 @@ def named(recipe: Recipe) -> dict[str, str]:
 
 def check(recipe: Recipe, *, fetch: bool) -> Iterator[Finding]:
     """Yield what is on disk of each model, after the download of what is missing if `fetch`."""
+    from pixart.data.encoders.vae import cached_folder
+
     for key, name in named(recipe).items():
         if Path(name).exists() or name.startswith(("/", ".")):
             folder: Path | None = Path(name)
         else:
-            problem = download(name) if fetch and not is_complete(cached(name)) else None
-            folder = cached(name)
+            problem = download(name) if fetch and not is_complete(cached_folder(name)) else None
+            folder = cached_folder(name)
             if problem:
                 yield missing(key, f"{name}: {problem}")
                 continue
@@ -62,23 +71,12 @@ def in_cache(folder: Path) -> bool:
     return "snapshots" in folder.parts
 
 
-def cached(name: str) -> Path | None:
-    """Return the folder of a hub model in the cache; None if nothing of it was downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from pixart.data.encoders.vae import split_hub_name
-
-    repository, subfolder = split_hub_name(name)
-    config = try_to_load_from_cache(repository, f"{subfolder}/config.json" if subfolder else "config.json")
-    return Path(config).parent if isinstance(config, str) else None
-
-
 def is_complete(folder: Path | None) -> bool:
     """Return whether a model folder has its configuration and all files of its weights."""
     if folder is None or not (folder / "config.json").is_file():
         return False
     for index in folder.glob("*.safetensors.index.json"):
-        return all((folder / file).is_file() for file in set(json.loads(index.read_text())["weight_map"].values()))
+        return all((folder / file).is_file() for file in set(records.read(index, IndexRecord)["weight_map"].values()))
     return any(path.is_file() for path in folder.glob("*.safetensors"))
 
 

@@ -1,6 +1,5 @@
 """The dataset of a checkpoint, or the VAE and the text encoder that are named instead of one."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,8 @@ from jobs.state.checkpoint_names import INFERENCE
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
+from pixart import records
+from pixart.config.checkpoint_metadata import ModelRecord
 from pixart.config.dataset import DataConfig
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
@@ -64,7 +65,7 @@ def check_checkpoint(
     Raises ValueError if it was trained on latents or text embeddings of another kind.
     """
     is_inference = (checkpoint / INFERENCE).exists()
-    model = json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
+    model = records.read(checkpoint / "config.json", ModelRecord) if is_inference else record["config"]
     check_model(model, manifest, dataset)
     check_latents(str(checkpoint), record, dataset, manifest)
     return model

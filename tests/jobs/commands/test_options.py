@@ -46,7 +46,7 @@ def sample_words(hint: Any) -> tuple[str, Any]:
     if get_origin(kind) is Literal:
         choice = get_args(kind)[-1]
         return str(choice), choice
-    return {int: ("3", 3), float: ("1.5", 1.5), str: ("word", "word")}[kind]
+    return {int: ("3", 3), float: ("0.5", 0.5), str: ("word", "word")}[kind]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +61,7 @@ def test_options_match_their_parser(name):
         if declared.flags:
             assert item.default is not dataclasses.MISSING
             assert getattr(defaults, field) == item.default, field
-            assert type(item.default) in (type(None), bool, int, str, tuple)
+            assert type(item.default) in (type(None), bool, int, float, str, tuple)
         for flag in declared.flags:
             if hint is bool:
                 _, parsed = launch.parse_command([*words, flag])
