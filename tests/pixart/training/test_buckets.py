@@ -15,12 +15,13 @@ from conversion.to_fp8 import convert
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store
+from pixart.model.dit import DiT
 from pixart.model.flops import training_flops
 from pixart.model.fp8.plan import check_gemm_alignment
 from pixart.model.sdpa import AttentionKernel
 from pixart.model.sdpa_autotune import set_kernels_by_tokens
 from pixart.training.process_group import process_group
-from pixart.training.trainer import Trainer
+from pixart.training.trainer import Trainer, new_model
 from pixart.training.validation import Validator
 from tests.pixart.training.test_loop import RecordingReporter, assert_equal, run_stage
 from tests.support import ranks as processes
@@ -116,11 +117,17 @@ def test_rows_of_fp8_products_are_checked_in_every_bucket(bucketed_recipe):
         assert "\n" not in str(error.value)
 
 
+def plain_model(recipe) -> DiT:
+    """Return an initialized model of stage 1 that is not sharded, with fused projections as in training."""
+    model = new_model(1, recipe.model, manifests.read(recipe.data.path))
+    model.fuse_projections()
+    return model
+
+
 def test_attention_kernels_by_shape(bucketed_recipe):
     """Kernels that differ are chosen by the number of tokens; equal ones do not look at it."""
     default, other = AttentionKernel(), AttentionKernel(backend="math")
-    with process_group() as ranks:
-        model = trainer_of(bucketed_recipe, 1, ranks)[0].model
+    model = plain_model(bucketed_recipe)
     attention = model.dit_blocks[0].attention.attention
     set_kernels_by_tokens(model, {15: (default, default), 16: (default, default)})
     assert not attention.kernels_by_tokens
@@ -163,16 +170,14 @@ def test_compilations_are_at_most_one_per_bucket(bucketed_recipe, dynamic):
     """Traced with and without dynamic shapes; a backend does not change the number of graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with process_group() as ranks:
-        model = trainer_of(bucketed_recipe, 1, ranks)[0].model
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, backend="eager", dynamic=dynamic)
-        for _ in range(3):
-            for height, width in sorted(LATENTS):
-                velocity = model(
-                    torch.randn(4, 16, height, width), torch.rand(4), label=torch.zeros(4, dtype=torch.long)
-                )
-                velocity.sum().backward()
+    model = plain_model(bucketed_recipe)
+    for block in model.blocks:
+        forward = torch.compile(block.forward, fullgraph=True, backend="eager", dynamic=dynamic)
+        block.forward = forward  # type: ignore[method-assign]
+    for _ in range(3):
+        for height, width in sorted(LATENTS):
+            velocity = model(torch.randn(4, 16, height, width), torch.rand(4), torch.zeros(4, dtype=torch.long))
+            velocity.sum().backward()
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= len(LATENTS)
     torch._dynamo.reset()
 
