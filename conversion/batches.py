@@ -32,8 +32,10 @@ class CalibrationBatch:
 def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_size: int) -> list[CalibrationBatch]:
     """Draw batches from a finished dataset, with the text embeddings that training reads.
 
-    Rows are drawn without replacement if the dataset has enough of them. Raises ValueError if the dataset has no valid
-    row, or latents of another number of channels, pixel range or VAE than the checkpoint.
+    Rows are drawn without replacement if the dataset has enough of them. Those of a batch are of one aspect bucket.
+    Each bucket with valid rows has batches in proportion to its rows, and at least one, which may make more batches
+    than `num_batches`; the first batches are one of each bucket. Raises ValueError if the dataset has no valid row, or
+    latents of another number of channels, pixel range or VAE than the checkpoint.
     """
     manifest, normalization = manifests.read(path), checkpoint.normalization
     channels, expected = manifest.latent_shape[0], len(normalization.mean)
@@ -51,8 +53,7 @@ def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_s
     valid = store.valid_rows()
     if len(valid) == 0:
         raise ValueError(f"dataset {path} has no valid row; run the latents job first")
-    size = (num_batches, batch_size)
-    selected = np.random.default_rng(0).choice(valid, size=size, replace=len(valid) < num_batches * batch_size)
+    selected = select_rows(store, valid, num_batches, batch_size)
     data = manifest.data
     encoder = None
     if not data.store_text_embeddings:
@@ -73,6 +74,24 @@ def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_s
             )
         )
     return batches
+
+
+def select_rows(store: Store, valid: np.ndarray, num_batches: int, batch_size: int) -> list[np.ndarray]:
+    """Return the rows (batch_size,) of each batch that `dataset_batches` draws from the valid ones."""
+    random, buckets = np.random.default_rng(0), store.bucket_of(valid)
+    present, sizes = np.unique(buckets, return_counts=True)
+    # The largest remainders get the batches that are left after rounding down.
+    shares = num_batches * sizes / len(valid)
+    counts = np.floor(shares).astype(int)
+    counts[np.argsort(counts - shares, kind="stable")[: num_batches - counts.sum()]] += 1
+    first: list[np.ndarray] = []
+    others: list[np.ndarray] = []
+    for bucket, count in zip(present, np.maximum(counts, 1).tolist(), strict=True):
+        rows = valid[buckets == bucket]
+        one, *rest = random.choice(rows, size=(count, batch_size), replace=len(rows) < count * batch_size)
+        first.append(one)
+        others += rest
+    return [*first, *(others[index] for index in random.permutation(len(others)))] if len(first) > 1 else first + others
 
 
 def synthetic_batches(config: Mapping, text_dim: int, num_batches: int, batch_size: int) -> list[CalibrationBatch]:

@@ -70,6 +70,8 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
     with Progress(NUM_STEPS, enabled=is_rank_zero()) as progress, ThreadPoolExecutor(2) as background:
         progress.begin(f"reading {source}")
         start, batches, dataset = prepare(source, output, options)
+        # Of a dataset with aspect buckets there may be more, so that each bucket is calibrated on.
+        options = dataclasses.replace(options, num_batches=len(batches) - NUM_VALIDATION_BATCHES)
         plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])
         progress.begin("converting stage 1 to stage 2" if start.stage < options.stage else "keeping the stage")
         result, provenance, reparameterization = strategies.change_stage(start, options, batches[0])
@@ -100,6 +102,7 @@ def convert(source: str | Path, output: str | Path | None = None, options: Optio
                 **training_of_source(start, result.stage),
                 "step": start.step,
                 "config": result.config,
+                "calibration_latents": sorted({tuple(b.latents.shape[-2:]) for b in batches[: options.num_batches]}),
                 "calibration_data": dataset or f"{SYNTHETIC}: unit-variance latents and text",
                 "reparameterization": reparameterization,
                 "fp8_recipe": options.fp8_recipe,
@@ -175,9 +178,10 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     dataset = options.calibration_dataset
     if dataset is None and start.dataset and (Path(start.dataset) / manifests.FILE).exists():
         dataset = start.dataset
-    dataset_dim = manifests.read(dataset).text_dim if dataset else None
+    manifest = manifests.read(dataset) if dataset else None
+    dataset_dim = manifest.text_dim if manifest else None
     text_dim = start.config.get("text_dim") or options.text_dim or dataset_dim or TEXT_DIM
-    count = options.num_batches + NUM_VALIDATION_BATCHES
+    count = max(options.num_batches, len(manifest.buckets) if manifest else 0) + NUM_VALIDATION_BATCHES
     if dataset:
         batches = dataset_batches(dataset, start, count, options.batch_size)
     else:
@@ -186,8 +190,12 @@ def prepare(source: Path, output: Path, options: Options) -> tuple[Checkpoint, l
     if options.stage == 2 and text.shape[-1] != text_dim:
         raise ValueError(f"--dataset: its text embeddings have {text.shape[-1]} dimensions, the model reads {text_dim}")
     if options.device == "cuda" and options.fp8_recipe == STATEFUL:
-        tokens = batches[0].latents[0, 0].numel() // start.config["patch_size"] ** 2
-        counts = {"image tokens": tokens} | ({"text tokens": text.shape[1]} if options.stage == 2 else {})
+        sizes = sorted({(batch.latents.shape[-2], batch.latents.shape[-1]) for batch in batches})
+        counts = {
+            f"image tokens of {height}x{width} latents": height * width // start.config["patch_size"] ** 2
+            for height, width in sizes
+        }
+        counts |= {"text tokens": text.shape[1]} if options.stage == 2 else {}
         check_gemm_alignment(options.batch_size, counts)
     return start, batches, dataset
 

@@ -9,6 +9,7 @@ from pixart.config.recipe import Recipe, to_json
 from pixart.recipes import demo
 from tests.support import recovery_times
 from tests.support.browser_fixture import browser, open_page  # noqa: F401 - fixtures
+from tests.support.bucketed_recipe import bucketed_recipe  # noqa: F401 - a fixture
 from tests.support.checkpoints import legacy_file, stage1  # noqa: F401 - fixtures
 from tests.support.cluster_fixture import dev_cluster, running_cluster  # noqa: F401 - fixtures
 from tests.support.demo_fixture import small_demo  # noqa: F401 - a fixture

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -60,11 +61,13 @@ def time_and_noise(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def split_passes(model: DiT, batches: SeededBatches) -> Iterator[SeededBatches]:
-    """Yield the batches in groups that share a forward pass."""
+    """Yield the batches in groups that share a forward pass: consecutive ones of the same shape."""
     remaining = list(batches.items())
     while remaining:
-        count = batches_per_pass(model, remaining[0][1].latents)
-        yield dict(remaining[:count])
+        group = remaining[: batches_per_pass(model, remaining[0][1].latents)]
+        shapes = [batch.latents.shape for _, batch in group]
+        count = sum(1 for _ in takewhile(shapes[0].__eq__, shapes))
+        yield dict(group[:count])
         del remaining[:count]
 
 

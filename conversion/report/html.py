@@ -61,6 +61,7 @@ def source(report: Mapping[str, Any]) -> str:
         "step": str(report["step"]),
         "configuration": f"{sizes} ({'inferred from shapes' if report['config_inferred'] else 'stored in the source'})",
         "calibration data": report["calibration_data"],
+        "latents": ", ".join(f"{height} x {width}" for height, width in report["calibration_latents"]),
         "calibration": f"{batches}, amax statistic {report['amax_statistic']}",
         "FP8 recipe": f"{report['fp8_recipe']}, margin {report['margin']} (powers of two), amax history of "
         f"{report['amax_history_len']} rows",

@@ -34,6 +34,7 @@ def describe(report: Mapping[str, Any]) -> str:
         f"            {report['source_format']}, stage {report['stages'][0]}, step {report['step']}",
         f"model       stage {report['stages'][1]}: {sizes} (configuration {origin})",
         f"data        {report['calibration_data']}",
+        f"latents     {', '.join(f'{height} x {width}' for height, width in report['calibration_latents'])}",
         f"tensors     {counts}",
     ]
     lines += describe_source(report)

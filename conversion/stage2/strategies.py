@@ -109,7 +109,7 @@ def subsample_to_budget(model: DiT, latents: Tensor, *, passes: int, minimum: in
     while True:
         tokens = latents[0, 0].numel() // patch**2
         images = int(FLOP_BUDGET[model.adaLN1.weight.device.type] / (passes * 2 * params * tokens))
-        side = latents.shape[-1] // 2
+        side = max(latents.shape[-2:]) // 2 // patch * patch
         if images >= minimum or side < MIN_GRID * patch:
             return latents[: min(max(images, minimum), MAX_IMAGES)]
         latents = latents[..., :side, :side]

@@ -1,15 +1,18 @@
 """Checks before a training job is submitted; each raises ValueError, with a one-line message, if it fails."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.state import ledger, run
+from jobs.state.audit_files import FOLDER, SUMMARY
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from jobs.state.prompts import read_prompts
+from pixart.config.aspect_buckets import bucket_shapes
 from pixart.config.dataset import data_from_dict
 from pixart.config.keys.overrides import parse
-from pixart.config.latent_space import check_latent_space, recorded_pixel_range
+from pixart.config.latent_space import check_image_shapes, check_latent_space, recorded_pixel_range
 from pixart.config.model import CHECKPOINT_NAMES, ModelConfig
 from pixart.config.recipe import Recipe
 from pixart.config.training import TrainConfig, resolve_fp8_backend
@@ -127,11 +130,15 @@ def check_dataset(recipe: Recipe, stage: int, manifest: dict[str, Any], record: 
             f"dataset {recipe.data.path}: was adopted from shards of labels, without captions; stage 2 needs captions"
         )
     classes, sizes = len(manifest["class_names"]), recipe.model.num_classes
-    channels, side, _ = manifest["latent_shape"]
+    channels = manifest["latent_shape"][0]
     if not record and recipe.model.in_dim != channels:
         raise ValueError(f"model.in_dim={recipe.model.in_dim}: the dataset's latents have {channels} channels")
-    if not record and side % recipe.model.patch_size:
-        raise ValueError(f"model.patch_size={recipe.model.patch_size}: does not divide latents of {side} x {side}")
+    patch_size = record["config"].get("patch_size", recipe.model.patch_size) if record else recipe.model.patch_size
+    for height, width in manifest.get("buckets") or [manifest["latent_shape"][1:]]:
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"model.patch_size={patch_size}: does not divide the dataset's latents of {height} x {width}"
+            )
     if stage == 1 and not record and classes >= sizes:
         raise ValueError(
             f"model.num_classes={sizes}: the dataset has {classes} classes, and one more index is the null class; "
@@ -169,6 +176,28 @@ def check_contents(recipe: Recipe, stage: int, record: Record | None) -> None:
             f"dataset {recipe.data.path}: no item of the source {recipe.data.source} has words, and stage 2 needs "
             "captions; create a dataset with --set data.captioner=vllm, or name the captions by data.columns.caption"
         )
+
+
+def check_resumed_shapes(recipe: Recipe, run_folder: Path, record: Record) -> None:
+    """Check that a run is resumed on a dataset of the aspect buckets that it was trained on."""
+    data = recipe.data
+    shapes = bucket_shapes(data.aspect_buckets, data.image_size) or ((data.image_size, data.image_size),)
+    check_image_shapes(str(run_folder), record["provenance"], data.path, shapes)
+
+
+def check_bucket_rows(dataset: str, ranks: int) -> None:
+    """Check that each aspect bucket with images has at least one for every rank, as far as the audit has counted them.
+
+    A bucket without images is left out of training.
+    """
+    (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
+    shapes = json.loads(text).get("shapes", []) if text else []
+    for shape in shapes if len(shapes) > 1 else []:
+        if 0 < shape["images"] < ranks:
+            raise ValueError(
+                f"dataset {dataset}: its aspect bucket {shape['width']}x{shape['height']} has {shape['images']} images "
+                f"for {ranks} ranks; create it with fewer buckets, or give fewer --nodes"
+            )
 
 
 def check_latents(checkpoint: str, record: Record, dataset: str, manifest: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def merge(manifest):
     from jobs.tasks.caption import read_part
     from pixart.data.audit.statistics import Audit
 
-    merged = Audit(has_images=manifest.adopted is None)
+    merged = Audit(has_images=manifest.adopted is None, shapes=() if manifest.adopted else manifest.image_shapes)
     for shard in range(manifest.data.num_shards):
         merged.add(read_part(manifest.data.path, shard), manifest.shard_range(shard)[0])
     return merged

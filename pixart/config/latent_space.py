@@ -1,6 +1,6 @@
 """Comparison of the latents that a checkpoint was trained on with those of a dataset. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pixart.config.dataset import PIXEL_RANGES
@@ -51,6 +51,29 @@ def check_latent_space(
                 f"that of the dataset {dataset} (fingerprint {dataset_models[kind]}); use a dataset that was created "
                 f"with the same {NAMES[kind]}"
             )
+
+
+def check_image_shapes(
+    run: str, provenance: Mapping[str, Any], dataset: str, dataset_shapes: Sequence[tuple[int, int]]
+) -> None:
+    """Check that a run is resumed on images of the (height, width) that the provenance of its checkpoint records.
+
+    The order of training depends on the aspect buckets. That of before they existed records none. Raises
+    ValueError for other shapes.
+    """
+    recorded = provenance.get("image_shapes")
+    if recorded and [tuple(shape) for shape in recorded] != list(dataset_shapes):
+        raise ValueError(
+            f"data.aspect_buckets: the run {run} was trained on images of {describe_shapes(recorded)}, those of the "
+            f"dataset {dataset} are of {describe_shapes(dataset_shapes)}; resume with its own dataset, or start "
+            "another run by --from"
+        )
+
+
+def describe_shapes(shapes: Sequence[Sequence[int]]) -> str:
+    """Return the widths and heights of (height, width) shapes, at most four of them."""
+    listed = ", ".join(f"{width}x{height}" for height, width in shapes[:4])
+    return f"{listed} and {len(shapes) - 4} more" if len(shapes) > 4 else listed
 
 
 NAMES = {"vae": "VAE", "text_encoder": "text encoder"}

@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from pixart.model.dit import DiT
 
 
-def training_flops(config: Mapping[str, Any], latent_size: int, text_tokens: int) -> int:
+def training_flops(config: Mapping[str, Any], latent_size: int | tuple[int, int], text_tokens: int) -> int:
     """Return the floating-point operations of one image's forward and backward pass.
 
-    `config` is the configuration of a DiT; the latent has `latent_size` x `latent_size` pixels. torch's counter counts
-    GEMMs, convolutions and attention; element-wise operations are negligible.
+    `config` is the configuration of a DiT; `latent_size` is the height and width of the latent, or the side of a square
+    one, in latent pixels. torch's counter counts GEMMs, convolutions and attention; element-wise operations are
+    negligible.
     """
     forward = model_call(config, latent_size, text_tokens)
     with FlopCounterMode(display=False) as counter:
@@ -31,11 +32,14 @@ def sampling_flops(
     return counter.get_total_flops() * steps * (1 if guidance == 1 else 2)
 
 
-def model_call(config: Mapping[str, Any], latent_size: int, text_tokens: int) -> Callable[[], torch.Tensor]:
+def model_call(
+    config: Mapping[str, Any], latent_size: int | tuple[int, int], text_tokens: int
+) -> Callable[[], torch.Tensor]:
     """Return a function that calls a DiT for one image, without memory or computation."""
+    height, width = latent_size if isinstance(latent_size, tuple) else (latent_size, latent_size)
     with torch.device("meta"):
         model = DiT(**config)
-        latent, t = torch.empty(1, model.config.in_dim, latent_size, latent_size), torch.empty(1)
+        latent, t = torch.empty(1, model.config.in_dim, height, width), torch.empty(1)
         if model.stage == 1:
             conditioning = {"label": torch.empty(1, dtype=torch.long)}
         else:

@@ -6,8 +6,9 @@ contract with existing checkpoints; the order of definition is the order of thei
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,7 @@ class Attention(nn.Module):
 
     fused_projections = False  # one GEMM for several linears; their hooks are not called
     kernel = AttentionKernel()
+    kernels_by_tokens: Mapping[int, AttentionKernel] = MappingProxyType({})  # of numbers of queries that have another
 
     def __init__(self, dim: int, num_heads: int, kv_dim: int, qk_norm: QKNorm = QKNorm()) -> None:
         super().__init__()
@@ -124,7 +126,8 @@ class Attention(nn.Module):
         # The norms precede the transposition: one kernel then computes a norm in either pass, in the GEMM's layout.
         q, k, v = (rearrange(tensor, "b n (h d) -> b n h d", h=self.num_heads) for tensor in projected)
         q, k, v = (tensor.transpose(1, 2) for tensor in (self.q_norm(q), self.k_norm(k), v))
-        attended = attend(q, k, v, None if mask is None else mask[:, None, None], self.kernel)
+        kernel = self.kernels_by_tokens.get(q.shape[2], self.kernel) if self.kernels_by_tokens else self.kernel
+        attended = attend(q, k, v, None if mask is None else mask[:, None, None], kernel)
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
 
     def project(self, linears: list[nn.Linear], x: Tensor) -> Sequence[Tensor]:

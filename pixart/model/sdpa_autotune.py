@@ -144,6 +144,20 @@ def autotune(
     )
 
 
+def set_kernels_by_tokens(model: DiT, kernels: Mapping[int, tuple[AttentionKernel, AttentionKernel]]) -> None:
+    """Make every block of a DiT use kernels of self-attention and cross-attention by its number of image tokens.
+
+    If all are the same, blocks do not look at the number, so that one compiled graph may serve all of them.
+    """
+    set_kernels(model, *next(iter(kernels.values())))
+    if len(set(kernels.values())) == 1:
+        return
+    for block in model.blocks:
+        block.attention.attention.kernels_by_tokens = {tokens: pair[0] for tokens, pair in kernels.items()}
+        if hasattr(block, "cross_attention"):
+            block.cross_attention.kernels_by_tokens = {tokens: pair[1] for tokens, pair in kernels.items()}
+
+
 def set_kernels(model: DiT, self_attention: AttentionKernel, cross_attention: AttentionKernel) -> None:
     """Make every block of a DiT use these kernels for its self-attention and its cross-attention."""
     for block in model.blocks:

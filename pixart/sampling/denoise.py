@@ -18,17 +18,18 @@ def sample(
     conditioning: dict[str, Tensor],
     null_conditioning: dict[str, Tensor],
     *,
-    latent_size: int,
+    latent_size: int | tuple[int, int],
     steps: int,
     guidance: float,
     seed: int,
 ) -> Tensor:
-    """Sample normalized latents (B, C, latent_size, latent_size).
+    """Sample normalized latents (B, C, H, W), of the height and width `latent_size`; an int is a square's side.
 
     The conditioning and the null conditioning for guidance are keyword arguments of the model. The initial noise of
     sample i depends only on `seed + i`, not on the batch.
     """
-    count, shape = len(next(iter(conditioning.values()))), (model.config.in_dim, latent_size, latent_size)
+    size = latent_size if isinstance(latent_size, tuple) else (latent_size, latent_size)
+    count, shape = len(next(iter(conditioning.values()))), (model.config.in_dim, *size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(count)]
     return denoise(model, conditioning, null_conditioning, torch.stack(noise), steps=steps, guidance=guidance)
 

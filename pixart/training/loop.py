@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pixart.checkpoint import directory as checkpoints
+from pixart.config.latent_space import check_image_shapes
 from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests
@@ -60,6 +61,10 @@ def train(
         check_config(stage, config, ranks)
         store = Store(manifests.read(dataset))
         checkpoint, errors = find_newest_valid(run, ranks)
+        if checkpoint:
+            check_image_shapes(
+                str(run), checkpoints.load_without_tensors(checkpoint).provenance, dataset, store.manifest.image_shapes
+            )
         if checkpoint is None and start:
             checkpoint = checkpoints.find(start)
             verify(checkpoint, ranks)
@@ -107,7 +112,7 @@ def train(
         for batch in metrics.time_data_loading(loader.iterate(trainer.steps_done, config.steps)):
             if trace := profiler.step_begins(trainer.steps_done + 1):
                 reporter.artifact(trace)
-            metrics.add(*trainer.train_step(batch))
+            metrics.add(batch, *trainer.train_step(batch))
             watchdog.step_ended()
             stop_level = ranks.all_reduce_max(stop())
             save_due = is_due(config.save_every) or stop_level > 0

@@ -69,10 +69,8 @@ class MetricsLogger:
         self.trainer, self.order, self.reporter = trainer, order, reporter
         self.config, self.ranks = trainer.config, trainer.ranks
         self.previous_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        latent_size = trainer.dataset.latent_shape[-1]
-        self.flops_per_image = training_flops(
-            trainer.metadata().config, latent_size, trainer.dataset.data.max_text_tokens
-        )
+        model, text_tokens = trainer.metadata().config, trainer.dataset.data.max_text_tokens
+        self.flops_per_image = {shape: training_flops(model, shape, text_tokens) for shape in trainer.latent_sizes}
         precision = "fp8" if trainer.plan else self.config.precision
         cuda = self.ranks.device.type == "cuda"
         self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), precision) if cuda else None
@@ -82,6 +80,7 @@ class MetricsLogger:
         """Discard what was collected and restart the clock."""
         self.losses: list[Tensor] = []
         self.grad_norms: list[Tensor] = []
+        self.latent_sizes: list[tuple[int, int]] = []  # (height, width) of the latents of each step
         self.data_loading_seconds = 0.0
         self.start_time = time.perf_counter()
 
@@ -103,8 +102,10 @@ class MetricsLogger:
         yield
         self.start_time += time.perf_counter() - start
 
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Collect a step's loss () on this rank and gradient norm ()."""
+    def add(self, batch: Batch, loss: Tensor, grad_norm: Tensor) -> None:
+        """Collect a step's batch, loss () on this rank and gradient norm ()."""
+        height, width = batch.latents.shape[-2:]
+        self.latent_sizes.append((height, width))
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
 
@@ -156,11 +157,14 @@ class MetricsLogger:
     def throughput(self, seconds: float) -> dict[str, float]:
         """Return the throughput metrics of an interval whose steps took `seconds` each, on average."""
         images = self.config.global_batch_size / seconds
-        tflops = images * self.flops_per_image / self.ranks.world_size / 1e12
+        steps = len(self.latent_sizes)
+        flops_per_image = sum(self.flops_per_image[size] for size in self.latent_sizes) / steps
+        tokens_per_image = sum(map(self.trainer.tokens_per_image, self.latent_sizes)) / steps
+        tflops = images * flops_per_image / self.ranks.world_size / 1e12
         metrics = {
             "train/seconds_per_step": seconds,
             "train/images_per_second": images,
-            "train/tokens_per_second": images * self.trainer.tokens_per_image,
+            "train/tokens_per_second": images * tokens_per_image,
             "train/tflops_per_rank": tflops,
             "train/data_loading_fraction": self.data_loading_seconds / len(self.losses) / seconds,
         }

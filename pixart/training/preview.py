@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pixart.config.aspect_buckets import nearest_bucket
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.encoders.vae import decode, load_vae
 from pixart.data.loading.loader import Batch, load_rows
@@ -30,12 +31,19 @@ class PreviewSampler:
     ) -> None:
         world_size, rank = trainer.ranks.world_size, trainer.ranks.rank
         self.trainer, self.folder, self.num_images = trainer, run / "previews", len(prompts or rows)
-        per_rank = -(-self.num_images // world_size)  # the same number of images on every rank
-        self.indices = np.arange(rank * per_rank, (rank + 1) * per_rank) % self.num_images
-        if prompts:
-            self.batch = prompt_batch(store, [prompts[index] for index in self.indices.tolist()])
-        else:
-            self.batch = load_rows(store, rows[self.indices], text_embeddings=trainer.stage == 2)
+        shapes = trainer.dataset.latent_shapes
+        square = nearest_bucket(1, 1, [shape[1:] for shape in shapes])
+        buckets = np.full(len(prompts), square) if prompts else store.bucket_of(rows)
+        self.batches: list[tuple[np.ndarray, tuple[int, int], Batch]] = []  # indices, height and width of the latents
+        for bucket in np.unique(buckets).tolist():
+            members = np.flatnonzero(buckets == bucket)
+            per_rank = -(-len(members) // world_size)  # the same number of images on every rank
+            indices = members[np.arange(rank * per_rank, (rank + 1) * per_rank) % len(members)]
+            if prompts:
+                batch = prompt_batch(store, [prompts[index] for index in indices.tolist()])
+            else:
+                batch = load_rows(store, rows[indices], text_embeddings=trainer.stage == 2)
+            self.batches.append((indices, shapes[bucket][1:], batch))
         # A second OpenMP team, even an idle one, makes more threads than processors, and every parallel region of the
         # training steps then yields to the system instead of spinning: half the speed on a CPU.
         self.executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
@@ -43,50 +51,49 @@ class PreviewSampler:
 
     def sample(self, report: Callable[[Path], None]) -> None:
         """Sample and write `previews/step-N.png` in the background, then call `report`; every rank must call it."""
-        trainer = self.trainer
-        conditioning = trainer.conditioning(self.batch)
-        null_batch = dataclasses.replace(self.batch, dropped=torch.ones_like(self.batch.dropped))
-        null_conditioning = trainer.conditioning(null_batch)
+        trainer, sampled = self.trainer, []
         trainer.model.eval()
         with trainer.ema.applied_to(trainer.model):
-            latents = sample(
-                trainer.model,
-                conditioning,
-                null_conditioning,
-                latent_size=trainer.dataset.latent_shape[1],
-                steps=STEPS,
-                guidance=GUIDANCE,
-                seed=SEED,
-            )
+            for indices, latent_size, batch in self.batches:
+                null_batch = dataclasses.replace(batch, dropped=torch.ones_like(batch.dropped))
+                latents = sample(
+                    trainer.model,
+                    trainer.conditioning(batch),
+                    trainer.conditioning(null_batch),
+                    latent_size=latent_size,
+                    steps=STEPS,
+                    guidance=GUIDANCE,
+                    seed=SEED,
+                )
+                sampled.append((indices, trainer.normalization.undo(latents).cpu(), self.prompts(batch)))
         trainer.model.train()
-        parts = trainer.ranks.gather((self.indices, trainer.normalization.undo(latents).cpu(), self.prompts()))
+        parts = [part for of_rank in trainer.ranks.gather(sampled) for part in of_rank]
         if trainer.ranks.is_first:
             self.close()
             file = self.folder / f"step-{trainer.steps_done:08d}.png"
             self.pending = self.executor.submit(self.write, file, parts, report)
 
-    def prompts(self) -> list[str]:
+    def prompts(self, batch: Batch) -> list[str]:
         """Return the prompt of each image: its caption, decoded from tokens, or its class name."""
         if isinstance(self.trainer.conditioning, TextConditioning):
-            return self.trainer.conditioning.decode_captions(self.batch)
+            return self.trainer.conditioning.decode_captions(batch)
         names = self.trainer.dataset.class_names
-        return [names[label] if label >= 0 else "" for label in self.batch.label.tolist()]
+        return [names[label] if label >= 0 else "" for label in batch.label.tolist()]
 
     def write(
         self, file: Path, parts: list[tuple[np.ndarray, Tensor, list[str]]], report: Callable[[Path], None]
     ) -> None:
-        """Decode the latents of all ranks and write the contact sheet."""
-        samples = {
-            index: (latent, prompt)
-            for indices, latents, prompts in parts
-            for index, latent, prompt in zip(indices.tolist(), latents, prompts, strict=True)
-        }
-        latents = torch.stack([samples[index][0] for index in range(self.num_images)])
+        """Decode the latents of all ranks and aspect buckets and write the contact sheet."""
         vae, pixel_range = load_vae(self.trainer.dataset.data.vae), self.trainer.normalization.pixel_range
-        images = [Image.fromarray(image) for image in decode(vae, latents, pixel_range)]
+        samples = {
+            index: (Image.fromarray(image), prompt)
+            for indices, latents, prompts in parts
+            for index, image, prompt in zip(indices.tolist(), decode(vae, latents, pixel_range), prompts, strict=True)
+        }
+        images, captions = zip(*(samples[index] for index in range(self.num_images)), strict=True)
         file.parent.mkdir(exist_ok=True)
         partial = file.with_suffix(".part")
-        contact_sheet(images, [samples[index][1] for index in range(self.num_images)]).save(partial, format="png")
+        contact_sheet(images, captions).save(partial, format="png")
         partial.replace(file)
         report(file)
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,11 +69,12 @@ class Trainer:
                 self.dataset.data.pixel_range,
                 self.dataset.models,
             )
+        self.latent_sizes = latent_sizes(store)
         self.model.train()
         self.model.fuse_projections()
         if config.attention_backend == "autotune" and ranks.device.type == "cuda":
             kernels = self.autotune_attention() if ranks.is_first else None
-            sdpa_autotune.set_kernels(self.model, *ranks.broadcast_object(kernels))
+            sdpa_autotune.set_kernels_by_tokens(self.model, ranks.broadcast_object(kernels))
         if self.plan:
             self.swap_linears(self.plan)
         parallelize(self.model, ranks, config)
@@ -89,20 +91,22 @@ class Trainer:
             ClassConditioning(self.model, ranks.device) if stage == 1 else TextConditioning(self.dataset, ranks, config)
         )
 
-    def autotune_attention(self) -> tuple[AttentionKernel, AttentionKernel]:
-        """Return the fastest kernels of self-attention and cross-attention at the sizes of this run."""
+    def autotune_attention(self) -> dict[int, tuple[AttentionKernel, AttentionKernel]]:
+        """Return the fastest kernels of self-attention and cross-attention by the number of an image's tokens."""
         model = self.model.config
-        self_attention, cross_attention = sdpa_autotune.autotune(
-            batch=self.micro_batch_size,
-            heads=model.num_heads,
-            head_dim=model.dim // model.num_heads,
-            tokens=self.tokens_per_image,
-            text_tokens=self.dataset.data.max_text_tokens if self.stage == 2 else None,
-            device=self.ranks.device,
-        )
-        cross = f"; cross-attention: {cross_attention}" if self.stage == 2 else ""
-        logger.info("fastest self-attention: %s%s", self_attention, cross)
-        return self_attention, cross_attention
+        kernels = {}
+        for tokens in sorted(set(map(self.tokens_per_image, self.latent_sizes))):
+            self_attention, cross_attention = kernels[tokens] = sdpa_autotune.autotune(
+                batch=self.micro_batch_size,
+                heads=model.num_heads,
+                head_dim=model.dim // model.num_heads,
+                tokens=tokens,
+                text_tokens=self.dataset.data.max_text_tokens if self.stage == 2 else None,
+                device=self.ranks.device,
+            )
+            cross = f"; cross-attention: {cross_attention}" if self.stage == 2 else ""
+            logger.info("fastest self-attention of %d tokens: %s%s", tokens, self_attention, cross)
+        return kernels
 
     def swap_linears(self, plan: Plan) -> None:
         """Replace the planned linears using the backend for the plan's recipe."""
@@ -114,16 +118,22 @@ class Trainer:
             )
         if backend == "native":
             if self.ranks.device.type == "cuda" and self.config.fp8_grad_weight:
-                rows_per_image = {"image tokens": self.tokens_per_image}
-                if self.stage == 2:
-                    rows_per_image["text tokens"] = math.gcd(TEXT_ALIGNMENT, self.dataset.data.max_text_tokens)
-                check_gemm_alignment(self.micro_batch_size, rows_per_image)
+                check_gemm_alignment(self.micro_batch_size, self.rows_per_image())
             high_precision = not self.config.fp8_grad_weight
             linear.swap_linears(self.model, plan, high_precision_grad_weight=high_precision)
         elif backend == "torchao":
             torchao.swap_linears(self.model, plan)
         else:
             transformer_engine.swap_linears(self.model, plan)
+
+    def rows_per_image(self) -> dict[str, int]:
+        """Return the numbers of rows of an image in the inputs of linears, by kind of row."""
+        rows = {
+            f"image tokens of {height}x{width} latents": self.tokens_per_image((height, width))
+            for height, width in self.latent_sizes
+        }
+        text = {"text tokens": math.gcd(TEXT_ALIGNMENT, self.dataset.data.max_text_tokens)} if self.stage == 2 else {}
+        return rows | text
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Take one optimizer step on this rank's part of the global batch -> its loss () and the gradient norm ().
@@ -173,10 +183,9 @@ class Trainer:
         rows = slice(self.ranks.rank * local_batch_size, (self.ranks.rank + 1) * local_batch_size)
         return noise[rows], t[rows]
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Number of latent patches of an image."""
-        _, height, width = self.dataset.latent_shape
+    def tokens_per_image(self, latent_size: tuple[int, int]) -> int:
+        """Return the number of patches of latents of a height and width."""
+        height, width = latent_size
         patch = self.model.config.patch_size
         return (height // patch) * (width // patch)
 
@@ -217,6 +226,7 @@ class Trainer:
                 "models": fingerprints,
                 "cond_dropout_prob": self.config.cond_dropout_prob,
                 "decay_qk_norm": self.config.decay_qk_norm,
+                "image_shapes": [list(shape) for shape in self.dataset.image_shapes],
             },
         )
 
@@ -269,6 +279,12 @@ def dataset_normalization(store: Store) -> Normalization:
     return Normalization(mean=mean, std=std, pixel_range=store.manifest.data.pixel_range)
 
 
+def latent_sizes(store: Store) -> list[tuple[int, int]]:
+    """Return the (height, width) of the latents of each aspect bucket that has valid rows, or the only one."""
+    buckets = np.unique(store.bucket_of(store.valid_rows())).tolist()
+    return [store.manifest.latent_shapes[bucket][1:] for bucket in buckets]
+
+
 def new_model(stage: int, model: ModelConfig, dataset: Manifest) -> DiT:
     """Return an initialized model for a stage, with the text dimension of the dataset in stage 2."""
     sizes = model.dit_arguments()
@@ -285,6 +301,11 @@ def check_model_fits_dataset(model: DiT, dataset: Manifest, stage: int) -> None:
         )
     if config.in_dim != dataset.latent_shape[0]:
         raise ValueError(f"model.in_dim={config.in_dim}: the dataset's latents have {dataset.latent_shape[0]} channels")
+    for _, height, width in dataset.latent_shapes:
+        if height % config.patch_size or width % config.patch_size:
+            raise ValueError(
+                f"model.patch_size={config.patch_size}: does not divide the dataset's latents of {height} x {width}"
+            )
     if stage == 1 and len(dataset.class_names) >= config.num_classes:
         raise ValueError(
             f"model.num_classes={config.num_classes}: must be greater than the dataset's {len(dataset.class_names)} "

@@ -16,12 +16,17 @@ class Validator:
 
     def __init__(self, trainer: Trainer, store: Store, rows: np.ndarray) -> None:
         ranks = trainer.ranks
-        self.trainer, self.store, self.num_rows = trainer, store, len(rows)
-        rows_per_rank = -(-len(rows) // ranks.world_size)
-        indices = np.arange(ranks.rank, rows_per_rank * ranks.world_size, ranks.world_size)
-        # All ranks run the same number of forward passes; a surplus row has weight 0.
-        self.weights = torch.from_numpy(indices < len(rows)).float()
-        self.rows, self.t = rows[indices % len(rows)], fixed_time(len(rows))[indices % len(rows)]
+        self.trainer, self.store, self.rows, self.t = trainer, store, rows, fixed_time(len(rows))
+        self.batches: list[tuple[np.ndarray, Tensor]] = []  # indices of rows (B,) of one aspect bucket, weights (B,)
+        buckets = store.bucket_of(rows)
+        for bucket in np.unique(buckets):
+            members = np.flatnonzero(buckets == bucket)
+            per_rank = -(-len(members) // ranks.world_size)
+            places = np.arange(ranks.rank, per_rank * ranks.world_size, ranks.world_size)
+            # All ranks run the same number of forward passes; a surplus row has weight 0.
+            for part in np.split(places, range(trainer.micro_batch_size, per_rank, trainer.micro_batch_size)):
+                weights = torch.from_numpy(part < len(members)).float()
+                self.batches.append((members[part % len(members)], weights))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -36,18 +41,16 @@ class Validator:
         trainer, device = self.trainer, self.trainer.ranks.device
         total = torch.zeros((), device=device)
         trainer.model.eval()
-        for indices in np.split(
-            np.arange(len(self.rows)), range(trainer.micro_batch_size, len(self.rows), trainer.micro_batch_size)
-        ):
+        for indices, weights in self.batches:
             batch = load_rows(self.store, self.rows[indices], text_embeddings=trainer.stage == 2)
             data = trainer.normalization.apply(batch.latents.to(device))
             noise, t = row_noise(batch, data.shape[1:]).to(device), self.t[indices].to(device)
             velocity = trainer.model(interpolate(data, noise, t), t, **trainer.conditioning(batch))
             errors = (velocity.float() - (data - noise)).square().mean(dim=(1, 2, 3))
-            total += errors @ self.weights[indices].to(device)
+            total += errors @ weights.to(device)
         trainer.model.train()
         dist.all_reduce(total)
-        return float(total) / self.num_rows
+        return float(total) / len(self.rows)
 
 
 def row_noise(batch: Batch, shape: torch.Size) -> Tensor:

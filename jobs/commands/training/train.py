@@ -24,7 +24,15 @@ from jobs.state.checkpoint_names import checkpoint_record
 from jobs.state.run import Run
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
-from jobs.submission.preflight import check_acceptance, check_configuration, check_dataset, check_start, find_start
+from jobs.submission.preflight import (
+    check_acceptance,
+    check_bucket_rows,
+    check_configuration,
+    check_dataset,
+    check_resumed_shapes,
+    check_start,
+    find_start,
+)
 from jobs.submission.submit import run_ranks
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
@@ -142,6 +150,9 @@ def train(launch: Launch, options: Options) -> str:
     manifest = open_dataset(launch)
     if not launch.dry_run:
         check_dataset(launch.recipe, stage, manifest, record)
+        check_bucket_rows(launch.dataset, shape.nodes * shape.ranks_per_node)
+        if resumed and record:
+            check_resumed_shapes(launch.recipe, resumed, record)
     after = prepare_dataset(launch, manifest)
     if not options.accept_failed_audit:
         after = require_audit(launch, after)

@@ -75,6 +75,7 @@ def page(
         rejections(summary, rejected),
         f"<h2>Accepted images</h2>\n<p>An evenly spaced sample.</p>{gallery(accepted, 'large')}" if accepted else "",
         "".join(f"<h2>{text(name)}</h2>\n{gallery(shown, 'large')}" for name, shown in (extremes or {}).items()),
+        shapes(summary),
         distributions(summary),
         first_words(summary),
         ending,
@@ -139,6 +140,30 @@ def rejections(summary: Mapping[str, Any], rejected: Mapping[str, Sequence[Thumb
 def label_of(reason: str) -> str:
     """Return the text that the page shows for a stored reason code."""
     return REASON_LABELS.get(reason, reason)
+
+
+def shapes(summary: Mapping[str, Any]) -> str:
+    """Return the section about the shapes of the training images, and what is cropped away for them."""
+    if not summary["shapes"]:
+        return ""
+    rows = [
+        (
+            f"{shape['width']} x {shape['height']}",
+            f"{shape['images']:,}",
+            f"{shape['share']:.2%}",
+            f"{shape['cropped']:.2%}",
+            f"{shape['cropped_by_square']:.2%}",
+        )
+        for shape in summary["shapes"]
+    ]
+    cropped, square = (
+        sum(shape["share"] * shape[key] for shape in summary["shapes"]) for key in ("cropped", "cropped_by_square")
+    )
+    head = ("width x height, pixels", "images", "share", "area cropped away", "by a square")
+    return (
+        f"<h2>Shapes of the training images</h2>\n<p>Cropping removes {cropped:.2%} of the images' area; a square "
+        f"would remove {square:.2%}.</p>\n{table(head, rows)}"
+    )
 
 
 def distributions(summary: Mapping[str, Any]) -> str:

@@ -2,12 +2,14 @@
 
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pixart.config.aspect_buckets import Shape, kept_fraction, nearest_bucket
 from pixart.config.dataset import AuditConfig
 from pixart.data.audit.deduplication import exact_groups, near_groups
 from pixart.data.images.screening import Reason
@@ -34,14 +36,25 @@ class RejectedExample:
     thumbnail: bytes
 
 
+@dataclass(kw_only=True, slots=True)
+class Crop:
+    """Images that are cropped to one shape; the areas are sums of shares of the images' own areas."""
+
+    images: int = 0
+    cropped: float = 0.0
+    cropped_by_square: float = 0.0  # what a crop to a square would remove
+
+
 class Audit:
     """Statistics of a dataset, accumulated over its caption parts in the order of their shards.
 
-    Without `has_images`, which adopted datasets have not, they are those of the captions alone.
+    Without `has_images`, which adopted datasets have not, they are those of the captions alone. `shapes` are the
+    (height, width) that images are cropped to.
     """
 
-    def __init__(self, *, has_images: bool = True) -> None:
+    def __init__(self, *, has_images: bool = True, shapes: Sequence[Shape] = ()) -> None:
         self.has_images = has_images
+        self.crops = {shape: Crop() for shape in shapes}
         self.rows = self.valid = 0
         self.reasons: Counter[str] = Counter()
         self.rejected: dict[str, list[tuple[int, RejectedExample]]] = {}
@@ -85,8 +98,21 @@ class Audit:
         self.add_histogram("entropy", accepted["entropy"].to_numpy())
         self.add_histogram("shorter side", np.minimum(width, height))
         self.add_histogram("aspect", np.maximum(width, height) / np.maximum(np.minimum(width, height), 1))
+        if self.crops:
+            self.add_crops(width, height)
         self.digests.append(np.frombuffer(b"".join(accepted["digest"].to_pylist()), dtype="S16"))
         self.phashes.append(accepted["phash"].to_numpy())
+
+    def add_crops(self, width: np.ndarray, height: np.ndarray) -> None:
+        """Count the images of each shape, and the share of their area that is cropped away."""
+        shapes = list(self.crops)
+        sizes, counts = np.unique(np.stack([width, height]), axis=1, return_counts=True)
+        for image_width, image_height, images in zip(*sizes.astype(int).tolist(), counts.tolist(), strict=True):
+            shape = shapes[nearest_bucket(image_width, image_height, shapes)]
+            crop = self.crops[shape]
+            crop.images += images
+            crop.cropped += images * (1 - kept_fraction(image_width, image_height, shape))
+            crop.cropped_by_square += images * (1 - kept_fraction(image_width, image_height, (1, 1)))
 
     def add_histogram(self, name: str, values: np.ndarray) -> None:
         """Count values in the bins of a histogram; the outer bins include what lies beyond them."""
@@ -155,6 +181,21 @@ def checks(audit: Audit, duplicates: list[tuple[str, np.ndarray]], limits: Audit
     return [*results, {"name": "valid images", "value": audit.valid, "limit": 1, "passed": audit.valid >= 1}]
 
 
+def crop_table(audit: Audit) -> list[dict[str, Any]]:
+    """Return the images, their share and the mean share of the area cropped away, by shape of the training images."""
+    return [
+        {
+            "width": width,
+            "height": height,
+            "images": crop.images,
+            "share": crop.images / max(1, audit.valid),
+            "cropped": crop.cropped / max(1, crop.images),
+            "cropped_by_square": crop.cropped_by_square / max(1, crop.images),
+        }
+        for (height, width), crop in audit.crops.items()
+    ]
+
+
 def summary(audit: Audit, duplicates: list[tuple[str, np.ndarray]], limits: AuditConfig) -> dict[str, Any]:
     """Return the results of an audit, without images, as JSON values."""
     results = checks(audit, duplicates, limits)
@@ -171,5 +212,6 @@ def summary(audit: Audit, duplicates: list[tuple[str, np.ndarray]], limits: Audi
         "histograms": {
             name: {"edges": BINS[name].tolist(), "counts": counts.tolist()} for name, counts in audit.histograms.items()
         },
+        "shapes": crop_table(audit),
         "limits": asdict(limits),
     }

@@ -94,6 +94,7 @@ def make_report(blocks: int = 2) -> dict[str, Any]:
         "step": 400000,
         "config": {"dim": 1152, "text_dim": 2048, "num_classes": None},
         "calibration_data": "/data/photos",
+        "calibration_latents": [[32, 32]],
         "reparameterization": {
             "strategy": "fitted",
             "t": T,

@@ -5,7 +5,13 @@ import json
 
 import pytest
 
-from jobs.submission.preflight import check_configuration, check_dataset, check_pipeline
+from jobs.submission.preflight import (
+    check_bucket_rows,
+    check_configuration,
+    check_dataset,
+    check_pipeline,
+    check_resumed_shapes,
+)
 from pixart.config.keys import overrides
 from pixart.recipes import demo
 
@@ -105,3 +111,33 @@ def test_a_source_that_does_not_fit_the_stage(tmp_path, stage, changes, start, m
     (tmp_path / "source.json").write_text(json.dumps({**CONTENTS, **changes}))
     with pytest.raises(ValueError, match=message):
         check_dataset(recipe, stage, MANIFEST, start)
+
+
+@pytest.mark.parametrize("stored", [None, {**record()["config"], "patch_size": 4}])
+def test_a_patch_that_does_not_divide_a_bucket(stored):
+    buckets = {**MANIFEST, "buckets": [[4, 16], [8, 8], [6, 10]]}
+    recipe = overrides.apply(demo(""), ["model.patch_size=4"])
+    check_dataset(recipe, 2, {**MANIFEST, "buckets": [[4, 16], [8, 8]]}, record(config=stored) if stored else None)
+    with pytest.raises(ValueError, match=r"^model\.patch_size=4: does not divide the dataset's latents of 6 x 10$"):
+        check_dataset(recipe, 2, buckets, record(config=stored) if stored else None)
+
+
+def test_a_run_is_not_resumed_on_other_buckets(tmp_path):
+    recipe = overrides.apply(demo(""), ["data.aspect_buckets=64x64,128x32"])
+    shapes = {"image_shapes": [[32, 128], [64, 64]]}
+    check_resumed_shapes(recipe, tmp_path, record(provenance=shapes))
+    check_resumed_shapes(recipe, tmp_path, record(provenance={}))  # of a checkpoint from before aspect buckets
+    with pytest.raises(ValueError, match=r"^data\.aspect_buckets: .* of 128x32, 64x64, .* of 64x64; ") as error:
+        check_resumed_shapes(demo(""), tmp_path, record(provenance=shapes))
+    assert "\n" not in str(error.value)
+
+
+def test_more_ranks_than_a_bucket_has_images(tmp_path):
+    """They are known from the audit; a bucket without images is not trained on."""
+    check_bucket_rows(str(tmp_path), 8)
+    shapes = [{"width": 64, "height": 64, "images": images} for images in (9, 0, 3)]
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit/audit.json").write_text(json.dumps({"shapes": shapes}))
+    check_bucket_rows(str(tmp_path), 3)
+    with pytest.raises(ValueError, match="its aspect bucket 64x64 has 3 images for 4 ranks"):
+        check_bucket_rows(str(tmp_path), 4)

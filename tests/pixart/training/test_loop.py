@@ -18,7 +18,7 @@ from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader
 from pixart.data.store.zarr_store import Store
-from pixart.model.sdpa_autotune import autotune, set_kernels
+from pixart.model.sdpa_autotune import autotune, set_kernels_by_tokens
 from pixart.training.loop import train
 from pixart.training.metrics import DivergedError, NullReporter
 from pixart.training.process_group import process_group
@@ -364,9 +364,9 @@ def test_attention_is_autotuned_at_the_sizes_of_the_run(small_recipe, caplog, st
         trainer = Trainer(None, stage, small_recipe.model, config, store, ranks)
         kernels = trainer.autotune_attention()
     assert autotune.cache_info().currsize
-    assert kernels == autotune(
-        batch=4, heads=2, head_dim=16, tokens=16, text_tokens=None if stage == 1 else 32, device=torch.device("cpu")
-    )
+    text_tokens = None if stage == 1 else 32
+    expected = autotune(batch=4, heads=2, head_dim=16, tokens=16, text_tokens=text_tokens, device=torch.device("cpu"))
+    assert kernels == {16: expected}
     assert ("cross-attention" in caplog.text) == (stage == 2)
-    set_kernels(trainer.model, *kernels)
-    assert {block.attention.attention.kernel for block in trainer.model.dit_blocks} == {kernels[0]}
+    set_kernels_by_tokens(trainer.model, kernels)
+    assert {block.attention.attention.kernel for block in trainer.model.dit_blocks} == {expected[0]}
