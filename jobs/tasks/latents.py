@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 from jobs.state import ledger
 from jobs.tasks.caption import for_each_shard, read_part
-from pixart.config.aspect_buckets import bucket_shapes, nearest_bucket
+from pixart.config.aspect_buckets import nearest_bucket
 
 BATCH = 32  # images per call of the VAE, and captions per call of the text encoder
 MAX_WAITING = 4 * BATCH  # images that wait until there are BATCH of their aspect bucket
@@ -113,18 +113,12 @@ def nearest_buckets(manifest, table):
     """Return the index of each row's aspect bucket, int16 (rows,); zeros without buckets and for rejected images."""
     import numpy as np
 
-    shapes = image_shapes(manifest)
+    shapes = manifest.image_shapes
     nearest = [
         nearest_bucket(width, height, shapes) if valid and manifest.buckets else 0
         for width, height, valid in zip(table["width"], table["height"], table["valid"], strict=True)
     ]
     return np.array(nearest, np.int16)
-
-
-def image_shapes(manifest):
-    """Return the (height, width) in pixels of the training images of each aspect bucket, or of all images."""
-    side = manifest.data.image_size
-    return bucket_shapes(manifest.data.aspect_buckets, side) or ((side, side),)
 
 
 def encoded(manifest, items, table, buckets, vae):
@@ -138,7 +132,7 @@ def encoded(manifest, items, table, buckets, vae):
     from pixart.data.images.screening import decode_downscaled, digest, resize_and_crop
     from pixart.data.prefetch import prefetch_map
 
-    shapes = image_shapes(manifest)
+    shapes = manifest.image_shapes
 
     def wanted():
         for row, (item, id) in enumerate(zip_longest(items, table["id"])):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pixart.config.dataset import AuditConfig, DataConfig, data_from_dict
 from pixart.config.model import ModelConfig
 from pixart.config.renamed_keys import rename_recipe
+from pixart.config.resolutions import UNSHIFTED
 from pixart.config.sampling import EvaluationConfig, SampleConfig
 from pixart.config.training import TrainConfig
 
@@ -49,8 +50,8 @@ def from_json(text: str) -> Recipe:
         data=data_from_dict(values["data"]),
         audit=AuditConfig(**values["audit"]),
         model=ModelConfig(**values["model"]),
-        stage1=TrainConfig(**values["stage1"]),
-        stage2=TrainConfig(**values["stage2"]),
+        stage1=TrainConfig(**{"time_shift": UNSHIFTED, **values["stage1"]}),
+        stage2=TrainConfig(**{"time_shift": UNSHIFTED, **values["stage2"]}),
         sample=SampleConfig(**values["sample"]),
         evaluation=EvaluationConfig(**values.get("evaluation", {})),  # runs of version 0.1 have none
     )

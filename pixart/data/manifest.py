@@ -90,6 +90,17 @@ class Manifest:
         return tuple((self.latent_shape[0], *bucket) for bucket in self.buckets) or (self.latent_shape,)
 
     @property
+    def image_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Shapes (height, width) of the training images in pixels: one per aspect bucket, or the only one."""
+        side = self.data.image_size
+        return bucket_shapes(self.data.aspect_buckets, side) or ((side, side),)
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Side of the image area that one latent pixel stands for, in pixels."""
+        return self.data.image_size // self.latent_shape[1]
+
+    @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that identify the dataset independently of its path; checkpoints refer to it."""
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, path="")).values()

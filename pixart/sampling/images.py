@@ -47,14 +47,19 @@ def generate(
     steps: int,
     guidance: float,
     on_frame: Callable[[int, int, Image.Image], None] | None = None,
+    shapes: Sequence[tuple[int, int] | None] = (None,),
 ) -> Iterator[Image.Image]:
     """Yield the image of each request in order. An image does not depend on the others of its batch.
 
     `on_frame` receives the index of the request, the step and the decoded latents of each step but the last, whose
-    frame is the image itself.
+    frame is the image itself. `shapes` are the heights and widths in pixels of equally long parts of the requests, one
+    after the other; None is the pipeline's default.
     """
-    for begin in range(0, len(requests), BATCH_SIZE):
-        batch = requests[begin : begin + BATCH_SIZE]
+    part = len(requests) // len(shapes)
+    starts = [(start, index) for index in range(len(shapes)) for start in range(0, part, BATCH_SIZE)]
+    for start, index in starts:
+        begin, (height, width) = index * part + start, shapes[index] or (None, None)
+        batch = requests[begin : min(begin + BATCH_SIZE, (index + 1) * part)]
         labels = [request.label for request in batch if request.label is not None]
 
         def decode_frames(
@@ -67,6 +72,8 @@ def generate(
         yield from pipeline(
             None if labels else [request.prompt for request in batch],
             class_labels=labels or None,
+            height=height,
+            width=width,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(request.seed) for request in batch],

@@ -57,6 +57,7 @@ class PreviewSampler:
                 steps=STEPS,
                 guidance=GUIDANCE,
                 seed=SEED,
+                time_shift=trainer.time_shift(*trainer.dataset.latent_shape[1:]),
             )
         trainer.model.train()
         parts = trainer.ranks.gather((self.indices, trainer.normalization.undo(latents).cpu(), self.prompts()))

@@ -8,6 +8,7 @@ from typing import Any
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
 from jobs.submission.submit import run_ranks
+from pixart.config.aspect_buckets import Shape
 from slurm.executor import Cluster
 
 
@@ -24,6 +25,7 @@ class SamplingRequest:
     export: Path | None = None  # folder of a diffusers pipeline
     base_latent_size: int | None = None  # of a checkpoint that does not record it
     frames: bool = False  # whether to write the image of each step
+    sizes: Sequence[Shape] = ()  # of the images; the default of the checkpoint if empty
 
 
 def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[str] = ()) -> Run:
@@ -42,6 +44,7 @@ def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[st
             "export": str(request.export) if request.export else None,
             "base_latent_size": request.base_latent_size,
             "frames": request.frames,
+            "sizes": [list(size) for size in request.sizes],
         },
         parameters={
             "checkpoint": str(request.checkpoint),
@@ -49,7 +52,9 @@ def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[st
             **{name: getattr(config, name) for name in ("steps", "guidance", "seed")},
         },
         tags={"pixart.parent_checkpoint": str(request.checkpoint)},
-        total=(len(request.prompts) or len(request.classes) or config.count) * request.images_per_prompt,
+        total=(len(request.prompts) or len(request.classes) or config.count)
+        * request.images_per_prompt
+        * max(1, len(request.sizes)),
         after=after,
     )
 
