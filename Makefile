@@ -11,10 +11,10 @@ FAST := not slow and not slurm and not vllm and not gpu
 # Those of Slurm and vLLM start many processes each, and run one after the other behind all others.
 WORKERS ?= 2
 # Where processes outnumber the processors, a compiler's own workers and threads that wait busily only cost.
-test check: export TORCHINDUCTOR_COMPILE_THREADS := 1
-test check: export GOMP_SPINCOUNT := 1000
+test check attack: export TORCHINDUCTOR_COMPILE_THREADS := 1
+test check attack: export GOMP_SPINCOUNT := 1000
 
-.PHONY: install demo check test test-all vllm-env img2dataset-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
+.PHONY: install demo check attack test test-all vllm-env img2dataset-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
 
 install: .venv/.installed
 demo: install
@@ -40,6 +40,11 @@ check: .venv/.installed-dev
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)"
+
+# The long campaign of tests/attack, with its figures by area; the short one is part of `make test`.
+attack: export PIXART_ATTACK := long
+attack: .venv/.installed-dev
+	@$(BIN)/python -m pytest -q -n $(WORKERS) tests/attack
 
 # vLLM's environment is installed beside the tests, of which those that need it wait for it.
 test: .venv/.installed-dev

@@ -148,8 +148,11 @@ def patiently(query: Callable[[], Value]) -> Value:
 
 
 def submitted_from(folder: Path) -> set[str]:
-    """Return the ids of this user's jobs whose script lies in `folder`. Raises SlurmError if squeue fails."""
-    lines = command("squeue", "--noheader", "--states=all", "--format=%A|%o", "--me").splitlines()
+    """Return the ids of this user's jobs and arrays whose script lies in `folder`. Raises SlurmError if squeue fails.
+
+    An element of an array that has started has another id besides (%A in place of %F), which nothing records.
+    """
+    lines = command("squeue", "--noheader", "--states=all", "--format=%F|%o", "--me").splitlines()
     return {job for job, _, script in (line.partition("|") for line in lines) if Path(script).parent == folder}
 
 

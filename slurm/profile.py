@@ -21,6 +21,7 @@ JOB_KINDS = (
 )
 BY_KIND = ("minutes", "gpus", "cpus", "memory", "partitions", "qualities", "python")  # tables by job kind
 WITHOUT_GPU = ("init", "adopt", "audit", "verify", "summarize")  # kinds of jobs that compute nothing on a GPU
+MAX_NUMBER = 10_000_000  # minutes, GB and so on of a profile
 VARIABLE = re.compile(r"\$([A-Z_][A-Z0-9_]*)")
 
 
@@ -62,6 +63,16 @@ class Profile:
     srun_args: list[str] = field(default_factory=list)
     container: str | None = None  # image for srun's --container-image (pyxis)
     container_mounts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that is negative or larger than any cluster's."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        tables = {f"{key}.{kind}": value for key in BY_KIND for kind, value in values[key].items()}
+        for key, value in (values | tables).items():
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{key} = {value!r} must not be negative")
+            if isinstance(value, int) and value > MAX_NUMBER:
+                raise ValueError(f"{key} = {value!r} must be at most {MAX_NUMBER}")
 
 
 def for_kind(profile: Profile, kind: str) -> Profile:
@@ -106,8 +117,8 @@ def load(name: str) -> Profile:
     if not path.is_file():
         raise ValueError(f"--cluster {name}: unknown cluster profile {name!r}; it must be {allowed_names()}")
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"profile {path}: not a TOML file; {error}") from error
     hints = get_type_hints(Profile)
     for key, value in values.items():
@@ -122,7 +133,10 @@ def load(name: str) -> Profile:
             raise ValueError(
                 f"profile {path}: {key}.{unknown[0]} is not a job kind; it must be one of {', '.join(JOB_KINDS)}"
             )
-    return Profile(name=path.stem, **values)
+    try:
+        return Profile(name=path.stem, **values)
+    except ValueError as error:
+        raise ValueError(f"profile {path}: {error}") from None
 
 
 def check(value: Any, kind: Any, key: str, path: Path) -> Any:
@@ -141,8 +155,6 @@ def check(value: Any, kind: Any, key: str, path: Path) -> Any:
     wanted = origin or kind
     if type(value) is not wanted:
         raise ValueError(f"profile {path}: {key} = {value!r} must be of type {wanted.__name__}")
-    if wanted is int and value < 0:
-        raise ValueError(f"profile {path}: {key} = {value!r} must not be negative")
     return value
 
 

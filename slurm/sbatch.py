@@ -90,9 +90,19 @@ def slurm_parameters(
     present: dict[str, Any] = {key: value for key, value in parameters.items() if value is not None}
     present["wckey"] = profile.wckey  # None: no key at all, in place of submitit's
     for key, value in present.items():
-        if key != "setup" and value is not None:
-            check_line(key, str(value))
+        for text in texts_of(value) if key != "setup" else (*profile.modules, *texts_of(profile.environment)):
+            check_line(key, text)
     return present
+
+
+def texts_of(value: Any) -> list[str]:
+    """Return the single texts of a parameter, which may be a list or a table of them."""
+    if value is None:
+        return []
+    items = (
+        [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    )
+    return [str(item) for item in items]
 
 
 @contextmanager

@@ -10,24 +10,37 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypedDict
 
 import submitit
 
 from slurm import commands
+from slurm.usage import Meter, read_lines
 
 ATTEMPTS = "attempts.jsonl"
 RESULT = "result.json"
 MAX_REQUEUES = 5  # for tasks that are not cooperative, since a shard may never fit into the time limit
 REQUEUE_TIMEOUT_SECONDS = 120  # for Slurm to terminate a requeued task
 TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
+INTERRUPTED = "interrupted: "  # begins the last line of the log of a task that a signal ended
 TERMINATE, TIME_LIMIT = 1, 2
 STOP_LEVELS: dict[int, int] = {signal.SIGTERM: TERMINATE, signal.SIGUSR2: TIME_LIMIT}
+
+
+class Attempt(TypedDict):
+    """A start of one rank of a job."""
+
+    job: str
+    rank: int
+    restart: int
+    arguments: list[Any]
+    node: str
+    time: str
+
 
 _stop_level = 0
 
@@ -40,7 +53,7 @@ class TaskInterrupted(BaseException):
 
     def __init__(self, level: int, *, exclude: str | None = None) -> None:
         reason = "the time limit is near" if level == TIME_LIMIT else "the job is being terminated"
-        super().__init__(f"interrupted: {f'the job will avoid {exclude}' if exclude else reason}")
+        super().__init__(f"{INTERRUPTED}{f'the job will avoid {exclude}' if exclude else reason}")
         self.level, self.exclude = level, exclude  # comma-separated nodes that the job is requeued without
 
 
@@ -66,14 +79,17 @@ class Task:
     cooperative: bool = False
 
     def __call__(self, *arguments: Any) -> Any:
-        environment = submitit.JobEnvironment()
+        environment, meter = submitit.JobEnvironment(), Meter()
         environment.paths.result_pickle.unlink(missing_ok=True)  # left by an earlier attempt
-        self.record(environment, arguments)
+        identity = self.record(environment, arguments)
         for number in STOP_LEVELS:
             signal.signal(number, self.set_stop_level if self.cooperative else self.interrupt)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
         try:
-            result = self.function(*arguments)
+            try:
+                result = self.function(*arguments)
+            finally:
+                meter.record(Path(self.run), **identity)
         except TaskInterrupted as interrupted:
             print(interrupted, file=sys.stderr, flush=True)
             if (interrupted.level == TIME_LIMIT or interrupted.exclude) and "SLURM_JOB_ID" in os.environ:
@@ -86,18 +102,18 @@ class Task:
             temporary.replace(target)
         return result
 
-    def record(self, environment: submitit.JobEnvironment, arguments: tuple[Any, ...]) -> None:
-        """Append a line about this start of this rank to the run's attempts."""
-        line = {
+    def record(self, environment: submitit.JobEnvironment, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        """Append a line about this start of this rank to the run's attempts, and return what identifies the rank."""
+        identity = {
             "job": environment.job_id,
             "rank": environment.global_rank,
             "restart": restart_count(),
-            "arguments": list(arguments),
             "node": os.environ.get("SLURMD_NODENAME", environment.hostname),
-            "time": datetime.now().isoformat(timespec="seconds"),
         }
+        line = {**identity, "arguments": list(arguments), "time": datetime.now().isoformat(timespec="seconds")}
         with (Path(self.run) / ATTEMPTS).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        return identity
 
     def set_stop_level(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal of a cooperative task: set the stop level."""
@@ -134,14 +150,6 @@ def restart_count() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def attempts(run: str | Path) -> list[dict[str, Any]]:
-    """Return the records of all starts of all ranks in order; lines damaged by a network file system are skipped."""
-    try:
-        lines = (Path(run) / ATTEMPTS).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+def attempts(run: str | Path) -> list[Attempt]:
+    """Return the records of all starts of all ranks in order."""
+    return read_lines(Path(run) / ATTEMPTS, Attempt)

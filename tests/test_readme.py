@@ -1,5 +1,6 @@
 """The commands, options and configuration keys in README and docs exist, as do the files that they link to."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from jobs.commands.registry import ENTRIES
 from pixart.config.keys import overrides
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm.devcluster import __main__ as devcluster
+from slurm.profile import BY_KIND, JOB_KINDS, Profile
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,7 +41,7 @@ def test_other_commands_are_modules():
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {"demo", "test", "check"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
+    assert {"demo", "test", "check", "attack"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
 
 
 def test_options(capsys):
@@ -64,6 +66,21 @@ def test_keys():
             value_of_key = getattr(value_of_key, part)
         if len(value) > 1:
             overrides.apply(RECIPES["demo"]("home"), [key + value])
+
+
+def test_every_key_of_a_cluster_profile_is_explained():
+    page = (ROOT / "docs/clusters.md").read_text()
+    keys = {item.name for item in dataclasses.fields(Profile)} - {"name"}
+    explained = set(re.findall(r"`\[?([a-z_]+)\]?`", page.partition("| key | meaning |")[2]))
+    assert keys <= explained
+    for table, kind in re.findall(r"\[([a-z]+)\] ([a-z]+) =", README):
+        assert table in BY_KIND
+        assert kind in JOB_KINDS
+
+
+def test_every_command_is_in_the_table_of_the_readme():
+    table = (ROOT / "README.md").read_text().partition("| purpose | commands |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([a-z-]+)`", table)) == set(ENTRIES)
 
 
 def test_links_lead_to_files():

@@ -15,7 +15,6 @@ executed. In state dictionaries of TransformerEngine, extra states are skipped.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from conversion.reading import orbax, orbax_metadata, torch_file
 from conversion.reading.parts import Parts, find_parts
 from conversion.reading.state_dicts import is_state
 from conversion.reading.training_state import StoredState, assemble, validated
+from pixart import records
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
@@ -97,12 +97,9 @@ def read_diffusers(path: Path) -> StoredState:
 def load_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError if the file cannot be read or contains anything else."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
+        return records.read(path, dict[str, Any])
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read; copy the checkpoint again") from error
 
 
 def is_safetensors(path: Path) -> bool:

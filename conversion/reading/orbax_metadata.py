@@ -12,12 +12,13 @@ No file outside of these folders is read: symbolic links are refused, and so are
 than letters, digits and underscores.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pixart import records
 
 STATE, EMA = "state", "model_ema"
 STEP_METADATA, ITEM_METADATA, MANIFEST = "_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"
@@ -146,12 +147,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_METADATA_BYTES:
             raise ValueError("it is too large")
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON; copy the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: does not hold a JSON object; copy the checkpoint again")
-    return content
+        return records.read(path, dict[str, Any])
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read; copy the checkpoint again") from error
 
 
 def check_manifest(path: Path) -> None:

@@ -12,6 +12,7 @@ from jobs.commands.launching import read_recipe
 from jobs.commands.options import Command, RecipeOptions, option
 from jobs.state import run as runs
 from pixart.config.keys import reference, toml_file
+from pixart.terminal import printable
 
 MAX_LENGTH = 60  # characters of a value; --toml prints the whole text
 HEADER = ("key", "type", "default", "meaning")
@@ -44,7 +45,7 @@ def describe(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(describe, value))
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= MAX_LENGTH else f"{' '.join(text.split())[: MAX_LENGTH - 3]}..."
+    return printable(text if len(text) <= MAX_LENGTH else f"{' '.join(text.split())[: MAX_LENGTH - 3]}...")
 
 
 def print_table(rows: Iterable[Sequence[str]]) -> None:

@@ -3,10 +3,10 @@
 Imports no torch; only the jobs do.
 """
 
-import json
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import TypeVar
 
 from jobs.commands.hints import next_command
 from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
+from jobs.state import run as runs
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import sync_in_background
 from pixart.config.dataset import is_url
 from pixart.config.keys.overrides import apply
-from pixart.config.recipe import Recipe, from_json
+from pixart.config.recipe import Recipe
+from pixart.config.recipe import load as load_recipe
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
 from slurm import profile as profiles
 from slurm.profile import Profile
@@ -57,12 +59,35 @@ def launching(
         yield launch
     except NothingSubmitted as plan:
         print(plan)
+    except BaseException:
+        remove_unsubmitted(launch)
+        raise
     finally:
         if launch.folders and not launch.wait:
             sync_in_background(launch.home, launch.folders)
         if launch.mlflow_stale:
             print(f"MLflow at {launch.tracker.uri} did not answer", file=sys.stderr)
             print(f"next: {next_command(options, 'sync')}", file=sys.stderr)
+
+
+def remove_unsubmitted(launch: Launch) -> None:
+    """Remove the folders that a refused command has created: of its submission, and of runs without jobs.
+
+    Folders of an earlier command, such as that of a resumed run, have jobs or are not in the submission, and stay.
+    """
+    if launch.submission is None:
+        return
+    empty = [folder for folder in launch.folders if not has_jobs(folder)]
+    for folder in empty:
+        shutil.rmtree(folder, ignore_errors=True)
+    launch.folders = [folder for folder in launch.folders if folder not in empty]
+    if not launch.folders:
+        shutil.rmtree(launch.submission, ignore_errors=True)
+
+
+def has_jobs(folder: Path) -> bool:
+    """Return whether jobs of a run were submitted."""
+    return (folder / runs.RECORD).exists() and bool(runs.load(folder).jobs)
 
 
 def load_profile(options: SubmissionOptions) -> Profile:
@@ -106,17 +131,4 @@ def read_run_recipe(folder: Path) -> Recipe:
     """Return the recipe of a run. Raises ValueError if the folder is not a run folder."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run folder; config.json is missing")
-    return read_record(folder / "config.json", from_json)
-
-
-def read_run_profile(folder: Path) -> Profile:
-    """Return the profile of the cluster that a run was submitted to."""
-    return read_record(folder / "profile.json", lambda text: Profile(**json.loads(text)))
-
-
-def read_record(path: Path, parse: Callable[[str], Value]) -> Value:
-    """Parse a JSON record. Raises ValueError if it is damaged or was written by another version."""
-    try:
-        return parse(path.read_text())
-    except (TypeError, LookupError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged, or of another version: {error}") from None
+    return load_recipe(folder / "config.json")

@@ -6,15 +6,17 @@ A PNG names its checkpoint, a checkpoint its conversion or run, and a run its in
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from conversion.report.text import PAGE, REPORT
+from jobs.reports import efficiency
 from jobs.state import audit_files, evaluation, ledger
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import INFERENCE, MARKER, acceptance, checkpoint_record, find_checkpoint
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as DESCRIPTION
 from jobs.state.run_metadata import read_description
+from pixart import records
 from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_stage
 from pixart.terminal import printable
@@ -22,6 +24,12 @@ from pixart.terminal import printable
 EVALUATING = ("evaluate", "judge", "summarize")  # kinds of the jobs of an evaluation
 XMP_CHUNK = "XML:com.adobe.xmp"  # of a served image; it says what every image of a model says
 MAX_TEXT_LENGTH = 500  # longer texts of a PNG, such as the command, are not shown
+
+
+class EvaluationRequest(TypedDict):
+    """The arguments of a job of an evaluation, as far as the lineage reads them."""
+
+    folder: str
 
 
 @dataclass(kw_only=True)
@@ -38,8 +46,15 @@ class Node:
 def trace(home: Path, subject: str | None) -> Node:
     """Return the node of a PNG, a checkpoint, a dataset or a run, linked to all its ancestors.
 
-    None means the newest run. Raises ValueError if `subject` is none of these.
+    None means the newest run. Raises ValueError if `subject` is none of these, or for records in a circle.
     """
+    node = find_node(home, subject)
+    topological_order(node)
+    return node
+
+
+def find_node(home: Path, subject: str | None) -> Node:
+    """Return the node that a PNG, a checkpoint, a dataset or a run is, linked to its ancestors."""
     traversal = Traversal(home)
     path = Path(subject or "")
     if subject and is_url(subject):
@@ -120,8 +135,9 @@ class Traversal:
         """Return the node of a checkpoint; one that no longer exists, or of another program, has no parents."""
         if str(path) in self.nodes:
             return self.nodes[str(path)]
-        if path.parent.name == "checkpoints" and (path.parents[1] / runs.RECORD).exists():
-            self.homes.append(path.parents[3])
+        run = path.parent.parent  # of a checkpoint of a training run
+        if path.parent.name == "checkpoints" and (run / runs.RECORD).exists():
+            self.homes.append(run.parent.parent)
         if (path / INFERENCE).exists():
             node = self.add_node("checkpoint", str(path), form="FP8 weights for inference")
             node.parents = [self.checkpoint(path.parent)]
@@ -136,8 +152,8 @@ class Traversal:
             node.facts["evaluations"] = ", ".join(dict.fromkeys(names))
         if (path / REPORT).exists():
             node.parents = [self.conversion(path, provenance)]
-        elif path.name.startswith("step-") and path.name[5:].isdecimal() and (path.parents[1] / runs.RECORD).exists():
-            node.parents = [self.run(runs.load(path.parents[1]))]
+        elif path.name.startswith("step-") and path.name[5:].isdecimal() and (run / runs.RECORD).exists():
+            node.parents = [self.run(runs.load(run))]
         elif "converted_from" in provenance:
             node.parents = [self.source(path, provenance)]
         elif record["dataset"]:
@@ -178,15 +194,17 @@ class Traversal:
         name = str(run.folder)
         if name in self.nodes:
             return self.nodes[name]
-        self.homes.append(run.folder.parents[1])
+        self.homes.append(run.home)
         if run.kind in EVALUATING:
             node = self.add_node(run.kind, name, shards=len(run.elements) or None, jobs=", ".join(run.job_ids))
-            node.parents = [self.evaluation(Path(run.request["folder"]))]
+            request = records.convert(run.request, EvaluationRequest, str(run.folder / runs.RECORD))
+            node.parents = [self.evaluation(Path(request["folder"]))]
             return node
-        metadata = (
-            read_description(run.folder) if (run.folder / DESCRIPTION).exists() else {"tags": {}, "parameters": {}}
-        )
-        tags, parameters = metadata["tags"], metadata["parameters"]
+        tags: dict[str, str] = {}
+        parameters: dict[str, Any] = {}
+        if (run.folder / DESCRIPTION).exists():
+            description = read_description(run.folder)
+            tags, parameters = description["tags"], description["parameters"]
         if run.kind == "train":
             logged = rename_stage(parameters)
             facts = {key: logged.get(key) for key in ("stage", "steps", "global_batch_size", "lr", "fp8")}
@@ -199,6 +217,7 @@ class Traversal:
         node = self.add_node(
             kind, name, **facts, jobs=jobs, commit=tags.get("pixart.commit"), user=tags.get("pixart.user")
         )
+        node.facts |= efficiency.facts(run)
         node.pages = {"summary": run.folder / "summary.html", "samples": run.folder / "samples.png"}
         if start := tags.get("pixart.parent_checkpoint"):
             node.parents.append(self.checkpoint(Path(start)))
@@ -271,13 +290,22 @@ def captioner(data: dict[str, Any], fingerprint: str) -> dict[str, str]:
 
 
 def topological_order(node: Node) -> list[Node]:
-    """Return the node and all its ancestors, in topological order with the ancestors first."""
+    """Return the node and all its ancestors, in topological order with the ancestors first.
+
+    Raises ValueError if records say that a node is among its own ancestors.
+    """
     ordered: dict[str, Node] = {}
+    open_nodes: set[str] = set()
 
     def add(one: Node) -> None:
+        if one.name in ordered:
+            return
+        if one.name in open_nodes:
+            raise ValueError(f"{one.name}: its records name it among its own ancestors; restore them")
+        open_nodes.add(one.name)
         for parent in one.parents:
             add(parent)
-        ordered.setdefault(one.name, one)
+        ordered[one.name] = one
 
     add(node)
     return list(ordered.values())

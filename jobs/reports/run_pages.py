@@ -6,7 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from conversion.report.text import PAGE as REPORT_PAGE
-from jobs.reports import lineage, lineage_page, training
+from jobs.reports import efficiency, lineage, lineage_page, training
 from jobs.reports.training import Incident
 from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
@@ -23,7 +23,7 @@ def write_pages(run: Run) -> None:
     """Write the pages whose content has changed, and log them as artifacts in the journal."""
     if run.kind == "train":
         write(run, SUMMARY, summary(run))
-    write(run, LINEAGE, lineage_page.page(lineage.trace(run.folder.parents[1], str(run.folder)), run.folder))
+    write(run, LINEAGE, lineage_page.page(lineage.trace(run.home, str(run.folder)), run.folder))
 
 
 def write(run: Run, name: str, content: str) -> None:
@@ -69,6 +69,7 @@ def summary(run: Run) -> str:
         "jobs": ", ".join(run.job_ids),
         "commit": description["tags"].get("pixart.commit"),
         "folder": str(run.folder),
+        **efficiency.facts(run),
     }
     present = {key: str(value) for key, value in facts.items() if value is not None}
     previews = sorted(path for path in run.folder.glob("previews/step-*.png") if PREVIEW.fullmatch(path.name))

@@ -1,6 +1,5 @@
 """Identification of checkpoint directories by file names and sizes, without importing torch."""
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +7,14 @@ from typing import Any
 
 from conversion.reading import orbax_metadata
 from conversion.reading.pickle_format import is_pickle_format
-from jobs.state.json_record import read_record
 from pixart import records
+from pixart.config.checkpoint_metadata import MARKER, InferenceRecord, read_record
+from pixart.records import Header
 
-MARKER = "training.json"  # written last; marks the checkpoint complete
 INFERENCE = "inference.json"  # metadata of FP8 weights for inference
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FOREIGN = (".metadata", WEIGHTS)  # written by torch.distributed.checkpoint and by diffusers
 CONVERTED = (f"transformer/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors")  # files of a converted checkpoint
-KEYS = ("stage", "step", "config", "dataset", "provenance", "plan", "files", "normalization")
 
 
 def find_checkpoint(name: str, *, or_older: bool = False) -> Path:
@@ -55,7 +53,7 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
-        return path, read_record(path / INFERENCE, "stage", "step", "dataset", "normalization")
+        return path, records.read(path / INFERENCE, InferenceRecord)
     if path.is_file():
         check_file(path)
         return path, None
@@ -72,11 +70,7 @@ def checkpoint_record(directory: Path) -> dict[str, Any]:
     In format 1, of version 0.1, the metadata has no checksum and files are named relative to the folder `state`.
     Raises ValueError if it is damaged.
     """
-    record = read_record(directory / MARKER, *KEYS)
-    if record.get("format") == 1:
-        return {**record, "files": {f"state/{name}": values for name, values in (record["files"] or {}).items()}}
-    records.check(record, str(directory / MARKER))
-    return record
+    return read_record(directory)
 
 
 def acceptance(provenance: Mapping[str, Any]) -> str | None:
@@ -129,9 +123,9 @@ def check_length(file: Path) -> None:
     with file.open("rb") as stream:
         header_length = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(min(header_length, length)))
+            header = records.parse(stream.read(min(header_length, length)), Header, str(file))
             end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, AttributeError, TypeError, LookupError):
+        except (ValueError, LookupError):
             end = -1
     if length != 8 + header_length + end:
         raise ValueError(f"{file}: damaged or truncated; use another checkpoint")

@@ -6,8 +6,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from jobs.state.json_record import of_this_version, read_record
+from pixart import records
 from pixart.atomic import atomic_path
 
 FILE = "endpoint.json"
@@ -21,7 +22,7 @@ class Endpoint:
 
     node: str
     host: str
-    port: int
+    port: records.Count
     token: str | None
     job: str
 
@@ -45,11 +46,11 @@ class Endpoint:
 def load(folder: Path) -> Endpoint | None:
     """Return the endpoint of a run, or None if it has none. Raises ValueError for a damaged file."""
     try:
-        record = read_record(folder / FILE, "url", "node", "host", "port", "token", "job")
+        record = records.read(folder / FILE, dict[str, Any])
     except FileNotFoundError:
         return None
-    with of_this_version(folder / FILE):
-        return Endpoint(**{key: value for key, value in record.items() if key != "url"})
+    values = {key: value for key, value in record.items() if key != "url"}
+    return records.convert(values, Endpoint, str(folder / FILE))
 
 
 def describe(endpoint: Endpoint, *, is_remote: bool, login_node: Callable[[], str] = socket.getfqdn) -> str:

@@ -8,17 +8,20 @@ checkpoint with its sampling settings), followed by the shards of the reference.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from jobs.state import ledger
-from jobs.state.json_record import of_this_version, read_record
+from pixart import records
 from pixart.atomic import write_atomically
+from pixart.config.sampling import EvaluationConfig
 from pixart.evaluation.protocol import short_hash
+from pixart.records import Count, Parts, Positive, Prompts
 
 FOLDER = "evaluations"  # in the home folder
 REQUEST, PROMPTS = "request.json", "prompts.jsonl"
 RESULTS, PAGE = "evaluation.json", "evaluation.html"
 SAMPLE, JUDGE = "evaluate", "judge"  # kinds of the array jobs, and names of their ledgers
+Scores = dict[str, dict[str, float]]  # of images, by figure and number of the image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,12 +29,55 @@ class Variant:
     """A checkpoint with the settings of its sampling."""
 
     checkpoint: str
-    stage: int
-    step: int
+    stage: Literal[1, 2]
+    step: Count
     record: str  # hash of the checkpoint's metadata
     weights: str
-    steps: int
+    steps: Positive
     guidance: float
+
+
+class Reference(TypedDict):
+    """The images that an evaluation compares with; "none" is no images, and "statistics" a file of their statistics."""
+
+    kind: Literal["dataset", "folder", "statistics", "none"]
+    path: str
+    hash: str
+    count: Count
+    num_shards: Parts
+
+
+class PromptRecord(TypedDict):
+    """A prompt, or a class by its index and name; a scene of the demo is its seed and number."""
+
+    prompt: NotRequired[str]
+    label: NotRequired[Count]
+    class_name: NotRequired[str]
+    scene: NotRequired[tuple[Count, Count]]
+    questions: NotRequired[list[dict[str, Any]]]
+    tag: NotRequired[str | None]
+
+
+class ScoreRecord(TypedDict):
+    """The scores of one image, by its number."""
+
+    row: Count
+
+
+class VariantResults(TypedDict):
+    """The results of a variant, beside the fields of Variant."""
+
+    checkpoint: str
+    settings: str
+    protocol: dict[str, Any]
+    figures: dict[str, dict[str, Any]]
+
+
+class Results(TypedDict):
+    """The results of an evaluation."""
+
+    request: dict[str, Any]
+    variants: list[VariantResults]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +86,12 @@ class Request:
 
     variants: tuple[Variant, ...]
     prompts: str  # hash of the prompts
-    num_prompts: int
-    reference: dict[str, Any]  # kind (dataset, folder, statistics or none), path, hash, number of images and of shards
+    num_prompts: Prompts
+    reference: Reference  # kind (dataset, folder, statistics or none), path, hash, number of images and of shards
     settings: dict[str, Any]  # the configuration's section `evaluation`
     data: str  # dataset of the VAE and the text encoder
     data_hash: str
-    image_size: int  # of the sampled images, pixels per side
+    image_size: Positive  # of the sampled images, pixels per side
     judge: str = ""  # model that judges the questions; "" for none
     caption_back: bool = False
     clip: str = ""  # folder of a CLIP model; "" for none
@@ -116,9 +162,9 @@ def read(folder: str | Path) -> Request:
     path = Path(folder) / REQUEST
     if not path.is_file():
         raise ValueError(f"{folder}: is no evaluation; name a folder in HOME/{FOLDER}")
-    record = read_record(path, "variants", "prompts", "reference", "settings")
-    with of_this_version(path):
-        return Request(**{**record, "variants": tuple(Variant(**variant) for variant in record["variants"])})
+    request: Request = records.read(path, Request)
+    records.convert(request.settings, EvaluationConfig, f"{path}: settings")
+    return request
 
 
 def read_prompts(folder: str | Path) -> list[dict[str, Any]]:
@@ -126,7 +172,7 @@ def read_prompts(folder: str | Path) -> list[dict[str, Any]]:
 
     The prompt of a demo scene is its caption.
     """
-    prompts = [json.loads(line) for line in (Path(folder) / PROMPTS).read_text().splitlines()]
+    prompts = records.read_lines(Path(folder) / PROMPTS, PromptRecord)
     if any("scene" in prompt for prompt in prompts):
         from pixart.demo.scenes import caption, make_scene
 
@@ -158,7 +204,7 @@ def image_path(folder: str | Path, variant: int, row: int) -> Path:
 def read_scores(folder: str | Path, request: Request, variant: int, job: str = SAMPLE) -> list[dict[str, Any]]:
     """Return the scores of all images of a variant, in the order of the rows."""
     paths = [scores_path(folder, variant, shard, job) for shard in range(request.num_shards)]
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [record for path in paths for record in records.read_lines(path, ScoreRecord)]
 
 
 def is_complete(folder: str | Path, request: Request, element: int, job: str = SAMPLE) -> bool:

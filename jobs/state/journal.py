@@ -15,7 +15,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from pixart import records
+
+
+class Line(TypedDict, total=False):
+    """A line of the journal: metrics of a step, or one other event."""
+
+    time: records.Moment
+    step: records.Count
+    metrics: dict[str, float]
+    artifact: str
+    tags: dict[str, str]
+    incident: str
+
 
 FOLDER = "journal"
 TAIL_BYTES = 1 << 20  # per file; the FP8 metrics of all linears are one line
@@ -123,9 +137,7 @@ def parsed(content: bytes) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of the lines; lines that cannot be parsed are skipped."""
     for line in content.splitlines():
         with suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict):  # the end of a line cut at its beginning may parse as a number
-                yield value
+            yield records.parse(line, Line, "journal")  # the end of a line cut at its beginning may parse as a number
 
 
 def points(lines: list[dict[str, Any]], seen: set[tuple[str, int]]) -> Iterator[tuple[str, float, float, int]]:

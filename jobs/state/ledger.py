@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from jobs.state.json_record import of_this_version, parse_record
+from pixart import records
 from pixart.atomic import write_atomically
-from pixart.config.dataset import is_url
+from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_data
+from pixart.records import Count
 
 MANIFEST = "manifest.json"
 CONTENTS = "source.json"  # what was taken from the source and left out
@@ -32,11 +33,37 @@ class Entry:
 
     manifest: str  # hash of the dataset's manifest
     inputs: str  # SHA-256 of the shard's input data; "" if the input is the source
-    rows: int
-    valid: int
+    rows: Count
+    valid: Count
     checksum: str  # SHA-256 of the data
     seconds: float
     versions: dict[str, str]
+
+
+class DatasetRecord(TypedDict):
+    """The manifest of a dataset as far as the launcher reads it; see `pixart.data.manifest`."""
+
+    format: Count
+    hash: str
+    data: dict[str, Any]
+    images: Count
+    rows_per_shard: Count
+    class_names: list[str]
+    latent_shape: tuple[Count, Count, Count]
+    text_dim: Count
+    models: dict[str, str]
+    adopted: NotRequired[dict[str, Any]]
+
+
+class ContentsRecord(TypedDict):
+    """What a dataset's source holds and leaves out; see `pixart.data.sources.contents`."""
+
+    items: Count
+    labelled: Count
+    left_out: dict[str, Count]
+    largest_label: int
+    has_words: bool
+    columns: dict[str, list[str]]
 
 
 def path(dataset: str | Path, job: str, shard: int) -> Path:
@@ -60,14 +87,30 @@ def shards(dataset: str | Path, job: str) -> set[int]:
     return {int(match[1]) for name in names if (match := NAME.fullmatch(name))}
 
 
+def entries_of(kind: str) -> str:
+    """Return the job under whose name a kind of job writes its last entry of a shard."""
+    return ENTRIES_OF.get(kind, (kind,))[-1]
+
+
+def written(dataset: str | Path, job: str) -> dict[int, float]:
+    """Return when each entry of a job was written, in seconds since the epoch; nothing for a dataset at a URL."""
+    if is_url(str(dataset)):
+        return {}
+    try:
+        with os.scandir(Path(dataset, "ledger", job)) as files:
+            return {int(match[1]): item.stat().st_mtime for item in files if (match := NAME.fullmatch(item.name))}
+    except FileNotFoundError:
+        return {}
+
+
 def entries(dataset: str | Path, job: str, shards: list[int]) -> dict[int, Entry]:
     """Return the entries by shard, without those that are missing or damaged."""
     texts = read_files(dataset, [f"ledger/{job}/{shard:05d}.json" for shard in shards])
     entries_by_shard = {}
     for shard, text in zip(shards, texts, strict=True):
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError):
             if text is not None:
-                entries_by_shard[shard] = Entry(**json.loads(text))
+                entries_by_shard[shard] = records.parse(text, Entry, f"{dataset}/ledger/{job}/{shard:05d}.json")
     return entries_by_shard
 
 
@@ -147,9 +190,13 @@ def manifest(dataset: str | Path) -> dict[str, Any] | None:
     (text,) = read_files(dataset, [MANIFEST])
     if text is None:
         return None
-    record = parse_record(text, f"{dataset}/{MANIFEST}", "data", "models", "images", "hash")
-    with of_this_version(f"{dataset}/{MANIFEST}"):
-        return {**record, "data": rename_data(record["data"])}
+    record = records.parse(text, DatasetRecord, f"{dataset}/{MANIFEST}")
+    try:
+        data = rename_data(record["data"])
+        data_from_dict(data)
+    except (TypeError, LookupError, ValueError) as error:
+        raise ValueError(f"{dataset}/{MANIFEST}: is damaged or of another version, data: {error}; restore it") from None
+    return {**record, "data": data}
 
 
 def contents(dataset: str | Path) -> dict[str, Any] | None:
@@ -158,8 +205,7 @@ def contents(dataset: str | Path) -> dict[str, Any] | None:
     Raises ValueError if the record is damaged.
     """
     (text,) = read_files(dataset, [CONTENTS])
-    keys = ("items", "labelled", "left_out", "largest_label", "has_words", "columns")
-    return None if text is None else parse_record(text, f"{dataset}/{CONTENTS}", *keys)
+    return None if text is None else records.parse(text, ContentsRecord, f"{dataset}/{CONTENTS}")
 
 
 def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
@@ -171,7 +217,8 @@ def read_files(dataset: str | Path, names: list[str]) -> list[bytes | None]:
     contents: list[bytes | None] = []
     for name in names:
         try:
-            contents.append(Path(dataset, name).read_bytes())
+            with open(f"{dataset}/{name}", "rb") as file:  # noqa: PTH123 - a path object takes longer than the file
+                contents.append(file.read())
         except FileNotFoundError:
             contents.append(None)
     return contents

@@ -2,15 +2,29 @@
 
 import hashlib
 import io
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jobs.state import ledger
+from pixart import records
 from pixart.evaluation.reference import spaced
 
 MAX_SHARDS_READ = 64  # of a dataset, for captions of all its parts
 KEYS = ("text", "prompt")  # names of the prompt in a line of a .jsonl file
+
+
+class Annotation(TypedDict):
+    """A caption of an image."""
+
+    id: int
+    image_id: int
+    caption: str
+
+
+class Annotations(TypedDict):
+    """The part of a COCO captions file that is read."""
+
+    annotations: list[Annotation]
 
 
 def read_prompts(file: str, flag: str = "--file") -> list[dict[str, str]]:
@@ -40,10 +54,7 @@ def read_prompts(file: str, flag: str = "--file") -> list[dict[str, str]]:
 
 def read_line(line: str, name: str) -> dict[str, str]:
     """Return the prompt of one line of a .jsonl file. Raises ValueError, naming `name`, if the line has no prompt."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
+    value = records.parse(line, Any, name)
     if not isinstance(value, dict) or not any(isinstance(value.get(key), str) for key in KEYS):
         raise ValueError(f'{name}: must be a JSON object with "text" or "prompt"')
     prompt = {"prompt": next(value[key] for key in KEYS if isinstance(value.get(key), str))}
@@ -89,7 +100,7 @@ def coco_captions(path: Path) -> list[str]:
     The first caption of an image, by its number, is taken. Raises ValueError for a file of another form.
     """
     try:
-        annotations = json.loads(path.read_bytes())["annotations"]
+        annotations = records.parse(path.read_bytes(), Annotations, f"--prompts {path}")["annotations"]
         first: dict[int, tuple[int, str]] = {}
         for item in annotations:
             candidate = (int(item["id"]), str(item["caption"]).strip())

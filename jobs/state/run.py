@@ -2,17 +2,17 @@
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.state import ledger
+from jobs.state import completed, ledger
 from jobs.state.journal import read_tail
-from jobs.state.json_record import of_this_version, read_record
+from pixart import records
 from pixart.atomic import write_atomically
 from pixart.config.dataset import is_url
+from pixart.records import Count, Nodes, Ranks
 from slurm import commands
 from slurm.executor import Submitted
 from slurm.task import RESULT
@@ -22,7 +22,6 @@ URL_LETTERS = "?%#"  # special characters in the URL of MLflow's embedded store
 ACTIVE = ("pending", "running", "unknown")  # states of an element that may still change
 UNFINISHED = ("failed", "cancelled")  # states of an element that `retry` submits again
 MAX_LISTED = 5  # runs that an error message lists
-VISIBLE_SECONDS = 60  # after which a shared file system shows what a job on another node has written
 TAIL_BYTES = 16_384  # end of a log that is searched for its last line
 
 
@@ -34,14 +33,19 @@ class Run:
     kind: str
     executor: str
     dataset: str
-    total: int  # number of elements of an array, or of steps of a training run
-    nodes: int = 0  # 0 for an array
-    ranks_per_node: int = 1
-    elements: tuple[int, ...] = ()
-    per_task: int = 1  # elements that one task of an array processes on Slurm
+    total: Count  # number of elements of an array, or of steps of a training run
+    nodes: Nodes = 0  # 0 for an array
+    ranks_per_node: Ranks = 1
+    elements: tuple[Count, ...] = ()
+    per_task: Count = 1  # elements that one task of an array processes on Slurm
     request: dict[str, Any] = field(default_factory=dict)  # arguments of the job's function
-    jobs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # job id, elements of the job
+    jobs: tuple[tuple[str, tuple[Count, ...]], ...] = ()  # job id, elements of the job
     after: tuple[str, ...] = ()  # ids of the jobs whose success it waited for
+
+    @property
+    def home(self) -> Path:
+        """The home folder of a run in HOME/runs."""
+        return self.folder.parent.parent  # of a folder directly below "/" it is "/"
 
     @property
     def ranks(self) -> int:
@@ -98,13 +102,10 @@ def home(named: str | None) -> Path:
 def load(folder: Path) -> Run:
     """Load the record of a run. Raises ValueError if the folder is not a run folder, or the record is damaged."""
     try:
-        record = read_record(folder / RECORD, "kind", "executor", "dataset", "total", "elements", "jobs")
+        content = records.read(folder / RECORD, dict[str, Any])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: no run folder; name a folder in HOME/runs") from None
-    jobs = tuple((job, tuple(elements)) for job, elements in record.pop("jobs"))
-    with of_this_version(folder / RECORD):
-        sequences = {name: tuple(record.get(name, ())) for name in ("elements", "after")}
-        return Run(**{**record, **sequences, "folder": folder, "jobs": jobs})
+    return records.convert({**content, "folder": folder}, Run, str(folder / RECORD))
 
 
 def folders(home: Path) -> list[Path]:
@@ -191,13 +192,19 @@ def elements_by_state(run: Run, states: Mapping[str, commands.JobState]) -> dict
     """Return the state of each element, given the states of the jobs that Slurm knows."""
     job_of = run.job_of()
     finished = done(run)  # after the query: an element that finished before Slurm answered has not failed
+    waiting = {job: states[job] for element, job in job_of.items() if element not in finished and job in states}
+    invisible = completed.recent(run.folder, waiting)
     never = Element(state="failed", job="", note="was not submitted")  # Slurm refused a later part of the array
-    return {
-        element: never
-        if element not in job_of and element not in finished
-        else element_state(run, job_of.get(element, ""), element in finished, states.get(job_of.get(element, "")))
-        for element in sorted({*job_of, *run.elements})
-    }
+    state_of = {}
+    for element in sorted({*job_of, *run.elements}):
+        job = job_of.get(element, "")
+        if element in finished:
+            state_of[element] = Element(state="done", job=job)
+        elif job in invisible:
+            state_of[element] = Element(state="running", job=job, note="completed; its result is not visible yet")
+        else:
+            state_of[element] = unfinished_element(run, job, states.get(job)) if job else never
+    return state_of
 
 
 def is_active(elements: dict[int, Element]) -> bool:
@@ -205,18 +212,14 @@ def is_active(elements: dict[int, Element]) -> bool:
     return any(element.state in ACTIVE for element in elements.values())
 
 
-def element_state(run: Run, job: str, is_done: bool, state: commands.JobState | None) -> Element:
-    """Return the state of one element from its data, and from the state of its job if Slurm knows the job."""
-    if is_done:
-        return Element(state="done", job=job)
+def unfinished_element(run: Run, job: str, state: commands.JobState | None) -> Element:
+    """Return the state of an element without data from the state of its job, if Slurm knows the job."""
     if state is not None and state.pending:
         return Element(state="pending", job=job, note=state.reason)
     if state is not None and state.running:
         return Element(state="running", job=job)
     if state is not None and not state.ended:
         return Element(state="unknown", job=job, note=f"Slurm says {state.state}")
-    if state is not None and state.state == "COMPLETED" and state.end and time.time() - state.end < VISIBLE_SECONDS:
-        return Element(state="running", job=job, note="completed; its result is not visible yet")
     if state is not None and state.state == "CANCELLED":
         return Element(state="cancelled", job=job, note=state.reason)
     ended = f"{state.state.lower()}: " if state and state.state not in ("FAILED", "COMPLETED") else ""
@@ -227,12 +230,12 @@ def done(run: Run) -> set[int]:
     """Return the finished elements: the shards in the dataset's ledger, or 0 if the result of a job of ranks exists."""
     if run.ranks:
         return {0} if (run.folder / RESULT).exists() else set()
-    return ledger.shards(run.dataset, ledger.ENTRIES_OF.get(run.kind, (run.kind,))[-1])
+    return ledger.shards(run.dataset, ledger.entries_of(run.kind))
 
 
 def result(run: Run) -> Any:
-    """Return the result of rank 0. Raises FileNotFoundError if the job has not finished."""
-    return json.loads((run.folder / RESULT).read_text())
+    """Return the result of rank 0. Raises FileNotFoundError without one, ValueError for a damaged one."""
+    return records.read(run.folder / RESULT, Any)
 
 
 def last_error(run: Run, job: str) -> str:

@@ -7,15 +7,29 @@ import json
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-from jobs.state.json_record import read_record
+from pixart import records
 from pixart.atomic import write_atomically
+from slurm.profile import Profile
 from slurm.task import attempts
 
 FILE = "tracking.json"
+PROFILE = "profile.json"
 KEY = "pixart.key"  # tag that finds the MLflow run if a process was killed before saving its id
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
+
+
+class Description(TypedDict):
+    """The metadata of a run."""
+
+    key: str
+    begun: records.Moment
+    parameters: dict[str, Any]
+    tags: dict[str, str]
+    parent: str | None
+    children: list[str]
+    status: Status
 
 
 def describe(
@@ -39,9 +53,14 @@ def describe(
         change(parent, children=[*read_description(parent)["children"], str(run)])
 
 
-def read_description(run: Path) -> dict[str, Any]:
+def read_description(run: Path) -> Description:
     """Return the metadata of a run. Raises ValueError if it is damaged, FileNotFoundError if it is missing."""
-    return read_record(run / FILE, "key", "begun", "parameters", "tags", "parent", "children", "status")
+    return records.read(run / FILE, Description)
+
+
+def read_profile(run: Path) -> Profile:
+    """Return the profile of the cluster that a run was last submitted to. Raises ValueError if it is damaged."""
+    return records.read(run / PROFILE, Profile)
 
 
 def change(run: Path, **values: Any) -> None:
@@ -59,11 +78,12 @@ def set_status(run: Path, status: Status) -> None:
 
 
 def status_of(run: Path) -> Status:
-    """Return the status of a run; that of a submission follows from the runs in it."""
+    """Return the status of a run; that of a submission follows from the runs in it, which have no runs in them."""
     description = read_description(run)
-    children = [status_of(Path(child)) for child in description["children"] if (Path(child) / FILE).exists()]
+    children = [Path(child) for child in description["children"] if (Path(child) / FILE).exists()]
+    statuses = [read_description(child)["status"] for child in children]
     order: tuple[Status, ...] = ("RUNNING", "FAILED", "FINISHED")
-    return min(children, key=order.index) if children else description["status"]
+    return min(statuses, key=order.index) if statuses else description["status"]
 
 
 def tags_of(run: Path) -> dict[str, str]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from jobs.state import ledger
 from jobs.state import run as runs
-from jobs.state.json_record import of_this_version
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
 from jobs.submission.wait import LOCAL_POLL_SECONDS
@@ -46,8 +45,7 @@ def open_dataset(launch: Launch, create: Callable[[], None] | None = None) -> di
         create_dataset(launch, create or functools.partial(init_dataset.run, to_json(launch.recipe)))
         manifest = ledger.manifest(launch.dataset)
         assert manifest is not None
-    with of_this_version(f"{launch.dataset}/{ledger.MANIFEST}"):
-        stored = data_from_dict(manifest["data"])
+    stored = data_from_dict(manifest["data"])
     keys = {item.split("=")[0].removeprefix("data.") for item in launch.overrides if item.startswith("data.")}
     for key in sorted(keys - {"path"}):
         expected, actual = (attrgetter(key)(data) for data in (stored, launch.recipe.data))

@@ -3,17 +3,33 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jobs.state import ledger
 from jobs.state.audit_files import DUPLICATES, FOLDER, PAGE, SUMMARY
 from jobs.state.journal import Journal
-from jobs.state.json_record import parse_record
+from pixart import records
 from pixart.atomic import write_atomically
-from pixart.config.recipe import from_json
+from pixart.config import recipe as recipe_file
 
 ACCEPTED = 24  # thumbnails of accepted images on the page
 GROUPS, OF_GROUP = 12, 4  # groups of duplicates on the page, thumbnails of each
+
+
+class Check(TypedDict):
+    """A check of an audit."""
+
+    name: str
+    passed: bool
+
+
+class Summary(TypedDict):
+    """The result of an audit, as far as training reads it."""
+
+    manifest: str
+    captions: str
+    passed: bool
+    checks: list[Check]
 
 
 def run(run_folder: str) -> str:
@@ -25,7 +41,7 @@ def run(run_folder: str) -> str:
     from pixart.data.audit import statistics as audits
     from pixart.data.audit.page import page
 
-    recipe = from_json((Path(run_folder) / "config.json").read_text())
+    recipe = recipe_file.load(Path(run_folder) / "config.json")
     dataset = recipe.data.path
     manifest = manifests.read(dataset)
     captions_hash = captions_digest(dataset, manifest.data.num_shards)
@@ -79,7 +95,7 @@ def require(dataset: str | Path) -> None:
     (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
     if text is None:
         raise ValueError(f"dataset {dataset} has not been audited; {hint}")
-    summary = parse_record(text, f"{dataset}/{FOLDER}/{SUMMARY}", "manifest", "captions", "passed", "checks")
+    summary = records.parse(text, Summary, f"{dataset}/{FOLDER}/{SUMMARY}")
     now = captions_digest(dataset, manifest["data"]["num_shards"])
     if (summary["manifest"], summary["captions"]) != (manifest["hash"], now):
         raise ValueError(f"dataset {dataset} has changed since its audit; {hint}")

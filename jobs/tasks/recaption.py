@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jobs.state.journal import Journal
 from pixart.atomic import write_atomically
-from pixart.config.recipe import from_json
+from pixart.config import recipe as recipe_file
 
 
 def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, str]]:
@@ -16,7 +16,7 @@ def run(run_folder: str, *, requests: list[str], model: str) -> list[dict[str, s
     """
     from pixart.data.captions.rewriting import rewrite, vllm_generator
 
-    captions = from_json((Path(run_folder) / "config.json").read_text()).data.captions
+    captions = recipe_file.load(Path(run_folder) / "config.json").data.captions
     rewritten = [asdict(item) for item in rewrite(requests, captions, vllm_generator(model, captions))]
     path = Path(run_folder) / "rewritten.jsonl"
     write_atomically(path, "".join(json.dumps(item) + "\n" for item in rewritten))

@@ -5,18 +5,27 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jobs.state.checkpoint_names import INFERENCE, MARKER, find_weights
 from jobs.state.journal import Journal
 from jobs.state.prompts import dataset_captions
+from pixart import records
 from pixart.atomic import write_atomically
+from pixart.config import recipe as recipe_file
 from pixart.config.latent_space import recorded_pixel_range
-from pixart.config.recipe import Recipe, from_json
+from pixart.config.recipe import Recipe
 
 UNSEEN = 1  # added to the dataset's seed, for demo scenes that are not in the training data
 NULL_LABEL = -1  # stands for the null class in a request whose number of classes is not known
 COLUMNS = 8  # of the contact sheet
+
+
+class RewrittenRecord(TypedDict):
+    """A request that was rewritten as a caption."""
+
+    text: str
+    request: str
 
 
 def run(
@@ -44,14 +53,14 @@ def run(
     ValueError if the checkpoint cannot be read, or does not fit the VAE, the text encoder, or the prompts or classes.
     """
     folder = Path(run_folder)
-    configuration = from_json((folder / "config.json").read_text())
+    configuration = recipe_file.load(folder / "config.json")
     path, _ = find_weights(checkpoint)
     model, record = load_weights(path, weights, base_latent_size)
     pipeline, sources = open_pipeline(model, record, configuration, path, export=export is not None)
     provenance = {**origin(folder, model.stage, record, path, weights), **sources}
     check_requests(pipeline, prompts, classes, checkpoint)
     if rewritten:
-        lines = [json.loads(line) for line in Path(rewritten).read_text().splitlines()]
+        lines = records.read_lines(Path(rewritten), RewrittenRecord)
         prompts = [{"prompt": line["text"], "request": line["request"]} for line in lines]
     shapes: list[tuple[int, int] | None] = [(height, width) for height, width in sizes] or [None]
     for shape in shapes:

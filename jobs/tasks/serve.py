@@ -14,7 +14,8 @@ from jobs.state.checkpoint_names import INFERENCE, find_weights
 from jobs.state.endpoint import Endpoint
 from jobs.state.journal import Journal
 from jobs.tasks import sample
-from pixart.config.recipe import Recipe, from_json
+from pixart.config import recipe as recipe_file
+from pixart.config.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 LINEAGE = "lineage.html"  # page of the checkpoint's lineage in the run folder, which the launcher writes
@@ -55,7 +56,7 @@ def run(
     from slurm.task import TERMINATE, TaskInterrupted, stop_level
 
     folder = Path(run_folder)
-    configuration = from_json((folder / "config.json").read_text())
+    configuration = recipe_file.load(folder / "config.json")
     path, _ = find_weights(checkpoint)
     listener = open_socket(host, port)
     pipelines, describe = load_pipelines(folder, path, weights, configuration, base_latent_size)
@@ -150,7 +151,7 @@ def served_model(checkpoint: Path, pipelines: dict[str, Any], configuration: Rec
     in_run = checkpoint.parent.name == "checkpoints"
     names = pipeline.config.id2label
     return ServedModel(
-        name=f"{checkpoint.parents[1].name}/{checkpoint.name}" if in_run else checkpoint.name,
+        name=f"{checkpoint.parent.parent.name}/{checkpoint.name}" if in_run else checkpoint.name,
         stage=pipeline.transformer.stage,
         size=image.size,
         steps=configuration.sample.steps,

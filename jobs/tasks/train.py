@@ -1,6 +1,5 @@
 """The train job: one rank of a training run."""
 
-import json
 import logging
 import os
 import subprocess
@@ -11,8 +10,11 @@ from jobs.state import ledger, nodes
 from jobs.state.journal import Journal
 from jobs.state.prompts import read_prompts
 from jobs.tasks import audit
+from pixart import records
+from pixart.config import recipe as recipe_file
 from pixart.config.keys import toml_file
-from pixart.config.recipe import Recipe, from_json
+from pixart.config.recipe import Recipe
+from slurm.profile import Profile
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
@@ -31,7 +33,7 @@ def run(run_folder: str, *, stage: int, start: str | None, require_audit: bool =
     """
     join_ranks()
     folder = Path(run_folder)
-    recipe = from_json((folder / "config.json").read_text())
+    recipe = recipe_file.load(folder / "config.json")
     if os.environ["RANK"] == "0":  # the other ranks wait for it
         ledger.require_complete(recipe.data.path)
         if require_audit:
@@ -88,7 +90,7 @@ class Evaluations:
         """Start the evaluation of a checkpoint by the keys evaluation.* of the run's recipe."""
         settings = self.run / SETTINGS
         settings.write_text(toml_file.dumps(self.recipe))
-        home, profile = self.run.parents[1], json.loads((self.run / "profile.json").read_text())["name"]
+        home, profile = self.run.parent.parent, records.read(self.run / "profile.json", Profile).name
         words = [str(checkpoint), "--home", str(home), "--config", str(settings), "--cluster", profile]
         command = ["nice", "-n", "19", sys.executable, "-m", "jobs.launch", "evaluate", *words]
         hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -114,15 +116,15 @@ def check_nodes(run_folder: Path) -> None:
     from slurm.task import TERMINATE, TaskInterrupted, restart_count
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    profile = json.loads((run_folder / "profile.json").read_text())
+    profile = records.read(run_folder / "profile.json", Profile)
     bad = preflight.run(
         rank,
         int(os.environ["WORLD_SIZE"]),
         os.environ.get("SLURMD_NODENAME", os.uname().nodename),
         (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1),
         local_rank=local_rank,
-        max_slowdown=1 + profile["max_slowdown_percent"] / 100,
-        node_check=lambda: run_node_check(profile["node_check"]),
+        max_slowdown=1 + profile.max_slowdown_percent / 100,
+        node_check=lambda: run_node_check(profile.node_check),
     )
     if not bad:
         logger.info("preflight: all nodes passed")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jobs.progress import ProgressLine
 from jobs.state import ledger
-from pixart.config.recipe import from_json
+from pixart.config import recipe as recipe_file
 
 
 def run(run_folder: str) -> dict[str, list[int]]:
@@ -15,7 +15,7 @@ def run(run_folder: str) -> dict[str, list[int]]:
     from pixart.data import manifest as manifests
     from pixart.data.store.zarr_store import Store
 
-    recipe = from_json((Path(run_folder) / "config.json").read_text())
+    recipe = recipe_file.load(Path(run_folder) / "config.json")
     dataset = recipe.data.path
     manifest = manifests.read(dataset)
     store = Store(manifest) if ledger.shards(dataset, "latents") else None

@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jobs.state import run_metadata
 from jobs.state.journal import points, read_journal
-from jobs.state.json_record import read_record
 from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
+from pixart import records
 from pixart.atomic import file_lock, write_atomically
+from pixart.records import Count
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -45,6 +46,18 @@ CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "1",
 }
+
+
+class SyncState(TypedDict):
+    """The synchronization state of a run; offsets are bytes of its journal's files."""
+
+    uri: str
+    run_id: str
+    offsets: dict[str, Count]
+    sending: dict[str, Count] | None
+    tags: dict[str, str]
+    status: str | None
+    artifacts: NotRequired[list[tuple[str, float]]]
 
 
 class StoreError(Exception):
@@ -290,7 +303,7 @@ def store_uri(home: Path) -> str:
 
 def read_state(run: Path) -> dict[str, Any]:
     """Return the saved synchronization state of a run. Raises FileNotFoundError if it was never synchronized."""
-    state = read_record(run / STATE, "uri", "run_id", "offsets", "sending", "tags", "status")
+    state = records.read(run / STATE, SyncState)
     return {**state, "artifacts": state.get("artifacts", [])}  # an earlier version sent files with the metrics
 
 

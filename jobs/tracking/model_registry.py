@@ -28,11 +28,11 @@ def release(home: Path, name: str, model: str) -> str:
     if not NAME.fullmatch(model):
         raise ValueError(f"--name {model!r}: must consist of letters, digits, dots, dashes and underscores")
     checkpoint = find_checkpoint(name)
-    run = checkpoint.parents[1]
+    run = checkpoint.parent.parent
     if not (run / runs.RECORD).exists():
         raise ValueError(f"{checkpoint}: not in a run folder; release a checkpoint of a training run")
     record = checkpoint_record(checkpoint)
-    tracker = Tracker(run.parents[1])
+    tracker = Tracker(run.parent.parent)
     page = checkpoint.parent / f"{checkpoint.name}.lineage.html"
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "ema"

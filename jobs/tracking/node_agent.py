@@ -68,7 +68,7 @@ def with_sync(function: Callable[..., Any], run: str, *arguments: Any) -> None:
     Only one element at a time synchronizes, at most once per minute. Without a server, the launcher does.
     """
     function(*arguments)
-    home = Path(run).parents[1]
+    home = Path(run).parent.parent
     if not store_uri(home).startswith("http"):
         return
     last_sync = Path(run) / LAST_SYNC
@@ -86,7 +86,7 @@ def main(run: str, node: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent outlives an interrupt, and ends with the rank
     folder, journal = Path(run), Journal(run)
     begun = read_description(folder)["begun"]
-    tracker = Tracker(folder.parents[1])
+    tracker = Tracker(folder.parent.parent)
     ticks = processor_times()
     while True:
         ended = bool(select.select([sys.stdin], [], [], SAMPLE_SECONDS)[0])

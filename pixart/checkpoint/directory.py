@@ -38,15 +38,12 @@ from pixart.checkpoint.dcp_reader import lazy_groups
 from pixart.checkpoint.lazy_tensors import State
 from pixart.checkpoint.normalization import Normalization
 from pixart.checkpoint.safetensors_stream import load_tensors, save_tensors
+from pixart.config.checkpoint_metadata import FORMAT, MARKER, STATE, read_record
 from pixart.config.latent_space import recorded_pixel_range
 from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
 
-FORMAT = 2
-LEGACY_FORMAT = 1  # of version 0.1: only the files in `state` have checksums, by their names there
 EXCLUDED = ("training.json", "inference")  # not among the files of the metadata
-MARKER = "training.json"
-STATE = "state"
 GROUPS = ("model", "ema", "optimizer", "scales")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 STATE_FILES = {"model": f"transformer/{WEIGHTS}", "ema": f"ema/{WEIGHTS}", "optimizer": "optimizer.safetensors"}
@@ -135,19 +132,10 @@ def save_weights(state: State, config: Mapping[str, Any], folder: Path) -> tuple
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
     """Return the content of `training.json`. Raises ValueError if the directory is not a checkpoint."""
-    marker = Path(directory) / MARKER
     try:
-        metadata = json.loads(marker.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return read_record(Path(directory))
+    except OSError as error:
         raise ValueError(f"{directory}: not a checkpoint; it has no readable {MARKER}") from error
-    if not isinstance(metadata, dict) or metadata.get("format") not in (LEGACY_FORMAT, FORMAT):
-        version = metadata.get("format") if isinstance(metadata, dict) else None
-        raise ValueError(f"{directory}: has checkpoint format {version!r}; supported are {LEGACY_FORMAT} and {FORMAT}")
-    if metadata["format"] == LEGACY_FORMAT:
-        files = metadata.get("files")
-        return {**metadata, "files": {f"{STATE}/{name}": values for name, values in (files or {}).items()}}
-    records.check(metadata, str(marker))
-    return metadata
 
 
 def normalization_of(metadata: Mapping[str, Any]) -> Normalization:

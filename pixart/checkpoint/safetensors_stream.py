@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pixart import records
 from pixart.checkpoint.integrity import crc32c_of_concatenation
+from pixart.records import Header
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -149,8 +151,8 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
     """Return the dtype name, shape, and first and last byte offset in the file of each tensor, by name."""
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
-    del header["__metadata__"]
+        header = records.parse(file.read(min(start, path.stat().st_size) - 8), Header, str(path))
+    header.pop("__metadata__", None)
     return {
         name: (entry["dtype"], entry["shape"], *(start + offset for offset in entry["data_offsets"]))
         for name, entry in header.items()

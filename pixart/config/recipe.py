@@ -6,8 +6,11 @@ Imports nothing heavy, so that the launcher can use it.
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from pixart.config.dataset import AuditConfig, DataConfig, data_from_dict
+from pixart import records
+from pixart.config.dataset import AuditConfig, DataConfig
 from pixart.config.model import ModelConfig
 from pixart.config.renamed_keys import rename_recipe
 from pixart.config.resolutions import UNSHIFTED
@@ -38,20 +41,20 @@ def to_json(recipe: Recipe) -> str:
     return json.dumps(dataclasses.asdict(recipe), indent=2)
 
 
-def from_json(text: str) -> Recipe:
-    """Rebuild the recipe that `to_json` wrote, also in version 0.1.
+def from_json(text: str, name: str = "recipe") -> Recipe:
+    """Rebuild the recipe that `to_json` wrote, also in version 0.1; `name` is that of its file, for errors.
 
-    Raises json.JSONDecodeError, KeyError or TypeError for a text of another form, and ValueError for a value out of
-    range.
+    Raises ValueError for a text of another form and for a value out of range.
     """
-    values = rename_recipe(json.loads(text))
-    return Recipe(
-        name=values["name"],
-        data=data_from_dict(values["data"]),
-        audit=AuditConfig(**values["audit"]),
-        model=ModelConfig(**values["model"]),
-        stage1=TrainConfig(**{"time_shift": UNSHIFTED, **values["stage1"]}),
-        stage2=TrainConfig(**{"time_shift": UNSHIFTED, **values["stage2"]}),
-        sample=SampleConfig(**values["sample"]),
-        evaluation=EvaluationConfig(**values.get("evaluation", {})),  # runs of version 0.1 have none
-    )
+    values = records.parse(text, dict[str, Any], name)
+    try:
+        renamed = rename_recipe(values)
+        renamed |= {stage: {"time_shift": UNSHIFTED, **renamed[stage]} for stage in ("stage1", "stage2")}
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{name}: is damaged or of another version, {error!r}; restore it") from None
+    return records.convert(renamed, Recipe, name)  # runs of version 0.1 have no section `evaluation`
+
+
+def load(file: Path) -> Recipe:
+    """Return the recipe in a file. Raises ValueError as `from_json` does, and OSError if it cannot be read."""
+    return from_json(records.decode(records.read_limited(file), str(file)), str(file))

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from pixart import records
 from pixart.atomic import copy_atomically, write_atomically
 from pixart.config.aspect_buckets import bucket_shapes
 from pixart.config.dataset import ColumnsConfig, DataConfig, data_from_dict, is_url
@@ -22,6 +23,7 @@ from pixart.data.listing.blocks import open_reader
 from pixart.data.sources.base import Source
 from pixart.data.sources.open import open_source
 from pixart.data.storage import read_file
+from pixart.records import Count
 
 FORMAT = 4
 LEGACY_FORMAT = 2  # the format of version 0.1, whose `data` has other keys
@@ -42,7 +44,7 @@ class Adoption:
     """The shards that a dataset was adopted from: one file each, of different lengths."""
 
     form: Form
-    shard_rows: tuple[int, ...]  # rows of each file
+    shard_rows: tuple[Count, ...]  # rows of each file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +55,13 @@ class Manifest:
     """
 
     data: DataConfig
-    images: int
-    rows_per_shard: int
+    images: Count
+    rows_per_shard: Count
     class_names: tuple[str, ...]
-    latent_shape: tuple[int, int, int]  # (channels, height, width) of an image of `data.image_size` squared
-    text_dim: int
+    latent_shape: tuple[Count, Count, Count]  # (channels, height, width) of an image of `data.image_size` squared
+    text_dim: Count
     models: dict[str, str]  # fingerprints of the VAE, the text encoder and the captioner
-    buckets: tuple[tuple[int, int], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
+    buckets: tuple[tuple[Count, Count], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
     adopted: Adoption | None = None  # None for a dataset of images
     listing: str | None = None  # checksum of LISTING_FILE; None for the demo and for datasets from before it
     format: int = FORMAT
@@ -223,11 +225,6 @@ def model_fingerprint(data: DataConfig, kind: str) -> str:
     return fingerprint(vae_path(data.vae) if kind == "vae" else encoder_path(data.text_encoder))
 
 
-def read_adoption(record: dict[str, Any] | None) -> Adoption | None:
-    """Return the shards of an adopted dataset from the manifest's record of them; None if it has none."""
-    return Adoption(form=record["form"], shard_rows=tuple(record["shard_rows"])) if record else None
-
-
 def check_model(manifest: Manifest, kind: str) -> None:
     """Check that one of MODELS is still the model that the dataset was created with.
 
@@ -253,28 +250,21 @@ def read(path: str | Path) -> Manifest:
     Raises ValueError if there is no manifest, if its format is unknown or if it was edited.
     """
     try:
-        record: dict[str, Any] = json.loads(read_file(str(path), FILE) or b"")
-    except (OSError, json.JSONDecodeError) as error:
+        text = read_file(str(path), FILE)
+    except OSError as error:
         raise ValueError(f"{path} is not a dataset; it has no readable {FILE}") from error
+    if text is None:
+        raise ValueError(f"{path} is not a dataset; it has no readable {FILE}")
+    record = records.parse(text, dict[str, Any], f"{path}/{FILE}")
     if record.get("format") not in FORMATS:
         supported = f"{', '.join(map(str, FORMATS[:-1]))} and {FORMATS[-1]}"
         raise ValueError(f"{path}/{FILE} has format {record.get('format')!r}; supported are {supported}")
     try:
-        manifest = Manifest(
-            data=data_from_dict({**record["data"], "path": str(path)}),
-            images=record["images"],
-            rows_per_shard=record["rows_per_shard"],
-            class_names=tuple(record["class_names"]),
-            latent_shape=tuple(record["latent_shape"]),
-            text_dim=record["text_dim"],
-            models=record["models"],
-            buckets=tuple((height, width) for height, width in record.get("buckets", [])),
-            adopted=read_adoption(record.get("adopted")),
-            listing=record.get("listing"),
-            format=record["format"],
-        )
+        data = data_from_dict({**record["data"], "path": str(path)})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}/{FILE} is not a dataset manifest: {error}") from error
+        raise ValueError(f"{path}/{FILE}: is not a dataset manifest, {error}; restore it") from None
+    values = {key: value for key, value in record.items() if key != "hash"}
+    manifest: Manifest = records.convert({**values, "data": data}, Manifest, f"{path}/{FILE}")
     if manifest.hash != record.get("hash"):
         raise ValueError(f"{path}/{FILE} was edited after the dataset was created; its hash is now {manifest.hash}")
     return manifest

@@ -5,10 +5,11 @@ FOLDER                    a vision model of transformers, such as DINOv2 or the 
 FILE.pt, FILE.pth         TorchScript; `inception:FILE` is the state dict of torch-fidelity's Inception
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pixart import records
 
 PACKAGED, INCEPTION = "efficientnet-lite0", "inception:"
 PACKAGED_WIDTHS = (16, 24, 40, 80, 112, 192, 320, 1280)
@@ -60,7 +61,7 @@ def parse_packaged(name: str) -> ExtractorName:
 def parse_folder(folder: Path) -> ExtractorName:
     """Return the name of a transformers folder. Raises ValueError if its model reads no images."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = records.read(folder / "config.json", dict[str, Any])
         vision = config.get("vision_config", config)
         dim = config.get("projection_dim") if "vision_config" in config else vision.get("hidden_size")
         size = vision.get("image_size")

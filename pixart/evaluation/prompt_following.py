@@ -8,12 +8,13 @@ arithmetic mean by skill, and the geometric mean over the questions of an image.
 answer, with neither yes nor no for example, is counted as not judged. Imports nothing heavy.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pixart import records
 
 RIGHT = 0.5  # a question is right above this probability, where prompts are counted
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -69,9 +70,9 @@ def read_question_file(path: Path) -> list[Prompt]:
 def read_line(line: str, name: str) -> Prompt:
     """Return the prompt of one line. Raises ValueError, naming `name`, if it is of another form."""
     try:
-        value = json.loads(line)
-    except ValueError:
-        raise ValueError(f"{name}: is no JSON; {ALLOWED}") from None
+        value = records.parse(line, Any, name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {ALLOWED}") from None
     text = (
         next((value.get(key) for key in ("prompt", "text") if isinstance(value.get(key), str)), None)
         if isinstance(value, dict)

@@ -4,10 +4,12 @@ Imports nothing heavy at its top, so that the launcher can check a reference bef
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pixart import records
+from pixart.records import Count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,14 +46,25 @@ def spaced(count: int, limit: int) -> list[int]:
     return [index * count // chosen for index in range(chosen)]
 
 
+class StatisticsRecord(TypedDict):
+    """How the features of a statistics file were made."""
+
+    features: str
+    features_hash: str
+    resize: str
+    image_size: Count
+    hash: str
+    count: Count
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return how the features of a statistics file were made. Raises ValueError if it is another kind of file."""
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            metadata = json.loads(str(file[METADATA]))
-        return {key: metadata[key] for key in ("features", "features_hash", "resize", "image_size", "hash", "count")}
+            metadata = records.parse(str(file[METADATA]), StatisticsRecord, str(path))
+        return {key: metadata[key] for key in StatisticsRecord.__annotations__}
     except (OSError, ValueError, KeyError, EOFError, TypeError):
         raise ValueError(
             f"--reference {path}: is no statistics file; name the reference.npz of an evaluation, a dataset or a folder"

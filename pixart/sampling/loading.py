@@ -1,6 +1,5 @@
 """Loading of models for sampling: EMA or master weights of a checkpoint, or FP8 weights with calibrated scales."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pixart.checkpoint.directory import WEIGHTS
 from pixart.checkpoint.integrity import check_files
 from pixart.checkpoint.safetensors_stream import load_tensors
 from pixart.config.aspect_buckets import Shape
+from pixart.config.checkpoint_metadata import InferenceRecord
 from pixart.config.dataset import DataConfig
 from pixart.config.latent_space import check_latent_space
 from pixart.config.resolutions import AUTO, nearest_to_square, recorded_time_shift, time_shift, trained_shapes
@@ -146,10 +146,7 @@ def read_inference_record(directory: Path) -> dict[str, Any]:
     Weights that version 0.1 exported have no checksums.
     """
     file = directory / INFERENCE_FILE
-    try:
-        metadata = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON; {error}") from None
+    metadata = records.read(file, InferenceRecord)
     if "files" in metadata:
         records.check(metadata, str(file))
         check_files(directory, metadata["files"])

@@ -3,17 +3,24 @@
 Models by hub name are in the cache of huggingface_hub (HF_HOME); HF_ENDPOINT and HF_TOKEN are honoured.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
 from jobs.commands.doctor.finding import Finding, missing, ok
+from pixart import records
 from pixart.config.recipe import Recipe
 
 BUILT_IN = {"vae": "demo", "text_encoder": "minilm"}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the files that define a model
 DOCUMENTS = ("README.md", "LICENSE*")
+
+
+class IndexRecord(TypedDict):
+    """The files of a model whose weights are in several ones, by tensor."""
+
+    weight_map: dict[str, str]
 
 
 def named(recipe: Recipe) -> dict[str, str]:
@@ -69,7 +76,7 @@ def is_complete(folder: Path | None) -> bool:
     if folder is None or not (folder / "config.json").is_file():
         return False
     for index in folder.glob("*.safetensors.index.json"):
-        return all((folder / file).is_file() for file in set(json.loads(index.read_text())["weight_map"].values()))
+        return all((folder / file).is_file() for file in set(records.read(index, IndexRecord)["weight_map"].values()))
     return any(path.is_file() for path in folder.glob("*.safetensors"))
 
 

@@ -4,7 +4,6 @@ Images of the same prompt and noise are pairs. An evaluation with several checkp
 EVALUATION#N, with N counted from 1 (default: its last one). Figures of different protocols are refused.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jobs.commands.options import Command, CommonOptions, argument
 from jobs.commands.results.evaluation_inputs import read_results
 from jobs.state import evaluation
 from jobs.state import run as runs
+from pixart import records
 from pixart.evaluation.protocol import differences
 from pixart.terminal import printable
 
@@ -39,7 +39,7 @@ class Subject:
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Return the scores of the images, by figure and row."""
-        return json.loads((evaluation.variant_folder(self.folder, self.index) / "scores.json").read_text())
+        return records.read(evaluation.variant_folder(self.folder, self.index) / "scores.json", evaluation.Scores)
 
 
 def run(options: Options) -> int:

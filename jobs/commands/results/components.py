@@ -1,6 +1,5 @@
 """The dataset of a checkpoint, or the VAE and the text encoder that are named instead of one."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,9 @@ from jobs.state.checkpoint_names import INFERENCE
 from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
+from pixart import records
 from pixart.config.aspect_buckets import Shape, bucket_shapes
+from pixart.config.checkpoint_metadata import ModelRecord
 from pixart.config.dataset import DataConfig
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
@@ -74,7 +75,7 @@ def check_checkpoint(
 def model_config(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of the model of a checkpoint or of FP8 weights."""
     is_inference = (checkpoint / INFERENCE).exists()
-    return json.loads((checkpoint / "config.json").read_text()) if is_inference else record["config"]
+    return records.read(checkpoint / "config.json", ModelRecord) if is_inference else record["config"]
 
 
 def check_sizes(

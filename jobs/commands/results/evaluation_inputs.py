@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jobs.commands.options import RecipeOptions
 from jobs.commands.results.components import check_checkpoint, open_training_dataset
 from jobs.state import evaluation, ledger
 from jobs.state.checkpoint_names import INFERENCE, MARKER, find_weights
 from jobs.state.evaluation import Variant
-from jobs.state.json_record import read_record
 from jobs.state.prompts import coco_captions, read_prompts, spaced_captions
 from jobs.submission.launch import Launch
 from jobs.tasks.evaluation.evaluate import too_few_images_for
 from jobs.tasks.sample import UNSEEN
+from pixart import records
 from pixart.config.dataset import is_url
 from pixart.evaluation import reference as references
 from pixart.evaluation.extractor_names import parse
@@ -127,7 +127,7 @@ def read_prompt_file(path: Path) -> list[dict[str, Any]]:
     return prompts
 
 
-def find_reference(launch: Launch, name: str | None, manifest: dict[str, Any]) -> dict[str, Any]:
+def find_reference(launch: Launch, name: str | None, manifest: dict[str, Any]) -> evaluation.Reference:
     """Return the kind, path, hash, number of images and number of shards of the reference.
 
     Raises ValueError if it does not exist, has images of another size, or was made by another feature extractor.
@@ -148,10 +148,12 @@ def find_reference(launch: Launch, name: str | None, manifest: dict[str, Any]) -
             )
         if ledger.is_adopted(other):
             raise ValueError(f"--reference {path}: was adopted and has no images; name a folder of images")
-        count, kind, digest = min(other["images"], config.num_reference_images), "dataset", other["hash"]
+        kind: Literal["dataset", "folder"] = "dataset"
+        count, digest = min(other["images"], config.num_reference_images), other["hash"]
     elif Path(path).is_dir():
         files = references.list_images(Path(path))
-        count, kind, digest = min(len(files), config.num_reference_images), "folder", references.folder_hash(files)
+        kind = "folder"
+        count, digest = min(len(files), config.num_reference_images), references.folder_hash(files)
     else:
         raise ValueError(f"--reference {path}: does not exist; name a dataset, a folder of images or a statistics file")
     path = path if is_url(path) else str(Path(path).absolute())
@@ -159,16 +161,21 @@ def find_reference(launch: Launch, name: str | None, manifest: dict[str, Any]) -
     return {"kind": kind, "path": path, "hash": digest, "count": count, "num_shards": min(config.num_shards, count)}
 
 
-def statistics_reference(launch: Launch, path: Path) -> dict[str, Any]:
+def statistics_reference(launch: Launch, path: Path) -> evaluation.Reference:
     """Return the description of a file of statistics. Raises ValueError if its features are not comparable."""
     metadata = references.read_metadata(path)
     expected = {"features": launch.recipe.evaluation.features, "image_size": launch.recipe.data.image_size}
     references.check_metadata(path, metadata, **expected)
-    values = {"path": str(path.absolute()), "hash": metadata["hash"], "count": metadata["count"]}
-    return {"kind": "statistics", **values, "num_shards": 0}
+    return {
+        "kind": "statistics",
+        "path": str(path.absolute()),
+        "hash": metadata["hash"],
+        "count": metadata["count"],
+        "num_shards": 0,
+    }
 
 
-def check_features(launch: Launch, reference: dict[str, Any], num_images: int) -> None:
+def check_features(launch: Launch, reference: evaluation.Reference, num_images: int) -> None:
     """Check the feature extractor, and the number of images where the width of its features is known."""
     if reference["kind"] == "none":
         return
@@ -199,7 +206,7 @@ def check_judging(
         raise ValueError(f"--judge {judge}: is no model folder; name a vision-language model by folder or hub name")
     if clip:
         config = Path(clip) / "config.json"
-        model = read_record(config).get("model_type") if config.is_file() else None
+        model = records.read(config, dict[str, Any]).get("model_type") if config.is_file() else None
         if model != "clip":
             raise ValueError(f"--clip {clip}: is no CLIP model; name the folder of one that transformers reads")
         if stage == 1:
@@ -216,4 +223,4 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / evaluation.RESULTS
     if not path.is_file():
         raise ValueError(f"{folder}: has no results; run the command 'evaluate' again to complete it")
-    return read_record(path, "variants", "request")
+    return records.read(path, evaluation.Results)

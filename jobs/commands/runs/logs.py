@@ -3,6 +3,7 @@
 Prints the logs of every job, or of the job of one shard. With several logs, the name of its file precedes each part.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from jobs.commands.options import Command, RunOptions, option
 from jobs.state import run as runs
 from jobs.state.run import Run
+from pixart.terminal import printable
 
 FOLLOW_SECONDS = 0.5
 
@@ -67,7 +69,9 @@ def print_log(log: Path, offset: int, *, with_name: bool) -> int:
     if text:
         if with_name:
             print(f"==> {log} <==")
-        print(text.decode(errors="replace"), end="" if text.endswith(b"\n") else "\n", flush=True)
+        for line in text.decode(errors="replace").removesuffix("\n").split("\n"):
+            print(printable(line.rstrip("\r").rpartition("\r")[2].expandtabs()))  # of a progress bar, its last state
+        sys.stdout.flush()
     return offset + len(text)
 
 

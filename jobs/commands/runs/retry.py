@@ -6,10 +6,11 @@ Elements that are done or active are not submitted. The recipe is that of the ru
 
 from dataclasses import dataclass
 
-from jobs.commands.launching import launching, load_profile, read_run_profile, read_run_recipe
+from jobs.commands.launching import launching, load_profile, read_run_recipe
 from jobs.commands.options import Command, RunOptions, SubmissionOptions
 from jobs.state import run as runs
 from jobs.state.run import Run
+from jobs.state.run_metadata import read_profile
 from jobs.submission.launch import Launch
 from jobs.submission.submit import resubmit
 
@@ -22,7 +23,7 @@ class Options(RunOptions, SubmissionOptions):
 def run(options: Options) -> int:
     home = runs.home(options.home)
     failed = runs.find(home, options.run)
-    profile = load_profile(options) if options.cluster else read_run_profile(failed.folder)
+    profile = load_profile(options) if options.cluster else read_profile(failed.folder)
     with launching("retry", options, home, read_run_recipe(failed.folder), profile=profile) as launch:
         print(retry(launch, failed))
     return 0

@@ -1,10 +1,9 @@
 """Show the state of a run: done, running, pending and failed elements.
 
-The state comes from the data, and from Slurm if there is no data yet. Of a pipeline, every job is listed. The exit code
-is 1 if an element failed.
+The state comes from the data, and from Slurm if there is no data yet. Of a pipeline, every job is listed. Of a run on
+Slurm that has ended, the requested and the used resources are shown. The exit code is 1 if an element failed.
 """
 
-import json
 import sys
 import time
 from collections import Counter
@@ -14,12 +13,13 @@ from pathlib import Path
 from jobs.commands.hints import next_command
 from jobs.commands.options import Command, RunOptions, option
 from jobs.progress import format_rate
+from jobs.reports import efficiency
 from jobs.state import endpoint as endpoints
 from jobs.state import ledger, nodes
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
-from jobs.state.run_metadata import read_description
+from jobs.state.run_metadata import read_description, read_profile
 from jobs.submission.wait import LOCAL_POLL_SECONDS
 from jobs.tracking.mlflow_store import needs_sync
 from jobs.tracking.sync import set_final_status, sync_in_background
@@ -29,6 +29,7 @@ from slurm.task import attempts
 
 MAX_FAILURES = 10  # failed elements that are listed
 MAX_NODES = 8  # that are listed with their attempts
+MAX_WIDTH = 120  # columns of the table of resources, also on a narrow terminal
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -52,8 +53,9 @@ def run(options: Options) -> int:
     shown = runs.find(home, options.run)
     try:
         while True:
-            elements = query(shown)
-            print_status(options, shown, elements)
+            submission = runs_of_submission(shown)
+            elements, *of_submission = query([shown, *submission])
+            print_status(options, shown, elements, list(zip(submission, of_submission, strict=True)))
             if not (options.watch and runs.is_active(elements)):
                 break
             time.sleep(poll_seconds(shown))
@@ -69,42 +71,63 @@ def run(options: Options) -> int:
 
 def poll_seconds(run: Run) -> float:
     """Return the pause between two queries, of the profile that a run was submitted with."""
-    if run.executor == "local":
-        return LOCAL_POLL_SECONDS
-    return json.loads((run.folder / "profile.json").read_text())["poll_seconds"]
+    return LOCAL_POLL_SECONDS if run.executor == "local" else read_profile(run.folder).poll_seconds
 
 
-def print_submission(run: Run) -> None:
-    """Print the state of every run of the same submission, such as a pipeline, in the order of the jobs."""
+def runs_of_submission(run: Run) -> list[Run]:
+    """Return all runs of the same submission, such as a pipeline, in the order of the jobs; none if it has only one."""
     if not (run.folder / METADATA_FILE).exists() or not (parent := read_description(run.folder)["parent"]):
-        return
+        return []
     folders = [Path(child) for child in read_description(Path(parent))["children"]]
-    others = [runs.load(folder) for folder in folders if (folder / runs.RECORD).exists()]
-    if len(others) < 2:
-        return
-    print(f"all jobs of {Path(parent).name}, in order:")
-    for other, elements in zip(others, runs.elements_of(others), strict=True):
-        counts = Counter(element.state for element in elements.values())
-        state = ", ".join(f"{count} {name}" if other.elements else name for name, count in counts.items())
-        print(f"  {other.kind:<8} {', '.join(other.job_ids):<12} {state:<24} {other.folder.name}")
+    members = [runs.load(folder) for folder in folders if (folder / runs.RECORD).exists()]
+    return members if len(members) > 1 else []
 
 
-def query(run: Run) -> dict[int, Element]:
-    """Return the states of a run's elements, after several queries if Slurm does not answer at first.
+def query(requested: list[Run]) -> list[dict[int, Element]]:
+    """Return the states of the elements of runs, after several queries if Slurm does not answer at first.
 
     Raises SlurmUnavailableError if it does not answer to the last query.
     """
     for number in range(NUM_QUERIES - 1):
         try:
-            return runs.elements(run)
+            return runs.elements_of(requested)
         except SlurmUnavailableError as error:
             pause = FIRST_PAUSE_SECONDS * 2**number
             print(f"{error}; trying again in {pause:.0f} s", file=sys.stderr)
             time.sleep(pause)
-    return runs.elements(run)
+    return runs.elements_of(requested)
 
 
-def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) -> None:
+def print_submission(submission: list[tuple[Run, dict[int, Element]]]) -> None:
+    """Print the state of every run of a submission, in the order of the jobs."""
+    if not submission:
+        return
+    print("all jobs of the submission, in order:")
+    for other, elements in submission:
+        counts = Counter(element.state for element in elements.values())
+        state = ", ".join(f"{count} {name}" if other.elements else name for name, count in counts.items())
+        print(f"  {other.kind:<8} {', '.join(other.job_ids):<12} {state:<24} {other.folder.name}")
+
+
+def print_efficiency(run: Run, elements: dict[int, Element]) -> None:
+    """Print what a run that has ended requested and used, with the lines of a profile that request what it needs."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not (rows := efficiency.rows(run, elements, accounting=True)):
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("efficiency", "requested", "used", "suggested"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, (row.resource, row.requested, row.used, row.suggested)))
+    Console(highlight=False, width=MAX_WIDTH).print(table)
+
+
+def print_status(
+    options: RunOptions, run: Run, elements: dict[int, Element], submission: list[tuple[Run, dict[int, Element]]]
+) -> None:
     """Print a table of the states, the progress of training, the first failures and the next command."""
     from rich.console import Console
     from rich.table import Table
@@ -149,7 +172,9 @@ def print_status(options: RunOptions, run: Run, elements: dict[int, Element]) ->
         console.print(f"{element.state}: {subject}, job {element.job or 'none'}{note}", markup=False)
     if len(failed) > MAX_FAILURES:
         console.print(f"and {len(failed) - MAX_FAILURES} more")
-    print_submission(run)
+    print_submission(submission)
+    if not active:
+        print_efficiency(run, elements)
     following = "retry" if failed else "status" if active else "open"
     console.print(f"next: {next_command(options, following, run.folder.name)}", markup=False)
 
@@ -168,8 +193,8 @@ def describe_rate(run: Run, elements: dict[int, Element]) -> str:
     if not run.elements:
         return ""
     submitted = (run.folder / "command.txt").stat().st_mtime
-    paths = [ledger.path(run.dataset, run.kind, number) for number, item in elements.items() if item.state == "done"]
-    written = [moment for path in paths if (moment := path.stat().st_mtime) >= submitted]
+    moments = ledger.written(run.dataset, ledger.entries_of(run.kind))
+    written = [moments[number] for number in elements if moments.get(number, 0.0) >= submitted]
     left = sum(element.state in runs.ACTIVE for element in elements.values())
     if not written:
         return ""

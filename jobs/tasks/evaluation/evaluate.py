@@ -19,7 +19,7 @@ from jobs.state.evaluation import Request, Variant
 from jobs.tasks.caption import for_each_shard
 from jobs.tasks.sample import load_weights, open_pipeline, origin, with_command
 from pixart.atomic import write_atomically
-from pixart.config.recipe import from_json
+from pixart.config import recipe as recipe_file
 from pixart.evaluation.protocol import image_seed
 
 RECIPE = "config.json"
@@ -45,7 +45,7 @@ class Worker:
 
     def __init__(self, folder: Path, request: Request) -> None:
         self.folder, self.request = folder, request
-        self.recipe = from_json((folder / RECIPE).read_text())
+        self.recipe = recipe_file.load(folder / RECIPE)
         self.prompts = evaluation.read_prompts(folder)
         self.loaded: tuple[tuple[str, str], Any, dict[str, str]] | None = None  # key, pipeline, provenance
 

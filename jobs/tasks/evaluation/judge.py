@@ -12,7 +12,7 @@ from jobs.state.evaluation import Request
 from jobs.tasks.caption import for_each_shard
 from jobs.tasks.evaluation.evaluate import RECIPE
 from pixart.atomic import write_atomically
-from pixart.config.recipe import from_json
+from pixart.config import recipe as recipe_file
 
 BATCH_SIZE = 256  # images in memory
 
@@ -32,7 +32,7 @@ def run(folder: str, elements: list[int]) -> None:
 
     from pixart.evaluation.judge import Judge
 
-    captions = from_json((Path(folder) / RECIPE).read_text()).data.captions
+    captions = recipe_file.load(Path(folder) / RECIPE).data.captions
     judge = Judge(request.judge, captions)
     prompts = evaluation.read_prompts(folder)
     for_each_shard(todo, lambda element: judge_shard(Path(folder), request, prompts, element, judge))

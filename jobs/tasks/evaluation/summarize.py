@@ -11,8 +11,9 @@ from jobs.state import evaluation, ledger
 from jobs.state.evaluation import Request, Variant
 from jobs.state.journal import Journal
 from jobs.tasks.evaluation.evaluate import RECIPE
+from pixart import records
 from pixart.atomic import write_atomically
-from pixart.config.recipe import from_json
+from pixart.config import recipe as recipe_file
 from pixart.config.sampling import EvaluationConfig
 from pixart.evaluation.protocol import Protocol
 
@@ -29,7 +30,7 @@ def run(run_folder: str, *, folder: str) -> dict[str, Any]:
     for job in (evaluation.SAMPLE, evaluation.JUDGE) if request.is_judged else (evaluation.SAMPLE,):
         if missing := evaluation.missing(folder, request, job):
             raise ValueError(f"{folder}: {len(missing)} shards have no results of {job!r}; run 'evaluate' again")
-    config = from_json((place / RECIPE).read_text()).evaluation
+    config = recipe_file.load(place / RECIPE).evaluation
     reference, described = merge_reference(place, request, config)
     prompts = evaluation.read_prompts(folder)
     variants = [
@@ -65,7 +66,7 @@ def page(folder: Path, request: Request, results: dict[str, Any], prompts: list[
         "judged by": request.judge or None,
         "folder": str(folder),
     }
-    scores = json.loads((evaluation.variant_folder(folder, len(variants) - 1) / "scores.json").read_text())
+    scores = records.read(evaluation.variant_folder(folder, len(variants) - 1) / "scores.json", evaluation.Scores)
     ranking = next((name for name in pages.RANKINGS if name in scores), "")
     ordered = sorted(scores.get(ranking, {}).items(), key=lambda item: item[1])
 

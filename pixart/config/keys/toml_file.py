@@ -15,12 +15,12 @@ All of it is optional. TOML has no null: `max_images = "none"` stands for None.
 """
 
 import difflib
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
 
+from pixart import records
 from pixart.config.keys import overrides, reference
 from pixart.config.keys.fields import NONE, fields_by_key, sections
 from pixart.config.recipe import Recipe
@@ -44,11 +44,10 @@ def load(path: str | Path) -> RunFile:
     an unknown key and for a value of the wrong type. Values out of range are refused when the overrides are applied.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = records.read_limited(Path(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read; {error.strerror or error}") from None
-    except ValueError as error:  # of TOML or of UTF-8
-        raise ValueError(f"{path}: is not TOML; {error}") from None
+    content = records.parse_toml(text, str(path))
     try:
         return _run_file(content)
     except ValueError as error:

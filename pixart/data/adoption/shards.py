@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pixart import records
 from pixart.config.dataset import MAX_SHARDS, is_url
+from pixart.records import Count
 
 TORCH_SUFFIX, ARRAY_RECORD_SUFFIX = ".pt", ".array_record"
 SUFFIXES = (TORCH_SUFFIX, ARRAY_RECORD_SUFFIX)
@@ -24,8 +26,8 @@ class ShardRecord:
     """The identity of a source file when the dataset was created."""
 
     name: str
-    bytes: int
-    rows: int
+    bytes: Count
+    rows: Count
     sampled_sha256: str  # of NUM_SAMPLES evenly spaced samples of SAMPLE_BYTES
 
 
@@ -71,14 +73,14 @@ def make_record(path: Path, rows: int) -> ShardRecord:
     return ShardRecord(name=path.name, bytes=size, rows=rows, sampled_sha256=digest.hexdigest())
 
 
-def to_json(records: list[ShardRecord]) -> str:
+def to_json(shards: list[ShardRecord]) -> str:
     """Return the content of RECORD_FILE."""
-    return json.dumps([asdict(record) for record in records], indent=1) + "\n"
+    return json.dumps([asdict(record) for record in shards], indent=1) + "\n"
 
 
-def digest(records: list[ShardRecord]) -> str:
+def digest(shards: list[ShardRecord]) -> str:
     """Return 16 hexadecimal digits that identify the shards."""
-    return hashlib.sha256(to_json(records).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(shards).encode()).hexdigest()[:16]
 
 
 def find_shard(source: str, dataset: str, shard: int) -> Path:
@@ -89,16 +91,16 @@ def find_shard(source: str, dataset: str, shard: int) -> Path:
     """
     record_file = Path(dataset) / RECORD_FILE
     try:
-        records = [ShardRecord(**values) for values in json.loads(record_file.read_text())]
-    except (OSError, TypeError, ValueError) as error:
+        known: list[ShardRecord] = records.read(record_file, list[ShardRecord])
+    except OSError as error:
         raise ValueError(f"{record_file} cannot be read: {error}; adopt the shards into another dataset") from error
     paths = find_shards(source)
-    if [path.name for path in paths] != [record.name for record in records]:
+    if [path.name for path in paths] != [record.name for record in known]:
         raise ValueError(
-            f"source {source}: has {len(paths)} shards, and other ones than the {len(records)} that the dataset "
+            f"source {source}: has {len(paths)} shards, and other ones than the {len(known)} that the dataset "
             f"{dataset} was created from; restore them, or adopt them into another dataset"
         )
-    if make_record(paths[shard], records[shard].rows) != records[shard]:
+    if make_record(paths[shard], known[shard].rows) != known[shard]:
         raise ValueError(
             f"{paths[shard]}: has changed since the dataset {dataset} was created; restore it, or adopt the shards "
             "into another dataset"

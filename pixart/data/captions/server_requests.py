@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from pixart import records
+
 TIMEOUT_SECONDS = 120.0  # per attempt of a request, from its beginning to the end of the response
 MAX_RESPONSE_BYTES = 1 << 20  # many times a rewritten request
 MAX_ATTEMPTS = 4  # per request
@@ -138,12 +140,12 @@ def send_request(
                 close_connections_after(seconds),
                 OPENER.open(urllib.request.Request(url, data, headers), timeout=seconds) as response,
             ):
-                return json.loads(read_limited(response))
+                return records.parse(read_limited(response), dict[str, Any], "its response")
         except urllib.error.HTTPError as error:
             message = " ".join(error.read(300).decode(errors="replace").split())
             kind = RequestRejectedError if error.code in REJECTED_STATUSES else ValueError
             failure, retry = kind(f"--server: {url} answers {error.code}: {message}"), error.code in RETRY_STATUSES
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:  # also a length of 30 digits
             reason = getattr(error, "reason", error)
             retry = isinstance(reason, ConnectionResetError | TimeoutError | http.client.HTTPException)
             failure = ValueError(f"--server: {url} does not respond: {reason}")

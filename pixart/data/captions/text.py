@@ -5,6 +5,7 @@ import re
 MAX_SHORT_WORDS = 25  # a longer first sentence is shortened to its first clause
 
 ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Mt|No|vs|approx|ca|cf|etc|e\.g|i\.e|a\.m|p\.m)|\b[A-Z])\.$")
+MAX_ABBREVIATION = 12  # characters, one more than the longest and what is before it
 SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 ASCII_PUNCTUATION = str.maketrans({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-"})
 # A comma separates clauses if one of these words or a participle follows; otherwise it may separate adjectives.
@@ -30,7 +31,8 @@ def split_sentences(text: str) -> list[str]:
     """Split a normalized text into sentences; the last one may lack its full stop."""
     sentences, begin = [], 0
     for end in SENTENCE_END.finditer(ascii_punctuation(text)):
-        if ABBREVIATION.search(text[begin : end.end()]) and end.end() < len(text):
+        last = text[max(begin, end.end() - MAX_ABBREVIATION) : end.end()]  # all of it would take quadratic time
+        if ABBREVIATION.search(last) and end.end() < len(text):
             continue
         sentences.append(text[begin : end.end()].strip())
         begin = end.end()

@@ -10,7 +10,9 @@ from enum import StrEnum
 
 from pixart.data.captions.text import ascii_punctuation, complete_sentences, normalize, split_sentences, split_words
 
-QUOTED = re.compile(r"\"[^\"]*\"|(?<!\w)'[^']*(?:'\w[^']*)*'(?!\w)")
+QUOTED = re.compile(r"\"[^\"]*\"|(?<!\w)'.*?'(?!\w)", re.DOTALL)
+DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")
+CLOSING = re.compile(r"'(?!\w)")
 
 MARKUP = re.compile(
     r"<\|[^|>]*\|>|</?s>|\[/?INST\]|<<SYS>>|<(?:think|unk|pad|bos|eos)>|<image>"  # chat templates
@@ -76,6 +78,7 @@ META_ANYWHERE = re.compile(
     r"\b(?:the|this) (?:provided |given |overall )?image\b(?! (?:of|on|onto|in|sensor)\b)", re.IGNORECASE
 )
 
+MAX_CHARACTERS = 20_000  # of a text that is checked; the patterns below would take seconds for a megabyte
 REPEATED_CHARACTER = re.compile(r"(\S)(?:\s*\1){11,}")
 REPEATED_SUBSTRING = re.compile(r"(\S{2,12}?)(?:\s*\1){5,}")
 MIN_BLOCK_REPEATS = {1: 4, 2: 4, 3: 3}  # words in a block: consecutive repeats that are rejected
@@ -102,6 +105,8 @@ def validate_answer(answer: str, *, truncated: bool) -> tuple[str, Problem | Non
     `truncated` states that the answer reached the token limit: its unfinished last sentence is removed. Without any
     complete sentence, the caption is the entire answer and its problem is TRUNCATED, unless it has another one.
     """
+    if len(answer) > MAX_CHARACTERS:
+        return normalize(answer[:MAX_CHARACTERS]), find_problem(answer)
     text = normalize(answer)
     complete = complete_sentences(text) if truncated else text
     problem = find_problem(complete if truncated and complete else answer)
@@ -112,6 +117,8 @@ def find_problem(text: str) -> Problem | None:
     """Return the first problem of a raw text. Its line breaks matter, as Markdown lists are recognized by them."""
     if not any(character.isalnum() for character in text):
         return Problem.EMPTY
+    if len(text) > MAX_CHARACTERS:
+        return Problem.NOT_PROSE
     if not is_prose(text):
         return Problem.NOT_PROSE
     unquoted = remove_quotations(normalize(text))
@@ -123,14 +130,24 @@ def find_problem(text: str) -> Problem | None:
 
 
 def remove_quotations(text: str) -> str:
-    """Replace every quotation by a pair of empty ASCII quotation marks."""
-    return QUOTED.sub("''", ascii_punctuation(text))
+    """Replace every quotation by a pair of empty ASCII quotation marks, in linear time."""
+    text = ascii_punctuation(text)
+    end = max((match.end() for match in CLOSING.finditer(text)), default=0)
+    hidden = text[end:].replace("'", "\0")  # an opening mark that none closes would be searched for up to the end
+    return QUOTED.sub("''", text[:end] + hidden).replace("\0", "'")
 
 
 def is_prose(text: str) -> bool:
-    """Return whether a text is mostly letters, without control characters, markup, JSON or chat-template tokens."""
+    """Return whether a text is mostly letters, without control characters, markup, JSON or chat-template tokens.
+
+    Characters that override the direction of writing count as control characters.
+    """
     categories = [unicodedata.category(character) for character in text if not character.isspace()]
-    if "\N{REPLACEMENT CHARACTER}" in text or any(category in ("Cc", "Cn", "Co", "Cs") for category in categories):
+    if (
+        "\N{REPLACEMENT CHARACTER}" in text
+        or DIRECTION.search(text)
+        or any(category in ("Cc", "Cn", "Co", "Cs") for category in categories)
+    ):
         return False
     if sum(category[0] in "LM" for category in categories) < MIN_LETTER_SHARE * len(categories):
         return False

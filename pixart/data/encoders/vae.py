@@ -4,12 +4,13 @@ The pixel range is the range of values that uint8 images are mapped to before en
 clamped to: [-1, 1], which published autoencoders are trained with, or [0, 1].
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pixart import records
 
 DEMO_VAE = Path(__file__).parents[2] / "demo" / "demo_vae"
 
@@ -21,15 +22,16 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
     """
     folder = Path(name)
     if (folder / file).is_file():
-        return json.loads((folder / file).read_text())
+        return records.read(folder / file, dict[str, Any])
     repository, subfolder = split_hub_name(name)
     try:
         from huggingface_hub import hf_hub_download
 
-        return json.loads(Path(hf_hub_download(repository, file, subfolder=subfolder)).read_text())
+        downloaded = Path(hf_hub_download(repository, file, subfolder=subfolder))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name!r} is neither a model folder nor a model on the hub: {reason}") from error
+    return records.read(downloaded, dict[str, Any])
 
 
 def split_hub_name(name: str) -> tuple[str, str | None]:

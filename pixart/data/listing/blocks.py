@@ -11,9 +11,12 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import google_crc32c
+
+from pixart import records
+from pixart.records import Count
 
 BLOCK_ROWS = 1024
 MAGIC = b"pixart-listing-1"
@@ -51,6 +54,14 @@ class Writer:
         self._lines.clear()
 
 
+class IndexRecord(TypedDict):
+    """The index of a file: its number of rows, the length and CRC-32C of each block, and the header."""
+
+    rows: Count
+    blocks: list[tuple[Count, Count]]
+    header: dict[str, Any]
+
+
 class Reader:
     """Reader of a finished file, which stays open. Raises ValueError if it is damaged."""
 
@@ -66,7 +77,7 @@ class Reader:
         index = file.read(length)
         self.checksum = hashlib.sha256(index).hexdigest()
         try:
-            content = json.loads(zlib.decompress(index))
+            content = records.parse(zlib.decompress(index), IndexRecord, name)
             self.rows: int = content["rows"]
             self.header: dict[str, Any] = content["header"]
             self._blocks: list[tuple[int, int, int]] = []  # offset, bytes and CRC-32C
@@ -74,7 +85,7 @@ class Reader:
             for size, checksum in content["blocks"]:
                 self._blocks.append((offset, size, checksum))
                 offset += size
-        except (ValueError, KeyError, TypeError, zlib.error):
+        except (ValueError, zlib.error):
             raise self._damaged() from None
 
     def read(self, start: int, stop: int) -> Iterator[Any]:

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
 from posixpath import dirname
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pixart import records
 from pixart.atomic import write_atomically
 from pixart.config.dataset import ColumnsConfig
 from pixart.data.listing.file_list import FileList
@@ -38,6 +39,13 @@ from pixart.data.sources.texts import caption_of, decode_text, first_caption, la
 BATCH_ROWS = 32  # rows read at a time
 CLASSES_FILE = "source-classes.json"  # beside the row counts: classes that are words, in the order of their labels
 WORDNET_ID = re.compile(r"(n\d+)(_\d+)?")
+
+
+class ClassesRecord(TypedDict):
+    """The ids of the classes of a source, and their words, in the order of the labels."""
+
+    ids: list[str]
+    names: list[str]
 
 
 class ParquetSource:
@@ -216,7 +224,7 @@ class ParquetSource:
         """
         known = counts_file.with_name(CLASSES_FILE) if counts_file else None
         if known and known.exists():
-            record = json.loads(known.read_text())
+            record = records.read(known, ClassesRecord)
             return record["ids"], record["names"]
         names: dict[str, str] = {}
         for name in self._files.sizes:

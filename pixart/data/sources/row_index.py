@@ -6,8 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from pixart import records
 from pixart.atomic import write_atomically
 from pixart.data.listing.file_list import ALLOWED, FileList
+from pixart.records import Count
+
+Counts = dict[str, tuple[Count, Count]]  # bytes and rows of each file
 
 
 class RowIndex:
@@ -20,7 +24,7 @@ class RowIndex:
     def __init__(
         self, files: FileList, max_images: int | None, counts_file: Path | None, count_rows: Callable[[str], int]
     ):
-        known = json.loads(counts_file.read_text()) if counts_file and counts_file.exists() else {}
+        known = records.read(counts_file, Counts) if counts_file and counts_file.exists() else {}
         missing = [name for name, size in files.sizes.items() if known.get(name, [None])[0] != size]
         with ThreadPoolExecutor(16) as threads:
             counts = threads.map(count_rows, missing)

@@ -85,10 +85,10 @@ def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "no metadata": ("_METADATA: is missing", lambda step: (step / "state/_METADATA").unlink()),
-    "metadata of an item is no JSON": ("as JSON", lambda step: (step / "state/_METADATA").write_text("{")),
-    "metadata is nested deeply": ("as JSON", lambda step: (step / "state/_METADATA").write_text("[" * 100_000)),
-    "metadata is a list": ("JSON object", lambda step: (step / "state/_METADATA").write_text("[]")),
-    "metadata of the step is no JSON": ("as JSON", lambda step: (step / "_CHECKPOINT_METADATA").write_text("\0")),
+    "metadata of an item is no JSON": ("is not JSON", lambda step: (step / "state/_METADATA").write_text("{")),
+    "metadata is nested deeply": ("is not JSON", lambda step: (step / "state/_METADATA").write_text("[" * 100_000)),
+    "metadata is a list": ("Expected 'object'", lambda step: (step / "state/_METADATA").write_text("[]")),
+    "metadata of the step is no JSON": ("is not JSON", lambda step: (step / "_CHECKPOINT_METADATA").write_text("\0")),
     "no tree": ("tree_metadata", lambda step: change_metadata(step, lambda content: content.pop("tree_metadata"))),
     "empty tree": ("no weights", lambda step: change_metadata(step, lambda content: content["tree_metadata"].clear())),
     "tree of numbers": ("names an array", lambda step: change_metadata(step, lambda c: c["tree_metadata"].update(a=3))),

@@ -3,6 +3,7 @@
 import pytest
 
 from jobs.reports import lineage
+from pixart import records
 from pixart.config.captions import IMAGE_INSTRUCTION, visible_attributes
 from pixart.config.dataset import DataConfig
 from pixart.data import manifest as manifests
@@ -32,3 +33,16 @@ def test_the_instruction_and_sampling_of_the_dataset(tmp_path):
     node = lineage.trace(tmp_path, data.path)
     assert node.facts["instruction"] == captions.image_instruction != IMAGE_INSTRUCTION
     assert node.facts["sampling"] == "temperature 0.7, top_p 0.85, top_k 30, max_tokens 120"
+
+
+def test_records_in_a_circle_are_refused(tmp_path):
+    """A checkpoint that was converted from itself by its own record has no lineage."""
+    path = tmp_path / "stage2.fp8"
+    path.mkdir()
+    config = {"in_dim": 4, "dim": 32}
+    record = {"format": 2, "stage": 2, "step": 1, "config": config, "plan": None, "dataset": None, "files": {}}
+    record |= {"normalization": {"mean": [0.0], "std": [1.0]}}
+    record |= {"provenance": {"converted_from": str(path), "source_sha256": "aa"}}
+    (path / "training.json").write_bytes(records.dumps(record))
+    with pytest.raises(ValueError, match="name it among its own ancestors"):
+        lineage.trace(tmp_path, str(path))

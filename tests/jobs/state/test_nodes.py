@@ -46,3 +46,15 @@ def test_the_node_that_failed_jobs_of_ranks_have_in_common(tmp_path):
     failed = {0: Element(state="failed", job="8", note="RuntimeError")}
     assert nodes.suspects(run, failed) == {"n2": "all 2 failed jobs ran there"}
     assert nodes.suspects(replace(run, jobs=(("8", ()),)), failed) == {}
+
+
+def test_a_node_on_which_one_element_fails_again_and_again(tmp_path):
+    """Its earlier tasks count, but not those that were cancelled."""
+    run = make_run(tmp_path, jobs=[("5_0", (0,)), ("5_1", (1,)), ("6", (1,)), ("7", (1,))], shards=2)
+    for job, node in (("5_0", "n1"), ("5_1", "n2"), ("6", "n2"), ("7", "n2")):
+        attempt(run, job, node)
+    elements = {0: Element(state="done", job="5_0"), 1: Element(state="failed", job="7", note="OSError")}
+    assert nodes.suspects(run, elements) == {"n2": "3 tasks failed there, and none succeeded"}
+    for job in ("5_1", "6"):
+        run.log(job).write_text("interrupted: the job is being terminated\nslurmstepd: error: cancelled\n")
+    assert nodes.suspects(run, elements) == {}

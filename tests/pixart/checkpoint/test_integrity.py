@@ -10,6 +10,7 @@ import google_crc32c
 import pytest
 import torch
 
+from conversion import to_bf16
 from conversion.export.writers import EXPORTS
 from jobs.state.checkpoint_names import checkpoint_record
 from pixart.checkpoint import directory as checkpoints
@@ -124,6 +125,18 @@ def test_the_launcher_refuses_an_altered_record(converted, tmp_path):
     for read in (checkpoint_record, checkpoints.read_metadata, checkpoints.load):
         with pytest.raises(ValueError, match=r"training.json: was edited or is damaged"):
             read(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer/config.json", "ema/diffusion_pytorch_model.safetensors", "fp8.safetensors"]
+)
+@pytest.mark.parametrize("damage", [flip(0.5), truncate, Path.unlink])
+def test_the_conversion_to_bf16_refuses_the_files_that_load_refuses(converted, tmp_path, name, damage):
+    copy, output = tmp_path / "copy.fp8", tmp_path / "output"
+    shutil.copytree(converted, copy)
+    damage(copy / name)
+    assert to_bf16.main([str(copy), "--output", str(output)]) == 2
+    assert not output.exists()
 
 
 def test_a_checkpoint_of_version_0_1_is_read(converted, tmp_path):

@@ -59,7 +59,7 @@ def test_counted_questions_of_geneval(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a dog", "line 1: is no JSON"),
+        ("a dog", "line 1: is not JSON"),
         ("[1]", "line 1: has no prompt"),
         ('{"prompt": "a", "vqa_list": [["q"]], "skills": ["s"]}', "line 1: its questions are damaged"),
         ('{"prompt": "a", "include": [{"count": 1}]}', "line 1: its questions are damaged"),

@@ -33,7 +33,7 @@ def save(folder: Path, model: str, *, pixel_range=(-1, 1), dataset: str | None =
     }
     (folder / "state").mkdir(parents=True)
     (folder / "state/x").write_text("x")
-    (folder / "training.json").write_bytes(records.dumps(record))
+    (folder / "training.json").write_bytes(records.dumps({"format": 2, **record}))
     return folder
 
 
