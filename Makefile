@@ -7,6 +7,9 @@ BIN := .venv/bin
 GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 GPU_VERSIONS := torch==2.11.0 transformers==5.17.0 torchao==0.17.0 numpy==2.5.2 safetensors==0.8.0
 NEWEST_VERSIONS := torch==2.15.0 transformers==5.24.0 torchao==0.18.0
+# Libraries whose checkpoints are read, apart from those of the suite, which behave differently with accelerate.
+TRAINERS := accelerate==1.15.0 psutil==7.2.2 ema-pytorch==0.8.3 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 \
+	torchmetrics==1.9.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3
 FAST := not slow and not slurm and not vllm and not gpu
 # Those of Slurm and vLLM start many processes each, and run one after the other behind all others.
 WORKERS ?= 2
@@ -32,6 +35,7 @@ demo: install
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --editable ".[dev]"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-torchao --no-deps "torchao>=0.18,<0.19"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-fidelity --no-deps "torch-fidelity>=0.4,<0.5"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-trainers --no-deps $(TRAINERS)
 	@touch $@
 
 check: .venv/.installed-dev
@@ -84,4 +88,4 @@ gpu-day-rehearsal: install
 	@sh benchmarks/gpu_day_rehearsal.sh "$(GPU_PYTHON)"
 
 clean:
-	rm -rf .venv .venv-vllm .venv-img2dataset .venv-torchao .venv-gpu .venv-newest .venv-gpu-bare .gpuday outputs build *.egg-info
+	rm -rf .venv .venv-vllm .venv-img2dataset .venv-torchao .venv-trainers .venv-gpu .venv-newest .venv-gpu-bare .gpuday outputs build *.egg-info

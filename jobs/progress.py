@@ -74,3 +74,10 @@ class ProgressLine:
 def format_rate(rate: float) -> str:
     """Format a rate in items per second; per minute if it is below 0.5 per second."""
     return f"{rate:.1f}/s" if rate >= 0.5 or not rate else f"{60 * rate:.1f}/min"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as hours and minutes, or as seconds below one minute."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds) // 3600} h {int(seconds) // 60 % 60:02d} min"

@@ -110,7 +110,11 @@ class Task:
             "restart": restart_count(),
             "node": os.environ.get("SLURMD_NODENAME", environment.hostname),
         }
-        line = {**identity, "arguments": list(arguments), "time": datetime.now().isoformat(timespec="seconds")}
+        line = {
+            **identity,
+            "arguments": list(arguments),
+            "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
+        }
         with (Path(self.run) / ATTEMPTS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         return identity

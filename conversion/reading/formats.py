@@ -3,6 +3,7 @@
     a directory with training.json   checkpoint directory of this suite, or a run folder that has one
     a directory with .metadata       torch.distributed.checkpoint of parts, as `parts` recognizes them
     a directory with config.json     weights only, as `DiT.save_pretrained` writes them
+    other directories, and indices   weights in several files, accelerate, DeepSpeed, as `folders.layout` lists them
     a directory with _METADATA       Orbax of the original JAX training: an item, its step, or the folder of all steps
     a zip archive                    `.pt` file of `torch.save`: the same parts, or weights only
     torch's magic number             the same, in the format before torch 1.6
@@ -15,6 +16,7 @@ executed. In state dictionaries of TransformerEngine, extra states are skipped.
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conversion.reading import orbax, orbax_metadata, torch_file
+from conversion.reading.folders import layout, loading
 from conversion.reading.parts import Parts, find_parts
 from conversion.reading.state_dicts import is_state
 from conversion.reading.training_state import StoredState, assemble, validated
@@ -31,7 +34,8 @@ from pixart import records
 from pixart.checkpoint import dcp_reader
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
-from pixart.checkpoint.inert import Inert, as_value
+from pixart.checkpoint.inert import Inert, as_value, describe
+from pixart.model.dit import DiT
 from pixart.training.optimizer import MOMENTS
 
 SUITE_FORMAT = "checkpoint directory"
@@ -53,6 +57,11 @@ def read(path: str | Path, *, base_latent_size: int | None = None, ignore_unknow
         stored = from_parts(parts, path, "torch.distributed.checkpoint", ignore_unknown=ignore_unknown)
     elif path.is_dir() and (path / checkpoints.WEIGHTS).exists():
         stored = read_diffusers(path)
+    elif layout.is_index(path) or layout.is_state_folder(path):
+        content, name = loading.read(path, load_any)
+        parts = find_parts(content, path, ignore_unknown=ignore_unknown)
+        stored = from_parts(parts, path, name, ignore_unknown=ignore_unknown)
+        stored = dataclasses.replace(stored, config=config_beside(path))
     elif orbax_metadata.find(path):
         return orbax.read(path, base_latent_size)
     elif path.is_dir():
@@ -86,12 +95,31 @@ def read_checkpoint_directory(path: Path) -> Checkpoint:
 
 def read_diffusers(path: Path) -> StoredState:
     """Read a folder that `DiT.save_pretrained` wrote."""
-    config = load_json_object(path / "config.json")
-    unset = (None, False)  # of arguments that the model does not use
-    model_config = {key: value for key, value in config.items() if not key.startswith("_") and value not in unset}
+    config = model_config(load_json_object(path / "config.json"))
     return StoredState(
-        source_format="diffusers folder", model=load_safetensors(path / checkpoints.WEIGHTS), config=model_config
+        source_format="diffusers folder", model=load_safetensors(path / checkpoints.WEIGHTS), config=config
     )
+
+
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the model in a configuration, which diffusers' EMAModel extends by its own."""
+    names = inspect.signature(DiT.__init__).parameters
+    is_set = {key: value is not None and value is not False for key, value in config.items()}
+    return {key: value for key, value in config.items() if key in names and is_set[key]}
+
+
+def config_beside(path: Path) -> dict[str, Any] | None:
+    """Return the configuration that `DiT.save_pretrained` has written beside weights in several files, if it has."""
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / "config.json", *(item / "config.json" for item in layout.module_folders(folder))):
+        if file.is_file() and (config := model_config(load_json_object(file))):
+            return config
+    return None
+
+
+def load_any(path: Path) -> Any:
+    """Load a safetensors file, or one of `torch.save`. Raises ValueError if it cannot be read."""
+    return load_safetensors(path) if is_safetensors(path) else as_value(torch_file.load(path))
 
 
 def load_json_object(path: Path) -> dict[str, Any]:
@@ -127,7 +155,11 @@ def read_pt(path: Path, *, ignore_unknown: bool) -> StoredState:
     if isinstance(content, Inert):
         raise ValueError(f"{path}: is an object of {content.path}, whose class is not loaded; save its state_dict()")
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} is not a training checkpoint: it has no entry 'model' with named tensors")
+        elements = f" of {', '.join(map(describe, content[:5]))}" if isinstance(content, list | tuple) else ""
+        raise ValueError(
+            f"{path} is not a training checkpoint: it holds a {describe(content)}{elements}, which names nothing; save "
+            "a dictionary with the entries 'model', 'model_ema', 'optimizer' and 'step'"
+        )
     parts = find_parts(content, path, ignore_unknown=ignore_unknown)
     is_bare = not parts.ema and parts.optimizer is None and not parts.unused and is_state(content)
     source_format = ".pt, weights only" if is_bare else ".pt of the original training"

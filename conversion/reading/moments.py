@@ -1,9 +1,10 @@
 """Mapping of a stored optimizer state to AdamW's state by parameter name.
 
 `AdamW.state_dict()` numbers the parameters through the group with weight decay, then the group without, each in the
-order of `named_modules()`. The original training exempts biases, `nn.LayerNorm`, `nn.RMSNorm` and `nn.Embedding`.
-TransformerEngine's RMSNorm is no subclass of `nn.RMSNorm`, so that its weights are in the group with weight decay; the
-number of parameters in the groups decides which of the two a file has.
+order of `named_modules()`; those of a single group are in the order of `parameters()`. The original training exempts
+biases, `nn.LayerNorm`, `nn.RMSNorm` and `nn.Embedding`. TransformerEngine's RMSNorm is no subclass of `nn.RMSNorm`, so
+that its weights are in the group with weight decay; the number of parameters in the groups decides which of the two a
+file has.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -78,9 +79,12 @@ def stored_indices(model: DiT, param_groups: Sequence[Any] | None, path: Path) -
         decayed, undecayed = rules[False]
         return {name: str(index) for index, name in enumerate(decayed + undecayed)}, False
     stored = [indices_of(group, path) for group in param_groups]
-    for decay_qk_norm, names in rules.items():
-        if [len(indices) for indices in stored] == [len(group) for group in names]:
-            pairs = zip(chain(*names), chain(*stored), strict=True)
+    names = [name for name, _ in model.named_parameters()]
+    if [len(indices) for indices in stored] == [len(names)]:  # AdamW(model.parameters()), with one weight decay
+        return {name: str(index) for name, index in zip(names, stored[0], strict=True)}, False
+    for decay_qk_norm, groups in rules.items():
+        if [len(indices) for indices in stored] == [len(group) for group in groups]:
+            pairs = zip(chain(*groups), chain(*stored), strict=True)
             return {name: str(index) for name, index in pairs}, decay_qk_norm
     sizes = {decay: " and ".join(str(len(group)) for group in names) for decay, names in rules.items()}
     raise ValueError(

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 MODEL, EMA, OPTIMIZER, STEP = "model", "model_ema", "optimizer", "step"
 PARAMETER = "patchify.weight"  # every model has it
 NETWORKS = frozenset(
-    ("model", "module", "net", "network", "transformer", "dit", "denoiser", "unet", "backbone", "params")
+    (
+        *("model", "module", "net", "network", "transformer", "dit", "denoiser", "unet", "backbone", "params"),
+        *("generator", "diffusion", "score", "velocity"),
+    )
 )
 SUFFIXES = NETWORKS | frozenset(
     ("state", "states", "dict", "sd", "statedict", "parameters", "param", "weights", "modules", "raw")
@@ -25,7 +28,8 @@ STEPS = (
 WRAPPERS = frozenset(
     (
         *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
-        *("_fpw_module", "model", "net", "network", "transformer", "dit"),
+        *("_fpw_module", "model", "net", "network", "transformer", "dit", "denoiser", "unet", "backbone", "generator"),
+        *("diffusion_model", "denoise_fn", "base_model", "inner_model", "wrapped_model", "_model", "_module"),
     )
 )
 EMA_MODULES = frozenset(

@@ -1,8 +1,8 @@
 """Recognition of the parts of a training checkpoint: weights, EMA weights, optimizer and step.
 
 Trainers name them differently: {"model", "ema", "opt"}, {"model_state_dict", "optimizer_state_dict"}, {"state_dict",
-"optimizer_states", "global_step"} and many more. A name is understood by its words. A part may be nested one level,
-{"checkpoint": {"model": ...}} or {"ema": {"shadow_params": ...}}, and one state dictionary may have the weights and
+"optimizer_states", "global_step"} and many more. A name is understood by its words, an EMA also by its content. Parts
+that are within other entries are brought to the outside by `nesting`, and one state dictionary may have the weights and
 their EMA, as {"online_model.NAME", "ema_model.NAME"} has. Everything else is listed as unused, and refused if it looks
 like training state.
 """
@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from conversion.reading.names import EMA, MODEL, OPTIMIZER, PARAMETER, STEP, STEPS, bare_name, kind_of, snake_case
+from conversion.reading.nesting import FOLDER, flattened
 from conversion.reading.state_dicts import (
     find_optimizer,
     find_state,
     floating_tensors,
+    is_average,
     is_foreign,
     is_list_of_tensors,
     is_number,
@@ -28,9 +30,10 @@ from conversion.reading.state_dicts import (
 from conversion.reading.transformer_engine import without_extra_states
 from pixart.checkpoint.inert import Inert, as_value, describe
 
-FOLDER = "/"  # between the name of an entry and that of the entry that it is nested in
 MANY = 8  # tensors that make an unknown entry look like training state
 SHARE = 0.1  # of the model's values, which do so too
+FLAT_PARAMETERS = ("_flat_param", "flat_param")  # ends of FSDP's names of flattened parameters
+STATE_FOLDERS = ("meta", "trainer", "trainer_state", "train_state", "state", "progress")  # entries that may have a step
 
 
 @dataclass(kw_only=True)
@@ -70,7 +73,7 @@ def find_parts(content: Mapping[Any, Any], path: Path, *, ignore_unknown: bool =
     if is_state(entries) and all(isinstance(value, Tensor) for value in values):
         model, ema, unused = split(entries)
         return Parts(model=model or ema, ema=ema if model else None, unused=unused)
-    entries = with_current_weights(unnested(entries))
+    entries = flattened(entries)
     check_modules(entries, path)
     parts, taken = Parts(), set()
     candidates = find_candidates(entries, path)
@@ -86,6 +89,7 @@ def find_parts(content: Mapping[Any, Any], path: Path, *, ignore_unknown: bool =
             f"{path} is not a training checkpoint: it has no entry 'model' with named tensors; its entries are "
             f"{listed or 'none'}"
         )
+    entries = with_nested_step(entries)
     parts.step_name = find_step(entries)
     if parts.step_name is not None:
         parts.step = entries[parts.step_name]
@@ -97,43 +101,15 @@ def find_parts(content: Mapping[Any, Any], path: Path, *, ignore_unknown: bool =
     return parts
 
 
-def unnested(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of the only part that has weights one level deeper, as {"checkpoint": {"model": ...}} has."""
-    if has_weights(entries):
-        return entries
-    folders = {}
-    for name, value in entries.items():
-        inner = {str(key): as_value(item) for key, item in value.items()} if isinstance(value, Mapping) else {}
-        if kind_of(name) != EMA and has_weights(inner):
-            folders[name] = inner
-    if len(folders) != 1:
-        return entries
-    [(folder, inner)] = folders.items()
-    outer = {name: value for name, value in entries.items() if name != folder}
-    return {**outer, **{f"{folder}{FOLDER}{name}": value for name, value in inner.items()}}
-
-
-def has_weights(entries: Mapping[str, Any]) -> bool:
-    """Return whether an entry has the name of a model's weights, and tensors."""
-    return any(
-        kind_of(name) == MODEL and (state := find_state(value)) and is_state(state[0])
-        for name, value in entries.items()
-    )
-
-
-def with_current_weights(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries with the averaged weights as EMA where Lightning's WeightAveraging saved the two swapped."""
-    swapped = {"current_model_state": "state_dict", "state_dict": EMA}
-    return (
-        {swapped.get(name, name): value for name, value in entries.items()}
-        if swapped.keys() <= entries.keys()
-        else entries
-    )
-
-
 def check_modules(entries: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError if a part is a whole module that was saved, whose class is not loaded."""
+    """Raise ValueError if a part is a whole module that was saved, whose class is not loaded, or is flattened."""
     for name, value in entries.items():
+        keys = map(str, value) if isinstance(value, Mapping) else ()
+        if flat := next((key for key in keys if key.endswith(FLAT_PARAMETERS)), None):
+            raise ValueError(
+                f"{path}: {name!r} has parameters that FSDP has flattened ({flat!r}), which have lost their names; "
+                "save it with StateDictType.FULL_STATE_DICT, or by torch.distributed.checkpoint"
+            )
         is_module = isinstance(value, Inert) and isinstance(value.state, Mapping) and "_modules" in value.state
         if is_module and kind_of(name.rpartition(FOLDER)[2]) in (MODEL, EMA):
             raise ValueError(
@@ -148,10 +124,10 @@ def find_candidates(entries: Mapping[str, Any], path: Path) -> dict[str, list[Ca
     """
     candidates: dict[str, list[Candidate]] = {MODEL: [], EMA: [], OPTIMIZER: []}
     for name, value in entries.items():
-        kind = kind_of(name.rpartition(FOLDER)[2])
+        kind = kind_of(name.rpartition(FOLDER)[2]) or (EMA if is_average(value) else None)
         if kind == OPTIMIZER:
             if (optimizer := find_optimizer(value)) is not None:
-                candidates[kind].append(Candidate(name=name, value=optimizer))
+                candidates[kind].append(Candidate(name=name, value=optimizer[0]))
             elif name == OPTIMIZER and value:
                 raise ValueError(f"{path}: {name!r} is not a state dict of AdamW but {describe(value)}")
         elif kind in (MODEL, EMA):
@@ -223,6 +199,16 @@ def find_step(entries: Mapping[str, Any]) -> str | None:
     return next(
         (named[word] for word in STEPS if word in named and (word == STEP or is_number(entries[named[word]]))), None
     )
+
+
+def with_nested_step(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries with the step that one of STATE_FOLDERS has, if none of them is one."""
+    for name in STATE_FOLDERS:
+        value = entries.get(name)
+        inner = {str(key): as_value(item) for key, item in value.items()} if isinstance(value, Mapping) else {}
+        if find_step(entries) is None and (step := find_step(inner)) is not None:
+            entries = {**entries, f"{name}{FOLDER}{step}": inner[step]}
+    return entries
 
 
 def refuse_training_state(unknown: Mapping[str, Any], parts: Parts, path: Path) -> None:

@@ -10,7 +10,7 @@ from conversion.reading.transformer_engine import parameter_names
 from pixart.checkpoint.inert import Inert, as_value
 
 SHADOWS = ("shadow_params", "shadow", "params")  # entries that have the tensors of an EMA
-COUNTERS = frozenset(("n_averaged", "initted", "step", "decay", "num_updates", "optimization_step"))
+COUNTERS = frozenset(("n_averaged", "initted", "step", "steps", "decay", "num_updates", "optimization_step"))
 
 
 def is_state(value: Any) -> bool:
@@ -71,23 +71,39 @@ def is_number(value: Any) -> bool:
     return isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
-def find_optimizer(value: Any) -> dict[str, Any] | None:
-    """Return {"state", "param_groups"} of an optimizer's state dictionary, nested or flat, or None."""
+def is_average(value: Any) -> bool:
+    """Return whether a value is an EMA by its content: that of diffusers, ema_pytorch or AveragedModel."""
+    if not isinstance(value, Mapping):
+        return False
+    names = [str(key) for key in value]
+    has_parameters = any(bare_name(name) == PARAMETER for name in names)
+    return is_list_of_tensors(as_value(value.get(SHADOWS[0]))) or (
+        has_parameters and any(name == "n_averaged" or name.startswith("ema_model.") for name in names)
+    )
+
+
+def find_optimizer(value: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return {"state", "param_groups"} of an optimizer's state dictionary, nested or flat, and what is beside it.
+
+    None if there is no such dictionary, or if there are several.
+    """
     if isinstance(value, list | tuple) and len(value) == 1:  # Lightning has a list
         value = as_value(value[0])
     if not isinstance(value, Mapping):
         return None
     if is_optimizer(value):
-        return dict(value)
-    inner = [as_value(item) for item in value.values()]
-    if len(optimizers := [item for item in inner if is_optimizer(item)]) == 1:
-        return dict(optimizers[0])
+        beside = {str(name): item for name, item in value.items() if name not in ("state", "param_groups")}
+        return {name: item for name, item in value.items() if str(name) not in beside}, beside
+    inner = {str(name): as_value(item) for name, item in value.items()}
+    if len(optimizers := [name for name, item in inner.items() if is_optimizer(item)]) == 1:
+        optimizer = find_optimizer(inner.pop(optimizers[0]))
+        return (optimizer[0], {**optimizer[1], **inner}) if optimizer else None
     state: dict[str, dict[str, Any]] = {}
     for key, item in value.items():
         if str(key).startswith("state."):  # as `flatten_optimizer_state_dict` writes it
             name, _, name_of_field = str(key).removeprefix("state.").rpartition(".")
             state.setdefault(name, {})[name_of_field] = as_value(item)
-    return {"state": state} if state else None
+    return ({"state": state}, {}) if state else None
 
 
 def is_optimizer(value: Any) -> bool:

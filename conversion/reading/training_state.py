@@ -68,7 +68,7 @@ def assemble(stored: StoredState, path: Path, base_latent_size: int | None) -> C
         transformer_engine.check_layout(model, path)
     config = stored.config or infer_config(model, base_latent_size or BASE_LATENT_SIZE, path)
     check_config(config, path)
-    ema = average_of(stored.ema, model, f"{path}: model_ema") if stored.ema else model
+    ema = average_of(stored.ema, model, config, f"{path}: model_ema") if stored.ema else model
     for name, state in (("model", model), ("model_ema", ema)):
         check_shapes(state, config, f"{path}: {name}")
     moments, decay_qk_norm = name_moments(stored.moments, stored.param_groups, config, path)
@@ -140,7 +140,9 @@ def strip_wrappers(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def average_of(stored: Mapping[str, Any] | Sequence[Any], model: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def average_of(
+    stored: Mapping[str, Any] | Sequence[Any], model: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+) -> dict[str, Tensor]:
     """Return the EMA weights by the names of the model's tensors.
 
     An EMA without names is in the order of the model's parameters, names may lack their dots, and buffers, which are
@@ -148,7 +150,8 @@ def average_of(stored: Mapping[str, Any] | Sequence[Any], model: Mapping[str, Te
     """
     buffers = {key: model[key] for key in BUFFERS if key in model}
     if not isinstance(stored, Mapping):
-        names = list(model) if len(stored) == len(model) else [key for key in model if key not in BUFFERS]
+        ordered = list(state_shapes(config))  # and not in the order of the file, which safetensors sorts by name
+        names = ordered if len(stored) == len(ordered) else [key for key in ordered if key not in BUFFERS]
         if len(stored) != len(names):
             raise ValueError(f"{name}: has {len(stored)} tensors, the model has {len(names)} parameters")
         stored = dict(zip(names, stored, strict=True))

@@ -3,6 +3,7 @@
 Imports no torch; only the jobs do.
 """
 
+import json
 import shutil
 import signal
 import sys
@@ -10,23 +11,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from jobs.commands.hints import next_command
-from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions
+from jobs.commands.options import DATASET_KEY, RecipeOptions, SubmissionOptions, check_report
 from jobs.state import run as runs
 from jobs.submission.launch import Launch, NothingSubmitted
 from jobs.tracking.sync import sync_in_background
+from pixart import records
 from pixart.config.dataset import is_url
 from pixart.config.keys.overrides import apply
-from pixart.config.recipe import Recipe
-from pixart.config.recipe import load as load_recipe
+from pixart.config.recipe import Recipe, from_json
 from pixart.recipes import DEFAULT_RECIPE, RECIPES
+from pixart.relocation import home_of, present
 from slurm import profile as profiles
 from slurm.profile import Profile
 
 BUILT_IN = ("", "demo", "minilm")  # sources and models that are not files
-Value = TypeVar("Value")
 
 
 @contextmanager
@@ -44,6 +45,7 @@ def launching(
 
     A dry run leaves the block at the first submission and prints the plan. Raises ValueError for an unknown cluster.
     """
+    check_report(options.report)
     profile = profile or load_profile(options)
     launch = Launch(
         home=home,
@@ -52,6 +54,7 @@ def launching(
         overrides=overrides,
         profile=profile,
         wait=profile.executor == "local" or options.wait or wait,
+        report=options.report,
         dry_run=options.dry_run,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handle SIGTERM like SIGINT: cancel the jobs
@@ -131,4 +134,5 @@ def read_run_recipe(folder: Path) -> Recipe:
     """Return the recipe of a run. Raises ValueError if the folder is not a run folder."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no run folder; config.json is missing")
-    return load_recipe(folder / "config.json")
+    content = records.read(folder / "config.json", dict[str, Any])
+    return from_json(json.dumps(present(content, home_of(folder))), str(folder / "config.json"))

@@ -7,6 +7,7 @@ no other module uses argparse.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 METADATA = "command line"
 DATASET_KEY = "data.path="
+REPORTS = ("wandb",)  # trackers beside MLflow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,14 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise ValueError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def check_report(name: str | None) -> None:
+    """Raise ValueError unless a tracker beside MLflow is known and its package is installed."""
+    if name and name not in REPORTS:
+        raise ValueError(f"--report {name}: is not known; it must be {' or '.join(REPORTS)}")
+    if name and find_spec(name) is None:
+        raise ValueError(f"--report {name}: its package is not installed; install the extra {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +153,11 @@ class SubmissionOptions(CommonOptions):
         "--wait",
         default=False,
         help="Wait for the end of the jobs on a cluster, with a progress line (default: return after submission).",
+    )
+    report: str | None = option(
+        "--report",
+        metavar="NAME",
+        help="Tracker beside MLflow that shows the runs: wandb (default: MLflow alone).",
     )
     dry_run: bool = option(
         "--dry-run",

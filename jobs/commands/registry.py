@@ -51,7 +51,10 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "serve": Entry(
             "results.serve", "Serve a checkpoint: OpenAI's images API and a page, on this machine or as a Slurm job."
         ),
-        "open": Entry("results.open", "Print the path of a run's page, and show it in a browser."),
+        "open": Entry(
+            "results.open",
+            "Print the path of a run's page and show it, or serve a page to browse the captions of a dataset.",
+        ),
         "lineage": Entry("results.lineage", "Show what a run, an image, a checkpoint or a dataset was made from."),
         "release": Entry("results.release", "Register the EMA weights of a checkpoint as a model version in MLflow."),
     },

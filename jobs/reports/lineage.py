@@ -4,6 +4,7 @@ A PNG names its checkpoint, a checkpoint its conversion or run, and a run its in
 """
 
 import hashlib
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,6 +20,7 @@ from jobs.state.run_metadata import read_description
 from pixart import records
 from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_stage
+from pixart.relocation import home_of, present
 from pixart.terminal import printable
 
 EVALUATING = ("evaluate", "judge", "summarize")  # kinds of the jobs of an evaluation
@@ -106,6 +108,10 @@ class Traversal:
             raise ValueError(f"{path}: not an image; name a PNG, a checkpoint, a dataset or a run") from None
         if "checkpoint" not in metadata:
             raise ValueError(f"{path}: names no checkpoint; name an unmodified PNG that `sample` wrote")
+        home = home_of(path) or self.homes[0]
+        metadata = present(metadata, home)
+        if command := metadata.get("command"):
+            metadata["command"] = shlex.join(present(shlex.split(command), home))
         facts = {
             key: value
             for key, value in metadata.items()

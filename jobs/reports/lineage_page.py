@@ -35,7 +35,8 @@ def page(node: Node, folder: Path) -> str:
     words = f"{node.kind} {Path(node.name).name}"
     body = (
         f"<h1>Lineage of {text(words)}</h1>\n<p>Ancestors are above their descendants.</p>\n"
-        f'<figure><div class="scroll"><svg class="graph" viewBox="0 0 {WIDTH} {top - GAP + 4}" role="img">\n'
+        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="graph">'
+        f'<svg class="graph" viewBox="0 0 {WIDTH} {top - GAP + 4}" role="group" aria-label="lineage">\n'
         f"{chr(10).join(parts)}\n</svg></div></figure>\n"
     )
     return document(f"Lineage of {words}", body, STYLE + ".scroll { max-height: none; }")

@@ -4,15 +4,20 @@ import re
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from conversion.report.text import PAGE as REPORT_PAGE
+from jobs.progress import format_duration
 from jobs.reports import efficiency, lineage, lineage_page, training
 from jobs.reports.training import Incident
 from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
 from jobs.state.run import Run
-from jobs.state.run_metadata import read_description
+from jobs.state.run_metadata import read_description, work_times
+from pixart import records
 from pixart.atomic import write_atomically
+from pixart.html.page import Html, text
 from slurm.task import attempts
 
 SUMMARY, LINEAGE = "summary.html", "lineage.html"
@@ -65,15 +70,44 @@ def summary(run: Run) -> str:
         "ranks": f"{run.ranks} on {run.nodes} node{'s' * (run.nodes > 1)}",
         **{key: value for key, value in description["parameters"].items() if key not in ("steps", "nodes")},
         "initial checkpoint": description["tags"].get("pixart.parent_checkpoint"),
-        "submitted": moment(description["begun"]),
+        **times(run),
         "jobs": ", ".join(run.job_ids),
         "commit": description["tags"].get("pixart.commit"),
         "folder": str(run.folder),
         **efficiency.facts(run),
     }
     present = {key: str(value) for key, value in facts.items() if value is not None}
+    present |= {"pages": page_links(run)}
     previews = sorted(path for path in run.folder.glob("previews/step-*.png") if PREVIEW.fullmatch(path.name))
     return training.page(f"Training {run.folder.name}", present, curves, incidents(run, lines), previews)
+
+
+def times(run: Run) -> dict[str, str | None]:
+    """Return when a run was submitted, began and ended, how long it waited and worked, and its GPU hours."""
+    submitted = read_description(run.folder)["begun"]
+    begin, end = work_times(run.folder)
+    facts: dict[str, str | None] = {"submitted": moment(submitted)}
+    if begin is None:
+        return facts
+    facts |= {"began": f"{moment(begin)}, after {format_duration(max(0.0, begin - submitted))} in the queue"}
+    if end is None:
+        return facts
+    facts |= {"ended": moment(end), "duration": format_duration(end - begin)}
+    profile = run.folder / "profile.json"
+    if profile.exists() and records.read(profile, dict[str, Any]).get("gpus_per_node"):
+        facts["GPU hours"] = f"{run.ranks * (end - begin) / 3600:.2f} on {run.ranks} GPUs, requeues included"
+    return facts
+
+
+def page_links(run: Run) -> Html:
+    """Return links to the lineage, to each checkpoint and to the report of its conversion, relative to the folder."""
+    links = [(LINEAGE, "lineage")]
+    for checkpoint in sorted((run.folder / "checkpoints").glob("step-*/training.json")):
+        folder = checkpoint.parent
+        target = folder / REPORT_PAGE if (folder / REPORT_PAGE).exists() else checkpoint
+        name = "conversion of " if target != checkpoint else ""
+        links.append((target.relative_to(run.folder).as_posix(), f"{name}{folder.name}"))
+    return Html(", ".join(f'<a href="{quote(target)}">{text(name)}</a>' for target, name in links))
 
 
 def incidents(run: Run, lines: list[dict]) -> list[Incident]:
@@ -91,12 +125,10 @@ def incidents(run: Run, lines: list[dict]) -> list[Incident]:
         cause = (
             f"requeued, attempt {line['restart'] + 1}" if line["restart"] else f"submitted again as job {line['job']}"
         )
-        events.append(
-            (when, Incident(step=step, description=f"{cause}, on {line['node']}", when=line["time"].replace("T", " ")))
-        )
+        events.append((when, Incident(step=step, description=f"{cause}, on {line['node']}", when=moment(when))))
     return [one for _, one in sorted(events, key=itemgetter(0))]
 
 
 def moment(seconds: float) -> str:
-    """Return a time in seconds since the epoch as local date and time."""
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+    """Return a time in seconds since the epoch as local date and time with its time zone."""
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S %Z}"

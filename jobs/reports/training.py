@@ -15,11 +15,16 @@ MAX_POINTS = 400  # per curve; in longer curves, each point is the mean of sever
 SMOOTHING_DIVISOR = 20  # a curve's number of points divided by this is the smoothing window, at least five
 MIN_LOG_RATIO = 30.0  # ratio of maximum to minimum above which a LOG_SCALE_METRICS axis is logarithmic
 LOG_SCALE_METRICS = {"train/loss", "train/grad_norm"}
+MAX_TABLE_ROWS = 20  # of the table beside a chart
 MAX_PREVIEWS = 12  # previews on the page
 PREVIEW_PIXELS = 1100
 STYLE = """
-.previews { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 14px; }
-.previews figure { margin: 0; } .previews img { width: 100%; border: 1px solid var(--rule); }
+.previews { display: flex; overflow-x: auto; scroll-snap-type: x mandatory; gap: 14px; max-height: none; }
+.previews figure { margin: 0; flex: 0 0 max(100%, 760px); scroll-snap-align: start; }
+.previews img { width: 100%; border: 1px solid var(--rule); }
+.facts .scroll { max-height: none; }
+.steps { display: flex; flex-wrap: wrap; gap: .3rem .8rem; list-style: none; padding: 0; }
+details { margin: 0 0 1rem; }
 .facts td:first-child { color: var(--soft); }
 """
 STEPS, SECONDS = "optimizer step", "seconds since the run was submitted"
@@ -166,14 +171,25 @@ def figure(
         for name, points, color, mark in shown
     ]
     steps = [step for values in curves.values() for step, _ in values]
-    x = linear_axis(across, (), min(steps), max(steps))
+    x = linear_axis(across, (), min(steps) if min(steps) < max(steps) else 0, max(steps))
     if logarithmic:
         y = log_axis(label, math.floor(math.log10(min(every))), math.ceil(math.log10(max(every))))
     else:
         y = linear_axis(label, series)
     inside = [event for event in events if x.low <= event[0] <= x.high]
     more = f" Each point is the mean of {grouped}; the largest is {max(every, default=0):.4g}." if grouped > 1 else ""
-    return chart(caption + more + (" Dashed lines are incidents." if inside else ""), series, x, y, inside)
+    drawn = chart(caption + more + (" Dashed lines are incidents." if inside else ""), series, x, y, inside)
+    return drawn + values_table(across, {name: points for name, points, _, _ in shown})
+
+
+def values_table(across: str, curves: Mapping[str, Points]) -> str:
+    """Return the values of a chart as a table that opens, at most MAX_TABLE_ROWS evenly spaced ones."""
+    columns = {name: dict(points) for name, points in curves.items()}
+    steps = sorted({step for values in columns.values() for step in values})
+    count = min(len(steps), MAX_TABLE_ROWS)
+    chosen = dict.fromkeys(steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count))
+    rows = [(step, *(values.get(step) for values in columns.values())) for step in chosen]
+    return f"<details><summary>Values</summary>{table((across, *columns), rows)}</details>\n"
 
 
 def reduced(values: Points) -> tuple[list[tuple[int, float]], int]:
@@ -194,10 +210,14 @@ def gallery(previews: Sequence[Path]) -> str:
     if not previews:
         return ""
     chosen = [previews[round(index * (len(previews) - 1) / (MAX_PREVIEWS - 1))] for index in range(MAX_PREVIEWS)]
-    figures = "".join(preview(path) for path in dict.fromkeys(chosen if len(previews) > MAX_PREVIEWS else previews))
+    shown = list(dict.fromkeys(chosen if len(previews) > MAX_PREVIEWS else previews))
+    figures = "".join(preview(path) for path in shown)
+    steps = [int(path.stem.removeprefix("step-")) for path in shown]
+    links = [f'<li><a href="#preview-{step}">step {step:,}</a></li>' for step in steps]
     return (
         f"<h2>Previews</h2>\n<p>EMA samples at {len(previews)} checkpoints, with the same prompts and noise.</p>\n"
-        f'<div class="previews">{figures}</div>\n'
+        f'<ul class="steps">{"".join(links)}</ul>\n'
+        f'<div class="previews scroll" tabindex="0" role="region" aria-label="previews by step">{figures}</div>\n'
     )
 
 
@@ -213,7 +233,7 @@ def preview(path: Path) -> str:
     step = int(path.stem.removeprefix("step-"))
     source = b64encode(small.getvalue()).decode()
     return (
-        f'<figure><img alt="samples at step {step}" src="data:image/jpeg;base64,{source}">'
+        f'<figure id="preview-{step}"><img alt="samples at step {step}" src="data:image/jpeg;base64,{source}">'
         f"<figcaption>step {step:,}</figcaption></figure>"
     )
 

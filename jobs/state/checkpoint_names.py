@@ -10,6 +10,7 @@ from conversion.reading.pickle_format import is_pickle_format
 from pixart import records
 from pixart.config.checkpoint_metadata import MARKER, InferenceRecord, read_record
 from pixart.records import Header
+from pixart.relocation import home_of, present
 
 INFERENCE = "inference.json"  # metadata of FP8 weights for inference
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,7 +54,7 @@ def find_weights(name: str) -> tuple[Path, dict[str, Any] | None]:
     path = Path(name).absolute()
     if (path / INFERENCE).exists():
         check_lengths(path)
-        return path, records.read(path / INFERENCE, InferenceRecord)
+        return path, present(records.read(path / INFERENCE, InferenceRecord), home_of(path))
     if path.is_file():
         check_file(path)
         return path, None
@@ -70,7 +71,7 @@ def checkpoint_record(directory: Path) -> dict[str, Any]:
     In format 1, of version 0.1, the metadata has no checksum and files are named relative to the folder `state`.
     Raises ValueError if it is damaged.
     """
-    return read_record(directory)
+    return present(read_record(directory), home_of(directory))
 
 
 def acceptance(provenance: Mapping[str, Any]) -> str | None:

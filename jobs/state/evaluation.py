@@ -16,6 +16,7 @@ from pixart.atomic import write_atomically
 from pixart.config.sampling import EvaluationConfig
 from pixart.evaluation.protocol import short_hash
 from pixart.records import Count, Parts, Positive, Prompts
+from pixart.relocation import home_of, portable, present
 
 FOLDER = "evaluations"  # in the home folder
 REQUEST, PROMPTS = "request.json", "prompts.jsonl"
@@ -154,7 +155,8 @@ def split(count: int, parts: int, index: int) -> range:
 def write(folder: Path, request: Request, prompts: list[dict[str, Any]]) -> None:
     """Write a new evaluation folder; the request is written last."""
     write_atomically(folder / PROMPTS, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    write_atomically(folder / REQUEST, json.dumps(asdict(request), indent=2) + "\n")
+    record = portable(asdict(request), home_of(folder))
+    write_atomically(folder / REQUEST, json.dumps(record, indent=2) + "\n")
 
 
 def read(folder: str | Path) -> Request:
@@ -162,7 +164,8 @@ def read(folder: str | Path) -> Request:
     path = Path(folder) / REQUEST
     if not path.is_file():
         raise ValueError(f"{folder}: is no evaluation; name a folder in HOME/{FOLDER}")
-    request: Request = records.read(path, Request)
+    content = present(records.read(path, dict[str, Any]), home_of(path.parent))
+    request: Request = records.convert(content, Request, str(path))
     records.convert(request.settings, EvaluationConfig, f"{path}: settings")
     return request
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pixart import records
+from pixart.relocation import home_of, portable
 
 
 class Line(TypedDict, total=False):
@@ -69,7 +70,7 @@ class Journal:
 
     def artifact(self, file: str | Path) -> None:
         """Append a file to log to MLflow; `previews/step-00000400.png` becomes the image of that step."""
-        self.append({"artifact": str(file)})
+        self.append({"artifact": portable(str(file), home_of(self.folder))})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Append tags of the MLflow run."""

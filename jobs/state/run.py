@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from pixart import records
 from pixart.atomic import write_atomically
 from pixart.config.dataset import is_url
 from pixart.records import Count, Nodes, Ranks
+from pixart.relocation import FILE as LOCATIONS
+from pixart.relocation import home_of, portable, present, record_location
 from slurm import commands
 from slurm.executor import Submitted
 from slurm.task import RESULT
 
 RECORD = "run.json"
+METADATA = "tracking.json"  # of `run_metadata`, which is above this module
 URL_LETTERS = "?%#"  # special characters in the URL of MLflow's embedded store
 ACTIVE = ("pending", "running", "unknown")  # states of an element that may still change
 UNFINISHED = ("failed", "cancelled")  # states of an element that `retry` submits again
@@ -54,7 +58,7 @@ class Run:
 
     def save(self) -> None:
         record = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_atomically(self.folder / RECORD, json.dumps(record) + "\n")
+        write_atomically(self.folder / RECORD, json.dumps(portable(record, home_of(self.folder))) + "\n")
 
     def added(self, submitted: Sequence[Submitted]) -> "Run":
         """Return the run with further jobs, after saving it."""
@@ -96,7 +100,23 @@ def home(named: str | None) -> Path:
         raise ValueError(
             f"--home {name}: must be a folder of a file system, without {' '.join(URL_LETTERS)} in its name"
         )
-    return Path(name).absolute()
+    folder = Path(name).absolute()
+    if (folder / "runs").is_dir() and os.access(folder, os.W_OK):
+        record_location(folder, [] if (folder / LOCATIONS).exists() else earlier_locations(folder))
+    return folder
+
+
+def earlier_locations(home: Path) -> list[Path]:
+    """Return where a home without a file of its locations has been, by the absolute paths in its runs' records."""
+    parents = []
+    for path in (home / "runs").glob(f"*/{METADATA}"):
+        with suppress(ValueError):  # a damaged record is reported where it is used
+            parents.append(records.read(path, dict[str, Any]).get("parent"))
+    return list(
+        dict.fromkeys(
+            Path(parent).parents[1] for parent in parents if isinstance(parent, str) and Path(parent).is_absolute()
+        )
+    )
 
 
 def load(folder: Path) -> Run:
@@ -105,6 +125,7 @@ def load(folder: Path) -> Run:
         content = records.read(folder / RECORD, dict[str, Any])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: no run folder; name a folder in HOME/runs") from None
+    content = present(content, home_of(folder))
     return records.convert({**content, "folder": folder}, Run, str(folder / RECORD))
 
 

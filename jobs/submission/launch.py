@@ -31,6 +31,7 @@ class Launch:
     per_task: int | None = None  # shards per task of an array; None: by the size of the shards
     wait: bool = True
     dry_run: bool = False
+    report: str | None = None  # tracker beside MLflow
     folders: list[Path] = field(default_factory=list)  # folders of all runs that were submitted
     mlflow_stale: bool = False  # MLflow did not take the last update
 

@@ -18,7 +18,7 @@ from jobs.state import ledger, nodes
 from jobs.state import run as runs
 from jobs.state.run import Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
-from jobs.state.run_metadata import add_tags, describe, set_status
+from jobs.state.run_metadata import add_tags, change, describe, set_status
 from jobs.submission import estimates
 from jobs.submission.code_snapshot import copy_code, record_git
 from jobs.submission.launch import Launch, NothingSubmitted, sync_run
@@ -27,6 +27,7 @@ from jobs.tasks import adopt, audit, caption, convert, latents, recaption, sampl
 from jobs.tasks.evaluation import evaluate, judge, summarize
 from jobs.tracking.node_agent import with_node_agent, with_sync
 from pixart.config.recipe import to_json
+from pixart.relocation import record_location
 from slurm.commands import SlurmError, SlurmUnavailableError
 from slurm.executor import Cluster, Submitted
 from slurm.sbatch import Shape, predicted_start
@@ -59,6 +60,7 @@ def new_folder(home: Path, kind: str, parent: str = "runs") -> Path:
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(2)}"
     folder = home / parent / name
     folder.mkdir(parents=True)
+    record_location(home)
     return folder
 
 
@@ -88,6 +90,8 @@ def start_run(
     write_settings(launch, folder)
     origin = {"pixart.dataset": launch.dataset, **commit_tags(record_git(folder))}
     describe(folder, parameters, {**(tags or {}), **origin, **common_tags(launch, shape.kind)}, launch.submission)
+    if launch.report:
+        change(folder, report=launch.report)
     launch.folders.append(folder)
     sync_run(launch, folder)
     return make_cluster(launch, folder, shape, after)

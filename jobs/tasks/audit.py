@@ -13,6 +13,7 @@ from pixart.atomic import write_atomically
 from pixart.config import recipe as recipe_file
 
 ACCEPTED = 24  # thumbnails of accepted images on the page
+LARGE_PIXELS = 256  # of an image with its caption
 GROUPS, OF_GROUP = 12, 4  # groups of duplicates on the page, thumbnails of each
 
 
@@ -55,7 +56,12 @@ def run(run_folder: str) -> str:
     adopted = adopted_rows(manifest, accepted) if manifest.adopted else None
     if adopted:
         accepted = []
-    picture = pictures(manifest, accepted + [row for _, rows, _ in groups for row in rows])
+    groups_rows = [row for _, rows, _ in groups for row in rows]
+    lengths = [row for _, row in merged.by_length]
+    middle = len(lengths) // 2
+    extremes = {"Shortest captions": lengths[:middle], "Longest captions": lengths[middle:][::-1]}
+    picture = pictures(manifest, groups_rows)
+    large = {} if manifest.adopted else captioned(manifest, [*accepted, *lengths])
     html = page(
         dataset,
         summary,
@@ -63,9 +69,10 @@ def run(run_folder: str) -> str:
             reason: [(f"{example.id} {example.detail}", example.thumbnail) for example in merged.examples(reason)]
             for reason in merged.reasons
         },
-        [picture[row] for row in accepted],
+        [large[row] for row in accepted],
         [(kind, count, [picture[row] for row in rows]) for kind, rows, count in groups],
         adopted,
+        {name: [large[row] for row in rows] for name, rows in extremes.items()} if large else None,
     )
     write_duplicates(folder / DUPLICATES, duplicates)
     write_atomically(folder / PAGE, html)
@@ -120,7 +127,20 @@ def spread(items: list, count: int) -> list:
     return [items[len(items) * index // count] for index in range(count)] if len(items) > count else items
 
 
-def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
+def captioned(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
+    """Return the id with the caption, and an image large enough to compare with it, of each row."""
+    from jobs.tasks.caption import read_part
+
+    images = pictures(manifest, rows, LARGE_PIXELS)
+    texts: dict[int, str] = {}
+    for shard in sorted({row // manifest.rows_per_shard for row in rows}):
+        first = manifest.shard_range(shard)[0]
+        captions = read_part(manifest.data.path, shard)["caption"]
+        texts |= {row: captions[row - first].as_py() for row in rows if row // manifest.rows_per_shard == shard}
+    return {row: (f"{name}: {texts[row] or 'no caption'}", image) for row, (name, image) in images.items()}
+
+
+def pictures(manifest, rows: list[int], pixels: int = 64) -> dict[int, tuple[str, bytes]]:
     """Return the item id and encoded thumbnail of each row. The rows must have passed screening."""
     from pixart.data.images.screening import decode, thumbnail
     from pixart.data.manifest import open_images
@@ -131,7 +151,7 @@ def pictures(manifest, rows: list[int]) -> dict[int, tuple[str, bytes]]:
     images = {}
     for row in rows:
         item = next(source.read(row, row + 1))
-        images[row] = (item.id, thumbnail(decode(item.data, manifest.data.screening)))
+        images[row] = (item.id, thumbnail(decode(item.data, manifest.data.screening), pixels))
     return images
 
 

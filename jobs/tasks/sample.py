@@ -39,6 +39,7 @@ def run(
     rewritten: str | None = None,
     export: str | None = None,
     base_latent_size: int | None = None,
+    ignore_unknown: bool = False,
     frames: bool = False,
     sizes: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
@@ -46,16 +47,17 @@ def run(
 
     Without prompts and classes, those of the dataset are taken; `rewritten` is the file of a recaption job that
     replaces the prompts. With `frames`, also writes the image of each step and a GIF of them. A recipe without a
-    dataset (`data.path` is empty) names the VAE and the text encoder itself. `base_latent_size` is for a checkpoint of
-    another program, which may not record it. `sizes` are heights and widths in pixels, each of which every image is
-    sampled at; without any, it is the pipeline's default. Returns the path of the contact sheet
-    and, for the demo's scenes, the accuracy of color and shape; with an export alone, only its folder. Raises
-    ValueError if the checkpoint cannot be read, or does not fit the VAE, the text encoder, or the prompts or classes.
+    dataset (`data.path` is empty) names the VAE and the text encoder itself. `base_latent_size` and
+    `ignore_unknown` are for a checkpoint of another program, as `formats.read` describes them. `sizes` are heights and
+    widths in pixels, each of which every image is sampled at; without any, it is the pipeline's default. Returns the
+    path of the contact sheet and, for the demo's scenes, the accuracy of color and shape; with an export alone, only
+    its folder. Raises ValueError if the checkpoint cannot be read, or does not fit the VAE, the text encoder, or the
+    prompts or classes.
     """
     folder = Path(run_folder)
     configuration = recipe_file.load(folder / "config.json")
     path, _ = find_weights(checkpoint)
-    model, record = load_weights(path, weights, base_latent_size)
+    model, record = load_weights(path, weights, base_latent_size, ignore_unknown=ignore_unknown)
     pipeline, sources = open_pipeline(model, record, configuration, path, export=export is not None)
     provenance = {**origin(folder, model.stage, record, path, weights), **sources}
     check_requests(pipeline, prompts, classes, checkpoint)
@@ -103,7 +105,7 @@ def guidance_warning(checkpoint: Path, record: dict[str, Any], guidance: float) 
     )
 
 
-def load_weights(checkpoint: Path, weights: str, base_latent_size: int | None):
+def load_weights(checkpoint: Path, weights: str, base_latent_size: int | None, *, ignore_unknown: bool = False):
     """Return the model of a checkpoint and its record, which `pixart.sampling.loading.load` describes.
 
     The checkpoint is one of this suite, FP8 weights for inference, or any other that the conversion can read.
@@ -115,7 +117,7 @@ def load_weights(checkpoint: Path, weights: str, base_latent_size: int | None):
 
     if is_known(checkpoint):
         return loading.load(checkpoint, weights)
-    start = formats.read(checkpoint, base_latent_size=base_latent_size)
+    start = formats.read(checkpoint, base_latent_size=base_latent_size, ignore_unknown=ignore_unknown)
     return load_model(start.config, start.ema if weights == "ema" else start.model).eval(), record_of(start)
 
 

@@ -38,6 +38,7 @@ def run(
     recaption_python: str | None = None,
     content_check: bool = False,
     base_latent_size: int | None = None,
+    ignore_unknown: bool = False,
 ) -> dict[str, Any]:
     """Serve until no image was requested for `idle_minutes` (0: forever), or a signal ends the job.
 
@@ -59,7 +60,8 @@ def run(
     configuration = recipe_file.load(folder / "config.json")
     path, _ = find_weights(checkpoint)
     listener = open_socket(host, port)
-    pipelines, describe = load_pipelines(folder, path, weights, configuration, base_latent_size)
+    options = {"base_latent_size": base_latent_size, "ignore_unknown": ignore_unknown}
+    pipelines, describe = load_pipelines(folder, path, weights, configuration, options)
     allowed, is_allowed = Limits(**limits), make_content_check() if content_check else None
     endpoint = make_endpoint(host, listener.getsockname()[1])
     captions, seconds = configuration.data.captions, allowed.request_seconds
@@ -116,19 +118,19 @@ def make_endpoint(host: str, port: int) -> Endpoint:
 
 
 def load_pipelines(
-    folder: Path, checkpoint: Path, names: list[str], configuration: Recipe, base_latent_size: int | None
+    folder: Path, checkpoint: Path, names: list[str], configuration: Recipe, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[str, dict[str, str]], dict[str, str]]]:
     """Return the pipeline of each set of weights (ema, master or fp8), and a function that completes PNG metadata.
 
     The function takes the name of the weights and the settings of an image, and adds the provenance and the command, as
-    `sample` does.
+    `sample` does. `options` are those of `sample.load_weights`.
     """
     pipelines: dict[str, Any] = {}
     provenance: dict[str, dict[str, str]] = {}
     for name in names:
         path = checkpoint / "inference" if name == FP8 and not (checkpoint / INFERENCE).exists() else checkpoint
         weights = "ema" if name == FP8 else name
-        model, record = sample.load_weights(path, weights, base_latent_size)
+        model, record = sample.load_weights(path, weights, **options)
         pipeline, sources = sample.open_pipeline(model, record, configuration, path, export=False)
         pipelines[name] = pipeline.to(pipeline.vae.device)
         provenance[name] = {**sample.origin(folder, model.stage, record, path, weights), **sources}

@@ -20,12 +20,26 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jobs.state import run_metadata
 from jobs.state.journal import points, read_journal
-from jobs.state.run_metadata import KEY, read_description, status_of, tags_of
+from jobs.state.run_metadata import KEY, read_description, status_of, tags_of, work_times
+from jobs.tracking.embedded_store import ARTIFACTS, EMBEDDED, EXPERIMENT, move_artifacts, same_store, store_uri
+from jobs.tracking.mlflow_entities import (
+    CONFIGURATION,
+    EXPERIMENT_TAGS,
+    MAX_BATCH_PARAMETERS,
+    QUEUE,
+    dataset_inputs,
+    mlflow_key,
+    parameters,
+    parent_key,
+    run_label,
+)
 from pixart import records
 from pixart.atomic import file_lock, write_atomically
 from pixart.records import Count
+from pixart.relocation import home_of, present
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 STATE = "mlflow.json"  # synchronization state of a run
@@ -34,7 +48,6 @@ LOCK = ".mlflow.lock"
 STORE_ATTEMPTS = 5  # to open a database, with pauses of 2.6 s in all; MLflow's own 10 attempts take 100 s
 REFUSED_STATUSES = (400, 403, 404, 405, 411, 413, 414, 415, 422)
 REFUSAL = re.compile(r"\b(?:413|request entity too large|entitytoolarge)\b", re.IGNORECASE)
-EXPERIMENT = "pixart"
 TIMESTAMP = re.compile(r"^[0-9]{8}-[0-9]{6}-")  # in the name of a run folder; MLflow has a column for it
 MAX_BATCH_SIZE = 1000  # metrics per request, MLflow's limit
 PREVIEW = re.compile(r"step-([0-9]+)\.png")
@@ -69,7 +82,7 @@ def needs_sync(run: Path) -> bool:
     if not (run / run_metadata.FILE).exists():
         return False
     if not (run / STATE).exists():
-        return True
+        return work_times(run)[0] is not None
     state = read_state(run)
     sent = (state["offsets"], state["status"], state["artifacts"])
     return sent != (read_journal(run, state["offsets"])[1], status_of(run), [])
@@ -91,6 +104,8 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         utils.MAX_RETRY_COUNT = STORE_ATTEMPTS
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            move_artifacts(self.home)
         for name in ("mlflow", "alembic"):  # they log each migration of a new store
             logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(self.uri, registry_uri=self.uri)
@@ -99,9 +114,12 @@ class Tracker:
     def experiment(self) -> str:
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         if experiment is not None:
+            for key, value in EXPERIMENT_TAGS.items():  # a store of an earlier version has no kind
+                if key not in experiment.tags:
+                    self.client.set_experiment_tag(experiment.experiment_id, key, value)
             return experiment.experiment_id
-        location = (self.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
-        return self.client.create_experiment(EXPERIMENT, artifact_location=location)
+        location = (self.home / ARTIFACTS).as_uri() if self.uri.startswith("sqlite") else None
+        return self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS)
 
     @contextmanager
     def converted_errors(self) -> Iterator[None]:
@@ -141,24 +159,30 @@ class Tracker:
             if status != state["status"] and status == "RUNNING":
                 self.client.update_run(state["run_id"], status="RUNNING")
             elif status != state["status"]:
-                self.client.set_terminated(state["run_id"], status)
+                ended = work_times(run)[1]
+                assert ended is not None  # the status is final
+                self.client.set_terminated(state["run_id"], status, end_time=milliseconds(ended))
             if tags or status != state["status"]:
                 save(run, {**state, "tags": {**state["tags"], **tags}, "status": status})
 
     def state(self, run: Path) -> dict[str, Any] | None:
-        """Return the synchronization state of a run; None if a user has deleted the MLflow run.
+        """Return the synchronization state of a run; None before its work has begun, or if a user has deleted it.
 
-        The MLflow run is created if the store does not have it.
+        The MLflow run is created if the store does not have it, and not before: its start cannot be changed later.
         """
         if (run / STATE).exists():
             state = read_state(run)
-            lifecycle_stage = self.lifecycle_stage(state["run_id"]) if state["uri"] == self.uri else None
+            lifecycle_stage = self.lifecycle_stage(state["run_id"]) if same_store(state["uri"], self.uri) else None
             if lifecycle_stage == "deleted":
                 return None
             if lifecycle_stage == "active":
                 return state
-        state = {"uri": self.uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
-        state["artifacts"] = []
+        if work_times(run)[0] is None:
+            return None
+        uri = self.uri if os.environ.get("MLFLOW_TRACKING_URI") else EMBEDDED  # which moves with the home
+        state = {"uri": uri, "run_id": self.find_or_create(run), "offsets": {}, "sending": None, "tags": {}}
+        configuration = run / CONFIGURATION
+        state["artifacts"] = [[str(configuration), 0.0]] if configuration.exists() else []
         save(run, {**state, "status": "RUNNING"})
         return {**state, "status": "RUNNING"}
 
@@ -178,21 +202,30 @@ class Tracker:
 
         It can exist without a saved id, if a process was killed after creating it.
         """
-        from mlflow.entities import Param
+        from mlflow.entities import Metric, Param
 
         metadata = read_description(run)
+        begin = work_times(run)[0]
+        assert begin is not None  # `state` has seen it
+        job, logged = metadata["tags"].get("pixart.job", ""), {}
         matches = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{metadata['key']}'", max_results=1)
         if matches:
-            identifier = matches[0].info.run_id
+            identifier, logged = matches[0].info.run_id, matches[0].data.params
         else:
             tags = {KEY: metadata["key"]}
             if metadata["parent"] and (parent := run_id(metadata["parent"])):
                 tags["mlflow.parentRunId"] = parent
             identifier = self.client.create_run(
-                self.experiment, run_name=TIMESTAMP.sub("", run.name), tags=tags
+                self.experiment, milliseconds(begin), run_name=TIMESTAMP.sub("", run.name), tags=tags
             ).info.run_id
-        parameters = [Param(key, str(value)) for key, value in metadata["parameters"].items()]
-        self.client.log_batch(identifier, params=parameters)
+        values = {key: value for key, value in parameters(run, metadata["parameters"]).items() if key not in logged}
+        entities = [Param(key, value) for key, value in values.items()]
+        for first in range(0, len(entities), MAX_BATCH_PARAMETERS):
+            self.client.log_batch(identifier, params=entities[first : first + MAX_BATCH_PARAMETERS])
+        queued = [Metric(QUEUE, max(0.0, begin - metadata["begun"]), milliseconds(begin), 0)]
+        self.client.log_batch(identifier, metrics=queued)
+        if dataset := metadata["tags"].get("pixart.dataset"):
+            self.client.log_inputs(identifier, dataset_inputs(dataset, job))
         return identifier
 
     def replay(self, run: Path, state: dict[str, Any]) -> None:
@@ -223,17 +256,31 @@ class Tracker:
         if offsets != state["offsets"]:
             seen = set()
             list(points(read_journal(run, None, state["offsets"])[0], seen))
-        metrics = [Metric(key, value, int(moment * 1000), step) for key, value, moment, step in points(lines, seen)]
-        for begin in range(0, len(metrics), MAX_BATCH_SIZE):
-            self.client.log_batch(identifier, metrics=metrics[begin : begin + MAX_BATCH_SIZE])
+        new = list(points(lines, seen))
+        metrics = [Metric(mlflow_key(key), value, milliseconds(moment), step) for key, value, moment, step in new]
+        self.log_metrics(identifier, metrics)
+        metadata = read_description(run)
+        if metadata["parent"] and (parent := run_id(metadata["parent"])) and self.lifecycle_stage(parent) == "active":
+            label = run_label(metadata["tags"].get("pixart.job", "run"), metadata["parameters"])
+            shown = [
+                Metric(name, value, milliseconds(moment), step)
+                for key, value, moment, step in new
+                if (name := parent_key(key, label))
+            ]
+            self.log_metrics(parent, shown)
         for line in lines:
             for key, value in line.get("tags", {}).items():
                 self.client.set_tag(identifier, key, value)
             if "incident" in line:
                 self.client.set_tag(identifier, "pixart.last_incident", f"step {line['step']}: {line['incident']}")
             if "artifact" in line and [line["artifact"], line["time"]] not in state["artifacts"]:
-                state["artifacts"].append([line["artifact"], line["time"]])
+                state["artifacts"].append([line["artifact"], line["time"]])  # translated when they are sent
         self.seen[run] = (dict(state["sending"]), seen)
+
+    def log_metrics(self, identifier: str, metrics: list["Metric"]) -> None:
+        """Log metrics in requests of the size that MLflow takes."""
+        for begin in range(0, len(metrics), MAX_BATCH_SIZE):
+            self.client.log_batch(identifier, metrics=metrics[begin : begin + MAX_BATCH_SIZE])
 
     def send_artifacts(self, run: Path, state: dict[str, Any]) -> None:
         """Send the files that are waiting; metrics and tags do not wait for them.
@@ -244,8 +291,9 @@ class Tracker:
         failure: StoreError | None = None
         for path, moment in list(state["artifacts"]):
             try:
-                if Path(path).is_file():  # it may have been removed since
-                    self.send_file(state["run_id"], Path(path), moment)
+                file = Path(present(path, home_of(run)))
+                if file.is_file():  # it may have been removed since
+                    self.send_file(state["run_id"], file, moment)
             except Exception as error:
                 message = f"MLflow at {self.uri}: {path} cannot be sent; {describe_error(error)}"
                 if not is_refusal(error):
@@ -270,7 +318,7 @@ class Tracker:
         from PIL import Image
 
         identity = uuid.uuid5(uuid.NAMESPACE_URL, file.name)
-        name = f"preview+step+{int(match[1])}+timestamp+{int(moment * 1000)}+{identity}"
+        name = f"preview+step+{int(match[1])}+timestamp+{milliseconds(moment)}+{identity}"
         with tempfile.TemporaryDirectory() as folder, Image.open(file) as picture:
             full, thumbnail = Path(folder) / f"{name}.png", Path(folder) / f"{name}+compressed.webp"
             picture.save(full)
@@ -279,6 +327,11 @@ class Tracker:
             for image in (full, thumbnail):
                 self.client.log_artifact(identifier, str(image), "images")
         self.client.set_tag(identifier, "mlflow.loggedImages", "True")
+
+
+def milliseconds(moment: float) -> int:
+    """Return a time in seconds as MLflow takes it."""
+    return int(moment * 1000)
 
 
 def describe_error(error: Exception) -> str:
@@ -294,11 +347,6 @@ def is_refusal(error: Exception) -> bool:
         status = error.get_http_status_code()
     match = REFUSAL.search(str(error))
     return status in REFUSED_STATUSES or match is not None
-
-
-def store_uri(home: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, else the URI of the sqlite file in the home folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
 
 
 def read_state(run: Path) -> dict[str, Any]:

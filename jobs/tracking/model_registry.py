@@ -6,17 +6,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from jobs.reports import lineage, lineage_page
 from jobs.state import evaluation
 from jobs.state import run as runs
 from jobs.state.checkpoint_names import acceptance, checkpoint_record, find_checkpoint
+from jobs.state.journal import points, read_journal
 from jobs.tracking.mlflow_store import Tracker, run_id
 from jobs.tracking.sync import sync_folder
 from pixart.atomic import write_atomically
+from pixart.relocation import present
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ALIAS = "newest"
+FIGURES = ("train/loss", "val/loss", "val/loss_ema")
 
 
 def release(home: Path, name: str, model: str) -> str:
@@ -51,7 +55,9 @@ def release(home: Path, name: str, model: str) -> str:
             "dataset_hash": str(record["provenance"].get("dataset_hash")),
             "converted_from": str(record["provenance"].get("converted_from")),
             "acceptance": str(acceptance(record["provenance"])),
+            **{f"metric.{key}": f"{value:.6g}" for key, value in figures(run, record["step"]).items()},
         }
+        write_signature(weights, record)
         with tracker.converted_errors():
             version = register(tracker, model, run, weights, page, tags)
             evaluations = attach_evaluations(tracker, home, run, checkpoint)
@@ -74,6 +80,37 @@ def attach_evaluations(tracker: Tracker, home: Path, run: Path, checkpoint: Path
     return [folder.name for folder in folders]
 
 
+def figures(run: Path, step: int) -> dict[str, float]:
+    """Return the losses that training reported last at or before a step."""
+    newest: dict[str, tuple[int, float]] = {}
+    for key, value, _, at in points(read_journal(run)[0], set()):
+        if key in FIGURES and at <= step and at >= newest.get(key, (0, 0.0))[0]:
+            newest[key] = (at, value)
+    return {key: value for key, (_, value) in newest.items()}
+
+
+def write_signature(weights: Path, record: dict[str, Any]) -> None:
+    """Write MLflow's description of a model beside the weights: its inputs and outputs with their types and shapes."""
+    import numpy as np
+    from mlflow.models import Model
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    config, single = record["config"], np.dtype("float32")
+    latents = (-1, config["in_dim"], -1, -1)
+    inputs: list[ColSpec | TensorSpec] = [TensorSpec(single, latents, "latents"), TensorSpec(single, (-1,), "timestep")]
+    if record["stage"] == 1:
+        inputs.append(TensorSpec(np.dtype("int64"), (-1,), "label"))
+    else:
+        inputs.append(TensorSpec(single, (-1, -1, config["text_dim"]), "text_states"))
+        inputs.append(TensorSpec(np.dtype("bool"), (-1, -1), "text_mask"))
+    signature = ModelSignature(Schema(inputs), Schema([TensorSpec(single, latents, "velocity")]))
+    description = {"stage": record["stage"], "step": record["step"], "config": config}
+    Model(signature=signature, metadata=description, flavors={"diffusers": {"weights": "EMA"}}).save(
+        str(weights / "MLmodel")
+    )
+
+
 def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path, tags: dict[str, str]) -> str:
     """Return the version of the weights in the model registry, and create it if they have none."""
     from mlflow.exceptions import MlflowException
@@ -93,7 +130,9 @@ def register(tracker: Tracker, model: str, run: Path, weights: Path, page: Path,
     client.log_artifacts(identifier, str(weights), folder)
     client.log_artifact(identifier, str(page), folder)
     source = f"{client.get_run(identifier).info.artifact_uri}/{folder}"
-    version = client.create_model_version(model, source, identifier, tags=tags)
+    words = ", ".join(f"{key.removeprefix('metric.')} {value}" for key, value in tags.items() if "metric." in key)
+    description = f"EMA weights of stage {tags['stage']} at step {tags['step']}" + (f": {words}" if words else "")
+    version = client.create_model_version(model, source, identifier, tags=tags, description=description)
     client.set_registered_model_alias(model, ALIAS, version.version)
     return version.version
 
@@ -119,7 +158,7 @@ def released_checkpoint(home: Path, model: str, version: str | None, alias: str 
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise ValueError(f"{name}: no such release in {tracker.uri}; run 'release' first") from None
-    return release.tags["checkpoint"]
+    return present(release.tags["checkpoint"], home)
 
 
 def file_hash(path: Path) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 
 from jobs.state.journal import Journal
 from jobs.state.run_metadata import read_description, set_status
-from jobs.tracking.mlflow_store import Tracker, store_uri
+from jobs.tracking.embedded_store import store_uri
+from jobs.tracking.mlflow_store import Tracker
 from jobs.tracking.sync import try_sync
 from pixart.atomic import file_lock
 
@@ -48,11 +49,11 @@ def with_node_agent(function: Callable[..., Any], run: str, *arguments: Any, **r
     try:
         result = function(run, *arguments, **request)
         if environment.global_rank == 0:
-            set_status(Path(run), "FINISHED")
+            set_status(Path(run), "FINISHED", time.time())
         return result
     except Exception:
         if environment.global_rank == 0:
-            set_status(Path(run), "FAILED")
+            set_status(Path(run), "FAILED", time.time())
         raise
     finally:
         agent.stdin.close()
@@ -109,10 +110,15 @@ def node_metrics(folder: Path, before: tuple[int, int], after: tuple[int, int]) 
     elapsed = max(1, after[1] - before[1])
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     used = sum(sign * int(memory[name].split()[0]) for name, sign in (("MemTotal", 1), ("MemAvailable", -1)))
+    total = int(memory["MemTotal"].split()[0])
+    disk = shutil.disk_usage(folder)
     metrics = {
         "cpu_utilization_percentage": 100 * (after[0] - before[0]) / elapsed,
         "system_memory_usage_megabytes": used * 1024 / MEGABYTE,
-        "disk_available_megabytes": shutil.disk_usage(folder).free / MEGABYTE,
+        "system_memory_usage_percentage": 100 * used / total,
+        "disk_usage_megabytes": disk.used / MEGABYTE,
+        "disk_usage_percentage": 100 * disk.used / disk.total,
+        "disk_available_megabytes": disk.free / MEGABYTE,
     }
     return metrics | gpu_metrics()
 

@@ -10,7 +10,8 @@ from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.journal import Journal, parsed
 from jobs.state.run import Element, Run
-from jobs.state.run_metadata import set_status, status_of
+from jobs.state.run_metadata import read_description, set_status, status_of
+from jobs.tracking import wandb_export
 from jobs.tracking.mlflow_store import LOCK, LOG, StoreError, Tracker
 from pixart.atomic import file_lock
 
@@ -47,6 +48,12 @@ def journal_shards(run: Run) -> None:
         journal.append({"time": written, "step": shard, "metrics": values})
 
 
+def last_shard(run: Run) -> float | None:
+    """Return when the last of a run's shards was finished, by its journal; None if no shard is there."""
+    path = run.folder / "journal" / f"{SHARDS}.jsonl"
+    return max((line["time"] for line in parsed(path.read_bytes())), default=None) if path.exists() else None
+
+
 def sync_folder(tracker: Tracker, folder: Path) -> None:
     """Update a run folder and send it to MLflow.
 
@@ -55,6 +62,8 @@ def sync_folder(tracker: Tracker, folder: Path) -> None:
     if (folder / runs.RECORD).exists():  # the folder of a submission has no record
         update_folder(runs.load(folder))
     tracker.sync(folder)
+    if read_description(folder).get("report") == wandb_export.NAME and status_of(folder) != "RUNNING":
+        wandb_export.export(folder)
 
 
 def update_folder(run: Run, *, pages: bool = False) -> None:
@@ -63,7 +72,7 @@ def update_folder(run: Run, *, pages: bool = False) -> None:
         if run.elements:
             journal_shards(run)
             if set(run.elements) <= ledger.shards(run.dataset, run.kind):
-                set_status(run.folder, "FINISHED")
+                set_status(run.folder, "FINISHED", last_shard(run))
         if pages or status_of(run.folder) != "RUNNING":
             write_pages(run)
 

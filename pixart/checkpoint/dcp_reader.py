@@ -9,7 +9,7 @@ import io
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
@@ -34,6 +34,8 @@ from torch.serialization import _get_layout
 
 from pixart.checkpoint import inert_pickle
 from pixart.checkpoint.lazy_tensors import LazyTensors
+from pixart.restricted_pickle import RefusedPickleError, RestrictedUnpickler
+from pixart.terminal import printable
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 512 << 20  # the metadata of a model on 4,096 ranks is a tenth of it
@@ -58,46 +60,47 @@ ALLOWED = {
 }  # by the name in a pickle
 
 
-PythonUnpickler: Any = pickle._Unpickler
-
-
-class RestrictedUnpickler(PythonUnpickler):
+class MetadataUnpickler(RestrictedUnpickler):
     """Unpickler that loads ALLOWED only, and sets attributes of new instances of DATACLASSES only.
 
-    It is the implementation in Python, whose operations can be overridden. Raises UnpicklingError for anything else.
+    Raises UnpicklingError for anything else.
     """
-
-    dispatch = PythonUnpickler.dispatch.copy()
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{MOVED_MODULES.get(module, module)}.{name}"
         if path not in ALLOWED:
-            raise pickle.UnpicklingError(f"{path} is not allowed in the metadata of a checkpoint")
+            raise RefusedPickleError(f"{printable(path)} is not allowed in the metadata of a checkpoint")
         return ALLOWED[path]
 
-    def load_build(self) -> None:
-        if type(self.stack[-2]) not in DATACLASSES:
-            raise pickle.UnpicklingError(f"{type(self.stack[-2]).__name__} must not be given attributes")
-        super().load_build()
+    def call(self, function: Any, arguments: Any, named: Mapping[str, Any]) -> Any:
+        if not any(function is allowed for allowed in (*CALLABLE, *DATACLASSES)):
+            raise RefusedPickleError("the metadata calls a function that is not allowed")
+        return function(*arguments, **named)
 
-    def load_reduce(self) -> None:
-        if not any(self.stack[-2] is allowed for allowed in (*CALLABLE, *DATACLASSES)):
-            raise pickle.UnpicklingError("the metadata calls a function that is not allowed")
-        super().load_reduce()
+    def create(self, cls: Any, arguments: Any, named: Mapping[str, Any]) -> Any:
+        if not any(cls is allowed for allowed in (*CALLABLE, *DATACLASSES)) or not isinstance(cls, type):
+            raise RefusedPickleError("the metadata creates an object of a class that is not allowed")
+        return cls.__new__(cls, *arguments, **named)
 
-    dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.REDUCE[0]] = load_reduce
+    def set_state(self, target: Any, state: Any) -> None:
+        has_setstate = "__setstate__" in vars(type(target))
+        if type(target) not in DATACLASSES or not (has_setstate or isinstance(state, dict)):
+            raise RefusedPickleError(f"{type(target).__name__} must not be given attributes")
+        if has_setstate:
+            target.__setstate__(state)
+        else:
+            vars(target).update(state)
 
 
 class RestrictedReader(FileSystemReader):
-    """FileSystemReader that loads the metadata once, with RestrictedUnpickler, and reads files of its folder only."""
+    """FileSystemReader that loads the metadata once, with MetadataUnpickler, and reads files of its folder only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if not hasattr(self, "metadata"):
             file = Path(self.path) / METADATA
             if not file.is_file() or file.stat().st_size > MAX_METADATA_BYTES:
                 raise pickle.UnpicklingError("the metadata is not a regular file of a plausible size")
-            metadata = RestrictedUnpickler(io.BytesIO(file.read_bytes())).load()
+            metadata = MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
             if not isinstance(metadata, Metadata):
                 raise pickle.UnpicklingError("the metadata does not describe a checkpoint")
             metadata.storage_meta = metadata.storage_meta or StorageMeta()

@@ -42,6 +42,7 @@ from pixart.config.checkpoint_metadata import FORMAT, MARKER, STATE, read_record
 from pixart.config.latent_space import recorded_pixel_range
 from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
+from pixart.relocation import home_of, portable, present
 
 EXCLUDED = ("training.json", "inference")  # not among the files of the metadata
 GROUPS = ("model", "ema", "optimizer", "scales")
@@ -107,7 +108,8 @@ def write_metadata(checkpoint: Checkpoint, partial: Path, known: Mapping[str, Se
     if checkpoint.plan is not None and not (partial / STATE).exists():
         save_tensors(checkpoint.scales, partial / SCALES)
     files = integrity.list_files(partial, known, EXCLUDED)
-    write_file(partial / MARKER, records.dumps({"format": FORMAT, **record_of(checkpoint), "files": files}))
+    record = portable(record_of(checkpoint), home_of(partial))
+    write_file(partial / MARKER, records.dumps({"format": FORMAT, **record, "files": files}))
 
 
 def record_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def save_weights(state: State, config: Mapping[str, Any], folder: Path) -> tuple
 def read_metadata(directory: str | Path) -> dict[str, Any]:
     """Return the content of `training.json`. Raises ValueError if the directory is not a checkpoint."""
     try:
-        return read_record(Path(directory))
+        return present(read_record(Path(directory)), home_of(Path(directory)))
     except OSError as error:
         raise ValueError(f"{directory}: not a checkpoint; it has no readable {MARKER}") from error
 

@@ -1,22 +1,18 @@
 """Objects that take the place of those in a pickle whose class is not loaded, and values of NumPy."""
 
 import math
-import pickle
 import re
 from typing import Any
 
 import numpy as np
 import torch
 
+from pixart.restricted_pickle import RefusedPickleError
 from pixart.terminal import printable
 
 MOST_LETTERS = 80  # of a name that is shown
 RULE = "only tensors, containers and plain values are loaded"
 NUMBER_DTYPES = r"b1|i[1248]|u[1248]|f[248]|c8|c16"  # NumPy's names of them
-
-
-class RefusedPickleError(pickle.UnpicklingError):
-    """A pickle has something that is not loaded, which the message names."""
 
 
 class Inert:

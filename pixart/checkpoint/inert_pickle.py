@@ -8,7 +8,6 @@ This module has what `torch.load` requires of its `pickle_module`: `Unpickler` a
 """
 
 import io
-import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -22,18 +21,17 @@ from pixart.checkpoint.inert import (
     RULE,
     Dtype,
     Inert,
-    RefusedPickleError,
     array,
     default_dict,
     encode,
     inert_class,
     scalar,
 )
+from pixart.restricted_pickle import RefusedPickleError, RestrictedUnpickler
 from pixart.terminal import printable
 
 ZIP = b"PK\x03\x04"  # the start of a zip archive, by which torch.load decides
 TORCHSCRIPT = "constants.pkl"  # an entry that only archives of TorchScript have
-PythonUnpickler: Any = pickle._Unpickler
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 # Functions that run code, by module; all of a module that is not listed with its functions.
 REFUSED_MODULES = frozenset(
@@ -92,14 +90,13 @@ FUNCTIONS: dict[str, Any] = {
 CALLED = frozenset((*FUNCTIONS.values(), inert_attribute))
 
 
-class Unpickler(PythonUnpickler):
+class Unpickler(RestrictedUnpickler):
     """Unpickler that calls nothing but FUNCTIONS and the classes of inert objects.
 
-    It is the implementation in Python, whose operations can be overridden. Raises RefusedPickleError, which names the
-    cause, for anything that is refused.
+    Raises RefusedPickleError, which names the cause, for anything that is refused.
     """
 
-    dispatch = PythonUnpickler.dispatch.copy()
+    appendable = (list, Inert)
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
@@ -122,51 +119,11 @@ class Unpickler(PythonUnpickler):
             raise RefusedPickleError(f"it calls {str(function)[:80]}, and {RULE}")
         return function(*arguments, **named)
 
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        self.stack[-1] = self.call(self.stack[-1], arguments, {})
-
-    def load_newobj_ex(self) -> None:
-        named, arguments = self.stack.pop(), self.stack.pop()
-        self.stack[-1] = self.call(self.stack[-1], arguments, named)
-
-    def _instantiate(self, function: Any, arguments: Any) -> None:
-        self.append(self.call(function, arguments, {}))
-
-    def load_build(self) -> None:
-        state = self.stack.pop()
-        target = self.stack[-1]
+    def set_state(self, target: Any, state: Any) -> None:
         if isinstance(target, Inert):
             target.__setstate__(state)
         elif not isinstance(target, OrderedDict | torch.Tensor | dict):  # attributes of these are not needed
-            raise RefusedPickleError(f"it sets attributes of {type(target).__name__}, which is not allowed")
-
-    def load_append(self) -> None:
-        value = self.stack.pop()
-        self.extend([value])
-
-    def load_appends(self) -> None:
-        self.extend(self.pop_mark())
-
-    def extend(self, values: list[Any]) -> None:
-        """Append to the list, or to the inert object, on top of the stack. Raises RefusedPickleError for others."""
-        target = self.stack[-1]
-        if not isinstance(target, list | Inert):
-            raise RefusedPickleError(f"it appends to {type(target).__name__}, which is not allowed")
-        for value in values:
-            target.append(value)
-
-    def load_extension(self) -> None:
-        raise RefusedPickleError(f"it refers to objects of a registry, and {RULE}")
-
-    dispatch[pickle.REDUCE[0]] = load_reduce
-    dispatch[pickle.NEWOBJ[0]] = load_reduce
-    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
-    dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.APPEND[0]] = load_append
-    dispatch[pickle.APPENDS[0]] = load_appends
-    for operation in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
-        dispatch[operation[0]] = load_extension
+            super().set_state(target, state)
 
 
 def load(file: Any, **options: Any) -> Any:

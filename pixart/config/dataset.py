@@ -166,10 +166,15 @@ class AuditConfig:
     max_same_opening: float = 0.5
     """Largest fraction of the valid rows whose captions may begin with the same three words."""
 
+    max_empty_captions: float = 0.5
+    """Largest fraction of the valid rows that may have no caption; a dataset without any caption is one of classes, and
+    passes."""
+
     def __post_init__(self) -> None:
         require_fraction(
             max_rejected=self.max_rejected,
             max_plain=self.max_plain,
+            max_empty_captions=self.max_empty_captions,
             max_duplicates=self.max_duplicates,
             max_same_opening=self.max_same_opening,
         )

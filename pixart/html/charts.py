@@ -131,8 +131,10 @@ def chart(caption: str, series: Sequence[Series], x: Axis, y: Axis, events: Sequ
         parts.append(f'<g class="series" style="color: {one.color}">{line}{"".join(marks)}</g>')
     more = f" {missing} missing or non-finite values are not drawn." if missing else ""
     return (
-        f'<figure><ul class="legend">{legend(series)}</ul><div class="scroll"><svg viewBox="0 0 {WIDTH} {label + 4}" '
-        f'role="img">\n{chr(10).join(parts)}\n</svg></div><figcaption>{text(caption + more)}</figcaption></figure>\n'
+        f'<figure><ul class="legend">{legend(series)}</ul><div class="scroll" tabindex="0" '
+        f'role="region" aria-label="chart"><svg viewBox="0 0 {WIDTH} {label + 4}" role="img" '
+        f'aria-label="{text(caption)}">\n{chr(10).join(parts)}\n</svg></div>'
+        f"<figcaption>{text(caption + more)}</figcaption></figure>\n"
     )
 
 

@@ -33,7 +33,8 @@ def histogram(caption: str, edges: Sequence[float], counts: Sequence[int], label
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 36}" text-anchor="middle">{text(label)}</text>')
     parts.append(f'<text transform="translate(14 {(TOP + BOTTOM) / 2}) rotate(-90)" text-anchor="middle">images</text>')
     return (
-        f'<figure class="half"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">\n{chr(10).join(parts)}\n</svg>'
+        f'<figure class="half"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{text(caption)}">\n{chr(10).join(parts)}\n</svg>'
         f"<figcaption>{text(caption)}</figcaption></figure>\n"
     )
 

@@ -9,6 +9,8 @@ import pytest
 from jobs import launch
 from jobs.state.journal import Journal
 from jobs.tracking.mlflow_store import run_id
+from tests.support.accessibility import LARGE, check_accessible, check_narrow
+from tests.support.browser_fixture import SCREENSHOTS
 from tests.support.demo_fixture import STEPS, Demo
 from tests.support.mlflow_fixture import MlflowServer
 
@@ -69,8 +71,12 @@ def test_page_by_kind_of_run(demo, open_page, kind, scheme):
     with open_page(path.as_uri(), scheme, f"page-{kind}") as page:
         check_drawings(page)
         assert not wide(page)
+        check_accessible(page)
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+        check_narrow(page)
+        page.screenshot(path=SCREENSHOTS / f"page-{kind}-{scheme}-400.png", full_page=True)
+        page.set_viewport_size(LARGE)
 
 
 def test_training_page_summarizes_the_run(demo, open_page):
@@ -161,6 +167,11 @@ def test_mlflow_has_previews_by_step_and_the_released_weights(demo):
     pictures = [file.path for file in client.list_artifacts(run, "images")]
     assert sorted(int(path.split("+")[2]) for path in pictures if path.endswith(".png")) == [4, 8, STEPS]
     (version,) = client.search_model_versions("name = 'pixart'")
+    model = mlflow.models.Model.load(
+        mlflow.artifacts.download_artifacts(f"{version.source}/MLmodel", tracking_uri=store)
+    )
+    assert [one.name for one in model.get_input_schema().inputs] == ["latents", "timestep", "text_states", "text_mask"]
+    assert version.description.startswith(f"EMA weights of stage 2 at step {STEPS}: train/loss 0.")
     released = DiT.from_pretrained(mlflow.artifacts.download_artifacts(version.source, tracking_uri=store)).state_dict()
     average = checkpoints.load(demo.runs("train")[-1] / f"checkpoints/step-{STEPS:08d}").ema
     assert released.keys() == average.keys()

@@ -74,7 +74,9 @@ def running_server(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(to_json(models.recipe))
     checkpoint = models.checkpoints[stage]
-    pipelines, describe = task.load_pipelines(folder, checkpoint, list(weights), models.recipe, None)
+    pipelines, describe = task.load_pipelines(
+        folder, checkpoint, list(weights), models.recipe, {"base_latent_size": None}
+    )
     model = task.served_model(checkpoint, pipelines, models.recipe, parts.get("recaptioner") is not None)
     service = Service(model=model, pipelines=pipelines, describe=describe, limits=Limits(**(limits or {})), **parts)
     listener = server.open_socket("127.0.0.1", 0)

@@ -1,21 +1,32 @@
-"""Print the path of a run's page, and show it in a browser.
+"""Print the path of a run's page and show it, or serve a page to browse the captions of a dataset.
 
-The page is updated first, unless the run is read-only. The browser opens only if there is a display.
+A run's page is updated first, unless the run is read-only. The page of a dataset is at an address of this machine alone
+until an interrupt; with --print, its audit is printed. The browser opens only if there is a display.
 """
 
 import os
 import webbrowser
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from jobs.commands.options import Command, RunOptions, option
+from jobs.commands.options import Command, CommonOptions, argument, option, positive
 from jobs.reports import run_pages
+from jobs.state import audit_files, ledger
 from jobs.state import run as runs
 from jobs.tracking.sync import update_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class Options(CommonOptions):
     """The options of `open`."""
+
+    run: str | None = argument(
+        "RUN", help="Folder, name or part of the name of a run, or folder of a dataset (default: the newest run)."
+    )
+    port: int | None = option(
+        "--port", metavar="PORT", convert=positive, help="Port of a dataset's page (default: a free one)."
+    )
 
     print_only: bool = option(
         "--print", default=False, help="Print the path and open no browser (default: open one if there is a display)."
@@ -23,14 +34,42 @@ class Options(RunOptions):
 
 
 def run(options: Options) -> int:
+    if options.run and (Path(options.run) / ledger.MANIFEST).is_file():
+        return show_dataset(Path(options.run).absolute(), options)
+    if options.port:
+        raise ValueError(f"--port {options.port}: only the page of a dataset is served; leave it out")
     opened = runs.find(runs.home(options.home), options.run)
     if opened.writable:
         update_folder(opened, pages=True)
     path = run_pages.main_page(opened)
     print(path)
-    if not options.print_only and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        webbrowser.open(path.as_uri())
+    show(path.as_uri(), options)
     return 0
+
+
+def show_dataset(dataset: Path, options: Options) -> int:
+    """Serve the page of a dataset until an interrupt, or print the path of its audit."""
+    if options.print_only:
+        print(dataset / audit_files.FOLDER / audit_files.PAGE)
+        return 0
+    try:
+        from jobs.reports.browser import app
+    except ModuleNotFoundError as error:
+        raise ValueError(f"open {options.run}: needs {error.name}; install the extra 'browse'") from None
+
+    def opened(url: str) -> None:
+        print(f"browsing: {url}  (until Ctrl+C)", flush=True)
+        show(url, options)
+
+    with suppress(KeyboardInterrupt):
+        app.serve(str(dataset), options.port or 0, opened)
+    return 0
+
+
+def show(url: str, options: Options) -> None:
+    """Open a page in the browser, if there is a display."""
+    if not options.print_only and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(url)
 
 
 COMMAND = Command(Options, run)

@@ -44,6 +44,12 @@ class Options(RecipeOptions, SubmissionOptions):
         metavar="MODEL",
         help="Text encoder by folder or hub name, to sample without a dataset (default: the dataset's).",
     )
+    ignore_unknown: bool = option(
+        "--ignore-unknown",
+        default=False,
+        help="Read a checkpoint of another program without the parts that look like training state and are not "
+        "understood (default: refuse it).",
+    )
     prompts: tuple[str, ...] = option(
         "--prompt",
         metavar="TEXT",
@@ -155,6 +161,7 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
         images_per_prompt=options.images_per_prompt,
         weights=options.weights,
         base_latent_size=base_latent_size(launch, options),
+        ignore_unknown=options.ignore_unknown,
         frames=options.frames,
         sizes=options.sizes,
         export=Path(options.export_pipeline).absolute() if options.export_pipeline else None,

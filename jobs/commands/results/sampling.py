@@ -24,6 +24,7 @@ class SamplingRequest:
     rewritten: Path | None = None  # file that an earlier job writes the prompts to
     export: Path | None = None  # folder of a diffusers pipeline
     base_latent_size: int | None = None  # of a checkpoint that does not record it
+    ignore_unknown: bool = False  # whether to read a checkpoint without parts that are not understood
     frames: bool = False  # whether to write the image of each step
     sizes: Sequence[Shape] = ()  # of the images; the default of the checkpoint if empty
 
@@ -43,6 +44,7 @@ def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[st
             "rewritten": str(request.rewritten) if request.rewritten else None,
             "export": str(request.export) if request.export else None,
             "base_latent_size": request.base_latent_size,
+            "ignore_unknown": request.ignore_unknown,
             "frames": request.frames,
             "sizes": [list(size) for size in request.sizes],
         },

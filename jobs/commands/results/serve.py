@@ -57,6 +57,12 @@ class Options(RecipeOptions, SubmissionOptions):
         metavar="MODEL",
         help="Text encoder by folder or hub name, to serve without a dataset (default: the dataset's).",
     )
+    ignore_unknown: bool = option(
+        "--ignore-unknown",
+        default=False,
+        help="Read a checkpoint of another program without the parts that look like training state and are not "
+        "understood (default: refuse it).",
+    )
     weights: tuple[Literal["ema", "master", "fp8"], ...] = option(
         "--weights",
         metavar="WEIGHTS",
@@ -164,6 +170,7 @@ def make_request(launch: Launch, options: Options) -> ServingRequest:
         recaption_model=options.recaption_model,
         content_check=options.content_check,
         base_latent_size=base_latent_size(launch, options),
+        ignore_unknown=options.ignore_unknown,
     )
 
 

@@ -38,6 +38,7 @@ class ServingRequest:
     recaption_model: str | None = None
     content_check: bool = False
     base_latent_size: int | None = None  # of a checkpoint that does not record it
+    ignore_unknown: bool = False  # whether to read a checkpoint without parts that are not understood
 
 
 def find_source(home: Path, name: str) -> tuple[Path, dict[str, Any] | None]:

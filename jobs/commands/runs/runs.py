@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.commands.options import Command, CommonOptions, option, positive
+from jobs.progress import format_duration
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
 from jobs.state.run_metadata import FILE as METADATA_FILE
@@ -99,13 +100,6 @@ def last_change(run: Run) -> float:
     """Return when the last task of a run ended, in seconds since the epoch: tasks write their results to `logs`."""
     logs = run.folder / "logs"
     return (logs if logs.exists() else run.folder).stat().st_mtime
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as hours and minutes, or as seconds below one minute."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{int(seconds) // 3600} h {int(seconds) // 60 % 60:02d} min"
 
 
 def shorten(path: str, home: Path) -> str:

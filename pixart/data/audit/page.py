@@ -31,8 +31,10 @@ GALLERY = """
 .half { display: inline-block; width: 540px; max-width: 100%; margin-right: 12px; }
 .half svg { width: 100%; height: auto; } .bar { fill: var(--c0); }
 .gallery { display: flex; flex-wrap: wrap; gap: 10px; }
-.gallery figure { margin: 0; width: 104px; font-size: 11px; overflow-wrap: anywhere; color: var(--soft); }
+.gallery figure { margin: 0; width: 104px; font-size: 12px; overflow-wrap: anywhere; color: var(--soft); }
 .gallery img { max-width: 104px; max-height: 84px; border: 1px solid var(--rule); image-rendering: auto; }
+.gallery.large figure { width: min(100%, 260px); font-size: 13px; color: var(--ink); }
+.gallery.large img { width: 100%; max-width: 100%; max-height: 260px; object-fit: contain; }
 .none { width: 82px; height: 48px; border: 1px dashed var(--rule); }
 .group { display: inline-flex; gap: 4px; margin: 0 14px 10px 0; border-left: 3px solid var(--rule); padding-left: 6px; }
 """
@@ -55,12 +57,13 @@ def page(
     accepted: Sequence[Thumbnail],
     duplicates: Sequence[tuple[str, int, Sequence[Thumbnail]]],
     adopted: AdoptedRows | None = None,
+    extremes: Mapping[str, Sequence[Thumbnail]] | None = None,
 ) -> str:
     """Render the page of an audit.
 
     `summary` comes from `statistics.summary`, `rejected` maps reasons to examples, and each of `duplicates` is the
     kind of a group, its number of images and thumbnails of the first ones. `adopted` describes a dataset that has no
-    images, and so no accepted ones and no duplicates.
+    images, and so no accepted ones and no duplicates. `extremes` maps headings to images that deserve a look.
     """
     if adopted:
         origin, ending = adopted_rows(adopted), ""
@@ -70,7 +73,8 @@ def page(
         verdict(name, summary),
         origin,
         rejections(summary, rejected),
-        f"<h2>Accepted images</h2>\n<p>An evenly spaced sample.</p>{gallery(accepted)}" if accepted else "",
+        f"<h2>Accepted images</h2>\n<p>An evenly spaced sample.</p>{gallery(accepted, 'large')}" if accepted else "",
+        "".join(f"<h2>{text(name)}</h2>\n{gallery(shown, 'large')}" for name, shown in (extremes or {}).items()),
         distributions(summary),
         first_words(summary),
         ending,

@@ -13,6 +13,7 @@ from pixart.data.audit.deduplication import exact_groups, near_groups
 from pixart.data.images.screening import Reason
 
 MAX_EXAMPLES = 24  # rejected images shown per reason
+NUM_BY_LENGTH = 8  # longest captions shown, and shortest
 NUM_FIRST_WORDS = 20  # entries in the list of most common first words
 BINS = {
     "brightness": np.linspace(0, 1, 41),
@@ -48,6 +49,8 @@ class Audit:
             name: np.zeros(len(BINS[name]) - 1, dtype=np.int64) for name in BINS if has_images or name == WORDS
         }
         self.first_words: Counter[str] = Counter()
+        self.empty_captions = 0  # valid rows without a caption
+        self.by_length: list[tuple[int, int]] = []  # number of words and row, of the longest and the shortest captions
         self.digests: list[np.ndarray] = []
         self.phashes: list[np.ndarray] = []
         self.valid_rows: list[np.ndarray] = []
@@ -61,8 +64,14 @@ class Audit:
             self.add_rejected(table.slice(row, 1).to_pylist()[0])
         accepted = table.filter(pa.array(valid))
         captions = accepted["caption"].to_pylist()
-        self.add_histogram(WORDS, np.array([len(caption.split()) for caption in captions]))
-        self.valid_rows.append(first_row + np.flatnonzero(valid))
+        lengths = np.array([len(caption.split()) for caption in captions], dtype=np.int64)
+        self.add_histogram(WORDS, lengths)
+        self.empty_captions += int((lengths == 0).sum())
+        rows = first_row + np.flatnonzero(valid)
+        self.valid_rows.append(rows)
+        known = [*self.by_length, *zip(lengths[lengths > 0].tolist(), rows[lengths > 0].tolist(), strict=True)]
+        known.sort()
+        self.by_length = known[:NUM_BY_LENGTH] + known[NUM_BY_LENGTH:][-NUM_BY_LENGTH:]
         if self.has_images:
             self.first_words.update(first_three_words(caption) for caption in captions)
             self.add_images(accepted)
@@ -133,6 +142,7 @@ def checks(audit: Audit, duplicates: list[tuple[str, np.ndarray]], limits: Audit
         "solid-color or uniform": (uniform, audit.rows, limits.max_plain),
         "duplicates": (redundant, audit.valid, limits.max_duplicates),
         "captions with the same first words": (most_common, audit.valid, limits.max_same_opening),
+        "empty captions": (audit.empty_captions, audit.valid, limits.max_empty_captions),
     }
     if not audit.has_images:
         del shares["solid-color or uniform"], shares["duplicates"]
@@ -140,6 +150,8 @@ def checks(audit: Audit, duplicates: list[tuple[str, np.ndarray]], limits: Audit
         {"name": name, "value": count / max(1, total), "limit": limit, "passed": count <= limit * total}
         for name, (count, total, limit) in shares.items()
     ]
+    if audit.empty_captions == audit.valid:  # a dataset of classes
+        results[-1] |= {"limit": 1.0, "passed": True}
     return [*results, {"name": "valid images", "value": audit.valid, "limit": 1, "passed": audit.valid >= 1}]
 
 
@@ -152,6 +164,7 @@ def summary(audit: Audit, duplicates: list[tuple[str, np.ndarray]], limits: Audi
         "checks": results,
         "rows": audit.rows,
         "valid": audit.valid,
+        "empty_captions": audit.empty_captions,
         "reasons": dict(audit.reasons.most_common()),
         "duplicates": {kind: {"groups": len(sizes), "rows": sum(sizes)} for kind, sizes in kinds.items()},
         "first_words": dict(audit.first_words.most_common(NUM_FIRST_WORDS)),

@@ -140,7 +140,7 @@ def send_request(
                 close_connections_after(seconds),
                 OPENER.open(urllib.request.Request(url, data, headers), timeout=seconds) as response,
             ):
-                return records.parse(read_limited(response), dict[str, Any], "its response")
+                return records.parse(read_limited(response), Any, "its response")
         except urllib.error.HTTPError as error:
             message = " ".join(error.read(300).decode(errors="replace").split())
             kind = RequestRejectedError if error.code in REJECTED_STATUSES else ValueError

@@ -141,10 +141,10 @@ def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
 
 
-def thumbnail(image: Image.Image) -> bytes:
-    """Return a JPEG of at most 64 pixels per side, about 2 kB."""
+def thumbnail(image: Image.Image, pixels: int = 64) -> bytes:
+    """Return a JPEG of at most `pixels` per side; at 64, about 2 kB."""
     small = image.copy()
-    small.thumbnail((64, 64))
+    small.thumbnail((pixels, pixels))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=60, optimize=True)
     return file.getvalue()

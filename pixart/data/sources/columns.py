@@ -20,6 +20,8 @@ PATH_NAMES = ("image", "image_path", "img_path", "file_name", "filename", "filep
 CLASS_NAMES = ("class", "class_name", "category")  # of columns with the words of a class
 
 URL_NAMES = ("url", "image_url", "img_url")
+# What pyarrow raises for damaged content; UnicodeDecodeError is a ValueError.
+DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 LabelKind = Literal["integer", "words", "wordnet"]  # `wordnet` is an id that begins with one, such as n01440764_18
 
@@ -180,15 +182,36 @@ def _with_bytes(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def of_file_system(error: Exception) -> bool:
+    """Return whether an exception is of the file system, and not of the content of a parquet file."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def undamaged_batches(file: pq.ParquetFile, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of the row groups that can be read; the rows of others are invalid when they are read."""
+    for group in range(file.metadata.num_row_groups):
+        try:
+            yield from file.iter_batches(rows, row_groups=[group], columns=columns)
+        except DAMAGED as error:
+            if of_file_system(error):
+                raise
+
+
 @contextmanager
 def open_parquet(files: FileList, name: str) -> Iterator[pq.ParquetFile]:
     """Open a file of a source. Raises ValueError if it is not a parquet file."""
     with files.system.open(files.path(name), "rb") as raw:
         try:
             file = pq.ParquetFile(raw)
-        except pa.ArrowInvalid:
-            raise ValueError(f"source {files.url!r}: {name} is not a parquet file") from None
+        except DAMAGED as error:
+            if of_file_system(error):
+                raise
+            line = printable(" ".join(str(error).split()))
+            raise ValueError(f"source {files.url!r}: {name} is not a parquet file, or is damaged: {line}") from None
         with file:
+            groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            if min(groups, default=0) < 0 or sum(groups) != file.metadata.num_rows:
+                raise ValueError(f"source {files.url!r}: {name} is damaged: its row groups have {sum(groups)} rows")
             yield file
 
 

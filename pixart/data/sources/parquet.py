@@ -14,7 +14,6 @@ from pathlib import Path
 from posixpath import dirname
 from typing import Any, TypedDict
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -24,17 +23,21 @@ from pixart.config.dataset import ColumnsConfig
 from pixart.data.listing.file_list import FileList
 from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.columns import (
+    DAMAGED,
     Layout,
     class_names_of,
     find_layout,
     has_paths_only,
+    of_file_system,
     open_parquet,
     partition_of,
+    undamaged_batches,
     values_of,
 )
 from pixart.data.sources.contents import Contents, merged
 from pixart.data.sources.row_index import RowIndex
 from pixart.data.sources.texts import caption_of, decode_text, first_caption, label_of
+from pixart.terminal import printable
 
 BATCH_ROWS = 32  # rows read at a time
 CLASSES_FILE = "source-classes.json"  # beside the row counts: classes that are words, in the order of their labels
@@ -116,10 +119,11 @@ class ParquetSource:
                 row += len(batch)
                 if row >= end:
                     break
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the file system, and not of the content
+            yield from ((number, f"its row group {group} is damaged: it ends early") for number in range(done, end))
+        except DAMAGED as error:
+            if of_file_system(error):
                 raise
-            line = " ".join(str(error).split())
+            line = printable(" ".join(str(error).split()))
             yield from ((number, f"its row group {group} is damaged: {line}") for number in range(done, end))
 
     def contents(self) -> Contents:
@@ -136,7 +140,7 @@ class ParquetSource:
                 label = self._label(partition[layout.label], layout)[0]
                 counts.largest_label, counts.labelled = label, counts.items if label >= 0 else 0
             elif layout.label:
-                for batch in file.iter_batches(1 << 16, columns=[layout.label]):
+                for batch in undamaged_batches(file, 1 << 16, [layout.label]):
                     for value in pc.value_counts(batch.column(0)).to_pylist():
                         label = self._label(value["values"], layout)[0]
                         counts.labelled += value["counts"] if label >= 0 else 0
@@ -144,7 +148,7 @@ class ParquetSource:
             counts.has_words = bool(counts.labelled and self.class_names)
             texts = [*layout.captions, *([layout.class_words] if layout.class_words else [])]
             if columns := [column for column in texts if column in file.schema_arrow.names]:
-                for batch in file.iter_batches(256, columns=columns):
+                for batch in undamaged_batches(file, 256, columns):
                     if counts.has_words:
                         break
                     rows = ([(column, values[column]) for column in columns] for values in values_of(batch))
@@ -199,7 +203,7 @@ class ParquetSource:
 
     def _check_paths(self, name: str, file: pq.ParquetFile, layout: Layout) -> None:
         """Raise ValueError if none of the first images of a file exists."""
-        batch = next(file.iter_batches(BATCH_ROWS, columns=[layout.image]), None)
+        batch = next(undamaged_batches(file, BATCH_ROWS, [layout.image]), None)
         problems = [self._image(name, values[layout.image], layout)[1] for values in values_of(batch)] if batch else []
         if problems and all(problems):
             raise ValueError(
@@ -235,7 +239,7 @@ class ParquetSource:
                 if layout.label in partition:
                     names.setdefault(partition[layout.label], partition[layout.label])
                 elif layout.label:
-                    for batch in file.iter_batches(1 << 14, columns=columns):
+                    for batch in undamaged_batches(file, 1 << 14, columns):
                         for values in values_of(batch):
                             id = _class_id(values[columns[0]], layout)
                             words = next((caption_of(values[name], 0, 0)[0] for name in columns[1:]), "")

@@ -38,6 +38,7 @@ ANSWERING = ("gpt", "assistant", "model")  # whose messages are captions
 LABEL_MAX = 2**31
 MAX_CAPTION = 1 << 16  # characters; a longer text is no caption
 MAX_DEPTH = 8  # of lists and objects that a caption is in
+LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,4}){0,2}")  # codes such as en, deu and zh-Hans-CN
 INTEGER = re.compile(r"\s*([+-]?\d{1,18})(?:\.0*)?\s*")
 # Byte order marks, of which that of UTF-16 begins that of UTF-32.
 ENCODINGS = {
@@ -110,7 +111,8 @@ def caption_of(value: Any, seed: int, row: int, depth: int = 0) -> tuple[str, st
     """Return the caption that a value holds and "", or "" and what is wrong with the value.
 
     Of a list one caption is chosen, always the same for one seed and row. A caption can be an object with one of
-    CAPTION_NAMES, as those of COCO, and a list can be a conversation, of which the answers are captions.
+    CAPTION_NAMES, as those of COCO, or one by languages, and a list can be a conversation, of which the answers are
+    captions.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "", ""
@@ -125,7 +127,10 @@ def caption_of(value: Any, seed: int, row: int, depth: int = 0) -> tuple[str, st
         if speaker := next((as_text(value[key]) for key in SPEAKERS if key in value), ""):
             words = value.get("value", value.get("content"))
             return caption_of(words, seed, row, depth + 1) if speaker.lower() in ANSWERING else ("", "")
-        return first_caption(pick(value, CAPTION_NAMES), seed, row, depth + 1)
+        caption, problem = first_caption(pick(value, CAPTION_NAMES), seed, row, depth + 1)
+        if caption or problem:
+            return caption, problem
+        return caption_by_language(value, seed, row, depth + 1)
     if isinstance(value, (list, tuple)):
         results = [caption_of(part, seed, row, depth + 1) for part in value]
         captions = [caption for caption, _ in results if caption]
@@ -133,6 +138,25 @@ def caption_of(value: Any, seed: int, row: int, depth: int = 0) -> tuple[str, st
             return "", next((problem for _, problem in results if problem), "")
         return captions[int.from_bytes(sha256(f"{seed}:{row}".encode()).digest()[:8]) % len(captions)], ""
     return "", f"its caption is {type(value).__name__} {value!r:.40}, not a text"
+
+
+def caption_by_language(values: Mapping[Any, Any], seed: int, row: int, depth: int) -> tuple[str, str]:
+    """Return the caption of an object by languages, such as {"en": ..., "de": ...}, in English if it is there.
+
+    Datasets also writes {"language": [...], "translation": [...]}. An object of other keys has no caption, which is a
+    problem unless all of its values are empty.
+    """
+    names, texts = values.get("language"), values.get("translation")
+    if isinstance(names, list | tuple) and isinstance(texts, list | tuple):
+        values = {as_text(name): text for name, text in zip(names, texts, strict=False)}
+    given = {as_text(name): value for name, value in values.items() if value not in (None, "", b"", [], {})}
+    if not given:
+        return "", ""
+    if not all(LANGUAGE.fullmatch(name) for name in given):
+        listed = ", ".join(valid_unicode(name) for name in list(given)[:5])
+        return "", f"its caption is an object with the keys {listed:.80}, of which none is a caption"
+    english = [value for name, value in given.items() if name.lower()[:2] == "en" and len(name) != 3]
+    return caption_of(english or list(given.values()), seed, row, depth)
 
 
 def first_caption(values: Iterable[tuple[str, Any]], seed: int, row: int, depth: int = 0) -> tuple[str, str]:

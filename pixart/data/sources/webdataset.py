@@ -17,13 +17,58 @@ from pixart.data.sources.base import Item, class_phrase, printable_name
 from pixart.data.sources.contents import Contents, merged
 from pixart.data.sources.row_index import RowIndex
 from pixart.data.sources.tar_index import Member, TarIndex, scan_tar
-from pixart.data.sources.texts import caption_names, caption_of, first_caption, label_names, label_of, parse_json, pick
+from pixart.data.sources.texts import (
+    caption_names,
+    caption_of,
+    first_caption,
+    label_names,
+    label_of,
+    parse_json,
+    pick,
+    valid_unicode,
+)
 
 MAX_IMAGE = 1 << 30  # bytes of a member that is read as an image
 MAX_TEXT = 1 << 24  # bytes of any other member that is read
 COMPRESSION = {b"\x1f\x8b": "gzip", b"(\xb5": "zstd", b"BZ": "bzip2", b"\xfd7": "xz"}  # by the first two bytes
 Parts = dict[str, bytes | str]  # members of an item by kind, or why they are not read
 WORDNET_ID = re.compile(r"n\d{8}")  # of a noun
+WORD_LABEL = "label in JSON that is a word, and no integer"
+# Words that name parts of a dataset, and no class.
+PART_NAMES = frozenset(
+    (
+        *(
+            "part",
+            "parts",
+            "shard",
+            "shards",
+            "chunk",
+            "chunks",
+            "batch",
+            "split",
+            "data",
+            "dataset",
+            "images",
+            "image",
+        ),
+        *(
+            "first",
+            "second",
+            "last",
+            "more",
+            "other",
+            "others",
+            "extra",
+            "rest",
+            "all",
+            "full",
+            "small",
+            "large",
+            "web",
+        ),
+        *("laion", "coco", "photos", "pictures", "real", "synthetic", "high", "low"),
+    )
+)
 
 
 class WebDatasetSource:
@@ -85,8 +130,10 @@ class WebDatasetSource:
                 parts = {kind: _read(file, kind, members[kind]) for kind in kinds if kind in members}
                 item = self._item(name, key, {"image": b"", **parts}, 0)
                 counts.labelled += item.label >= 0
+                counts.left_out[WORD_LABEL] += item.label < 0 and bool(self._word(parts))
                 counts.largest_label = max(counts.largest_label, item.label)
                 counts.has_words = counts.has_words or bool(item.text)
+        counts.left_out = +counts.left_out
         self._contents[name] = counts
         return counts
 
@@ -94,12 +141,16 @@ class WebDatasetSource:
         text, problem = self._text(parts, row)
         label, label_problem = self._label(name, parts)
         text_is_class = not text and not problem and 0 <= label < len(self.class_names)
+        if not text and not problem and not text_is_class and (word := self._word(parts)):
+            text, text_is_class, label_words = word, True, word
+        else:
+            label_words = self.class_names[label] if text_is_class else ""
         image = parts["image"]
         return Item(
             id=printable_name(f"{name}:{key}"),
             data=image if isinstance(image, bytes) else b"",
             label=label,
-            text=class_phrase(self.class_names[label]) if text_is_class else text,
+            text=class_phrase(label_words) if text_is_class else text,
             text_is_class=text_is_class,
             image_problem=image if isinstance(image, str) else "",
             label_problem=label_problem,
@@ -127,6 +178,13 @@ class WebDatasetSource:
         problems = [problem for _, problem in labels if problem] if self._columns.label else []
         return label, "" if label >= 0 or not problems else problems[0]
 
+    def _word(self, parts: Parts) -> str:
+        """Return the label of an item's JSON if it is a word, which names no index; otherwise an empty text."""
+        if self._columns.label or "label" in parts:
+            return ""
+        values = (value for _, value in pick(_json_of(parts)[0], label_names(self._columns)))
+        return next((valid_unicode(value) for value in values if isinstance(value, str) and label_of(value)[1]), "")
+
     def _scan(self, name: str) -> TarIndex:
         try:
             with self._files.system.open(self._files.path(name), "rb") as file:
@@ -142,9 +200,16 @@ def _classes_by_tar(names: list[str]) -> dict[str, str]:
     """Return the class of each tar, if all are named after one: a WordNet id, or words without a number."""
     stems = {name: PurePosixPath(name).stem for name in names}
     by_id = all(WORDNET_ID.fullmatch(stem) for stem in stems.values())
-    by_words = len(set(stems.values())) > 1 and not any(re.search(r"\d", stem) for stem in stems.values())
+    by_words = len(set(stems.values())) > 1 and all(_is_class_name(stem) for stem in stems.values())
     splits = by_words and any(stem.lower() in SPLITS for stem in stems.values())
     return stems if by_id or (by_words and not splits) else {}
+
+
+def _is_class_name(stem: str) -> bool:
+    """Return whether the name of a tar may be that of a class: words without a number, and no name of a part."""
+    words = [word for word in re.split(r"[^\w]|_", stem.lower()) if word]
+    has_letters = len(max(words, key=len, default="")) > 2
+    return has_letters and not re.search(r"\d", stem) and not PART_NAMES & set(words)
 
 
 def _json_of(parts: Parts) -> tuple[dict[str, Any], str]:

@@ -68,7 +68,10 @@ def test_page_and_verdict(recipe, tmp_path):
     assert [(row["kind"], row["row"]) for row in rows] == [("exact", 3), ("exact", 25), ("near", 4), ("near", 26)]
 
     page = (folder / audit_files.PAGE).read_text()
-    assert page.count("data:image/jpeg") >= 5 + 22 + 4  # solid-color, accepted and duplicate images
+    assert page.count("data:image/jpeg") >= 5 + 22 + 4 + 16  # solid-color, accepted, duplicates, longest and shortest
+    for heading in ("Shortest captions", "Longest captions", "Accepted images"):
+        assert f"<h2>{heading}</h2>" in page
+    assert page.count(": a coarse pattern") == 22 + 16  # whole captions, to read beside their images
     assert "FAIL" in page
     assert "http" not in page.replace("http-equiv", "")
     lines, _ = read_journal(tmp_path)

@@ -121,3 +121,16 @@ def test_mismatches_are_refused_in_one_line(pt_file, tmp_path, capsys, condition
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not samples(tmp_path)
+
+
+@pytest.mark.slow
+def test_unknown_parts_of_a_checkpoint_are_ignored_on_request(pt_file, tmp_path, capsys):
+    path = pt_file(num_classes=5)
+    content = torch.load(path)
+    torch.save({**content, "teacher": content["model_ema"]}, path)
+    words = ("--vae", "demo", "--class", "2")
+    assert run_sample(tmp_path, path, *words) == 2
+    assert "'teacher' looks like training state" in (error := capsys.readouterr().err)
+    assert "--ignore-unknown" in error
+    assert run_sample(tmp_path, path, *words, "--ignore-unknown") == 0
+    assert len(samples(tmp_path)) == 1

@@ -1,8 +1,10 @@
 """Tracking with real MLflow stores, embedded and on a server, with processes killed at every write."""
 
+import json
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +13,11 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from jobs.state.journal import Journal
-from jobs.state.run_metadata import add_tags, describe, set_status
+from jobs.state.run_metadata import add_tags, change, describe, set_status
+from jobs.tracking.mlflow_entities import QUEUE
 from jobs.tracking.mlflow_store import STATE, StoreError, Tracker, needs_sync, run_id
 from jobs.tracking.sync import sync_in_background, try_sync
+from slurm.task import ATTEMPTS
 from tests.support import reporting_tasks
 
 ROOT = Path(__file__).parents[3]
@@ -27,18 +31,27 @@ def home(tmp_path, monkeypatch):
 
 
 def begin(home, name: str, parent: Path | None = None):
-    """Create a run folder and return the tracker of the home and the folder."""
+    """Create a run folder whose work has begun, and return the tracker of the home and the folder."""
     run = home / "runs" / name
     run.mkdir(parents=True)
     describe(run, {"lr": 0.1}, {"pixart.job": "train"}, parent)
+    start(run, time.time())
     return Tracker(home), run
+
+
+def start(run: Path, moment: float, restart: int = 0) -> None:
+    """Record the start of rank 0, as a task does."""
+    at = datetime.fromtimestamp(moment).astimezone().isoformat(timespec="milliseconds")
+    line = {"job": "1", "rank": 0, "restart": restart, "arguments": [], "node": "n1", "time": at}
+    with (run / ATTEMPTS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def stored_points(tracker: Tracker, run: Path) -> list[tuple[str, int, float]]:
     """Return all points of a run in the store, sorted, with any duplicates."""
     identifier = run_id(run)
     assert identifier
-    keys = tracker.client.get_run(identifier).data.metrics
+    keys = [key for key in tracker.client.get_run(identifier).data.metrics if key != QUEUE]
     stored = [point for key in keys for point in tracker.client.get_metric_history(identifier, key)]
     return sorted((point.key, point.step, point.value) for point in stored)
 
@@ -88,6 +101,7 @@ def test_repeated_step_counts_once(home):
 def test_status_of_a_submission_follows_its_runs(home):
     """A parent run has the status of its children, even if a child is synced first."""
     tracker, parent = begin(home, "demo")
+    (parent / ATTEMPTS).unlink()  # only runs have tasks
     children = [begin(home, name, parent=parent)[1] for name in ("caption", "train")]
     client = MlflowClient(tracker.uri)
 
@@ -158,6 +172,112 @@ def test_deleted_mlflow_run_stays_deleted(home):
     Journal(run).metrics(1, {"a": 1.0})
     tracker.sync(run)
     assert tracker.client.get_run(run_id(run)).info.lifecycle_stage == "deleted"
+
+
+def test_start_and_end_are_those_of_the_work(home):
+    """Neither the submission nor a later query of the status is: the time in the queue is a figure of its own."""
+    submission = home / "submissions/train"
+    submission.mkdir(parents=True)
+    describe(submission, {}, {"pixart.job": "train"})
+    run = home / "runs/train"
+    run.mkdir(parents=True)
+    describe(run, {"stage": 1}, {"pixart.job": "train"}, submission)
+    tracker, now = Tracker(home), time.time()
+    change(run, begun=now - 5000)
+    change(submission, begun=now - 5000)
+    tracker.sync(run)
+    assert run_id(run) is None  # it waits in the queue
+    assert not needs_sync(run)
+    start(run, now - 2000)
+    tracker.sync(run)
+    start(run, now - 1000, restart=1)  # a requeue is no new start
+    set_status(run, "FINISHED", now - 500)
+    set_status(run, "FINISHED")  # by a later `status`
+    for _ in range(2):
+        tracker.sync(run)
+        for folder in (run, submission):
+            info = tracker.client.get_run(run_id(folder)).info
+            assert info.start_time == pytest.approx((now - 2000) * 1000, abs=2)
+            assert info.end_time == pytest.approx((now - 500) * 1000, abs=2)
+        (run / STATE).unlink()
+        (submission / STATE).unlink()
+    tracker.sync(run)
+    assert tracker.client.get_run(run_id(run)).data.metrics[QUEUE] == pytest.approx(3000, abs=0.01)
+
+
+def test_a_run_that_ended_in_the_queue_has_no_duration(home):
+    run = home / "runs/train"
+    run.mkdir(parents=True)
+    describe(run, {}, {"pixart.job": "train"})
+    set_status(run, "FAILED")
+    tracker = Tracker(home)
+    tracker.sync(run)
+    stored = tracker.client.get_run(run_id(run))
+    assert stored.info.status == "FAILED"
+    assert stored.info.end_time - stored.info.start_time < 2000
+
+
+def test_a_submission_shows_the_key_figures_of_its_runs(home):
+    tracker, parent = begin(home, "demo")
+    for stage in (1, 2):
+        _, run = begin(home, f"train-{stage}", parent=parent)
+        change(run, parameters={"stage": stage})
+        for step in (1, 2, 3):
+            Journal(run).metrics(step, {"train/loss": stage / step, "train/lr": 0.1, "val/loss_ema": 1.0})
+            tracker.sync(run)
+    figures = [("train/stage_1_loss", 1), ("train/stage_2_loss", 2)]
+    expected = {(key, step, stage / step) for key, stage in figures for step in (1, 2, 3)}
+    points = stored_points(tracker, parent)
+    assert expected <= set(points)
+    assert {key for key, *_ in points} == {key for key, _ in figures} | {
+        f"val/stage_{stage}_loss_ema" for stage in (1, 2)
+    }
+    assert len(points) == len(set(points))
+
+
+def test_configuration_and_dataset_are_of_the_kind_that_mlflow_shows(home):
+    tracker, run = begin(home, "a")
+    dataset = home / "datasets/cats"
+    dataset.mkdir(parents=True)
+    data = {"num_shards": 4, "image_size": 64, "source": "there", "captioner": "demo"}
+    record = {"data": data, "models": {}, "images": 64, "hash": "a" * 64}
+    (dataset / "manifest.json").write_text(json.dumps(record))
+    configuration = {"data": {"source": "x" * 9000, "layers": [1, 2]}, "stage1": {"lr": 0.2}, "m" * 300: 1}
+    configuration |= {"model": {f"key_{number}": number for number in range(150)}}
+    (run / "config.json").write_text(json.dumps(configuration))
+    add_tags(run, {"pixart.dataset": str(dataset)})
+    tracker.sync(run)
+    stored = tracker.client.get_run(run_id(run))
+    assert stored.data.params.items() >= {"lr": "0.1", "stage1.lr": "0.2", "data.layers": "[1, 2]"}.items()
+    assert (len(stored.data.params), len(stored.data.params["data.source"])) == (154, 6000)
+    assert [file.path for file in tracker.client.list_artifacts(run_id(run))] == ["config.json"]
+    (used,) = stored.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("cats", "a" * 36)
+    assert json.loads(used.dataset.profile)["num_rows"] == 64
+    assert [tag.value for tag in used.tags] == ["training"]
+    experiment = tracker.client.get_experiment(tracker.experiment)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    (run / STATE).unlink()
+    (run / "config.json").write_text('{"stage1": {"lr": 0.3}}')  # MLflow's parameters never change
+    tracker.sync(run)
+    assert tracker.client.get_run(run_id(run)).data.params["stage1.lr"] == "0.2"
+
+
+def test_groups_of_metrics_have_mlflows_names(home):
+    """The groups of MLflow's page are in alphabetical order, with its system metrics apart."""
+    tracker, run = begin(home, "a")
+    metrics = {"train/loss": 1.0, "fp8/headroom/blocks.0.input": 1.0, "val/loss": 1.0}
+    metrics |= {f"system/node_{node}/cpu_utilization_percentage": 5.0 for node in (0, 1)}
+    Journal(run).metrics(1, metrics)
+    tracker.sync(run)
+    assert sorted(tracker.client.get_run(run_id(run)).data.metrics) == [
+        "system/cpu_utilization_percentage",
+        "system/node_1/cpu_utilization_percentage",
+        QUEUE,
+        "train/fp8/headroom/input_min",
+        "train/loss",
+        "val/loss",
+    ]
 
 
 KILLED = """

@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.state.journal import Journal, points, read_journal
 from jobs.state.run import Run
-from jobs.state.run_metadata import describe, read_description, set_status
+from jobs.state.run_metadata import change, describe, read_description, set_status
 from jobs.tracking import node_agent
 from jobs.tracking.mlflow_store import Tracker, run_id
 from jobs.tracking.sync import journal_shards, set_final_status, sync_folder, update_folder
@@ -174,6 +176,30 @@ def test_unchanged_pages_are_not_written_again(tmp_path):
     update_folder(empty, pages=True)
     assert "No step has been logged" in (empty.folder / SUMMARY).read_text()
     assert main_page(make_run(tmp_path, "verify")).name == LINEAGE
+
+
+def test_a_summary_has_the_times_of_the_work_and_links_to_its_results(tmp_path):
+    run = make_training(tmp_path, 1)
+    begun = datetime(2026, 1, 1, 10, tzinfo=timezone(timedelta(hours=2)))
+    line = {"job": "1", "rank": 0, "restart": 0, "arguments": [], "node": "n1", "time": begun.isoformat()}
+    (run.folder / ATTEMPTS).write_text(json.dumps(line) + "\n")
+    (run.folder / "profile.json").write_text('{"gpus_per_node": 1}')
+    change(run.folder, begun=begun.timestamp() - 65)
+    set_status(run.folder, "FINISHED", begun.timestamp() + 2 * 3600)
+    checkpoint = run.folder / "checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "training.json").write_text("{}")
+    write_pages(run)
+    html = (run.folder / SUMMARY).read_text()
+    words = " ".join(read(html).text)
+    zone = datetime.fromtimestamp(begun.timestamp()).astimezone().tzname()
+    for fact in ("after 0 h 01 min in the queue", "2 h 00 min", "4.00 on 2 GPUs", str(zone)):
+        assert fact in words, fact
+    assert 'href="lineage.html"' in html
+    assert 'href="checkpoints/step-00000001/training.json"' in html
+    ticks = re.findall('<text x="[^"]*" y="266[^"]*" text-anchor="middle">([^<]*)<', html)
+    assert ticks[0] == "0"  # one point at step 1: the axis begins at 0, not at the point
+    assert "<summary>Values</summary>" in html
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from pixart.checkpoint import dcp_reader
-from pixart.checkpoint.dcp_reader import METADATA, RestrictedUnpickler, read_training_state
+from pixart.checkpoint.dcp_reader import METADATA, MetadataUnpickler, read_training_state
 
 
 @pytest.fixture
@@ -114,13 +114,13 @@ MODULE = b"\x80\x04\x8c\x05torch\x8c\x06_utils\x93."
 @pytest.mark.parametrize("content", [pickle.dumps(Build()), CALL, pickle.dumps(os.system), MODULE])
 def test_pickles_that_run_code_or_change_a_class_are_refused(content):
     with pytest.raises(pickle.UnpicklingError, match=r"not allowed|must not"):
-        RestrictedUnpickler(io.BytesIO(content)).load()
+        MetadataUnpickler(io.BytesIO(content)).load()
 
 
 def test_class_that_python_3_13_moved_is_accepted():
     content = pickle.dumps(Path("a"), protocol=2).replace(b"pathlib\nPosixPath", b"pathlib._local\nPosixPath")
     assert b"_local" in content
-    assert RestrictedUnpickler(io.BytesIO(content)).load() == Path("a")
+    assert MetadataUnpickler(io.BytesIO(content)).load() == Path("a")
 
 
 def test_metadata_of_an_implausible_size_is_refused(checkpoint, monkeypatch):

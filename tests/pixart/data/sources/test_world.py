@@ -192,3 +192,45 @@ def test_a_sidecar_that_cannot_be_read_is_a_problem_of_its_row(tmp_path, sidecar
     bad, good = items_of(tmp_path)
     assert problem in bad.text_problem
     assert (good.text, good.text_problem) == ("fine", "")
+
+
+@pytest.mark.parametrize(
+    ("caption", "text", "problem"),
+    [
+        ({"de": "ein Hund", "en": "a dog"}, "a dog", ""),
+        ({"de": "ein Hund", "en-US": "a dog", "zh-Hans-CN": "狗"}, "a dog", ""),
+        ({"fr": "un chien", "de": None}, "un chien", ""),
+        ({"language": ["de", "en"], "translation": ["ein Hund", "a dog"]}, "a dog", ""),
+        ({"en": ["a dog", "a dog"], "de": ["ein Hund"]}, "a dog", ""),
+        ({"de": None, "en": ""}, "", ""),
+        ({"quality": 3, "source": "web"}, "", "its caption is an object with the keys quality, source"),
+    ],
+)
+def test_captions_by_language(tmp_path, caption, text, problem):
+    write_tar(tmp_path / "0.tar", {"0.jpg": A, "0.json": json.dumps({"caption": caption})})
+    (item,) = items_of(tmp_path)
+    assert (item.text, item.text_problem[: len(problem)]) == (text, problem)
+    assert bool(item.text_problem) == bool(problem)
+
+
+def test_a_word_as_label_in_json_is_reported_and_its_words_are_used(tmp_path):
+    records = [{"label": "brown_bear"}, {"label": "acorn", "caption": "an acorn lies here"}, {"label": 3}]
+    members: dict[str, bytes | str] = {}
+    for row, record in enumerate(records):
+        members |= {f"{row}.jpg": A, f"{row}.json": json.dumps(record)}
+    write_tar(tmp_path / "0.tar", members)
+    assert [(item.text, item.text_is_class, item.label) for item in items_of(tmp_path)] == [
+        ("brown bear", True, -1),
+        ("an acorn lies here", False, -1),
+        ("", False, 3),
+    ]
+    contents = open_source(f"{tmp_path}").contents()
+    assert contents.left_out == {"label in JSON that is a word, and no integer": 2}
+    assert contents.labelled == 1
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("part-a", "part-b"), ("images", "more_images"), ("laion_high", "coco")])
+def test_tars_that_are_named_as_parts_are_no_classes(tmp_path, names):
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", {"0.jpg": A})
+    assert open_source(f"{tmp_path}").class_names == []
