@@ -105,9 +105,9 @@ def measure_speed(run: Path, width: int, num_images: int, repeats: int, steps: i
     if width:
         enlarge(pipeline, width)
     pictures = [SampleRequest(seed=index, prompt=caption(make_scene(9, index))) for index in range(num_images)]
-    size, channels = pipeline.config.sample_size, pipeline.transformer.config.in_dim
+    channels = pipeline.transformer.config.in_dim
     conditioning, null = pipeline.text_conditioning([picture.prompt for picture in pictures[:BATCH_SIZE]])
-    noise = torch.randn(BATCH_SIZE, channels, size, size)
+    noise = torch.randn(BATCH_SIZE, channels, *pipeline.default_latent_size)
 
     def alone() -> None:
         for _ in range(num_images // BATCH_SIZE):

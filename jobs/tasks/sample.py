@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -41,16 +42,18 @@ def run(
     base_latent_size: int | None = None,
     ignore_unknown: bool = False,
     frames: bool = False,
+    sizes: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
     """Sample `per_prompt` images of each prompt or class, and write the export if a folder is given.
 
     Without prompts and classes, those of the dataset are taken; `rewritten` is the file of a recaption job that
     replaces the prompts. With `frames`, also writes the image of each step and a GIF of them. A recipe without a
     dataset (`data.path` is empty) names the VAE and the text encoder itself. `base_latent_size` and
-    `ignore_unknown` are for a checkpoint of another program, as `formats.read` describes them. Returns the path of the
-    contact sheet and, for the demo's scenes, the accuracy of color and shape; with an export alone, only its folder.
-    Raises ValueError if the checkpoint cannot be read, or does not fit the VAE, the text encoder, or the prompts or
-    classes.
+    `ignore_unknown` are for a checkpoint of another program, as `formats.read` describes them. `sizes` are heights and
+    widths in pixels, each of which every image is sampled at; without any, it is the pipeline's default. Returns the
+    path of the contact sheet and, for the demo's scenes, the accuracy of color and shape; with an export alone, only
+    its folder. Raises ValueError if the checkpoint cannot be read, or does not fit the VAE, the text encoder, or the
+    prompts or classes.
     """
     folder = Path(run_folder)
     configuration = recipe_file.load(folder / "config.json")
@@ -62,6 +65,9 @@ def run(
     if rewritten:
         lines = records.read_lines(Path(rewritten), RewrittenRecord)
         prompts = [{"prompt": line["text"], "request": line["request"]} for line in lines]
+    shapes: list[tuple[int, int] | None] = [(height, width) for height, width in sizes] or [None]
+    for shape in shapes:
+        pipeline.latent_size(*(shape or (None, None)))
     if export:
         write_export(pipeline, Path(export), provenance, configuration, folder.parents[1])
         if not prompts and not classes:
@@ -79,11 +85,11 @@ def run(
         requests = [{"prompt": text} for text in dataset_captions(configuration.data.path, configuration.sample.count)]
     if not requests:
         raise ValueError(f"dataset {configuration.data.path} has no captions to sample; give --prompt")
-    painted = paint(folder, pipeline, configuration, requests, per_prompt, provenance, frames=frames)
+    painted = paint(folder, pipeline, configuration, requests, per_prompt, provenance, shapes, frames=frames)
     warning = "" if is_known(path) else guidance_warning(path, record, configuration.sample.guidance)
     result = {**painted, "export": export, "warning": warning}
     if scenes:
-        repeated = [scene for scene in scenes for _ in range(per_prompt)]
+        repeated = [scene for _ in shapes for scene in scenes for _ in range(per_prompt)]
         result |= count_right(folder, repeated)
     write_atomically(folder / "samples.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -230,10 +236,11 @@ def paint(
     requests: list[dict[str, Any]],
     per_prompt: int,
     provenance: dict[str, str],
+    shapes: Sequence[tuple[int, int] | None] = (None,),
     *,
     frames: bool = False,
 ) -> dict[str, Any]:
-    """Generate and write the images, `per_prompt` of them per prompt, and the contact sheet.
+    """Generate and write the images, `per_prompt` of them per prompt and shape, and the contact sheet.
 
     Image k of the run, counted from 0, has the seed `sample.seed` + k. With `frames`, the image of step s is
     `samples/0000/step-000.png`, and all of them are `samples/0000.gif`.
@@ -251,16 +258,20 @@ def paint(
     steps_of: dict[int, list[Any]] = {}
     options, journal = configuration.sample, Journal(folder)
     repeated = [item for item in requests for _ in range(per_prompt)]
-    pictures = [SampleRequest(seed=options.seed + index, **item) for index, item in enumerate(repeated)]
+    pictures = [SampleRequest(seed=options.seed + index, **item) for index, item in enumerate(repeated * len(shapes))]
     pipeline.to(pipeline.vae.device)
     (folder / "samples").mkdir(exist_ok=True)
     images: list[Any] = []
     settings: list[dict[str, str]] = []
     sampling = {"steps": str(options.steps), "guidance": str(options.guidance)}
     on_frame = save_frame if frames else None
-    for image in generate(pipeline, pictures, steps=options.steps, guidance=options.guidance, on_frame=on_frame):
+    for image in generate(
+        pipeline, pictures, steps=options.steps, guidance=options.guidance, on_frame=on_frame, shapes=shapes
+    ):
         request_settings, size = pictures[len(images)].settings(), f"{image.width}x{image.height}"
-        metadata = with_command({**request_settings, **sampling, "size": size, **provenance})
+        # The size that was given is repeated, whether or not the checkpoint was trained at it.
+        given = {} if shapes[0] is None else {"size_options": f"--size {size} --force-size"}
+        metadata = with_command({**request_settings, **sampling, "size": size, **given, **provenance})
         save_png(image, folder / "samples" / f"{len(images):04d}.png", metadata)
         if frames:
             save_frame(len(images), options.steps - 1, image)
@@ -293,6 +304,7 @@ def command(settings: dict[str, str]) -> str:
     words = ["python", "-m", "jobs.launch", "sample", settings["checkpoint"], *subject]
     for name in ("dataset", "vae", "text_encoder"):
         words += [f"--{name.replace('_', '-')}", settings[name]] if name in settings else []
+    words += settings.get("size_options", "").split()
     words += ["--weights", settings["weights"].split()[0], *(word for value in values for word in ("--set", value))]
     return shlex.join(words)
 

@@ -149,8 +149,7 @@ def served_model(checkpoint: Path, pipelines: dict[str, Any], configuration: Rec
 
     pipeline = next(iter(pipelines.values()))
     config = pipeline.transformer.config
-    side = pipeline.config.sample_size
-    (image,) = pipeline.decode_latents(torch.zeros(1, config.in_dim, side, side))
+    (image,) = pipeline.decode_latents(torch.zeros(1, config.in_dim, *pipeline.default_latent_size))
     in_run = checkpoint.parent.name == "checkpoints"
     names = pipeline.config.id2label
     return ServedModel(

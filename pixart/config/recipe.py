@@ -13,6 +13,7 @@ from pixart import records
 from pixart.config.dataset import AuditConfig, DataConfig
 from pixart.config.model import ModelConfig
 from pixart.config.renamed_keys import rename_recipe
+from pixart.config.resolutions import UNSHIFTED
 from pixart.config.sampling import EvaluationConfig, SampleConfig
 from pixart.config.training import TrainConfig
 
@@ -48,6 +49,7 @@ def from_json(text: str, name: str = "recipe") -> Recipe:
     values = records.parse(text, dict[str, Any], name)
     try:
         renamed = rename_recipe(values)
+        renamed |= {stage: {"time_shift": UNSHIFTED, **renamed[stage]} for stage in ("stage1", "stage2")}
     except (TypeError, LookupError) as error:
         raise ValueError(f"{name}: is damaged or of another version, {error!r}; restore it") from None
     return records.convert(renamed, Recipe, name)  # runs of version 0.1 have no section `evaluation`

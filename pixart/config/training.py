@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pixart.config.limits import require_at_least, require_fraction, require_positive
+from pixart.config.resolutions import AUTO, check_time_shift
 
 # Backends that can train by a plan of each FP8 recipe, the default first; TransformerEngine (te) needs a GPU.
 FP8_BACKENDS = {"delayed": ("native",), "current": ("torchao", "te"), "rowwise": ("torchao",), "mxfp8": ("te",)}
@@ -55,6 +56,10 @@ class TrainConfig:
 
     short_caption_prob: float = 0.0
     """Probability of training an image on its short caption; stage 2 only, and needs data.short_captions."""
+
+    time_shift: str = AUTO
+    """Shift of the timesteps towards noise, as in Stable Diffusion 3: a positive number, 1 for none, or auto, the side
+    of a square with the latents' area divided by model.base_latent_size."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of computation outside of FP8 linears; master weights are float32."""
@@ -173,6 +178,7 @@ class TrainConfig:
             evaluate_every=self.evaluate_every,
             profile_step=self.profile_step,
         )
+        check_time_shift(self.time_shift)
         if self.max_grad_norm is not None:
             require_positive(max_grad_norm=self.max_grad_norm)
         require_at_least(0.01, hang_timeout_minutes=self.hang_timeout_minutes)

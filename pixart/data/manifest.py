@@ -98,6 +98,11 @@ class Manifest:
         return bucket_shapes(self.data.aspect_buckets, side) or ((side, side),)
 
     @property
+    def downsampling_factor(self) -> int:
+        """Side of the image area that one latent pixel stands for, in pixels."""
+        return self.data.image_size // self.latent_shape[1]
+
+    @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that identify the dataset independently of its path; checkpoints refer to it."""
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, path="")).values()

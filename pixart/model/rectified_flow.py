@@ -20,6 +20,11 @@ def stratified_time(batch: int, generator: torch.Generator) -> Tensor:
     return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid()
 
 
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Return times t of any shape, shifted towards noise (Stable Diffusion 3, equation 23); 1 returns `t` unchanged."""
+    return t if shift == 1 else t / (shift + (1 - shift) * t)
+
+
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return x_t (B, C, H, W) of data and noise (B, C, H, W) at t (B,)."""
     t = t.view(-1, 1, 1, 1)

@@ -13,7 +13,10 @@ MAX_LINES = 5  # wrapped lines per line of a caption
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Arrange images in a grid of squares that they are resized to fit; long captions are wrapped and truncated."""
+    """Arrange images in a grid; long captions are wrapped and truncated.
+
+    Images are resized so that their longer side is the column width, and are centred in their cells.
+    """
     columns = min(columns, len(images))
     font = ImageFont.load_default(size=FONT_SIZE)
     characters = CELL // 6
@@ -32,9 +35,8 @@ def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, col
     for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
         left = GAP + (index % columns) * (CELL + GAP)
         top = GAP + (index // columns) * cell_height
-        scale = CELL / max(image.size)
-        size = [max(1, round(side * scale)) for side in image.size]
-        resized = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
-        sheet.paste(resized, (left + (CELL - size[0]) // 2, top + (CELL - size[1]) // 2))
+        width, height = (max(1, round(CELL * side / max(image.size))) for side in image.size)
+        place = (left + (CELL - width) // 2, top + (CELL - height) // 2)
+        sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), place)
         draw.multiline_text((left, top + CELL + 4), "\n".join(lines), fill="black", font=font)
     return sheet

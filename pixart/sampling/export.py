@@ -25,6 +25,7 @@ DEMO_FITTING = "DEMO_VAE = "  # from here on, `patch_vae` fits and stores the de
 PIPELINE_HEAD = '''"""The pipeline of this folder; diffusers executes it with `trust_remote_code=True`."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

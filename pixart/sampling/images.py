@@ -47,19 +47,23 @@ def generate(
     steps: int,
     guidance: float,
     on_frame: Callable[[int, int, Image.Image], None] | None = None,
+    shapes: Sequence[tuple[int, int] | None] = (None,),
 ) -> Iterator[Image.Image]:
     """Yield the image of each request in order. An image does not depend on the others of its batch.
 
     The prompts of the next batch are encoded in a thread while a batch is denoised. `on_frame` receives the index of
-    the request, the step and the decoded latents of each step but the last, whose frame is the image itself.
+    the request, the step and the decoded latents of each step but the last, whose frame is the image itself. `shapes`
+    are the heights and widths in pixels of equally long parts of the requests, one after the other; None is the
+    pipeline's default.
     """
-    starts = range(0, len(requests), BATCH_SIZE)
+    part = len(requests) // len(shapes)
+    starts = [(index * part + start, index) for index in range(len(shapes)) for start in range(0, part, BATCH_SIZE)]
+    batches = [requests[begin : min(begin + BATCH_SIZE, (index + 1) * part)] for begin, index in starts]
     with ThreadPoolExecutor(1) as encoder:
-        upcoming = encoder.submit(conditioning, pipeline, requests[:BATCH_SIZE])
-        for begin in starts:
-            batch, conditionings = requests[begin : begin + BATCH_SIZE], upcoming.result()
-            if begin != starts[-1]:
-                upcoming = encoder.submit(conditioning, pipeline, requests[begin + BATCH_SIZE :][:BATCH_SIZE])
+        upcoming = [encoder.submit(conditioning, pipeline, batch) for batch in batches[:1]]
+        for number, ((begin, index), batch) in enumerate(zip(starts, batches, strict=True)):
+            conditionings, (height, width) = upcoming.pop().result(), shapes[index] or (None, None)
+            upcoming += [encoder.submit(conditioning, pipeline, batch) for batch in batches[number + 1 : number + 2]]
 
             def decode_frames(
                 pipeline: PixArtPipeline, step: int, _: Tensor, values: dict[str, Tensor], first: int = begin
@@ -70,6 +74,8 @@ def generate(
 
             yield from pipeline(
                 conditionings=conditionings,
+                height=height,
+                width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(request.seed) for request in batch],

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers import FlowMatchEulerDiscreteScheduler
-
 from pixart import records
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import WEIGHTS
 from pixart.checkpoint.integrity import check_files
 from pixart.checkpoint.safetensors_stream import load_tensors
+from pixart.config.aspect_buckets import Shape
 from pixart.config.checkpoint_metadata import InferenceRecord
 from pixart.config.dataset import DataConfig
 from pixart.config.latent_space import check_latent_space
+from pixart.config.resolutions import AUTO, nearest_to_square, recorded_time_shift, time_shift, trained_shapes
 from pixart.data.encoders.fingerprint import fingerprint
 from pixart.data.encoders.text_encoder import Encoder, encoder_path, load_text_model, text_dim
 from pixart.data.encoders.vae import latent_shape, load_vae, vae_path
@@ -23,6 +23,7 @@ from pixart.model.dit import DiT, load_model, public_config
 from pixart.model.fp8 import linear
 from pixart.model.fp8.ops import E4M3, INPUT, WEIGHT
 from pixart.model.fp8.plan import Plan
+from pixart.sampling.denoise import make_scheduler
 from pixart.sampling.pipeline import PixArtPipeline
 
 INFERENCE_FILE = "inference.json"
@@ -55,7 +56,7 @@ class Components:
     """What a pipeline needs beside the transformer: of a dataset, or of a configuration without a dataset."""
 
     data: DataConfig  # names the VAE and the text encoder, with its number of tokens and scale
-    latent_size: int
+    latent_size: Shape  # of an image of a checkpoint that does not record the shapes that it was trained at
     models: Mapping[str, str]  # fingerprints of the VAE and the text encoder
     class_names: tuple[str, ...] = ()
 
@@ -64,7 +65,7 @@ class Components:
         """Return the components of a dataset."""
         return cls(
             data=dataset.data,
-            latent_size=dataset.latent_shape[1],
+            latent_size=nearest_to_square([(height, width) for _, height, width in dataset.latent_shapes]),
             models=dataset.models,
             class_names=dataset.class_names,
         )
@@ -75,7 +76,8 @@ class Components:
         models = {"vae": fingerprint(vae_path(data.vae))}
         if stage == 2:
             models["text_encoder"] = fingerprint(encoder_path(data.text_encoder))
-        return cls(data=data, latent_size=latent_shape(data.vae, data.image_size)[1], models=models)
+        _, height, width = latent_shape(data.vae, data.image_size)
+        return cls(data=data, latent_size=(height, width), models=models)
 
 
 def load_pipeline(
@@ -113,19 +115,25 @@ def build_pipeline(
             f"data.text_encoder={data.text_encoder}: has embeddings of width {width}; {name} reads "
             f"{model.config.text_dim}"
         )
+    shapes, factor = trained_shapes(record)
+    height, width = components.latent_size
+    if shapes:
+        height, width = (side // factor for side in nearest_to_square(shapes))
+    shift = recorded_time_shift(record)
     tokenizer, text_model = load_text_model(data.text_encoder) if model.stage == 2 else (None, None)
     if model.stage == 2 and not keep_text_decoder:
         text_model = Encoder(tokenizer, text_model, max_tokens=data.max_text_tokens, scale=data.text_scale).model
     return PixArtPipeline(
         transformer=model,
         vae=load_vae(data.vae),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=make_scheduler(time_shift(shift, height, width, model.config.base_image_size)),
         text_encoder=text_model,
         tokenizer=tokenizer,
         latents_mean=normalization.mean,
         latents_std=normalization.std,
         pixel_range=normalization.pixel_range,
-        sample_size=components.latent_size,
+        sample_size=height if height == width else (height, width),
+        shift_by_area=shift == AUTO,
         text_tokens=data.max_text_tokens,
         text_scale=data.text_scale,
         id2label={str(index): name for index, name in enumerate(components.class_names)} if model.stage == 1 else None,

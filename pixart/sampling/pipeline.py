@@ -7,6 +7,7 @@ An exported folder contains the code that it needs, see `pixart.sampling.export`
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +38,9 @@ class PixArtPipeline(DiffusionPipeline):
     """Generates images of prompts (stage 2) or of classes (stage 1, without text encoder and tokenizer).
 
     `latents_mean` and `latents_std`, one value per channel, are the normalization that the transformer was trained
-    with. `sample_size` is the height and width of the latents. Prompts are padded to `text_tokens` tokens, and
+    with. `sample_size` is the side, or the height and width, of the latents of an image whose size is not given. The
+    scheduler's shift is that of this size; with `shift_by_area`, it is proportional to the square root of the latents'
+    area for another size. Prompts are padded to `text_tokens` tokens, and
     `text_scale` multiplies the text encoder's hidden states. `id2label` maps class indices to names. `pixel_range` is
     the range of pixel values that the VAE encoded the training images from.
     """
@@ -53,11 +56,12 @@ class PixArtPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         latents_mean: Sequence[float] = (0.0,),
         latents_std: Sequence[float] = (1.0,),
-        sample_size: int = 32,
+        sample_size: int | Sequence[int] = 32,
         text_tokens: int = 120,
         text_scale: float = 1.0,
         id2label: dict[str, str] | None = None,
         pixel_range: Sequence[int] = (-1, 1),
+        shift_by_area: bool = False,
     ) -> None:
         super().__init__()
         self.null_text: tuple[PreTrainedModel, tuple[Tensor, Tensor]] | None = None  # of the text encoder that made it
@@ -67,11 +71,12 @@ class PixArtPipeline(DiffusionPipeline):
         self.register_to_config(
             latents_mean=list(latents_mean),
             latents_std=list(latents_std),
-            sample_size=sample_size,
+            sample_size=sample_size if isinstance(sample_size, int) else list(sample_size),
             text_tokens=text_tokens,
             text_scale=text_scale,
             id2label=id2label or {},
             pixel_range=list(pixel_range),
+            shift_by_area=shift_by_area,
         )
 
     @torch.no_grad()
@@ -81,6 +86,8 @@ class PixArtPipeline(DiffusionPipeline):
         *,
         class_labels: Classes | None = None,
         conditionings: tuple[Conditioning, Conditioning] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 4.5,
         num_images_per_prompt: int = 1,
@@ -88,7 +95,9 @@ class PixArtPipeline(DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable[["PixArtPipeline", int, Tensor, dict[str, Tensor]], object] | None = None,
     ) -> ImagePipelineOutput:
-        """Generate PIL images, or with `output_type="latent"` normalized latents (B, C, sample_size, sample_size).
+        """Generate PIL images, or with `output_type="latent"` normalized latents (B, C, h, w).
+
+        `height` and `width` are in pixels, and multiples of the patch's side; the default is `sample_size`.
 
         Stage 2 takes prompts; stage 1 takes classes by index, by name or `none`. `conditionings`, which `conditioning`
         returns, replaces both. With a list of one generator per
@@ -109,18 +118,52 @@ class PixArtPipeline(DiffusionPipeline):
             if callback_on_step_end:
                 callback_on_step_end(self, step, timestep, {"latents": latents})
 
-        size, channels = self.config.sample_size, self.transformer.config.in_dim
+        shape, channels = self.latent_size(height, width), self.transformer.config.in_dim
         latents = denoise(
             self.transformer,
             conditioning,
             null_conditioning,
-            randn_tensor((count, channels, size, size), generator=generator, device=self.transformer.device),
+            randn_tensor((count, channels, *shape), generator=generator, device=self.transformer.device),
             steps=num_inference_steps,
             guidance=guidance_scale,
-            scheduler=self.scheduler,
+            scheduler=self.scheduler_of(*shape),
             on_step=on_step,
         )
         return ImagePipelineOutput(images=latents if output_type == "latent" else self.decode_latents(latents))
+
+    @property
+    def default_latent_size(self) -> tuple[int, int]:
+        """The height and width of the latents of an image whose size is not given."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Side of the image area that one latent pixel stands for, in pixels."""
+        config = self.vae.config
+        return config.patch_size if "patch_size" in config else 2 ** (len(config.block_out_channels) - 1)
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return the height and width of the latents of an image of height x width pixels; None takes the default.
+
+        Raises ValueError for a side that is no positive multiple of the patch's.
+        """
+        factor, sides = self.downsampling_factor, []
+        multiple = factor * self.transformer.config.patch_size
+        for name, side, default in zip(("height", "width"), (height, width), self.default_latent_size, strict=True):
+            if side is not None and (side < 1 or side % multiple):
+                raise ValueError(
+                    f"{name}={side}: must be a positive multiple of {multiple}, the patch's side in pixels"
+                )
+            sides.append(default if side is None else side // factor)
+        return sides[0], sides[1]
+
+    def scheduler_of(self, height: int, width: int) -> FlowMatchEulerDiscreteScheduler:
+        """Return the scheduler with the shift for latents of height x width."""
+        if not self.config.shift_by_area or (height, width) == self.default_latent_size:
+            return self.scheduler
+        ratio = math.sqrt(height * width / math.prod(self.default_latent_size))
+        return type(self.scheduler).from_config(self.scheduler.config, shift=self.scheduler.config.shift * ratio)
 
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
         """Decode normalized latents (B, C, h, w) to images."""

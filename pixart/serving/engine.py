@@ -75,7 +75,7 @@ class Engine:
         is_text = pipeline.transformer.stage == 2
         classes = [] if is_text else [class_of(pipeline, prompt) for prompt in prompts]
         conditioning, null = pipeline.conditioning(prompts if is_text else None, None if is_text else classes, 1)
-        shape = (pipeline.transformer.config.in_dim, pipeline.config.sample_size, pipeline.config.sample_size)
+        shape = (pipeline.transformer.config.in_dim, *pipeline.default_latent_size)
         trajectories = []
         for job, index in taken:
             row = prompts.index(job.prompt)

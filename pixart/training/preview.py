@@ -64,6 +64,7 @@ class PreviewSampler:
                     steps=STEPS,
                     guidance=GUIDANCE,
                     seed=SEED,
+                    time_shift=trainer.time_shift(*latent_size),
                 )
                 sampled.append((indices, trainer.normalization.undo(latents).cpu(), self.prompts(batch)))
         trainer.model.train()

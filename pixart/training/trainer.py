@@ -14,6 +14,7 @@ from pixart.checkpoint.directory import Checkpoint
 from pixart.checkpoint.normalization import Normalization
 from pixart.config.latent_space import check_latent_space
 from pixart.config.model import ModelConfig
+from pixart.config.resolutions import time_shift
 from pixart.config.training import TrainConfig, resolve_fp8_backend
 from pixart.data.loading.loader import Batch
 from pixart.data.manifest import Manifest
@@ -22,7 +23,7 @@ from pixart.model import sdpa_autotune
 from pixart.model.dit import DiT, public_config
 from pixart.model.fp8 import fsdp_allgather, linear, scaling, torchao, transformer_engine
 from pixart.model.fp8.plan import Plan, check_gemm_alignment
-from pixart.model.rectified_flow import flow_loss, interpolate, sample_time
+from pixart.model.rectified_flow import flow_loss, interpolate, sample_time, shift_time
 from pixart.model.sdpa import AttentionKernel
 from pixart.training.conditioning import TEXT_ALIGNMENT, ClassConditioning, TextConditioning
 from pixart.training.ema import EMA, ema_decay
@@ -178,10 +179,14 @@ class Trainer:
         """Return this rank's noise (B, C, h, w) and t (B,); those of the global batch do not depend on the ranks."""
         generator = step_generator(self.config.seed, self.steps_done, self.ranks.device)
         noise = torch.randn((self.config.global_batch_size, *shape), generator=generator, device=self.ranks.device)
-        t = sample_time(self.config.global_batch_size, generator)
+        t = shift_time(sample_time(self.config.global_batch_size, generator), self.time_shift(*shape[1:]))
         local_batch_size = self.config.global_batch_size // self.ranks.world_size
         rows = slice(self.ranks.rank * local_batch_size, (self.ranks.rank + 1) * local_batch_size)
         return noise[rows], t[rows]
+
+    def time_shift(self, height: int, width: int) -> float:
+        """Return the time shift of latents of height x width."""
+        return time_shift(self.config.time_shift, height, width, self.model.config.base_image_size)
 
     def tokens_per_image(self, latent_size: tuple[int, int]) -> int:
         """Return the number of patches of latents of a height and width."""
@@ -226,7 +231,9 @@ class Trainer:
                 "models": fingerprints,
                 "cond_dropout_prob": self.config.cond_dropout_prob,
                 "decay_qk_norm": self.config.decay_qk_norm,
+                "time_shift": self.config.time_shift,
                 "image_shapes": [list(shape) for shape in self.dataset.image_shapes],
+                "downsampling_factor": self.dataset.downsampling_factor,
             },
         )
 

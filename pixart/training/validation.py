@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pixart.data.loading.loader import Batch, load_rows
 from pixart.data.store.zarr_store import Store
-from pixart.model.rectified_flow import fixed_time, interpolate
+from pixart.model.rectified_flow import fixed_time, interpolate, shift_time
 from pixart.training.trainer import Trainer
 
 
@@ -44,7 +44,8 @@ class Validator:
         for indices, weights in self.batches:
             batch = load_rows(self.store, self.rows[indices], text_embeddings=trainer.stage == 2)
             data = trainer.normalization.apply(batch.latents.to(device))
-            noise, t = row_noise(batch, data.shape[1:]).to(device), self.t[indices].to(device)
+            noise = row_noise(batch, data.shape[1:]).to(device)
+            t = shift_time(self.t[indices].to(device), trainer.time_shift(*data.shape[2:]))
             velocity = trainer.model(interpolate(data, noise, t), t, **trainer.conditioning(batch))
             errors = (velocity.float() - (data - noise)).square().mean(dim=(1, 2, 3))
             total += errors @ weights.to(device)

@@ -13,10 +13,12 @@ from jobs.submission.datasets import open_dataset
 from jobs.submission.launch import Launch
 from jobs.submission.preflight import check_latents
 from pixart import records
+from pixart.config.aspect_buckets import Shape, bucket_shapes
 from pixart.config.checkpoint_metadata import ModelRecord
 from pixart.config.dataset import DataConfig
 from pixart.config.keys.overrides import apply
 from pixart.config.recipe import Recipe
+from pixart.config.resolutions import check_multiples, check_trained, trained_shapes
 
 WITHOUT_DATASET = ", or --vae and, for stage 2, --text-encoder"  # options that replace a dataset
 BASE_LATENT_SIZE = "model.base_latent_size="  # read for files that do not record it
@@ -65,11 +67,33 @@ def check_checkpoint(
 
     Raises ValueError if it was trained on latents or text embeddings of another kind.
     """
-    is_inference = (checkpoint / INFERENCE).exists()
-    model = records.read(checkpoint / "config.json", ModelRecord) if is_inference else record["config"]
+    model = model_config(checkpoint, record)
     check_model(model, manifest, dataset)
     check_latents(str(checkpoint), record, dataset, manifest)
     return model
+
+
+def model_config(checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the model of a checkpoint or of FP8 weights."""
+    is_inference = (checkpoint / INFERENCE).exists()
+    return records.read(checkpoint / "config.json", ModelRecord) if is_inference else record["config"]
+
+
+def check_sizes(
+    sizes: tuple[Shape, ...], data: DataConfig, checkpoint: Path, record: dict[str, Any] | None, *, force: bool
+) -> None:
+    """Check the sizes to sample; a checkpoint that does not record its shapes has those of `data`.
+
+    Raises ValueError for a size that the checkpoint was not trained at, unless `force`, and for one that its patches
+    do not divide, as far as that is known without the VAE.
+    """
+    shapes, factor = trained_shapes(record or {})
+    if not force:
+        square = (data.image_size, data.image_size)
+        known = shapes or bucket_shapes(data.aspect_buckets, data.image_size) or (square,)
+        check_trained(sizes, known, str(checkpoint))
+    if record and shapes:
+        check_multiples(sizes, factor * model_config(checkpoint, record)["patch_size"])
 
 
 def base_latent_size(launch: Launch, options: ComponentOptions) -> int | None:

@@ -13,7 +13,7 @@ from jobs.commands.data.recaption import print_problems, rewrite_by_server, subm
 from jobs.commands.hints import describe_submission, next_command
 from jobs.commands.launching import launching, read_recipe
 from jobs.commands.options import Command, RecipeOptions, SubmissionOptions, argument, option, positive
-from jobs.commands.results.components import base_latent_size, open_components
+from jobs.commands.results.components import base_latent_size, check_sizes, open_components
 from jobs.commands.results.sampling import SamplingRequest, describe_samples, submit_sampling
 from jobs.commands.results.sampling_checks import class_index
 from jobs.state import run as runs
@@ -22,6 +22,8 @@ from jobs.state.prompts import read_prompts
 from jobs.submission.launch import Launch
 from jobs.submission.wait import dependencies
 from jobs.tasks.sample import guidance_warning
+from pixart.config.aspect_buckets import Shape
+from pixart.config.resolutions import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,19 @@ class Options(RecipeOptions, SubmissionOptions):
         default=1,
         convert=positive,
         help="Number of images of each prompt or class, with consecutive seeds from sample.seed on (default: 1).",
+    )
+    sizes: tuple[Shape, ...] = option(
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        default=(),
+        convert=parse_size,
+        help="Size of the images in pixels; repeatable, and every prompt is sampled at each (default: of the sizes "
+        "that the checkpoint was trained at, the nearest to a square).",
+    )
+    force_size: bool = option(
+        "--force-size",
+        default=False,
+        help="Allow a --size that the checkpoint was not trained at (default: refuse it).",
     )
     weights: Literal["ema", "master"] = option(
         "--weights", metavar="WEIGHTS", default="ema", help="Weights to use: ema or master (default: ema)."
@@ -133,6 +148,7 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
     is_inference = (checkpoint / INFERENCE).exists()
     check_options(options, checkpoint, record["stage"] if record else None, is_inference)
     class_names, num_classes = open_components(launch, options, checkpoint, record)
+    check_sizes(options.sizes, launch.recipe.data, checkpoint, record, force=options.force_size)
     if record and (warning := guidance_warning(checkpoint, record, launch.recipe.sample.guidance)):
         print(warning, file=sys.stderr)
     prompts = [{"prompt": text} for text in options.prompts] + (read_prompts(options.file) if options.file else [])
@@ -147,6 +163,7 @@ def make_request(launch: Launch, options: Options) -> SamplingRequest:
         base_latent_size=base_latent_size(launch, options),
         ignore_unknown=options.ignore_unknown,
         frames=options.frames,
+        sizes=options.sizes,
         export=Path(options.export_pipeline).absolute() if options.export_pipeline else None,
     )
 
@@ -179,6 +196,10 @@ def check_options(options: Options, checkpoint: Path, stage: int | None, is_infe
     for flag, value in (("--server", options.server), ("--model", options.model)):
         if value and not options.recaption:
             raise ValueError(f"{flag}: needs --recaption; give both, or neither")
+    if len(set(options.sizes)) < len(options.sizes):
+        raise ValueError("--size: a size is given twice; give each once")
+    if options.force_size and not options.sizes:
+        raise ValueError("--force-size: needs --size; give both, or neither")
     if is_inference and options.weights != "ema":
         raise ValueError(f"--weights {options.weights}: {checkpoint} has only EMA weights; give --weights ema")
     if options.export_pipeline:

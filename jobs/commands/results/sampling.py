@@ -8,6 +8,7 @@ from typing import Any
 from jobs.state.run import Run
 from jobs.submission.launch import Launch
 from jobs.submission.submit import run_ranks
+from pixart.config.aspect_buckets import Shape
 from slurm.executor import Cluster
 
 
@@ -25,6 +26,7 @@ class SamplingRequest:
     base_latent_size: int | None = None  # of a checkpoint that does not record it
     ignore_unknown: bool = False  # whether to read a checkpoint without parts that are not understood
     frames: bool = False  # whether to write the image of each step
+    sizes: Sequence[Shape] = ()  # of the images; the default of the checkpoint if empty
 
 
 def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[str] = ()) -> Run:
@@ -44,6 +46,7 @@ def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[st
             "base_latent_size": request.base_latent_size,
             "ignore_unknown": request.ignore_unknown,
             "frames": request.frames,
+            "sizes": [list(size) for size in request.sizes],
         },
         parameters={
             "checkpoint": str(request.checkpoint),
@@ -51,7 +54,9 @@ def submit_sampling(launch: Launch, request: SamplingRequest, after: Sequence[st
             **{name: getattr(config, name) for name in ("steps", "guidance", "seed")},
         },
         tags={"pixart.parent_checkpoint": str(request.checkpoint)},
-        total=(len(request.prompts) or len(request.classes) or config.count) * request.images_per_prompt,
+        total=(len(request.prompts) or len(request.classes) or config.count)
+        * request.images_per_prompt
+        * max(1, len(request.sizes)),
         after=after,
     )
 

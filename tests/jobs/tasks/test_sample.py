@@ -26,6 +26,7 @@ from pixart.data.encoders.text_encoder import text_dim
 from pixart.demo.scenes import SHAPES
 from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
+from pixart.sampling import loading
 from pixart.sampling.contact_sheet import LINE
 from pixart.training.loop import train
 from tests.pixart.data.captions.test_rewriting import url  # noqa: F401 - a fixture
@@ -124,6 +125,37 @@ def test_png_metadata_reproduces_the_image(paint, saved, small_recipe):
     assert difference.max() <= 1  # another batch size rounds differently
     assert np.abs(np.asarray(single).astype(int) - np.asarray(images[2])).max() > 10
     assert options.dataset == small_recipe.data.path
+
+
+def test_sizes_in_one_run_have_the_shift_of_their_area(paint, small_recipe, tmp_path):
+    checkpoint = checkpoint_of(small_recipe, 1)
+    checkpoint.provenance = {"time_shift": "auto", "image_shapes": [[64, 128], [128, 64]], "downsampling_factor": 8}
+    path = checkpoints.save(checkpoint, tmp_path / "buckets")
+    folder, _ = paint(path, classes=[1], name="default")
+    assert [image.size for image in pictures(folder)] == [(128, 64)]
+    folder, _ = paint(path, classes=[1, 2], name="sizes", sizes=[[128, 64], [64, 64]])
+    images = pictures(folder)
+    assert [image.size for image in images] == [(64, 128)] * 2 + [(64, 64)] * 2
+    assert [image.text["seed"] for image in images] == ["40", "41", "42", "43"]
+    assert "--size 64x128 --force-size" in images[0].text["command"]
+    folder, _ = paint(path, "sample.seed=41", classes=[2], name="again", sizes=[[128, 64]])
+    difference = np.abs(np.asarray(pictures(folder)[0]).astype(int) - np.asarray(images[1]))
+    assert difference.max() <= 1
+    with pytest.raises(ValueError, match="width=72: must be a positive multiple of 16"):
+        paint(path, classes=[1], name="odd", sizes=[[64, 72]])
+
+
+def test_a_pipeline_of_a_checkpoint_has_its_shift_and_shape(small_recipe):
+    record = {"provenance": {"time_shift": "auto", "image_shapes": [[64, 128]], "downsampling_factor": 8}}
+    start = checkpoints.record_of(checkpoint_of(small_recipe, 1))
+    components = loading.Components.of_dataset(manifests.read(small_recipe.data.path))
+    model = DiT(**SIZES, num_classes=len(SHAPES) + 1)
+    pipeline = loading.build_pipeline(model, {**start, **record}, components, name="step")
+    assert pipeline.default_latent_size == (8, 16)
+    assert pipeline.scheduler.config.shift == pytest.approx(2**0.5)
+    assert pipeline.scheduler_of(16, 16).config.shift == pytest.approx(2)
+    old = loading.build_pipeline(model, start, components, name="step")
+    assert (old.default_latent_size, old.scheduler.config.shift, old.config.shift_by_area) == ((8, 8), 1, False)
 
 
 def test_classes(paint, saved):

@@ -19,8 +19,9 @@ from pixart.data import manifest as manifests
 
 RECORDS = Path(__file__).parent / "version_0_1"
 HASH = "f31585ada1a01015"  # of the manifest, as version 0.1 computed it
-ADDED = {"decay_qk_norm", "fp8_recipe", "evaluate_every"}  # keys of a stage that version 0.1 did not have
+ADDED = {"decay_qk_norm", "fp8_recipe", "evaluate_every", "time_shift"}  # keys of a stage that version 0.1 did not have
 TRAINING = TrainConfig(
+    time_shift="1",
     steps=300,
     global_batch_size=64,
     lr=6e-3,

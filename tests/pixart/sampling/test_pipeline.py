@@ -1,6 +1,7 @@
 """The pipeline and its export, compared with sampling by `denoise`."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from pixart.data.encoders.text_encoder import TextEncoder, load_text_model, text_dim
 from pixart.data.encoders.vae import load_vae
 from pixart.model.dit import DiT
-from pixart.sampling.denoise import denoise
+from pixart.sampling.denoise import denoise, make_scheduler
 from pixart.sampling.pipeline import PixArtPipeline
 
 SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 16, "num_heads": 2, "num_blocks": 2, "base_image_size": 4}
@@ -33,11 +34,9 @@ def make_pipeline(model: DiT, **parts) -> PixArtPipeline:
     return PixArtPipeline(
         transformer=model,
         vae=load_vae("demo"),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
         latents_mean=MEAN,
         latents_std=STD,
-        sample_size=4,
-        **parts,
+        **{"scheduler": FlowMatchEulerDiscreteScheduler(), "sample_size": 4, **parts},
     )
 
 
@@ -181,3 +180,33 @@ def test_encoder_decoder_text_model_is_exported_completely(tmp_path):
     expected = latents(make_pipeline(model, text_encoder=encoder, **parts), PROMPTS)
     assert torch.allclose(latents(loaded, PROMPTS), expected, atol=1e-5)
     assert not torch.allclose(latents(loaded, PROMPTS[::-1]), expected, atol=1e-3)
+
+
+def test_a_size_is_sampled_with_the_shift_of_its_area(classes):
+    shifted = make_pipeline(classes.transformer, shift_by_area=True)
+    actual = latents(shifted, class_labels=[0], height=64, width=128, seeds=(5,))
+    start = torch.randn(16, 8, 16, generator=torch.Generator().manual_seed(5))[None]
+    shift = math.sqrt(8 * 16) / 4
+    label, null = {"label": torch.tensor([0])}, {"label": torch.tensor([3])}
+    expected = denoise(
+        classes.transformer, label, null, start, steps=STEPS, guidance=3.0, scheduler=make_scheduler(shift)
+    )
+    assert actual.shape == (1, 16, 8, 16)
+    assert torch.allclose(actual, expected, atol=1e-5)
+    unshifted = denoise(classes.transformer, label, null, start, steps=STEPS, guidance=3.0)
+    assert torch.allclose(latents(classes, class_labels=[0], height=64, width=128, seeds=(5,)), unshifted, atol=1e-5)
+    assert not torch.allclose(actual, unshifted, atol=1e-2)
+    for name, side in (("height", 8), ("width", 100), ("width", 0)):
+        with pytest.raises(ValueError, match=f"{name}={side}: must be a positive multiple of 16"):
+            latents(classes, class_labels=[0], seeds=(5,), **{name: side})
+
+
+def test_an_exported_pipeline_of_a_shape_shifts_and_takes_sizes(classes, tmp_path):
+    pipeline = make_pipeline(classes.transformer, sample_size=(4, 8), shift_by_area=True, scheduler=make_scheduler(1.5))
+    pipeline.save_pretrained(tmp_path / "export")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    assert json.loads((tmp_path / "export/scheduler/scheduler_config.json").read_text())["shift"] == 1.5
+    for size in ({}, {"height": 64, "width": 32}):
+        expected = latents(pipeline, class_labels=[1], seeds=(2,), **size)
+        assert torch.equal(latents(loaded, class_labels=[1], seeds=(2,), **size), expected)
+    assert latents(loaded, class_labels=[1], seeds=(2,)).shape == (1, 16, 4, 8)
