@@ -114,14 +114,16 @@ def accessed_bytes(node: BaseSchedulerNode) -> int:
     Each element of a buffer counts once per kernel and direction. Where a kernel accesses a part of a buffer only, such
     as the queries in the output of a fused GEMM, the part counts and not the buffer.
     """
-    whole = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    buffer_bytes = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
     parts: dict[str, set[MemoryDep]] = defaultdict(set)
     for access in (*node.read_writes.reads, *node.read_writes.writes):
         if isinstance(access, MemoryDep) and not access.is_indirect():
             parts[access.name].add(access.normalize())
         else:
             parts[access.name] = set()
-    return sum(min(size, sum(part.numbytes_hint() for part in parts[name]) or size) for name, size in whole.items())
+    return sum(
+        min(size, sum(part.numbytes_hint() for part in parts[name]) or size) for name, size in buffer_bytes.items()
+    )
 
 
 def operator_name(kernel: ir.ExternKernel) -> str:

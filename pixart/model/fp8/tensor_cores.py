@@ -81,7 +81,7 @@ def _(parts):
 
 @functools.cache
 def register_lowerings() -> None:
-    """Tell the compiler how to generate code for the operators of this module.
+    """Register how the compiler generates code for `tensor_core_gemm` and `join_columns`.
 
     GEMMs become calls of `torch._scaled_mm` on GPUs that accept any layout: the generated code then calls cuBLAS
     without the dispatch of a Python operator. Other GPUs keep the opaque operator. Call this before a model is

@@ -38,9 +38,9 @@ def test_latents_of_every_bucket(bucketed_recipe):
         encoded = encode(vae, cropped, manifest.data.pixel_range)
         stored = store.read(LATENTS, members)
         assert np.allclose(stored, encoded, atol=1e-2)
-        own = psnr(decode(vae, torch.as_tensor(encoded), manifest.data.pixel_range), cropped)
+        reference = psnr(decode(vae, torch.as_tensor(encoded), manifest.data.pixel_range), cropped)
         assert psnr(decode(vae, torch.from_numpy(stored), manifest.data.pixel_range), cropped) == pytest.approx(
-            own, abs=0.1
+            reference, abs=0.1
         )
 
 

@@ -70,7 +70,7 @@ def trainer_of(recipe, stage: int, ranks, **changes) -> tuple[Trainer, Store]:
     return Trainer(None, stage, recipe.model, settings(recipe, stage, fp8=False, **changes), store, ranks), store
 
 
-def test_metrics_count_the_tokens_and_operations_of_each_bucket(bucketed_recipe, tmp_path):
+def test_metrics_count_tokens_and_operations_by_bucket(bucketed_recipe, tmp_path):
     reporter = RecordingReporter()
     config = settings(bucketed_recipe, 1, steps=6, log_every=1, validate_every=0, preview_every=0)
     run_stage(bucketed_recipe, tmp_path, 1, config, reporter=reporter)

@@ -29,7 +29,7 @@ def random_order(seed: int) -> tuple[TrainingOrder, list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_batches_are_of_one_bucket_and_epochs_have_each_row_once(seed):
+def test_batches_are_of_one_bucket_and_epochs_have_all_rows_once(seed):
     """After E epochs every row was sampled E times, but for a rest of less than one batch per bucket."""
     order, rows = random_order(seed)
     size, total = order.global_batch_size, sum(map(len, rows))
@@ -117,7 +117,7 @@ def test_resumed_loading_has_the_same_batches(tmp_path, start):
         assert torch.equal(batch.latents, other.read(step).latents)
 
 
-def test_an_epoch_of_the_loader_has_each_valid_row_once(tmp_path):
+def test_an_epoch_of_the_loader_has_all_valid_rows_once(tmp_path):
     store = bucketed_store(str(tmp_path), BUCKETS, rows=640, num_shards=4, seed=3)
     valid = store.valid_rows()
     sizes = np.unique(store.bucket_of(valid), return_counts=True)[1]

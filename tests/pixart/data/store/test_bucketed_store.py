@@ -57,7 +57,7 @@ def test_a_file_has_only_the_rows_of_its_bucket(store):
         assert size == count * columns[name].stride + indices
 
 
-def test_shards_are_read_whole_as_they_were_written(tmp_path):
+def test_shards_are_read_as_they_were_written(tmp_path):
     manifest = bucketed_manifest(str(tmp_path), BUCKETS, rows=40, num_shards=2)
     bucket, valid = np.arange(20) % 3, np.arange(20) % 7 != 2
     written = [bucketed_columns(manifest, shard, bucket, valid) for shard in range(2)]
