@@ -13,6 +13,7 @@ from typing import Any
 from jobs.commands.options import Command
 
 PROGRAM = "python -m jobs.launch"
+MIN_BEGINNING = 4  # letters of a word that is taken for the beginning of another
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         ),
         "open": Entry(
             "results.open",
-            "Print the path of a run's page and show it, or serve a page to browse the captions of a dataset.",
+            "Show the page of a run, or serve a page that browses the captions of a dataset.",
         ),
         "lineage": Entry("results.lineage", "Show what a run, an image, a checkpoint or a dataset was made from."),
         "release": Entry("results.release", "Register the EMA weights of a checkpoint as a model version in MLflow."),
@@ -107,7 +108,8 @@ def overview() -> str:
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """Return a question with the known word closest to a mistyped one; None if none has a ratio of at least `cutoff`.
 
-    The ratio is `difflib.SequenceMatcher.ratio`, 0 to 1.
+    The ratio is `difflib.SequenceMatcher.ratio`, 0 to 1. The shortest word that the mistyped one begins comes first.
     """
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    begun = sorted((name for name in known if len(word) >= MIN_BEGINNING and name.startswith(word)), key=len)
+    matches = begun or difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"did you mean {matches[0]!r}?" if matches else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.reading import orbax_metadata
+from conversion.reading.folders import layout
 from conversion.reading.pickle_format import is_pickle_format
 from pixart import records
 from pixart.config.checkpoint_metadata import MARKER, InferenceRecord, read_record
@@ -81,7 +82,11 @@ def acceptance(provenance: Mapping[str, Any]) -> str | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint of another program, which the conversion can read."""
-    return any((directory / name).exists() for name in FOREIGN) or orbax_metadata.find(directory) is not None
+    return (
+        any((directory / name).exists() for name in FOREIGN)
+        or layout.is_state_folder(directory)
+        or orbax_metadata.find(directory) is not None
+    )
 
 
 def check_file(path: Path) -> None:
@@ -90,6 +95,9 @@ def check_file(path: Path) -> None:
     Raises ValueError if it is neither, or is truncated.
     """
     if zipfile.is_zipfile(path) or is_pickle_format(path):
+        return
+    if layout.is_index(path):
+        layout.files_of_index(path)
         return
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":

@@ -102,7 +102,10 @@ def home(named: str | None) -> Path:
         )
     folder = Path(name).absolute()
     if (folder / "runs").is_dir() and os.access(folder, os.W_OK):
-        record_location(folder, [] if (folder / LOCATIONS).exists() else earlier_locations(folder))
+        is_recorded = (folder / LOCATIONS).exists()
+        earlier = [] if is_recorded else earlier_locations(folder)
+        if is_recorded or earlier not in ([], [folder]):  # nothing is written into a home that has not moved
+            record_location(folder, earlier)
     return folder
 
 

@@ -99,6 +99,8 @@ def read_record(directory: Path) -> dict[str, Any]:
     marker = directory / MARKER
     version = records.read(marker, dict[str, Any]).get("format")
     if version not in (LEGACY_FORMAT, FORMAT):
+        if version is None:
+            raise ValueError(f"{marker}: is damaged, it names no format; restore it")
         raise ValueError(f"{directory}: has checkpoint format {version!r}; supported are {LEGACY_FORMAT} and {FORMAT}")
     record = records.read(marker, CheckpointRecord)
     if version == LEGACY_FORMAT:

@@ -135,10 +135,15 @@ class Attention(nn.Module):
         if not self.fused_projections:
             return [linear(x) for linear in linears]
         if all(type(linear) is nn.Linear for linear in linears):
-            weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-            return F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
+            return fused_gemm(linears, x)
         fused_forward = getattr(linears[0], "fused_forward", None)
         return fused_forward(linears, x) if fused_forward else [linear(x) for linear in linears]
+
+
+def fused_gemm(linears: Sequence[nn.Linear], x: Tensor) -> Sequence[Tensor]:
+    """Return each linear's output for x, by one GEMM of their concatenated weights."""
+    weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    return F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
 
 
 class SelfAttention(nn.Module):

@@ -1,7 +1,8 @@
-"""Print the path of a run's page and show it, or serve a page to browse the captions of a dataset.
+"""Show the page of a run, or serve a page that browses the captions of a dataset.
 
-A run's page is updated first, unless the run is read-only. The page of a dataset is at an address of this machine alone
-until an interrupt; with --print, its audit is printed. The browser opens only if there is a display.
+The path of the page is printed. A run's page is updated first, unless the run is read-only. The page of a dataset is at
+an address of this machine alone until an interrupt; with --print, its audit is printed. The browser opens only if there
+is a display.
 """
 
 import os

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pixart.model.fp8.ops import INPUT, SLOTS, WEIGHT, Float8LinearFunction, amax, concatenate, update_amax
 from pixart.model.fp8.plan import Plan, iterate_planned_linears
+from pixart.model.layers import fused_gemm
 
 
 class Float8Linear(nn.Linear):
@@ -51,7 +52,9 @@ class Float8Linear(nn.Linear):
 
     @staticmethod
     def fused_forward(linears: "Sequence[Float8Linear]", x: Tensor) -> Sequence[Tensor]:
-        """Return the outputs of several linears for the same x, computed by one GEMM if all of them run in FP8."""
+        """Return the outputs of several linears for the same x, computed by one GEMM if all or none run in FP8."""
+        if not any(isinstance(linear, Float8Linear) and linear.fp8_enabled for linear in linears):
+            return fused_gemm(linears, x)
         if not all(isinstance(linear, Float8Linear) and linear.fp8_enabled for linear in linears):
             return [linear(x) for linear in linears]
         return gemm(linears, x)

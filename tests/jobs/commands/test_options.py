@@ -46,7 +46,7 @@ def sample_words(hint: Any) -> tuple[str, Any]:
     if get_origin(kind) is Literal:
         choice = get_args(kind)[-1]
         return str(choice), choice
-    return {int: ("3", 3), float: ("0.5", 0.5), str: ("word", "word")}[kind]
+    return {int: ("3", 3), float: ("0.5", 0.5), str: ("word", "word"), tuple[int, int]: ("64x48", (48, 64))}[kind]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,7 +117,7 @@ def test_help_of_options_is_complete(name):
             assert declared.metavar is None
             continue
         assert declared.metavar, field
-        assert re.fullmatch(r"[A-Z][A-Z|=]*", declared.metavar), declared.metavar
+        assert re.fullmatch(r"[A-Z][A-Zx/|=]*", declared.metavar), declared.metavar
         if declared.flags and item.default not in (None, ()):
             assert f"(default: {item.default})" in declared.help, field
 

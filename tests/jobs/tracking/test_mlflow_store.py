@@ -1,5 +1,6 @@
 """Tracking with real MLflow stores, embedded and on a server, with processes killed at every write."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from jobs.state.run_metadata import add_tags, change, describe, set_status
 from jobs.tracking.mlflow_entities import QUEUE
 from jobs.tracking.mlflow_store import STATE, StoreError, Tracker, needs_sync, run_id
 from jobs.tracking.sync import sync_in_background, try_sync
+from pixart.recipes import demo
 from slurm.task import ATTEMPTS
 from tests.support import reporting_tasks
 
@@ -239,8 +241,9 @@ def test_configuration_and_dataset_are_of_the_kind_that_mlflow_shows(home):
     tracker, run = begin(home, "a")
     dataset = home / "datasets/cats"
     dataset.mkdir(parents=True)
-    data = {"num_shards": 4, "image_size": 64, "source": "there", "captioner": "demo"}
-    record = {"data": data, "models": {}, "images": 64, "hash": "a" * 64}
+    data = dataclasses.asdict(demo(str(home)).data) | {"num_shards": 4}
+    record = {"format": 4, "data": data, "models": {}, "images": 64, "rows_per_shard": 16, "hash": "a" * 64}
+    record |= {"class_names": [], "latent_shape": [16, 8, 8], "text_dim": 8}
     (dataset / "manifest.json").write_text(json.dumps(record))
     configuration = {"data": {"source": "x" * 9000, "layers": [1, 2]}, "stage1": {"lr": 0.2}, "m" * 300: 1}
     configuration |= {"model": {f"key_{number}": number for number in range(150)}}

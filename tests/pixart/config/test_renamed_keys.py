@@ -19,7 +19,13 @@ from pixart.data import manifest as manifests
 
 RECORDS = Path(__file__).parent / "version_0_1"
 HASH = "f31585ada1a01015"  # of the manifest, as version 0.1 computed it
-ADDED = {"decay_qk_norm", "fp8_recipe", "evaluate_every", "time_shift"}  # keys of a stage that version 0.1 did not have
+ADDED = {
+    "decay_qk_norm",
+    "fp8_recipe",
+    "evaluate_every",
+    "finish_bf16_steps",
+    "time_shift",
+}  # keys of a stage that version 0.1 did not have
 TRAINING = TrainConfig(
     time_shift="1",
     steps=300,

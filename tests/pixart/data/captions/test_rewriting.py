@@ -264,7 +264,7 @@ def test_overlap_and_divergence():
         ("endless", "longer than 1048576 bytes"),
         ("drip", "not complete after 0.5 s"),
         ("slow header", "not complete after 0.5 s"),
-        ("no json", "does not respond: Expecting value"),
+        ("no json", "does not respond: its response: is not JSON; Expecting value"),
     ],
 )
 def test_a_hostile_server_gets_no_credentials_and_no_time(url, monkeypatch, request_text, message):
