@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pixart.checkpoint.directory import Checkpoint
 from pixart.config.latent_space import check_latent_space
+from pixart.config.resolutions import recorded_time_shift, time_shift
 from pixart.data import manifest as manifests
 from pixart.data.encoders.text_encoder import TextEncoder
 from pixart.data.store.zarr_store import Store
@@ -27,6 +28,7 @@ class CalibrationBatch:
     label: Tensor  # (B,)
     text: Tensor  # (B, L, text_dim)
     text_mask: Tensor  # (B, L)
+    time_shift: float = 1.0  # of training at the size of the latents
 
 
 def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_size: int) -> list[CalibrationBatch]:
@@ -58,6 +60,8 @@ def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_s
     encoder = None
     if not data.store_text_embeddings:
         encoder = TextEncoder(data.text_encoder, max_tokens=data.max_text_tokens, scale=data.text_scale)
+    setting = recorded_time_shift({"provenance": checkpoint.provenance})
+    base_size = checkpoint.config["base_image_size"]
     batches = []
     for rows in selected:
         mask = torch.from_numpy(store.read("token_mask", rows))
@@ -65,12 +69,15 @@ def dataset_batches(path: str, checkpoint: Checkpoint, num_batches: int, batch_s
             text = encoder.states(store.read("token_ids", rows), mask).cpu()
         else:
             text = torch.from_numpy(store.read("text_states", rows)).float()
+        latents = normalization.apply(torch.from_numpy(store.read("latents", rows)))
+        height, width = latents.shape[2:]
         batches.append(
             CalibrationBatch(
-                latents=normalization.apply(torch.from_numpy(store.read("latents", rows))),
+                latents=latents,
                 label=torch.from_numpy(store.read("label", rows)).long(),
                 text=text,
                 text_mask=mask,
+                time_shift=time_shift(setting, height, width, base_size),
             )
         )
     return batches

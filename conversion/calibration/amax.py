@@ -19,7 +19,7 @@ from pixart.model.fp8 import ops
 from pixart.model.fp8.ops import FORMATS, GRAD_OUTPUT, INPUT, SLOTS, WEIGHT, Format, fake_quantize
 from pixart.model.fp8.plan import Plan
 from pixart.model.fp8.scaling import calibrated_state
-from pixart.model.rectified_flow import flow_loss, interpolate, stratified_time
+from pixart.model.rectified_flow import flow_loss, interpolate, shift_time, stratified_time
 
 PERCENTILE = 0.9999
 MAX_SAMPLED_VALUES = 1 << 20  # of a tensor, for the percentile and the mean squared error
@@ -37,7 +37,7 @@ def batch_losses(model: DiT, batches: SeededBatches) -> Tensor:
     device = model.adaLN1.weight.device
     group = list(batches.values())
     data = torch.cat([batch.latents for batch in group]).to(device)
-    draws = [time_and_noise(batch.latents.shape, seed) for seed, batch in batches.items()]
+    draws = [time_and_noise(batch, seed) for seed, batch in batches.items()]
     t, noise = (torch.cat(parts).to(device) for parts in zip(*draws, strict=True))
     if model.stage == 1:
         label = torch.cat([batch.label for batch in group]).to(device)
@@ -54,10 +54,11 @@ def batch_losses(model: DiT, batches: SeededBatches) -> Tensor:
     return torch.stack([flow_loss(*tensors) for tensors in zip(*parts, strict=True)])
 
 
-def time_and_noise(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Draw t (B,) and noise (B, C, h, w) from a seed."""
+def time_and_noise(batch: CalibrationBatch, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw t (B,), shifted as in training, and noise (B, C, h, w) for a batch from a seed."""
     generator = torch.Generator().manual_seed(seed)
-    return stratified_time(shape[0], generator), torch.randn(shape, generator=generator)
+    t = stratified_time(len(batch.latents), generator)
+    return shift_time(t, batch.time_shift), torch.randn(batch.latents.shape, generator=generator)
 
 
 def split_passes(model: DiT, batches: SeededBatches) -> Iterator[SeededBatches]:

@@ -143,7 +143,6 @@ def test_conversion_calibrates_on_every_bucket(bucketed_recipe, stage1, converte
     _, report = converted
     assert {tuple(size) for size in report["calibration_latents"]} == LATENTS
     assert report["num_batches"] >= 6
-    print(report["acceptance"])
     assert report["acceptance"]["passed"]
     batches = dataset_batches(bucketed_recipe.data.path, checkpoints.load(stage1[0]), 12, 4)
     assert {tuple(batch.latents.shape[-2:]) for batch in batches[:6]} == LATENTS
