@@ -117,10 +117,11 @@ class Options(RecipeOptions, SubmissionOptions):
 def run(options: Options) -> int:
     home = runs.home(options.home)
     with launching("serve", options, home, read_recipe(home, options), overrides=options.overrides) as launch:
-        return serve(launch, options)
+        serve(launch, options)
+    return 0
 
 
-def serve(launch: Launch, options: Options) -> int:
+def serve(launch: Launch, options: Options) -> None:
     """Check the options against the checkpoint and the dataset, and submit the server; on this machine, wait for it."""
     request = make_request(launch, options)
     run = submit_serving(launch, request)
@@ -129,7 +130,6 @@ def serve(launch: Launch, options: Options) -> int:
         print(follow(launch, run))
     else:
         print(describe_submission(options, run))
-    return 0
 
 
 def make_request(launch: Launch, options: Options) -> ServingRequest:
