@@ -8,13 +8,12 @@ arrays only; every other name is refused before it is imported.
 import codecs
 import io
 import math
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from pixart.restricted_pickle import RefusedPickleError, RestrictedUnpickler
 
 MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 INTEGERS = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
@@ -97,18 +96,12 @@ KNOWN: dict[tuple[str, str], Known] = {
 }
 
 
-class RecordUnpickler(RestrictedUnpickler):
-    """An unpickler that knows the names in KNOWN and no other."""
+class RecordUnpickler(pickle.Unpickler):
+    """An unpickler that knows the names in KNOWN and no other.
 
-    def call(self, function: Any, arguments: Any, named: Mapping[str, Any]) -> Any:
-        if not isinstance(function, Known) or named:
-            raise RefusedPickleError("a call of what is not a function of numpy")
-        return function(*arguments)
-
-    def set_state(self, target: Any, state: Any) -> None:
-        if not isinstance(target, DType | Array | Known):
-            super().set_state(target, state)
-        target.__setstate__(state)
+    It is the implementation in C, a tenth of the time of `restricted_pickle.RestrictedUnpickler`: a dataset has
+    millions of records. A pickle can only call what `find_class` returns, and the objects in KNOWN refuse a state.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in KNOWN:
