@@ -99,6 +99,7 @@ def test_dry_run_names_skipped_tensors(stage2_file, capsys):
     assert not stage2_file.with_suffix(".fp8").exists()
 
 
+@pytest.mark.slow
 def test_training_continues_in_fp8(stage2_file, recipe, tmp_path):
     """Training starts from the state of the file, reports finite losses, and keeps eps and the record of dropout."""
     start = tmp_path / "model_3.fp8"
@@ -149,6 +150,7 @@ def test_eps_is_kept_by_export_and_from_pretrained(tmp_path, capsys):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stage1_with_transformer_engine_is_converted(stage, tmp_path, capsys):
     torch.manual_seed(0)

@@ -52,6 +52,7 @@ def test_legacy_file_becomes_a_checkpoint_for_fp8_training(legacy_file, capsys):
     assert "<html" in (directory / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dev_stage1", "dev_stage1_bf16"])
 def test_files_of_the_original_training_pass_and_are_fitted(shared_data, tmp_path, name):
     report = convert(shared_data / f"legacy/{name}.pt", tmp_path / "out", Options(base_latent_size=16, text_dim=48))

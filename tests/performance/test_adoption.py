@@ -4,6 +4,7 @@ import os
 import time
 
 import numpy as np
+import pytest
 import torch
 
 from jobs.tasks import adopt
@@ -12,6 +13,8 @@ from pixart.data.adoption.rows import TextColumns
 from pixart.data.encoders.text_encoder import load_tokenizer
 from tests.support.adoption import init
 from tests.support.precomputed import random_latents, torch_entries
+
+pytestmark = pytest.mark.slow
 
 ROWS, SHAPE = 8000, (16, 32, 32)  # 262 MB of latents at 256 px
 LEAST = 0.7  # of the speed of reading, writing and fsync of the same bytes

@@ -3,8 +3,12 @@
 import statistics
 import time
 
+import pytest
+
 from jobs.state.journal import Journal
 from tests.jobs.state.test_journal import steps
+
+pytestmark = pytest.mark.slow
 
 MOST_SECONDS = 50e-6  # 1 % of a step of 5 ms
 

@@ -2,8 +2,12 @@
 
 import dataclasses
 
+import pytest
+
 from pixart.model.dit import DiT
 from tests.pixart.training.test_loop import RecordingReporter, run_stage
+
+pytestmark = pytest.mark.slow
 
 
 def test_loop_overhead_is_small(small_recipe, tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ from slurm import profile as profiles
 from slurm.task import ATTEMPTS
 from slurm.usage import FILE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RUNS, SHARDS, SMALL = 1000, 10_000, 10  # two runs have SHARDS, the others SMALL shards each
 ACTIVE = 50  # runs whose jobs Slurm is asked about

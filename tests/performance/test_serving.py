@@ -4,10 +4,13 @@ import os
 import time
 
 import httpx2
+import pytest
 
 from benchmarks.serving import load, resident_bytes
 from pixart.sampling.images import BATCH_SIZE, SampleRequest, generate
 from tests.support.serving_fixture import GUIDANCE
+
+pytestmark = pytest.mark.slow
 
 CLIENTS, SECONDS, STEPS = 32, 4.0, 50
 ROUNDS = 3  # of batched sampling, before and after the load; the slowest counts, as other processes use this machine

@@ -199,6 +199,7 @@ def test_damaged_checkpoint_is_refused(step, capsys, name):
     assert str(step) in line
 
 
+@pytest.mark.slow
 def test_stage_2_under_another_name_is_refused(tmp_path, capsys):
     """The JAX re-parameterization saved its result as the item `model` of step 0."""
     arrays = {"patchify.weight": zeros(32, 16, 2, 2), "dit_blocks.0.cross_attention.q_proj.weight": zeros(32, 32)}

@@ -452,6 +452,7 @@ def test_unused_entries_are_in_the_report(content, tmp_path, capsys):
 CASES = ("names_*", "wrapped_*", "average_swa.pt", "beside_*", "step_numpy.pt", "format_before_1_6.pt", "dcp_*")
 
 
+@pytest.mark.slow
 def test_cases(shared_data, tmp_path):
     """Every checkpoint that the collection of cases writes has the state of the plain file, or is refused."""
     script = shared_data.parent / "cases/make_checkpoints.py"

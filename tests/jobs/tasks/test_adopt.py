@@ -227,6 +227,7 @@ def test_a_shard_that_is_done_is_not_adopted_again_and_an_altered_one_is(tmp_pat
     assert verify.run(str(tmp_path)) == {"caption": [], "latents": []}
 
 
+@pytest.mark.slow
 def test_a_killed_job_that_runs_again_leaves_the_same_bytes(tmp_path):
     """Kill the process at several moments of the second shard, and compare with an uninterrupted job."""
     source = write_torch_shards(tmp_path / "shards", "tokens", [600, 4000])

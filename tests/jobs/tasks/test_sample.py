@@ -282,6 +282,7 @@ def test_a_warning_of_untrained_guidance(small_recipe, tmp_path, capsys, probabi
     assert error.count("\n") == warned
 
 
+@pytest.mark.slow
 def test_commands_rewrite_and_export(saved, url, tmp_path, capsys):  # noqa: F811
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "red ball"}\n\n{"text": "blue ball", "request": "ball"}\n')
     settings = ["--home", str(tmp_path), "--cluster", "local", "--set", "sample.steps=1"]

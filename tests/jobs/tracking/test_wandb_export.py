@@ -50,6 +50,7 @@ def mlflow_curves(run: Path) -> dict[str, list[tuple[float, float]]]:
     return {name: sorted((one.step, one.value) for one in points) for name, points in histories.items()}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_kill_and_a_requeue_has_the_curves_of_mlflow(run):
     """Steps are repeated after each restart, a killed process leaves half a line, and exports come in between."""
     assert export(run) is None  # no work has begun

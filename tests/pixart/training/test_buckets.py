@@ -26,6 +26,8 @@ from pixart.training.validation import Validator
 from tests.pixart.training.test_loop import RecordingReporter, assert_equal, run_stage
 from tests.support import ranks as processes
 
+pytestmark = pytest.mark.slow
+
 LATENTS = {(8, 8), (4, 16), (16, 4), (6, 12), (12, 6), (6, 10)}
 
 

@@ -129,6 +129,7 @@ def test_fp8_resume_is_exact_and_scales_move(small_recipe, converted, tmp_path):
     assert end.scales["dit_blocks.0.cross_attention.q_proj.amax_history"][-1, 2] > 0
 
 
+@pytest.mark.slow
 def test_the_last_steps_are_in_bf16(small_recipe, converted, tmp_path):
     """All linears change to BF16 after 4 of 6 steps; runs resumed before and after the change continue it exactly."""
     config = dataclasses.replace(small_recipe.stage2, finish_bf16_steps=2, save_every=1, keep_last=6)

@@ -21,6 +21,7 @@ def psnr(images: np.ndarray, decoded: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255**2 / error)))
 
 
+@pytest.mark.slow
 def test_latents_of_pixels_in_0_1_decode_as_the_original_training_decoded_them(shared_data, photos):
     vae = load_vae(str(shared_data / "tiny-vae"))
     with torch.no_grad():
