@@ -146,9 +146,10 @@ def released_checkpoint(home: Path, model: str, version: str | None, alias: str 
 
     tracker = Tracker(home)
     name = f"models:/{model}@{alias}" if alias else f"models:/{model}/{version}"
+    release = None
     with tracker.converted_errors():
+        client = tracker.client
         try:
-            client = tracker.client
             if alias:
                 release = client.get_model_version_by_alias(model, alias)
             else:
@@ -157,7 +158,8 @@ def released_checkpoint(home: Path, model: str, version: str | None, alias: str 
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-            raise ValueError(f"{name}: no such release in {tracker.uri}; run 'release' first") from None
+    if release is None:
+        raise ValueError(f"{name}: no such release in {tracker.uri}; run 'release' first")
     return present(release.tags["checkpoint"], home)
 
 

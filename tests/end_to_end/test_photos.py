@@ -209,4 +209,4 @@ def test_runs_are_in_mlflow(home):
     history = client.get_metric_history(run_id(stage2), "train/loss")
     assert [point.value for point in history] == pytest.approx(losses(stage2))
     artifacts = client.list_artifacts(run_id(runs(home, "sample")[-1]))
-    assert [file.path for file in artifacts] == ["lineage.html", "samples.png"]
+    assert [file.path for file in artifacts] == ["config.json", "lineage.html", "samples.png"]

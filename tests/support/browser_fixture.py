@@ -60,7 +60,8 @@ def open_page(browser) -> Callable:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / f"{name}-{scheme}.png", full_page=True)
         context.close()
-        assert [error for error in errors if not any(known in error for known in expected_errors)] == []
+        unexpected = [error for error in errors if not any(known in error for known in expected_errors)]
+        assert not unexpected, unexpected
 
     return open_page
 

@@ -23,7 +23,7 @@ HOST = "127.0.0.1"
 FILES = Path(__file__).parent / "page"
 IMAGE_PIXELS = 640  # longest side
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -50,7 +50,9 @@ class Images:
         try:
             with self.lock:
                 self.source = self.source or open_images(self.manifest)
-                item = next(self.source.read(row, row + 1))
+                item = next(self.source.read(row, row + 1), None)
+            if item is None:
+                return None
             image = decode(item.data, self.manifest.data.screening)
         except (Rejected, OSError, ValueError):
             return None

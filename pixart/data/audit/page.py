@@ -28,7 +28,8 @@ REASON_LABELS = {
     "caption: no text": "caption: not prose",
 }
 GALLERY = """
-.half { display: inline-block; width: 540px; max-width: 100%; margin-right: 12px; }
+.half { display: inline-block; width: 540px; max-width: 100%; padding-right: 12px;
+  box-sizing: border-box; }
 .half svg { width: 100%; height: auto; } .bar { fill: var(--c0); }
 .gallery { display: flex; flex-wrap: wrap; gap: 10px; }
 .gallery figure { margin: 0; width: 104px; font-size: 12px; overflow-wrap: anywhere; color: var(--soft); }

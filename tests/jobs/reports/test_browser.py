@@ -105,6 +105,14 @@ def test_the_application_serves_this_machine_alone(browsed):
     assert "default-src 'self'" in client.get("/").headers["content-security-policy"]
 
 
+def wait_for(page, expression: str) -> None:
+    """Wait until an expression is true; Playwright's own wait evaluates in the page, whose policy forbids that."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(50)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_finds_captions(browsed, open_page, scheme):
@@ -120,10 +128,8 @@ def test_the_page_finds_captions(browsed, open_page, scheme):
             page.fill("input[name=words]", "red")
             with page.expect_response("**/captions?*words=red*"):
                 page.press("input[name=words]", "Enter")
-            page.wait_for_function(
-                "[...document.querySelectorAll('#rows p:first-child')].every(p => /red/.test(p.innerText))"
-            )
-            page.wait_for_function("[...document.images].slice(0, 2).every(i => i.complete && i.naturalWidth >= 64)")
+            wait_for(page, "[...document.querySelectorAll('#rows p:first-child')].every(p => /red/.test(p.innerText))")
+            wait_for(page, "[...document.images].slice(0, 2).every(i => i.complete && i.naturalWidth >= 64)")
             check_accessible(page)
             check_narrow(page)
     finally:

@@ -172,7 +172,7 @@ def test_training_evaluates_checkpoints_and_previews_prompts(small_demo: Demo):
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
-        (["--prompts", "bad.jsonl"], {}, "bad.jsonl: line 1: is no JSON"),
+        (["--prompts", "bad.jsonl"], {}, "bad.jsonl: line 1: is not JSON"),
         (["--prompts", "other.json"], {}, "is no file of COCO captions"),
         (["--reference", "empty"], {}, "holds no images"),
         (["--reference", "missing"], {}, "missing: does not exist"),
