@@ -47,8 +47,8 @@ check: .venv/.installed-dev
 
 # The long campaign of tests/attack, with its figures by area; the short one is part of `make test`.
 attack: export PIXART_ATTACK := long
-attack: .venv/.installed-dev
-	@$(BIN)/python -m pytest -q -n $(WORKERS) tests/attack
+attack: .venv/.installed-dev vllm-env
+	@$(BIN)/python -m pytest -q -n $(WORKERS) tests/attack tests/end_to_end/test_captioning.py
 
 # vLLM's environment is installed beside the tests, of which those that need it wait for it.
 test: .venv/.installed-dev

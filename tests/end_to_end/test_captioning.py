@@ -15,11 +15,13 @@ import pytest
 
 from jobs.state import ledger
 from jobs.tasks import caption
+from tests.attack.campaign import is_long
 from tests.support.environment import bare_environment
 from tests.support.vllm_fixture import PYTHON, VARIABLES, needs_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
-SHARDS, KILLS = 8, 20
+SHARDS = 8
+KILLS = 20 if is_long() else 8
 DAMAGED = {"truncated": 3, "unreadable": 3, "plain": 2}
 MARK = "PIXART_TEST_MARK"  # environment variable that identifies the processes of a launch
 
