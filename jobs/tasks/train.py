@@ -9,12 +9,11 @@ from pathlib import Path
 from jobs.state import ledger, nodes
 from jobs.state.journal import Journal
 from jobs.state.prompts import read_prompts
+from jobs.state.run_metadata import read_profile
 from jobs.tasks import audit
-from pixart import records
 from pixart.config import recipe as recipe_file
 from pixart.config.keys import toml_file
 from pixart.config.recipe import Recipe
-from slurm.profile import Profile
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[2]
@@ -90,7 +89,7 @@ class Evaluations:
         """Start the evaluation of a checkpoint by the keys evaluation.* of the run's recipe."""
         settings = self.run / SETTINGS
         settings.write_text(toml_file.dumps(self.recipe))
-        home, profile = self.run.parent.parent, records.read(self.run / "profile.json", Profile).name
+        home, profile = self.run.parent.parent, read_profile(self.run).name
         words = [str(checkpoint), "--home", str(home), "--config", str(settings), "--cluster", profile]
         command = ["nice", "-n", "19", sys.executable, "-m", "jobs.launch", "evaluate", *words]
         hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -116,7 +115,7 @@ def check_nodes(run_folder: Path) -> None:
     from slurm.task import TERMINATE, TaskInterrupted, restart_count
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    profile = records.read(run_folder / "profile.json", Profile)
+    profile = read_profile(run_folder)
     bad = preflight.run(
         rank,
         int(os.environ["WORLD_SIZE"]),
@@ -136,7 +135,7 @@ def check_nodes(run_folder: Path) -> None:
         print(f"preflight: {described}", file=sys.stderr, flush=True)
     if restart_count() >= MAX_EXCLUSIONS or any(node.startswith("rank ") for node in bad):
         raise RuntimeError(f"preflight: {described}; run 'retry', which avoids the nodes that are named")
-    avoided = nodes.joined(profile["exclude"], ",".join({**nodes.excluded(run_folder), **bad}))
+    avoided = nodes.joined(profile.exclude, ",".join({**nodes.excluded(run_folder), **bad}))
     raise TaskInterrupted(TERMINATE, exclude=avoided)
 
 
