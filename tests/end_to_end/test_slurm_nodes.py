@@ -194,7 +194,8 @@ def test_a_slow_node_is_avoided(dev_cluster, make_bench, undisturbed, slow_node,
     assert wait_for_end(run) == {0: "done"}, runs.elements(run)
     starts = attempts(run.folder)
     assert {line["node"] for line in starts if line["restart"] == 0} == {"n1", "n2"}
-    assert {line["node"] for line in starts if line["restart"] == 1} == {"n1", "n3"}
+    again = {line["node"] for line in starts if line["restart"] == 1}  # Slurm takes n1 if it is free by then
+    assert (len(again), "n2" in again, set(nodes.excluded(run.folder))) == (2, False, {"n2"})
     assert contents(bench, run) == expected
     capsys.readouterr()
     submit(bench.home, "status", run.folder.name)
