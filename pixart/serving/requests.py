@@ -132,7 +132,7 @@ def parse_images(content: Any, model: ServedModel, limits: Limits) -> ImageReque
         raise RequestError("response_format='url': a stream has b64_json only", param="response_format")
     if body.revised_prompt is not None:
         if body.recaption or model.stage == 1:
-            reason = "recaption writes it" if body.recaption else "a class is sampled as it is"
+            reason = "recaption writes it" if body.recaption else "a class has no prompt"
             raise RequestError(f"revised_prompt: cannot be given, as {reason}; leave it out", param="revised_prompt")
         check_prompt(body.revised_prompt, limits, param="revised_prompt")
     if model.stage == 1:

@@ -126,6 +126,11 @@ def attack(cases: Iterable[tuple[str, Any]], attempt: Callable[[Any], str]) -> N
         print(json.dumps({"name": name, "outcome": outcome, "seconds": seconds}), flush=True)
 
 
+def attack_kind(kind: str, share: int, files: Callable[[], Mapping[str, bytes]], attempt: Callable[[Any], str]) -> None:
+    """Try the damaged files of one kind, `share` of them without ATTACK_SCALE."""
+    attack(mutated(files(), number(share), kind), attempt)
+
+
 def outcomes_of(module: str, *words: str) -> list[dict[str, Any]]:
     """Run a module in a process of its own and return its outcomes. Fails unless every input has one, in time."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

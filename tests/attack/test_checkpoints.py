@@ -10,7 +10,7 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from conversion.reading import formats
 from pixart.model.dit import DiT
-from tests.attack.mutations import attack, mutated, number, outcomes_of
+from tests.attack.mutations import attack_kind, number, outcomes_of
 
 CONFIG = {"in_dim": 4, "dim": 16, "cond_dim": 8, "num_heads": 1, "mlp_ratio": 1, "num_blocks": 1, "patch_size": 2}
 CONFIG |= {"base_image_size": 8, "num_classes": 3}
@@ -168,11 +168,7 @@ def test_functions_are_never_called(tmp_path, name, is_archive):
 def main() -> None:
     warnings.filterwarnings("ignore")
     count, files, put = KINDS[sys.argv[1]]
-    attack(cases(sys.argv[1], count, files), attempt(put))
-
-
-def cases(kind: str, count: int, files: Callable[[], dict[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    return mutated(files(), number(count), kind)
+    attack_kind(sys.argv[1], count, files, attempt(put))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,7 @@ import pytest
 
 from pixart.data.sources.base import Item
 from pixart.data.sources.open import open_source
-from tests.attack.mutations import attack, mutated, number, outcomes_of
+from tests.attack.mutations import attack_kind, number, outcomes_of
 from tests.pixart.data.sources.test_sources import noise_image
 
 ROWS = 4
@@ -165,11 +165,7 @@ def test_damaged_sources(kind):
 
 def main() -> None:
     count, files, put = KINDS[sys.argv[1]]
-    attack(cases(sys.argv[1], count, files), attempt(put))
-
-
-def cases(kind: str, count: int, files: Callable[[], dict[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    return mutated(files(), number(count), kind)
+    attack_kind(sys.argv[1], count, files, attempt(put))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Models by hub name are in the cache of huggingface_hub (HF_HOME); HF_ENDPOINT an
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
 
+from conversion.reading.folders.layout import Index
 from jobs.commands.doctor.finding import Finding, missing, ok
 from pixart import records
 from pixart.config.recipe import Recipe
@@ -14,12 +14,6 @@ from pixart.config.recipe import Recipe
 BUILT_IN = {"vae": "demo", "text_encoder": "minilm"}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of the files that define a model
 DOCUMENTS = ("README.md", "LICENSE*")
-
-
-class IndexRecord(TypedDict):
-    """The files of a model whose weights are in several ones, by tensor."""
-
-    weight_map: dict[str, str]
 
 
 def named(recipe: Recipe) -> dict[str, str]:
@@ -77,7 +71,7 @@ def is_complete(folder: Path | None) -> bool:
     if folder is None or not (folder / "config.json").is_file():
         return False
     for index in folder.glob("*.safetensors.index.json"):
-        return all((folder / file).is_file() for file in set(records.read(index, IndexRecord)["weight_map"].values()))
+        return all((folder / file).is_file() for file in set(records.read(index, Index)["weight_map"].values()))
     return any(path.is_file() for path in folder.glob("*.safetensors"))
 
 
