@@ -4,13 +4,12 @@ Bytes follow from the configuration. Operations of training are counted, and tak
 peak. Captioning and encoding are extrapolated from the finished shards of the dataset.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jobs.commands.launching import read_recipe
-from jobs.commands.options import Command, RecipeOptions, option, positive
+from jobs.commands.options import Command, RecipeOptions, fraction, option, positive
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.submission import estimates
@@ -21,17 +20,6 @@ from pixart.gpu_rates import Card
 DEFAULT_CARD: Card = "B200"
 DEFAULT_UTILIZATION = 0.35
 UNKNOWN = "unknown"
-
-
-def fraction(text: str) -> float:
-    """Convert the value of an option to a fraction. Raises ValueError unless it is above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise ValueError(f"{text!r} must be a number above 0 and at most 1")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +54,18 @@ def run(options: Options) -> int:
         )
     peak = f"{options.gpus} {options.card} at {options.utilization:.0%} of their peak"
     print(f"{recipe.name}: {images:,} images of {recipe.data.image_size} pixels; {peak}\n")
-    print_table(("data", "bytes", "GPU hours", "basis"), list(data_rows(recipe, images)))
+    print_table(("data", "bytes", "GPU hours", "basis"), list(data_rows(recipe, manifest, images)))
     print()
     header = ("training", "steps", "images", "operations of an image", "GPU hours", "hours", "checkpoints", "bytes")
-    print_table(header, [training_row(recipe, stage, options) for stage in (1, 2)])
+    print_table(header, [training_row(recipe, manifest, stage, options) for stage in (1, 2)])
     encoder = recipe.data.text_encoder
     if not recipe.data.store_text_embeddings and not estimates.encoder_config(encoder):
         print(f"\nStage 2 is without the operations of {encoder}, which is not on disk; run 'doctor --fetch' first.")
     return 0
 
 
-def data_rows(recipe: Recipe, images: int) -> Iterator[tuple[str, ...]]:
+def data_rows(recipe: Recipe, manifest: dict[str, Any] | None, images: int) -> Iterator[tuple[str, ...]]:
     """Yield the cells of each data job."""
-    manifest = ledger.manifest(recipe.data.path)
     for kind in ("caption", "latents"):
         measured = None if is_url(recipe.data.path) else estimates.measure(recipe.data.path, kind)
         row_bytes = estimates.row_bytes(recipe, kind, manifest)
@@ -90,14 +77,13 @@ def data_rows(recipe: Recipe, images: int) -> Iterator[tuple[str, ...]]:
         yield (kind, size(images * row_bytes), hours, f"{size(row_bytes)} for an image; {basis}")
 
 
-def training_row(recipe: Recipe, stage: int, options: Options) -> tuple[str, ...]:
+def training_row(recipe: Recipe, manifest: dict[str, Any] | None, stage: int, options: Options) -> tuple[str, ...]:
     """Return the cells of a stage."""
     config = recipe.train(stage)
-    manifest = ledger.manifest(recipe.data.path)
     operations = estimates.image_operations(recipe, stage, manifest)
     hours = estimates.stage_gpu_hours(recipe, stage, operations, options.card, options.utilization)
     written, kept = estimates.num_checkpoints(recipe, stage)
-    checkpoint = estimates.checkpoint_bytes(recipe, stage)
+    checkpoint = estimates.checkpoint_bytes(recipe, stage, manifest)
     return (
         f"stage {stage}, {'FP8' if config.fp8 else config.precision.upper()}",
         f"{config.steps:,}",

@@ -5,6 +5,7 @@ and the annotation of the field is the type of its value. `jobs.commands.parsing
 no other module uses argparse.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -77,13 +78,26 @@ def check_report(name: str | None) -> None:
 
 def non_negative(text: str) -> float:
     """Return the number that `text` holds. Raises ValueError unless it is finite and at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
+    value = to_number(text)
+    if not 0 <= value < math.inf:
         raise ValueError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def fraction(text: str) -> float:
+    """Return the number that `text` holds. Raises ValueError unless it is above 0 and at most 1."""
+    value = to_number(text)
+    if not 0 < value <= 1:
+        raise ValueError(f"{text!r} must be a number above 0 and at most 1")
+    return value
+
+
+def to_number(text: str) -> float:
+    """Return the number that `text` holds; not a number for any other text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

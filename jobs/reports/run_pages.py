@@ -14,7 +14,7 @@ from jobs.reports.training import Incident
 from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
 from jobs.state.run import Run
-from jobs.state.run_metadata import read_description, work_times
+from jobs.state.run_metadata import PROFILE, read_description, work_times
 from pixart import records
 from pixart.atomic import write_atomically
 from pixart.html.page import Html, text
@@ -70,7 +70,7 @@ def summary(run: Run) -> str:
         "ranks": f"{run.ranks} on {run.nodes} node{'s' * (run.nodes > 1)}",
         **{key: value for key, value in description["parameters"].items() if key not in ("steps", "nodes")},
         "initial checkpoint": description["tags"].get("pixart.parent_checkpoint"),
-        **times(run),
+        **times(run, description["begun"]),
         "jobs": ", ".join(run.job_ids),
         "commit": description["tags"].get("pixart.commit"),
         "folder": str(run.folder),
@@ -82,9 +82,8 @@ def summary(run: Run) -> str:
     return training.page(f"Training {run.folder.name}", present, curves, incidents(run, lines), previews)
 
 
-def times(run: Run) -> dict[str, str | None]:
+def times(run: Run, submitted: float) -> dict[str, str | None]:
     """Return when a run was submitted, began and ended, how long it waited and worked, and its GPU hours."""
-    submitted = read_description(run.folder)["begun"]
     begin, end = work_times(run.folder)
     facts: dict[str, str | None] = {"submitted": moment(submitted)}
     if begin is None:
@@ -93,8 +92,8 @@ def times(run: Run) -> dict[str, str | None]:
     if end is None:
         return facts
     facts |= {"ended": moment(end), "duration": format_duration(end - begin)}
-    profile = run.folder / "profile.json"
-    if profile.exists() and records.read(profile, dict[str, Any]).get("gpus_per_node"):
+    profile = run.folder / PROFILE
+    if profile.exists() and records.read(profile, dict[str, Any]).get("gpus_per_node"):  # also of an earlier version
         facts["GPU hours"] = f"{run.ranks * (end - begin) / 3600:.2f} on {run.ranks} GPUs, requeues included"
     return facts
 

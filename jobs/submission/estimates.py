@@ -137,9 +137,8 @@ def stage_gpu_hours(recipe: Recipe, stage: int, operations: Operations, card: Ca
     return config.steps * config.global_batch_size * image
 
 
-def checkpoint_bytes(recipe: Recipe, stage: int) -> float:
+def checkpoint_bytes(recipe: Recipe, stage: int, manifest: dict[str, Any] | None) -> float:
     """Return about how large a checkpoint of a stage is, in bytes."""
-    manifest = ledger.manifest(recipe.data.path)
     return STATE_BYTES * num_parameters(recipe.model, stage, text_dim(recipe, manifest))
 
 
@@ -153,16 +152,16 @@ def num_checkpoints(recipe: Recipe, stage: int) -> tuple[int, int]:
 
 def kept_checkpoint_bytes(recipe: Recipe, stage: int) -> float:
     """Return the bytes of the checkpoints that remain after a stage."""
-    return num_checkpoints(recipe, stage)[1] * checkpoint_bytes(recipe, stage)
+    return num_checkpoints(recipe, stage)[1] * checkpoint_bytes(recipe, stage, ledger.manifest(recipe.data.path))
 
 
 def written(recipe: Recipe, shape: Shape, stage: int | None = None) -> str:
     """Describe what a submission writes; `stage` is that of training."""
+    manifest = ledger.manifest(recipe.data.path)
     if shape.kind == "train" and stage:
         count, kept = num_checkpoints(recipe, stage)
-        size = checkpoint_bytes(recipe, stage)
+        size = checkpoint_bytes(recipe, stage, manifest)
         return f"{terabytes(count * size)} in {count} checkpoints, of which {kept} remain ({terabytes(kept * size)})"
-    manifest = ledger.manifest(recipe.data.path)
     images = num_images(recipe, manifest)
     size = row_bytes(recipe, shape.kind, manifest)
     if not size:
