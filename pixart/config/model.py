@@ -1,7 +1,9 @@
 """Configuration of the model's architecture."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from pixart.config.limits import require_at_least
 
@@ -48,3 +50,12 @@ class ModelConfig:
     def dit_arguments(self) -> dict[str, int]:
         """Return the sizes as keyword arguments of `DiT`, by the names that checkpoints keep."""
         return {CHECKPOINT_NAMES.get(name, name): size for name, size in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> Self:
+        """Return the sizes in the configuration of a `DiT`, by the names that checkpoints keep.
+
+        A model of stage 2 has no classes, whose number is then the default.
+        """
+        named = {name: config.get(CHECKPOINT_NAMES.get(name, name)) for name in cls.__dataclass_fields__}
+        return cls(**{name: size for name, size in named.items() if size is not None})

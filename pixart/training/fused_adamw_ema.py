@@ -34,9 +34,8 @@ class FusedAdamWEma:
         Where `skip` () is true, weights and moments do not change.
         """
         group = self.optimizer.param_groups[0]
-        new_lr, new_weight = (
-            torch.full((), value, device=skip.device) for value in (lr, ema_weight)
-        )  # a copy would synchronize
+        # A copy of a number to the device would synchronize.
+        new_lr, new_weight = (torch.full((), value, device=skip.device) for value in (lr, ema_weight))
         for part in self.parts:
             with_grad = [parameter for parameter in part if parameter.grad is not None]
             tensors = [[local_tensor(tensor) for tensor in self.tensors(parameter)] for parameter in with_grad]

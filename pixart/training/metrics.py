@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pixart.config.model import ModelConfig
+from pixart.config.model_costs import training_operations
 from pixart.data.loading.loader import Batch
 from pixart.data.loading.order import TrainingOrder
 from pixart.gpu_rates import peak_tflops
-from pixart.model.flops import training_flops
 from pixart.model.fp8 import scaling
 from pixart.training.optimizer import learning_rate
 from pixart.training.trainer import Trainer
@@ -69,8 +70,13 @@ class MetricsLogger:
         self.trainer, self.order, self.reporter = trainer, order, reporter
         self.config, self.ranks = trainer.config, trainer.ranks
         self.previous_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        model, text_tokens = trainer.metadata().config, trainer.dataset.data.max_text_tokens
-        self.flops_per_image = {shape: training_flops(model, shape, text_tokens) for shape in trainer.latent_sizes}
+        config, text_tokens = trainer.metadata().config, trainer.dataset.data.max_text_tokens
+        sizes, text_dim = ModelConfig.of_checkpoint(config), config.get("text_dim") or 0
+        # By formula: PyTorch's counter takes more than a second for each shape of a large model.
+        self.flops_per_image = {
+            (height, width): training_operations(sizes, trainer.stage, height * width, text_tokens, text_dim).total
+            for height, width in trainer.latent_sizes
+        }
         precision = "fp8" if trainer.plan else self.config.precision
         cuda = self.ranks.device.type == "cuda"
         self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), precision) if cuda else None
