@@ -94,18 +94,12 @@ class WindowShuffleSampler:
         return (epoch, window + 1) if window + 1 < len(self._windows(epoch)[1]) else (epoch + 1, 0)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Return the rows at positions start to stop - 1 over all epochs, int64 (stop - start,)."""
+        """Return the rows at positions start to stop - 1 over all epochs, int64 (stop - start,).
+
+        Every epoch contains each valid row once, and the positions may extend into the next epoch.
+        """
         parts = [self.window(epoch, window)[part] for epoch, window, part in self.spans(start, stop)]
         return np.concatenate(parts) if parts else self.valid[:0]
-
-
-def rows_of_step(sampler: WindowShuffleSampler, step: int, global_batch_size: int) -> np.ndarray:
-    """Return the rows of the global batch of a step, int64 (global_batch_size,).
-
-    This does not depend on the number of ranks or on resumption. Every epoch contains each valid row once, and a batch
-    may extend into the next epoch.
-    """
-    return sampler.rows(step * global_batch_size, (step + 1) * global_batch_size)
 
 
 def select_validation_rows(valid: np.ndarray, count: int) -> np.ndarray:

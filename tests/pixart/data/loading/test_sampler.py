@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pixart.data.loading.sampler import WINDOW, WindowShuffleSampler, rows_of_step
+from pixart.data.loading.sampler import WINDOW, WindowShuffleSampler
 from pixart.data.store.layout import BLOCK
 
 
@@ -12,16 +12,16 @@ def correlation(rows: np.ndarray) -> float:
 
 def test_every_epoch_is_another_permutation():
     order = WindowShuffleSampler(np.array([3, 5, 8, 9, 20, 21, 22]), rows_per_shard=4, seed=1)
-    sampled = np.concatenate([rows_of_step(order, step, 4) for step in range(7)])  # 28 = 4 epochs of 7
+    sampled = np.concatenate([order.rows(4 * step, 4 * step + 4) for step in range(7)])  # 28 = 4 epochs of 7
     epochs = sampled.reshape(4, 7)
     assert (np.sort(epochs, axis=1) == order.valid).all()
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert (rows_of_step(order, 3, 4) == sampled[12:16]).all()
-    assert (rows_of_step(WindowShuffleSampler(order.valid, rows_per_shard=4, seed=2), 0, 7) != epochs[0]).any()
+    assert (order.rows(12, 16) == sampled[12:16]).all()
+    assert (WindowShuffleSampler(order.valid, rows_per_shard=4, seed=2).rows(0, 7) != epochs[0]).any()
 
 
 def test_batch_may_be_larger_than_the_dataset():
-    sampled = rows_of_step(WindowShuffleSampler(np.arange(3), rows_per_shard=2, seed=0), 0, 9).reshape(3, 3)
+    sampled = WindowShuffleSampler(np.arange(3), rows_per_shard=2, seed=0).rows(0, 9).reshape(3, 3)
     assert (np.sort(sampled, axis=1) == np.arange(3)).all()
 
 
@@ -69,7 +69,7 @@ def test_small_datasets_are_fully_permuted():
 def test_order_does_not_change():
     """The order depends only on the generator, so that a run can be resumed with later versions of libraries."""
     order = WindowShuffleSampler(np.arange(100_000), rows_per_shard=1024, seed=7)
-    assert rows_of_step(order, 123, 4).tolist() == GOLDEN
+    assert order.rows(4 * 123, 4 * 124).tolist() == GOLDEN
 
 
 GOLDEN = [59337, 8950, 29742, 25712]
