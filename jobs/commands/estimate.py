@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from jobs.commands.launching import read_recipe
 from jobs.commands.options import Command, RecipeOptions, fraction, option, positive
+from jobs.commands.tables import print_table
 from jobs.state import ledger
 from jobs.state import run as runs
 from jobs.submission import estimates
@@ -108,14 +109,6 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
-
-
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print the rows in aligned columns, below their header."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 COMMAND = Command(Options, run)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.commands.options import Command, CommonOptions, option, positive
+from jobs.commands.tables import print_table
 from jobs.progress import format_duration
 from jobs.state import run as runs
 from jobs.state.run import Element, Run
@@ -45,7 +46,7 @@ def run(options: Options) -> int:
         raise ValueError(f"--home {home}: has no runs{of_kind}; run a job such as 'caption' first")
     shown = [runs.load(folder) for folder in folders[: options.number]]
     states = query_states([run for run in shown if may_be_active(run)])
-    print_table([describe(run, home, states.get(run.folder)) for run in shown])
+    print_table(HEADER, [describe(run, home, states.get(run.folder)) for run in shown])
     if len(folders) > options.number:
         print(f"and {len(folders) - options.number} older runs; list them with --number {len(folders)}")
     return 0
@@ -105,21 +106,6 @@ def last_change(run: Run) -> float:
 def shorten(path: str, home: Path) -> str:
     """Return a path relative to the home folder if it lies there."""
     return str(Path(path).relative_to(home)) if path and Path(path).is_relative_to(home) else path
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Print the rows in aligned columns; one line for each run, also on a narrow terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for name in HEADER:
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    width = sum(max(len(row[column]) for row in [HEADER, *rows]) + 2 for column in range(len(HEADER)))
-    Console(highlight=False, width=max(80, width)).print(table)
 
 
 COMMAND = Command(Options, run)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jobs.commands.hints import next_command
 from jobs.commands.options import Command, RunOptions, option
+from jobs.commands.tables import print_table
 from jobs.progress import format_rate
 from jobs.reports import efficiency
 from jobs.state import endpoint as endpoints
@@ -29,7 +30,6 @@ from slurm.task import attempts
 
 MAX_FAILURES = 10  # failed elements that are listed
 MAX_NODES = 8  # that are listed with their attempts
-MAX_WIDTH = 120  # columns of the table of resources, also on a narrow terminal
 STYLES = {
     "done": "green",
     "running": "cyan",
@@ -111,18 +111,9 @@ def print_submission(submission: list[tuple[Run, dict[int, Element]]]) -> None:
 
 def print_efficiency(run: Run, elements: dict[int, Element]) -> None:
     """Print what a run that has ended requested and used, with the lines of a profile that request what it needs."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not (rows := efficiency.rows(run, elements, accounting=True)):
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("efficiency", "requested", "used", "suggested"):
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, (row.resource, row.requested, row.used, row.suggested)))
-    Console(highlight=False, width=MAX_WIDTH).print(table)
+    if rows := efficiency.rows(run, elements, accounting=True):
+        cells = [(row.resource, row.requested, row.used, row.suggested) for row in rows]
+        print_table(("efficiency", "requested", "used", "suggested"), cells)
 
 
 def print_status(
