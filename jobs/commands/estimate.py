@@ -60,7 +60,7 @@ def run(options: Options) -> int:
     header = ("training", "steps", "images", "operations of an image", "GPU hours", "hours", "checkpoints", "bytes")
     print_table(header, [training_row(recipe, manifest, stage, options) for stage in (1, 2)])
     encoder = recipe.data.text_encoder
-    if not recipe.data.store_text_embeddings and not estimates.encoder_config(encoder):
+    if not recipe.data.store_text_embeddings and not estimates.encoder_folder(encoder):
         print(f"\nStage 2 is without the operations of {encoder}, which is not on disk; run 'doctor --fetch' first.")
     return 0
 

@@ -57,18 +57,19 @@ def text_dim(recipe: Recipe, manifest: dict[str, Any] | None) -> int:
     """Return the width of the text embeddings: of the dataset, of the encoder on disk, or else TEXT_DIM."""
     if manifest:
         return manifest["text_dim"]
-    config = encoder_config(recipe.data.text_encoder)
-    return config.get("hidden_size") or config["d_model"] if config else TEXT_DIM
-
-
-def encoder_config(name: str) -> dict[str, Any] | None:
-    """Return the configuration of a text encoder; None if it is not on disk."""
     from pixart.data.encoders import text_encoder
+
+    folder = encoder_folder(recipe.data.text_encoder)
+    return text_encoder.text_dim(str(folder)) if folder else TEXT_DIM
+
+
+def encoder_folder(name: str) -> Path | None:
+    """Return the folder of a text encoder; None if it is not on disk."""
+    from pixart.data.encoders.text_encoder import encoder_path
     from pixart.data.encoders.vae import cached_folder
 
-    path = text_encoder.encoder_path(name)
-    folder = Path(path) if Path(path).exists() else cached_folder(path)
-    return text_encoder.encoder_config(str(folder)) if folder else None
+    path = encoder_path(name)
+    return Path(path) if Path(path).exists() else cached_folder(path)
 
 
 def num_images(recipe: Recipe, manifest: dict[str, Any] | None) -> int | None:
@@ -113,13 +114,15 @@ def measure(dataset: str, kind: str) -> Measured | None:
 
 def image_operations(recipe: Recipe, stage: int, manifest: dict[str, Any] | None) -> Operations:
     """Return the operations of one image in a stage, with those of the text encoder if it runs in every step."""
+    from pixart.data.encoders.text_encoder import encoder_config
+
     _, height, width = latent_shape(recipe, manifest)
     data = recipe.data
     operations = training_operations(
         recipe.model, stage, height * width, data.max_text_tokens, text_dim(recipe, manifest)
     )
-    config = None if stage == 1 or data.store_text_embeddings else encoder_config(data.text_encoder)
-    encoder = text_encoder_operations(config, data.max_text_tokens) if config else 0
+    folder = None if stage == 1 or data.store_text_embeddings else encoder_folder(data.text_encoder)
+    encoder = text_encoder_operations(encoder_config(str(folder)), data.max_text_tokens) if folder else 0
     return Operations(block_linears=operations.block_linears, other=operations.other + encoder)
 
 

@@ -1,6 +1,5 @@
 """Checks before a training job is submitted; each raises ValueError, with a one-line message, if it fails."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from jobs.state import ledger, run
 from jobs.state.audit_files import FOLDER, SUMMARY
 from jobs.state.checkpoint_names import acceptance, find_checkpoint
 from jobs.state.prompts import read_prompts
-from pixart.config.aspect_buckets import bucket_shapes
+from pixart import records
 from pixart.config.dataset import data_from_dict
 from pixart.config.keys.overrides import parse
 from pixart.config.latent_space import check_image_shapes, check_latent_space, recorded_pixel_range
@@ -180,9 +179,7 @@ def check_contents(recipe: Recipe, stage: int, record: Record | None) -> None:
 
 def check_resumed_shapes(recipe: Recipe, run_folder: Path, record: Record) -> None:
     """Check that a run is resumed on a dataset of the aspect buckets that it was trained on."""
-    data = recipe.data
-    shapes = bucket_shapes(data.aspect_buckets, data.image_size) or ((data.image_size, data.image_size),)
-    check_image_shapes(str(run_folder), record["provenance"], data.path, shapes)
+    check_image_shapes(str(run_folder), record["provenance"], recipe.data.path, recipe.data.image_shapes)
 
 
 def check_bucket_rows(dataset: str, ranks: int) -> None:
@@ -190,8 +187,9 @@ def check_bucket_rows(dataset: str, ranks: int) -> None:
 
     A bucket without images is left out of training.
     """
-    (text,) = ledger.read_files(dataset, [f"{FOLDER}/{SUMMARY}"])
-    shapes = json.loads(text).get("shapes", []) if text else []
+    name = f"{FOLDER}/{SUMMARY}"
+    (text,) = ledger.read_files(dataset, [name])
+    shapes = records.parse(text, dict[str, Any], f"{dataset}/{name}").get("shapes", []) if text else []
     for shape in shapes if len(shapes) > 1 else []:
         if 0 < shape["images"] < ranks:
             raise ValueError(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pixart.config.aspect_buckets import bucket_shapes
+from pixart.config.aspect_buckets import Shape, bucket_shapes
 from pixart.config.captions import CaptionsConfig
 from pixart.config.limits import require_at_least, require_fraction
 from pixart.config.renamed_keys import rename_data
@@ -144,6 +144,11 @@ class DataConfig:
             raise ValueError(f"pixel_range={self.pixel_range}: must be -1,1 or 0,1")
         if self.num_shards > MAX_SHARDS:
             raise ValueError(f"num_shards={self.num_shards}: must be at most {MAX_SHARDS}")
+
+    @property
+    def image_shapes(self) -> tuple[Shape, ...]:
+        """Shapes (height, width) of the training images in pixels: one per aspect bucket, or the only one."""
+        return bucket_shapes(self.aspect_buckets, self.image_size) or ((self.image_size, self.image_size),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

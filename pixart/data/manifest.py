@@ -94,8 +94,7 @@ class Manifest:
     @property
     def image_shapes(self) -> tuple[tuple[int, int], ...]:
         """Shapes (height, width) of the training images in pixels: one per aspect bucket, or the only one."""
-        side = self.data.image_size
-        return bucket_shapes(self.data.aspect_buckets, side) or ((side, side),)
+        return self.data.image_shapes
 
     @property
     def downsampling_factor(self) -> int:
