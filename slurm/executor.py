@@ -3,6 +3,7 @@
 import functools
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ class Cluster:
         if not self.is_slurm:
             shares = [elements[index :: self.num_processes(shape)] for index in range(self.num_processes(shape))]
             gpus = range(self.profile.gpus_per_node)
-            with environment(self.local_environment(processes=len(shares))):
+            with environment(self.local_environment(processes=len(shares))), interrupts_blocked():
                 processes = [
                     Submitted(
                         job=self.local_executor(shape, gpus[index:][:1]).submit(task, list(share)), elements=share
@@ -151,7 +152,7 @@ class Cluster:
             executor = self.slurm_executor(shape)
             job = submitted_once(self.folder, functools.partial(executor.submit, task))
             return Submitted(job=job, elements=())
-        with environment(self.local_environment(processes=shape.nodes * shape.ranks_per_node)):
+        with environment(self.local_environment(processes=shape.nodes * shape.ranks_per_node)), interrupts_blocked():
             gpus = range(self.profile.gpus_per_node)
             return Submitted(job=self.local_executor(shape, gpus).submit(task), elements=())
 
@@ -187,6 +188,20 @@ class Cluster:
         wanted = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": OPENMP_SPIN_COUNT, **self.profile.environment}
         path = os.pathsep.join(filter(None, [str(CODE_ROOT), os.environ.get("PYTHONPATH")]))
         return {**{name: value for name, value in wanted.items() if name not in os.environ}, "PYTHONPATH": path}
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT for the block, and for ever in processes started in it.
+
+    A terminal sends Ctrl-C to all processes. Those of submitit's local executor would kill their tasks after a second;
+    it is the launcher that ends them, by SIGTERM, which lets a task save its work.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

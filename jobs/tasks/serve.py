@@ -3,7 +3,6 @@
 import logging
 import os
 import secrets
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +46,6 @@ def run(
     terminated, and ValueError if the checkpoint cannot be read or the address not be used.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher, which gets it too, sends SIGTERM
 
     from pixart.serving import recaptioning
     from pixart.serving.content_check import make_content_check

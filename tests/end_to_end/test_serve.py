@@ -16,7 +16,9 @@ from benchmarks.serving import ServerProcess
 from jobs import launch
 from jobs.state import endpoint as endpoints
 from jobs.state import run as runs
+from pixart.checkpoint import directory as checkpoints
 from tests.end_to_end.test_recaption import vllm_profile
+from tests.jobs.tasks.test_sample import checkpoint_of
 from tests.support.cluster_fixture import wait_until
 from tests.support.demo_fixture import Demo
 from tests.support.environment import bare_environment
@@ -41,9 +43,16 @@ def interrupt(process: subprocess.Popen[str], number: int) -> None:
         process.send_signal(number)
 
 
+@pytest.fixture(scope="module")
+def slow_model(saved_models: SavedModels, tmp_path_factory) -> Path:
+    """Checkpoint of a model whose images take seconds, so that a test can interrupt them."""
+    checkpoint = checkpoint_of(saved_models.recipe, 2, dim=128, num_blocks=6)
+    return checkpoints.save(checkpoint, tmp_path_factory.mktemp("slow") / "stage2")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_on_this_machine_runs_until_an_interrupt(saved_models: SavedModels, tmp_path, number):
-    words = [sys.executable, "-m", "jobs.launch", "serve", str(saved_models.checkpoints[2]), "--port", "0"]
+def test_a_server_on_this_machine_runs_until_an_interrupt(slow_model: Path, tmp_path, number):
+    words = [sys.executable, "-m", "jobs.launch", "serve", str(slow_model), "--port", "0"]
     environment = {**bare_environment(), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [*words, "--home", str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -59,7 +68,7 @@ def test_a_server_on_this_machine_runs_until_an_interrupt(saved_models: SavedMod
     assert (run.folder / endpoints.FILE).stat().st_mode & 0o777 == 0o600
     with ThreadPoolExecutor(1) as threads:
         begun = threads.submit(httpx2.post, f"{url}{PATH}", json={**PROMPT, "n": 8, "steps": 100}, timeout=60)
-        wait_until(lambda: "pixart_active_images 8.0" in httpx2.get(f"{url}/metrics").text, 30)
+        wait_until(lambda: "pixart_active_images 8.0" in httpx2.get(f"{url}/metrics").text, 30, interval=0.01)
         interrupt(process, number)
         assert len(begun.result().json()["data"]) == 8  # what runs is finished
     output, _ = process.communicate(timeout=60)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ from slurm import commands
 from slurm import profile as profiles
 from slurm.executor import Cluster, environment
 from slurm.sbatch import outside_of_a_job
-from slurm.task import RESULT, TaskInterrupted, attempts, stop_level
+from slurm.task import ATTEMPTS, RESULT, TaskInterrupted, attempts, stop_level
+from tests.support.cluster_fixture import wait_until
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -118,6 +120,32 @@ def test_local_environment_keeps_set_variables_and_adds_the_code_to_pythonpath(m
     variables = Cluster(profiles.load("local"), tmp_path).local_environment(processes=1)
     assert "OMP_NUM_THREADS" not in variables
     assert variables["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/elsewhere"
+
+
+def wait_for(file: Path) -> str:
+    while not file.exists():
+        time.sleep(0.01)
+    return file.name
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_local_processes_outlive_an_interrupt(tmp_path: Path, is_array: bool):
+    """Ctrl-C reaches all processes of a terminal; the launcher alone ends them."""
+    cluster, file = Cluster(profiles.load("local"), tmp_path), tmp_path / "go"
+    if is_array:
+        ((submitted,),) = cluster.submit_array(cluster.array_shape("caption", [0]), lambda _: wait_for(file))
+    else:
+        submitted = cluster.submit_ranks(cluster.ranks_shape("train", 1, 1), lambda: wait_for(file))
+    controller = int(submitted.job.job_id)
+    wait_until((tmp_path / ATTEMPTS).exists, 30)
+    (task,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+    for process in (controller, int(task)):
+        os.kill(process, signal.SIGINT)
+    time.sleep(1.5)  # submitit's controller waits for a second before it kills
+    assert submitted.job.state == "RUNNING"
+    file.touch()
+    assert submitted.job.result() == "go"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in profiles.FOLDER.glob("*.toml") if path.stem != "local"))

@@ -23,11 +23,13 @@ ENDED = "ended"  # key of a worker's input: the folder where each worker creates
 GROUPS = {
     "vllm-kills": r"end_to_end/test_captioning\.py",
     "slurm-train": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-train\]",
-    "slurm": r"test_slurm\.py::(?!test_a_fault_changes_nothing)",
+    "slurm": r"test_slurm(_nodes)?\.py::(?!test_a_fault_changes_nothing)|test_serve\.py::test_a_server_on_a_c",
     "slurm-latents": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-latents\]",
     "slurm-caption": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-caption\]",
-    "vllm": r"end_to_end/test_recaption\.py|captions/test_captioner\.py|model/test_gpu_kernels\.py|test_distances\.py",
-    "demo": r"tasks/test_evaluate\.py|end_to_end/test_(pages|estimate)\.py|test_commands\.py::test_demo_",
+    "vllm": r"end_to_end/test_recaption\.py|captions/test_captioner\.py|model/test_gpu_kernels\.py|test_distances\.py|"
+    r"evaluation/test_judge\.py|test_serve\.py::test_vllm_",
+    "demo": r"tasks/test_evaluate\.py|tracking/test_hub\.py|reports/test_browser\.py|attack/test_(pages|records)\.py|"
+    r"end_to_end/test_(pages|estimate|moved_home)\.py|test_commands\.py::test_demo_|test_serve\.py::test_a_released_",
     ALONE: r"^tests/performance/",
 }
 

@@ -35,17 +35,18 @@ SIZES = {"in_dim": 16, "dim": 32, "cond_dim": 32, "num_heads": 2, "num_blocks": 
 COMMIT = 40 * "a"
 
 
-def random_state(seed: int, **kind: int) -> dict[str, torch.Tensor]:
+def random_state(seed: int, **sizes: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    model = DiT(**SIZES, **kind)
+    model = DiT(**{**SIZES, **sizes})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model.state_dict()
 
 
-def checkpoint_of(recipe: Recipe, stage: int) -> Checkpoint:
-    """Return a checkpoint of a stage with random weights for the recipe's dataset."""
+def checkpoint_of(recipe: Recipe, stage: int, **sizes: int) -> Checkpoint:
+    """Return a checkpoint of a stage with random weights for the recipe's dataset; `sizes` replace those of SIZES."""
     kind = {"num_classes": len(SHAPES) + 1} if stage == 1 else {"text_dim": text_dim("minilm")}
+    kind |= sizes
     return Checkpoint(
         stage=stage,
         step=70 + stage,
