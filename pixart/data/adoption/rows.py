@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pixart.data.adoption.decoding import Decoder
 from pixart.data.adoption.forms import LONG, SHORT, Block, Shard
 from pixart.data.adoption.validity import (
     ConvertedLatents,
@@ -32,7 +33,7 @@ class TextColumns:
     """Turns token ids into captions and captions into token ids, by the tokenizer of a dataset."""
 
     def __init__(self, manifest: Manifest, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.decoder = Decoder(tokenizer)
         self.vocabulary = vocabulary_size(manifest.data.text_encoder)
         self.padded = Tokenizer(tokenizer, max_tokens=manifest.data.max_text_tokens)
         self._no_caption = self.padded.tokenize([""])
@@ -50,10 +51,7 @@ class TextColumns:
             captions = [block.texts[prefix][row] for row in rows]
         elif prefix in block.tokens:
             ids, mask = block.tokens[prefix]
-            lengths = mask[rows].sum(1)
-            captions = decode(
-                self.tokenizer, [ids[row, :length].tolist() for row, length in zip(rows, lengths, strict=True)]
-            )
+            captions = self.decoder.decode(ids[rows], mask[rows] == 1)
         else:
             return texts
         for row, text in zip(rows, captions, strict=True):
@@ -72,20 +70,6 @@ class TextColumns:
             ids, mask = (np.repeat(array, len(block), 0) for array in self._no_caption)
         ids[~valid], mask[~valid] = 0, 0
         return ids, mask
-
-
-def decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
-    """Return the texts of token ids without special tokens, as the tokenizer's `batch_decode` does.
-
-    A tokenizer of the tokenizers library decodes on all processors.
-    """
-    if not tokenizer.is_fast:
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
-    texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
-    # transformers cleans up the text of BPE tokenizers under a condition of its own; none of them asks for it.
-    if tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
-        texts = [tokenizer.clean_up_tokenization(text) for text in texts]
-    return texts
 
 
 @dataclass(kw_only=True)
