@@ -19,6 +19,7 @@ from pixart.data.sources.base import printable_name
 from pixart.data.sources.contents import Contents
 from pixart.data.sources.metadata import add_metadata
 
+UNEVEN = "folders as classes, because they are at different depths"
 SHARD_FOLDER = re.compile(r"\d{5,}")  # as img2dataset names its folders
 
 
@@ -51,8 +52,11 @@ class Folders:
             if name.endswith(end):
                 self._without_class.add(name.removesuffix(end))
 
-    def classes(self) -> dict[str, str]:
-        """Return the class of each folder that is one: at least two classes have to differ, as in datasets."""
+    def classes(self) -> tuple[dict[str, str], bool]:
+        """Return the class of each folder that is one, and whether the folders are at the same depth.
+
+        At least two classes have to differ, and folders at different depths are no classes, as in datasets.
+        """
         folders = {folder: PurePosixPath(folder) for folder in self._images - self._without_class - {""}}
         outer = {path.parts[0] for path in folders.values() if len(path.parts) > 1}
         are_splits = all(path.name.lower() in SPLITS for path in folders.values() if len(path.parts) == 1)
@@ -62,7 +66,10 @@ class Folders:
             if not (_is_split(path) and (are_splits or path.name in outer))
         }
         names = set(classes.values())
-        return classes if len(names) > 1 and not {name.lower() for name in names} <= set(SPLITS) else {}
+        if len(names) < 2 or {name.lower() for name in names} <= set(SPLITS):
+            return {}, True
+        depths = {len(folders[folder].parts) - (folders[folder].parts[0].lower() in SPLITS) for folder in classes}
+        return classes, len(depths) == 1
 
 
 def write_index(
@@ -92,7 +99,10 @@ def write_index(
         )
     else:
         table.index_descriptions()
-        classes = folders.classes()
+        classes, are_even = folders.classes()
+        if not are_even:
+            left_out[UNEVEN] = len(classes)
+            classes = {}
         class_names = sorted(set(classes.values()))
         indices = {name: label for label, name in enumerate(class_names)}
         rows = (

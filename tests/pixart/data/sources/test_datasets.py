@@ -111,6 +111,11 @@ def nested_folders_of_one_depth(folder):
 
 
 @layout("imagefolder")
+def nested_folders_of_different_depths(folder):
+    put(folder, {"cat/0.png": IMAGES[0], "dogs/small/1.png": IMAGES[1], "dogs/big/2.png": IMAGES[2]})
+
+
+@layout("imagefolder")
 def names_that_sort_by_letter_and_number(folder):
     names = ["10.jpg", "9.jpg", "B.jpg", "a.jpg", "é.jpg", "a b.jpg"]
     put(folder, dict(zip(names, IMAGES, strict=True)))

@@ -95,6 +95,18 @@ def test_an_image_beside_the_class_folders_has_no_class(cases):
     assert (source.contents().items, source.contents().labelled) == (7, 6)
 
 
+def test_folders_at_different_depths_are_no_classes(tmp_path):
+    """As in datasets; an image beside the folders and folders of splits do not count."""
+    for name in ("0.jpg", "train/cat/1.jpg", "dog/2.jpg"):
+        write(f"{tmp_path}/even/{name}", noise_image(1))
+    assert open_source(f"{tmp_path}/even").class_names == ["cat", "dog"]
+    for name in ("cat/1.jpg", "dogs/small/2.jpg", "dogs/big/3.jpg"):
+        write(f"{tmp_path}/uneven/{name}", noise_image(1))
+    source = open_source(f"{tmp_path}/uneven")
+    assert [item.label for item in source.read(0, 9)] == [-1, -1, -1]
+    assert source.contents().left_out == {"folders as classes, because they are at different depths": 3}
+
+
 def test_split_folders_are_no_classes(tmp_path):
     for split in ("train", "test"):
         write(f"{tmp_path}/flat/{split}/0.jpg", noise_image(1))
