@@ -15,8 +15,8 @@ import torch
 from benchmarks import measure
 from conversion.batches import dataset_batches
 from conversion.calibration.amax import mean_loss
+from conversion.convert import convert
 from conversion.options import Options
-from conversion.to_fp8 import convert
 from jobs.tasks import caption, init_dataset, latents
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint

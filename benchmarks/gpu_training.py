@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from benchmarks import measure
+from conversion.convert import convert
 from conversion.options import Options
-from conversion.to_fp8 import convert
 from pixart.config.model import ModelConfig
 from pixart.config.training import TrainConfig
 from pixart.data import manifest as manifests

@@ -4,7 +4,7 @@
 
 Clients send requests for one image each, without a pause, and try again after the answer 429 when its Retry-After is
 over. The peer is what `sample` does in batches: the same pipeline, with the images saved. It is measured in the same
-run, before and after the load.
+run, before and after the load, and on the same half of the processors as the server; the clients have the other half.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,28 @@ def load(url: str, clients: int, seconds: float, body: dict[str, Any] | None = N
         thread.join()
     result.duration = min(seconds, time.perf_counter() - begun)
     return result
+
+
+def halves() -> tuple[list[int], list[int]]:
+    """Return the processors for the server and those for its clients: all for both where there is one alone."""
+    every = sorted(os.sched_getaffinity(0))
+    middle = len(every) // 2
+    return every[:middle] or every, every[middle:]
+
+
+@contextmanager
+def processors(chosen: Collection[int]) -> Iterator[None]:
+    """Let this thread, and the processes and threads that it starts in the block, use the given processors alone."""
+    before, threads = os.sched_getaffinity(0), os.environ.get("OMP_NUM_THREADS")
+    os.sched_setaffinity(0, chosen)
+    os.environ["OMP_NUM_THREADS"] = f"{len(chosen)}"
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        os.environ.pop("OMP_NUM_THREADS")
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def check(response: http.client.HTTPResponse, data: bytes) -> str:
@@ -198,16 +222,20 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measure the peer, the load and the peer again, and write the page."""
-    peers = [sample_in_batches(arguments.checkpoint)]
+    words = ["--recipe", "demo", "--max-queue", str(arguments.max_queue)]
+    own, others = halves()
     with tempfile.TemporaryDirectory() as name:
-        words = ["--recipe", "demo", "--max-queue", str(arguments.max_queue)]
-        with ServerProcess(arguments.checkpoint, Path(name), *words) as server:
+        with processors(own):
+            peers = [sample_in_batches(arguments.checkpoint)]
+            server = ServerProcess(arguments.checkpoint, Path(name), *words)
+        with server, processors(others):
             load(server.url, arguments.clients, WARM_UP_SECONDS)
             memory, cpu = [resident_bytes(server.worker)], cpu_seconds(server.worker)
             seen = load(server.url, arguments.clients, arguments.seconds)
             cpu = cpu_seconds(server.worker) - cpu
             memory.append(resident_bytes(server.worker))
-    peers.append(sample_in_batches(arguments.checkpoint))
+    with processors(own):
+        peers.append(sample_in_batches(arguments.checkpoint))
     rates = [peer.images / peer.seconds for peer in peers]
     costs = [peer.cpu_seconds / peer.images for peer in peers]
     cost = cpu / seen.statuses[200]
@@ -218,8 +246,8 @@ def measure(arguments: argparse.Namespace) -> None:
             f"# Load on a server, on {device_name()}",
             "",
             f"{arguments.clients} clients for {arguments.seconds:g} s, at most {arguments.max_queue} waiting images,",
-            "the demo's model; `python -m benchmarks.serving`. The clients run on the same cores as the server,",
-            "so that the processor time per image says more than images/s.",
+            "the demo's model; `python -m benchmarks.serving`. The server and batched sampling have the same",
+            f"{len(own)} of {len({*own, *others})} processors, the clients the others.",
         ],
         ["quantity", "value"],
     )

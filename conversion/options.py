@@ -85,6 +85,12 @@ def non_empty(text: str) -> str:
     return text
 
 
+def check_exists(checkpoint: Path) -> None:
+    """Raise ValueError if there is no file or directory of this name."""
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint}: no such file or directory")
+
+
 def check_output_apart(output: Path, source: Path) -> None:
     """Raise ValueError if writing `output` would replace `source`."""
     if output.resolve() in (source.resolve(), *source.resolve().parents):

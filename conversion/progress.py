@@ -1,4 +1,4 @@
-"""Progress of a conversion: a bar on a terminal, one line per step in a log."""
+"""Progress of a conversion: a bar on a terminal, one line per step in a log, which names the step as it begins."""
 
 import sys
 import time
@@ -26,6 +26,8 @@ class Progress:
         self.name, self.started = name, time.perf_counter()
         if self.bar:
             self.bar.update(self.task, description=name)
+        elif self.enabled:
+            print(name, end=": ", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """End the current step, and print its duration if there is no bar."""
@@ -33,7 +35,7 @@ class Progress:
             if self.bar:
                 self.bar.advance(self.task)
             elif self.enabled:
-                print(f"{self.name}: {time.perf_counter() - self.started:.1f} s", file=sys.stderr, flush=True)
+                print(f"{time.perf_counter() - self.started:.1f} s", file=sys.stderr, flush=True)
         self.name = ""
 
     def __enter__(self) -> "Progress":
@@ -46,5 +48,7 @@ class Progress:
     ) -> None:
         if error is None:
             self.end()
+        elif self.name and self.enabled and not self.bar:
+            print("failed", file=sys.stderr, flush=True)
         if self.bar:
             self.bar.stop()

@@ -8,8 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from conversion.options import Parser, check_output_apart
-from pixart.checkpoint import directory as checkpoints
+from conversion.options import Parser, check_exists, check_output_apart
 from pixart.terminal import printable
 
 
@@ -18,6 +17,8 @@ def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:
 
     Raises ValueError, with nothing written, if `source` is not an FP8 checkpoint or `output` exists.
     """
+    from pixart.checkpoint import directory as checkpoints  # imports torch, which takes seconds
+
     directory = checkpoints.find(source)
     checkpoint = checkpoints.load(directory)
     if checkpoint.plan is None:
@@ -44,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = options.checkpoint.absolute()
     output = options.output or source.with_name(f"{source.name.removesuffix('.fp8')}.bf16")
     try:
-        if not source.exists():
-            raise ValueError(f"{source}: no such file or directory")
+        check_exists(source)
         restore(source, output, overwrite=options.overwrite)
     except (ValueError, OSError) as error:
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)

@@ -20,7 +20,7 @@ from pixart.model.dit import DiT
 ROOT = Path(__file__).parents[1]
 ROOMS = ("jobs", "pixart", "conversion", "slurm")
 MOST_MODULES = 13  # per folder
-HEAVY = {"torch", "vllm", "diffusers", "transformers", "conversion.to_fp8", "conversion.calibration.amax"}
+HEAVY = {"torch", "vllm", "diffusers", "transformers", "conversion.convert", "conversion.calibration.amax"}
 HEAVY |= {f"pixart.{name}" for name in ("checkpoint", "data", "demo", "model", "sampling", "training")}
 LOAD_COMMANDS = "from jobs.commands import registry\nfor name in registry.ENTRIES: registry.load(name)"
 

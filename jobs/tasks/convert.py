@@ -11,9 +11,9 @@ def run(run_folder: str, *, source: str, output: str, options: dict[str, Any]) -
 
     Raises ValueError if the conversion fails its acceptance checks; the checkpoint is written, but not for training.
     """
+    from conversion.convert import convert
     from conversion.options import from_record
     from conversion.report.text import PAGE, REPORT, describe
-    from conversion.to_fp8 import convert
 
     report = convert(source, output, from_record(options))
     print(describe(report))

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from conversion.convert import convert
 from conversion.options import Options
-from conversion.to_fp8 import convert
 from jobs.state.journal import Journal
 from jobs.tasks import adopt, audit, caption, init_dataset, latents, sample
 from pixart.checkpoint import directory as checkpoints

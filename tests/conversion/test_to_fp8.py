@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import to_bf16, to_fp8
+from conversion import to_bf16
+from conversion.convert import convert, prepare
 from conversion.options import Options
-from conversion.to_fp8 import convert, main
+from conversion.to_fp8 import main
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint import safetensors_stream
 from pixart.model.dit import DiT
@@ -74,9 +75,9 @@ def test_conversion_on_a_gpu(legacy_file, recipe):
 def test_unaligned_batches_are_refused_on_a_gpu(legacy_file, tmp_path, monkeypatch):
     monkeypatch.setattr("conversion.batches.SYNTHETIC_TEXT_TOKENS", 20)
     for device, batch_size in (("cpu", 1), ("cuda", 4)):
-        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device=device, batch_size=batch_size, base_latent_size=8))
+        prepare(legacy_file, tmp_path / "out", Options(device=device, batch_size=batch_size, base_latent_size=8))
     with pytest.raises(ValueError, match="1 images have 20 text tokens"):
-        to_fp8.prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch_size=1, base_latent_size=8))
+        prepare(legacy_file, tmp_path / "out", Options(device="cuda", batch_size=1, base_latent_size=8))
 
 
 @pytest.mark.slow
@@ -197,7 +198,7 @@ def test_interrupted_conversion_leaves_no_files(legacy_file, monkeypatch, capsys
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conversion.to_fp8.page", interrupt)  # after the weights are written
+    monkeypatch.setattr("conversion.convert.page", interrupt)  # after the weights are written
     assert main([str(legacy_file), *KEEP_STAGE]) == 130
     assert tree(legacy_file.parent) == before
 

@@ -8,10 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from conversion.convert import convert
 from conversion.options import Options
 from conversion.reading import equinox
 from conversion.report.text import describe
-from conversion.to_fp8 import convert
 from jobs import launch
 from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import Recipe, to_json

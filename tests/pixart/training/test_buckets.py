@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from conversion.batches import dataset_batches
+from conversion.convert import convert
 from conversion.options import Options
-from conversion.to_fp8 import convert
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.store.zarr_store import Store

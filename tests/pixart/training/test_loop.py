@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from conversion.convert import convert
 from conversion.options import Options
-from conversion.to_fp8 import convert
 from pixart.checkpoint import directory as checkpoints
 from pixart.data import manifest as manifests
 from pixart.data.loading.loader import Loader

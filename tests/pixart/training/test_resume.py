@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from conversion.convert import convert
 from conversion.options import Options
-from conversion.to_fp8 import convert
 from jobs.state.journal import Journal, read_journal
 from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import from_json, to_json
