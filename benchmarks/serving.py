@@ -223,9 +223,9 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> None:
     """Measure the peer, the load and the peer again, and write the page."""
     words = ["--recipe", "demo", "--max-queue", str(arguments.max_queue)]
-    own, others = halves()
+    served, others = halves()
     with tempfile.TemporaryDirectory() as name:
-        with processors(own):
+        with processors(served):
             peers = [sample_in_batches(arguments.checkpoint)]
             server = ServerProcess(arguments.checkpoint, Path(name), *words)
         with server, processors(others):
@@ -234,7 +234,7 @@ def measure(arguments: argparse.Namespace) -> None:
             seen = load(server.url, arguments.clients, arguments.seconds)
             cpu = cpu_seconds(server.worker) - cpu
             memory.append(resident_bytes(server.worker))
-    with processors(own):
+    with processors(served):
         peers.append(sample_in_batches(arguments.checkpoint))
     rates = [peer.images / peer.seconds for peer in peers]
     costs = [peer.cpu_seconds / peer.images for peer in peers]
@@ -247,7 +247,7 @@ def measure(arguments: argparse.Namespace) -> None:
             "",
             f"{arguments.clients} clients for {arguments.seconds:g} s, at most {arguments.max_queue} waiting images,",
             "the demo's model; `python -m benchmarks.serving`. The server and batched sampling have the same",
-            f"{len(own)} of {len({*own, *others})} processors, the clients the others.",
+            f"{len(served)} of {len({*served, *others})} processors, the clients the others.",
         ],
         ["quantity", "value"],
     )

@@ -1,6 +1,7 @@
 """HTML pages of a run folder: their generation, and the page that `open` shows."""
 
 import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
@@ -9,12 +10,12 @@ from urllib.parse import quote
 
 from conversion.report.text import PAGE as REPORT_PAGE
 from jobs.progress import format_duration
-from jobs.reports import efficiency, lineage, lineage_page, training
+from jobs.reports import comparison, efficiency, lineage, lineage_page, training
 from jobs.reports.training import Incident
 from jobs.state import audit_files, evaluation
 from jobs.state.journal import Journal, points, read_journal
 from jobs.state.run import Run
-from jobs.state.run_metadata import PROFILE, read_description, work_times
+from jobs.state.run_metadata import CONFIGURATION, PROFILE, flattened, read_description, work_times
 from pixart import records
 from pixart.atomic import write_atomically
 from pixart.html.page import Html, text
@@ -57,16 +58,9 @@ def summary(run: Run) -> str:
     """Return the summary page of a training run."""
     description = read_description(run.folder)
     lines, _ = read_journal(run.folder)
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for key, value, _, step in points(lines, set()):
-        curves.setdefault(key, []).append((step, value))
-    for values in curves.values():
-        values.sort()
-    losses = curves.get("train/loss", [])
+    curves = curves_of(lines)
     facts = {
-        "status": description["status"].lower(),
-        "steps": f"{max((step for step, _ in losses), default=0):,} of {run.total:,}",
-        **training.headline(curves),
+        **results(run, curves),
         "ranks": f"{run.ranks} on {run.nodes} node{'s' * (run.nodes > 1)}",
         **{key: value for key, value in description["parameters"].items() if key not in ("steps", "nodes")},
         "initial checkpoint": description["tags"].get("pixart.parent_checkpoint"),
@@ -80,6 +74,39 @@ def summary(run: Run) -> str:
     present |= {"pages": page_links(run)}
     previews = sorted(path for path in run.folder.glob("previews/step-*.png") if PREVIEW.fullmatch(path.name))
     return training.page(f"Training {run.folder.name}", present, curves, incidents(run, lines), previews)
+
+
+def comparison_page(runs: Sequence[Run]) -> str:
+    """Return the page that compares training runs. Raises ValueError for a run of another kind."""
+    compared = []
+    for run in runs:
+        if run.kind != "train":
+            raise ValueError(f"run {run.folder.name}: is a run of {run.kind}; only training runs are compared")
+        lines, _ = read_journal(run.folder)
+        curves = curves_of(lines)
+        settings = flattened(records.read(run.folder / CONFIGURATION, dict[str, Any]))
+        settings |= {"nodes": run.nodes, "ranks": run.ranks, **read_description(run.folder)["parameters"]}
+        compared.append(
+            comparison.ComparedRun(name=run.folder.name, results=results(run, curves), settings=settings, curves=curves)
+        )
+    return comparison.page(compared)
+
+
+def curves_of(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return the steps and values of each metric in the lines of a journal."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for key, value, _, step in points(lines, set()):
+        curves.setdefault(key, []).append((step, value))
+    for values in curves.values():
+        values.sort()
+    return curves
+
+
+def results(run: Run, curves: Mapping[str, training.Points]) -> dict[str, str]:
+    """Return the status, the steps and the results of a training run."""
+    last = max((step for step, _ in curves.get("train/loss", [])), default=0)
+    status = read_description(run.folder)["status"].lower()
+    return {"status": status, "steps": f"{last:,} of {run.total:,}", **training.headline(curves)}
 
 
 def times(run: Run, submitted: float) -> dict[str, str | None]:

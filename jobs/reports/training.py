@@ -2,7 +2,7 @@
 
 import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -140,14 +140,23 @@ def incident_section(incidents: Sequence[Incident]) -> str:
 
 
 def figure(
-    label: str, caption: str, curves: Mapping[str, Points], across: str, events: Sequence[tuple[int, str]]
+    label: str,
+    caption: str,
+    curves: Mapping[str, Points],
+    across: str,
+    events: Sequence[tuple[int, str]],
+    *,
+    metrics: Collection[str] = (),
 ) -> str:
-    """Return the chart of some metrics, with the training loss smoothed; `across` labels the horizontal axis."""
+    """Return the chart of some metrics, with the training loss smoothed; `across` labels the horizontal axis.
+
+    `metrics` are those that the chart is about if the keys of `curves` are other names.
+    """
     every = [value for values in curves.values() for _, value in values if math.isfinite(value)]
     logarithmic = (
         min(every, default=0) > 0
         and max(every) > MIN_LOG_RATIO * min(every)
-        and bool(LOG_SCALE_METRICS & curves.keys())
+        and bool(LOG_SCALE_METRICS & set(metrics or curves))
     )
     shown, grouped = [], 1
     for index, (key, values) in enumerate(curves.items()):
@@ -157,7 +166,7 @@ def figure(
         mark = "dot" if len(few) == 1 else "faint" if smooth else "curve"  # a single point has no visible line
         shown.append((key, few, f"var(--c{index % COLORS})", mark))
         if smooth:
-            half = max(2, len(few) // SMOOTHING_DIVISOR // 2)
+            half = half_window(few)
             shown.append((f"{key}, mean over {2 * half + 1} points", smoothed(few, half), "var(--c7)", "curve"))
     series = [
         Series(
@@ -197,6 +206,11 @@ def reduced(values: Points) -> tuple[list[tuple[int, float]], int]:
     group_size = -(-len(values) // MAX_POINTS)
     groups = [values[begin : begin + group_size] for begin in range(0, len(values), group_size)]
     return [(group[len(group) // 2][0], fmean(value for _, value in group)) for group in groups], group_size
+
+
+def half_window(values: Points) -> int:
+    """Return how many points on either side of one a moving average of the values takes."""
+    return max(2, len(values) // SMOOTHING_DIVISOR // 2)
 
 
 def smoothed(values: Points, half: int) -> list[tuple[int, float]]:

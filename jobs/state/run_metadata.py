@@ -20,6 +20,7 @@ from slurm.task import RESULT, attempts
 
 FILE = "tracking.json"
 PROFILE = "profile.json"
+CONFIGURATION = "config.json"  # the recipe of the run
 KEY = "pixart.key"  # tag that finds the MLflow run if a process was killed before saving its id
 Status = Literal["RUNNING", "FINISHED", "FAILED"]
 
@@ -155,3 +156,11 @@ def tags_of(run: Path) -> dict[str, str]:
     restarts = [line["restart"] for line in attempts(run)]
     tags = {**description["tags"], KEY: description["key"], "pixart.run": str(run)}
     return {**tags, "pixart.attempt": str(max(restarts) + 1)} if restarts else tags
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.state import ledger
+from jobs.state.run_metadata import CONFIGURATION, flattened
 from pixart.config.dataset import is_url
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
-CONFIGURATION = "config.json"  # of the run folder
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page of experiments that train models
 MAX_PARAMETER_LENGTH = 6000  # characters of a value, MLflow's limit
 MAX_KEY_LENGTH = 250
@@ -56,14 +56,6 @@ def parameters(run: Path, described: Mapping[str, Any]) -> dict[str, str]:
     if (configuration := run / CONFIGURATION).exists():
         values = flattened(json.loads(configuration.read_bytes())) | values
     return {key: str(value)[:MAX_PARAMETER_LENGTH] for key, value in values.items() if len(key) <= MAX_KEY_LENGTH}
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as one mapping with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def dataset_inputs(dataset: str, job: str) -> list["DatasetInput"]:

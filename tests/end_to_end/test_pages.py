@@ -102,6 +102,27 @@ def test_training_page_summarizes_the_run(demo, open_page):
         assert "optimizer step" in losses.inner_text()
 
 
+def test_training_runs_on_one_chart(demo, open_page):
+    stages = [run.name for run in demo.runs("train")]
+    done = demo.command("open", "--print", *stages)
+    assert done.returncode == 0, done.stderr
+    with open_page(Path(done.stdout.strip()).as_uri(), "dark", "comparison") as page:
+        assert len(page.query_selector_all("h2:text-is('train/loss') + figure g.series")) == len(stages)
+        assert "stage" in page.inner_text("h2:text-is('Settings that differ') + *")
+        check_drawings(page)
+        assert not wide(page)
+        check_accessible(page)
+        check_narrow(page)
+        page.set_viewport_size(LARGE)
+    for words, message in (
+        ([stages[0], demo.runs("audit")[-1].name], "only training runs are compared"),
+        ([stages[0], stages[0]], "names a run twice"),
+        ([*stages, "--port", "8000"], "only the page of a dataset is served"),
+    ):
+        refused = demo.command("open", "--print", *words)
+        assert (refused.returncode, message in refused.stderr) == (2, True)
+
+
 def test_lineage_of_a_copied_png(demo, open_page, tmp_path):
     """A copy of the PNG suffices, and every link of the page leads to an existing file."""
     picture = next(iter(sorted((demo.runs("sample")[-1] / "samples").glob("*.png"))))

@@ -28,8 +28,8 @@ def test_a_server_under_load(saved_models: SavedModels, tmp_path: Path):
     """Clients share batches, are refused beyond the queue's limit only, and leave no memory behind."""
     model = checkpoint_of(saved_models.recipe, 2, dim=128, cond_dim=128, num_heads=4, num_blocks=4)  # the demo's sizes
     checkpoint = str(checkpoints.save(model, tmp_path / "model"))
-    own, others = halves()
-    with processors(own):
+    served, others = halves()
+    with processors(served):
         peers = [sample_in_batches(checkpoint)]
         server = ServerProcess(checkpoint, tmp_path / "home", "--recipe", "demo", "--max-queue", "12")
     with server, processors(others):
@@ -39,7 +39,7 @@ def test_a_server_under_load(saved_models: SavedModels, tmp_path: Path):
         assert resident_bytes(server.worker) - before < MAX_GROWTH
         metrics = httpx2.get(f"{server.url}/metrics").text
         assert httpx2.get(f"{server.url}/health").status_code == 200
-    with processors(own):
+    with processors(served):
         peers.append(sample_in_batches(checkpoint))
     assert seen.faults == []
     assert set(seen.statuses) == {200, 429}

@@ -80,7 +80,11 @@ def pieces(tokenizer: Any) -> pa.Array:
     neighbors = visible[[len(visible) // 3, -1 - len(visible) // 3]].tolist()  # put before and after each token
     after = [text.removeprefix(first[neighbors[0]]) for text in decode(neighbors[0], every)]
     for neighbor in neighbors:
-        is_regular &= [text == first[neighbor] + own for text, own in zip(decode(neighbor, every), after, strict=True)]
-        is_regular &= [text == own + after[neighbor] for text, own in zip(decode(every, neighbor), first, strict=True)]
+        is_regular &= [
+            text == first[neighbor] + piece for text, piece in zip(decode(neighbor, every), after, strict=True)
+        ]
+        is_regular &= [
+            text == piece + after[neighbor] for text, piece in zip(decode(every, neighbor), first, strict=True)
+        ]
     is_null = np.append(~is_regular, True)
     return pa.concat_arrays([pa.array([*texts, ""], pa.string(), mask=is_null) for texts in (after, first)])
