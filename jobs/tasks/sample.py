@@ -16,6 +16,7 @@ from pixart.atomic import write_atomically
 from pixart.config import recipe as recipe_file
 from pixart.config.latent_space import recorded_pixel_range
 from pixart.config.recipe import Recipe
+from pixart.config.sampling import SampleConfig
 
 UNSEEN = 1  # added to the dataset's seed, for demo scenes that are not in the training data
 NULL_LABEL = -1  # stands for the null class in a request whose number of classes is not known
@@ -283,12 +284,21 @@ def paint(
     captions = [picture.caption for picture in pictures]
     columns = per_prompt if 1 < per_prompt <= COLUMNS else COLUMNS
     save_png(
-        contact_sheet(images, captions, columns=columns),
+        contact_sheet(images, captions, columns=columns, head=head(options, provenance, len(images))),
         sheet,
         {**sampling, **provenance, "pictures": json.dumps(settings)},
     )
     journal.artifact(sheet)
     return {"sheet": str(sheet), "checkpoint": provenance["checkpoint"], "pictures": settings}
+
+
+def head(options: SampleConfig, provenance: dict[str, str], count: int) -> list[str]:
+    """Return the lines above the images of a contact sheet."""
+    seeds = f"seed {options.seed}" if count == 1 else f"seeds {options.seed} to {options.seed + count - 1}"
+    return [
+        f"{provenance['checkpoint']}, step {provenance['step']}, {provenance['weights']} weights",
+        f"{options.steps} denoising steps, guidance {options.guidance:g}, {seeds}",
+    ]
 
 
 def with_command(settings: dict[str, str]) -> dict[str, str]:
