@@ -60,7 +60,7 @@ def metrics() -> str:
     return (
         "# Metrics\n\nTasks append metrics to the journal of their run, and MLflow has them under these names. A word "
         "in capitals stands for the part that differs. In MLflow the metrics of FP8 are under `train/fp8/`, as the "
-        "extremes over all linears (`_min`, `_max`), and those of the first node are under `system/` without `node_0/`. "
+        "extremes over all linears (`_min`, `_max`). Those of the first node are under `system/` without `node_0/`. "
         f"A submission shows the key figures of its runs.\n\n{table(('metric', 'unit', 'meaning'), rows)}"
     )
 
