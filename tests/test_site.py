@@ -44,7 +44,7 @@ def test_pages_fit_the_window(built, open_page, scheme, name):
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.screenshot(path=SCREENSHOTS / f"site-{label}-{width}-{scheme}.png", full_page=True)
+            page.screenshot(path=SCREENSHOTS / f"site-{label}-{width}-{scheme}.png")
         expected = {"light": "default", "dark": "slate"}[scheme]
         assert page.get_attribute("body", "data-md-color-scheme") == expected
 
