@@ -1,4 +1,4 @@
-"""Sentences of the README and the quick starts are short, and the output that the README shows is that of the demo."""
+"""Sentences of the README and of the pages in docs are short, and the output that the README shows is that of the demo."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-QUICK_STARTS = ("installation", "clusters", "profiles", "glossary", "sampling", "serving")
-PAGES = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in QUICK_STARTS))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MAX_WORDS = 35
 
 
@@ -27,7 +26,7 @@ def count_words(sentence: str) -> int:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_sentences_are_short(page):
     texts = sentences(page.read_text())
-    assert len(texts) > 10 or page.stem == "glossary"
+    assert len(texts) > 2 or page.stem == "glossary"
     assert [sentence for sentence in texts if count_words(sentence) > MAX_WORDS] == []
 
 
