@@ -1,4 +1,4 @@
-"""Sentences of the README and of the pages in docs are short, and the output that the README shows is that of the demo."""
+"""Sentences of the README and of docs are short, and the output that the README shows is that of the demo."""
 
 import re
 from pathlib import Path
