@@ -17,7 +17,9 @@ WORKERS ?= 2
 test check attack: export TORCHINDUCTOR_COMPILE_THREADS := 1
 test check attack: export GOMP_SPINCOUNT := 1000
 
-.PHONY: install demo check attack test test-all vllm-env img2dataset-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
+SPELLED := README.md CONTRIBUTING.md CHANGELOG.md docs benchmarks jobs pixart conversion slurm tests
+
+.PHONY: install demo check docs attack test test-all vllm-env img2dataset-env gpu-env test-gpu-env test-newest gpu-day-rehearsal clean
 
 install: .venv/.installed
 demo: install
@@ -43,7 +45,13 @@ check: .venv/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/codespell $(SPELLED)
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m "$(FAST)"
+
+# The generated pages of docs/reference, and the site of all pages in build/site.
+docs: .venv/.installed-dev
+	@$(BIN)/python -m tests.support.documentation.reference
+	@$(BIN)/python -m tests.support.documentation.site
 
 # The long campaign of tests/attack, with its figures by area; the short one is part of `make test`.
 attack: export PIXART_ATTACK := long
@@ -63,6 +71,7 @@ test-all:
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/codespell $(SPELLED)
 	@$(BIN)/python -m tests.support.debian_packages
 	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slurm and not vllm"
 	@$(BIN)/python -m pytest -m "slurm or vllm"

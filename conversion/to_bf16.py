@@ -4,7 +4,6 @@ FP8 training keeps master weights, EMA and moments in float32, so the conversion
 It is exact.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -30,9 +29,10 @@ def restore(source: Path, output: Path, *, overwrite: bool = False) -> None:
     checkpoints.save(checkpoint, output)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     assert __doc__
-    parser: argparse.ArgumentParser = Parser(prog="python -m conversion.to_bf16", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m conversion.to_bf16", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="FP8 checkpoint directory, or run folder.")
     parser.add_argument(
         "--output",
@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="Directory to write (default: the checkpoint's name with the suffix .bf16).",
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace the output of an earlier conversion.")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
     source = options.checkpoint.absolute()
     output = options.output or source.with_name(f"{source.name.removesuffix('.fp8')}.bf16")
     try:

@@ -17,7 +17,8 @@ from conversion.options import Parser, add_options, check_exists, from_arguments
 from pixart.terminal import printable
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     assert __doc__
     parser = Parser(prog="python -m conversion.to_fp8", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -34,7 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="Print what would be done, and write nothing.")
     add_options(parser)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = make_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     is_reporting = os.environ.get("RANK", "0") == "0"
     try:

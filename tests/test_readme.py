@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ FOREIGN = {
     "--nproc-per-node",
     "--backend-store-uri",
     "--images",
-}  # of torchrun, MLflow and benchmarks.gpu_day
+    "--editable",
+    "--no-build-isolation",
+    "--format",
+}  # of torchrun, MLflow, benchmarks.gpu_day, uv and sinfo
 
 
 @pytest.mark.parametrize("words", [words for module, words in COMMANDS if module == "jobs.launch"])
@@ -41,7 +45,9 @@ def test_other_commands_are_modules():
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {"demo", "test", "check", "attack"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(targets)
+    assert {"demo", "test", "check", "attack", "docs"} == set(re.findall(r"\bmake ([a-z]+)(?:`|  )", README)) & set(
+        targets
+    )
 
 
 def test_options(capsys):
@@ -76,6 +82,17 @@ def test_every_key_of_a_cluster_profile_is_explained():
     for table, kind in re.findall(r"\[([a-z]+)\] ([a-z]+) =", README):
         assert table in BY_KIND
         assert kind in JOB_KINDS
+
+
+def test_the_page_on_profiles_has_the_values_of_the_included_one():
+    included = tomllib.loads((ROOT / "slurm/profiles/hpg-b200.toml").read_text())
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/profiles.md").read_text(), re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        for key, value in tomllib.loads(block).items():
+            assert key in {item.name for item in dataclasses.fields(Profile)}
+            if key in included:
+                assert (included[key] | value if isinstance(value, dict) else value) == included[key]
 
 
 def test_every_command_is_in_the_table_of_the_readme():

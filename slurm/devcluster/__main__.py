@@ -24,7 +24,8 @@ def describe(cluster: DevCluster) -> str:
     return f"export {exports}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> "Parser":
+    """Return the parser of the command line."""
     parser = Parser(prog="python -m slurm.devcluster", description=__doc__)
     parser.add_argument("command", choices=("up", "down", "status"), help="Start, stop or show the cluster.")
     parser.add_argument(
@@ -43,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--accounting", action="store_true", help="Run slurmdbd with a separate MariaDB (default: no accounting)."
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
     try:
         if options.command == "up":
             print(describe(up(options.folder, options.nodes, options.gpus_per_node, options.accounting)))
