@@ -51,8 +51,8 @@ def contact_sheet(
         top = top_of_grid + (index // columns) * cell_height
         size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
         place = (left + (cell - size[0]) // 2, top + (cell - size[1]) // 2)
-        how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-        sheet.paste(image if size == image.size else image.resize(size, how), place)
+        resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+        sheet.paste(image if size == image.size else image.resize(size, resampling), place)
         draw.rectangle((place[0] - 1, place[1] - 1, place[0] + size[0], place[1] + size[1]), outline=EDGE)
         draw.multiline_text((left, top + cell + 4), "\n".join(lines), fill="black", font=font)
     return sheet
