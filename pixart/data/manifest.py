@@ -48,6 +48,14 @@ class Adoption:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionsOrigin:
+    """The dataset whose captions another one has, with the same rows and images of another size."""
+
+    path: str  # when the captions were taken over
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The fixed properties of a dataset.
 
@@ -64,6 +72,7 @@ class Manifest:
     buckets: tuple[tuple[Count, Count], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
     adopted: Adoption | None = None  # None for a dataset of images
     listing: str | None = None  # checksum of LISTING_FILE; None for the demo and for datasets from before it
+    captions_from: CaptionsOrigin | None = None  # None for a dataset whose images were captioned for it
     format: int = FORMAT
 
     @property
@@ -104,14 +113,15 @@ class Manifest:
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that identify the dataset independently of its path; checkpoints refer to it."""
-        values = dataclasses.replace(self, data=dataclasses.replace(self.data, path="")).values()
+        origin = self.captions_from and dataclasses.replace(self.captions_from, path="")
+        values = dataclasses.replace(self, data=dataclasses.replace(self.data, path=""), captions_from=origin).values()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def values(self) -> dict[str, Any]:
         """Return the manifest as JSON values, with the keys of its format."""
         values = dataclasses.asdict(self)
         version = values.pop("format")
-        for key in ("adopted", "listing"):
+        for key in ("adopted", "listing", "captions_from"):
             if values[key] is None:
                 del values[key]
         values["data"] = {key: value for key, value in values["data"].items() if ADDED_KEYS.get(key, 0) <= version}

@@ -113,11 +113,11 @@ def test_stored_latents_decode_to_the_photos_of_every_bucket(home, shared_data):
                 for row in members
             ]
         )
-        own = decode_latents(vae, torch.from_numpy(encode(vae, images, (-1, 1)).astype(np.float32)), (-1, 1))
+        direct = decode_latents(vae, torch.from_numpy(encode(vae, images, (-1, 1)).astype(np.float32)), (-1, 1))
         stored = decode_latents(vae, torch.from_numpy(store.read(LATENTS, members).astype(np.float32)), (-1, 1))
-        print(f"{width}x{height}: PSNR of the VAE {psnr(own, images):.2f} dB, stored {psnr(stored, images):.2f} dB")
-        assert psnr(own, images) > 18
-        assert abs(psnr(own, images) - psnr(stored, images)) < 0.1
+        print(f"{width}x{height}: PSNR of the VAE {psnr(direct, images):.2f} dB, stored {psnr(stored, images):.2f} dB")
+        assert psnr(direct, images) > 18
+        assert abs(psnr(direct, images) - psnr(stored, images)) < 0.1
 
 
 def test_both_stages_train_and_the_conversion_calibrates_on_every_bucket(home):
@@ -139,7 +139,7 @@ def test_both_stages_train_and_the_conversion_calibrates_on_every_bucket(home):
     assert any(not torch.equal(trained.scales[key], converted.scales[key]) for key in converted.scales)
 
 
-def test_samples_have_the_sizes_that_were_asked_for(home):
+def test_samples_have_the_requested_sizes(home):
     pictures = sorted((run_folders(home, "sample")[0] / "samples").glob("*.png"))
     images = [Image.open(picture) for picture in pictures]
     assert [image.size for image in images] == [(128, 128), (192, 80), (112, 144)]
