@@ -272,6 +272,9 @@ class Traversal:
             text_encoder=f"{data['text_encoder']} ({models['text_encoder']})",
             hash=manifest["hash"],
         )
+        if origin := manifest.get("captions_from"):
+            node.facts["captions"] = f"taken over from the dataset of hash {origin['hash']}"
+            node.parents = [self.dataset(ledger.captions_origin(path, manifest), origin["hash"])]
         for kind in ("adopt", "caption", "latents", "audit"):
             names = {run.folder.name for run in self.known_runs() if run.kind == kind and run.dataset == path}
             if names:

@@ -18,6 +18,7 @@ from pixart.atomic import write_atomically
 from pixart.config.dataset import data_from_dict, is_url
 from pixart.config.renamed_keys import rename_data
 from pixart.records import Count
+from pixart.relocation import home_of, present
 
 MANIFEST = "manifest.json"
 CONTENTS = "source.json"  # what was taken from the source and left out
@@ -53,6 +54,14 @@ class DatasetRecord(TypedDict):
     text_dim: Count
     models: dict[str, str]
     adopted: NotRequired[dict[str, Any]]
+    captions_from: NotRequired["OriginRecord"]
+
+
+class OriginRecord(TypedDict):
+    """The dataset whose captions another one takes over."""
+
+    path: str
+    hash: str
 
 
 class ContentsRecord(TypedDict):
@@ -180,6 +189,32 @@ def captions(dataset: str | Path, shards: list[int]) -> dict[int, Entry]:
             f"{len(missing)} of {len(shards)} shards have no captions yet, such as {missing[0]}; run 'caption' first"
         )
     return available
+
+
+def captions_origin(dataset: str | Path, manifest: Mapping[str, Any]) -> str:
+    """Return the present path of the dataset whose captions a dataset with this manifest takes over."""
+    path: str = present(manifest["captions_from"]["path"], home_of(Path(dataset)))
+    return path
+
+
+def captions_to_take_over(origin: str, origin_hash: str, shards: list[int]) -> dict[int, Entry]:
+    """Return the caption job's entries of these shards in the dataset whose captions are taken over.
+
+    Raises ValueError if it is no longer the dataset with the hash `origin_hash`, or if shards have no captions.
+    """
+    record = manifest(origin)
+    if record is None or record["hash"] != origin_hash:
+        raise ValueError(
+            f"dataset {origin}: its captions cannot be taken over, as it is not the dataset of hash {origin_hash}; "
+            "restore it"
+        )
+    available = current(origin, "caption", shards, origin_hash)
+    if missing := [shard for shard in shards if shard not in available]:
+        raise ValueError(
+            f"dataset {origin}: {len(missing)} of {len(shards)} shards have no captions to take over, such as "
+            f"{missing[0]}; run 'caption --dataset {origin}' first"
+        )
+    return entries(origin, "caption", shards)
 
 
 def manifest(dataset: str | Path) -> dict[str, Any] | None:

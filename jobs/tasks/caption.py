@@ -1,9 +1,13 @@
-"""The caption job: write a parquet part of captions for each shard, with one row per source item."""
+"""The caption job: write a parquet part of captions for each shard, with one row per source item.
+
+A dataset that has the images of another one at other sizes takes over its parts instead.
+"""
 
 import platform
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.state import ledger
@@ -20,6 +24,9 @@ def run(dataset: str, shards: list[int]) -> None:
 
     manifest = manifests.read(dataset)
     data = manifest.data
+    if manifest.captions_from:
+        take_over(dataset, shards)
+        return
     todo = [shard for shard in shards if not complete(dataset, manifest.hash, shard)]
     if not todo:
         return
@@ -33,6 +40,28 @@ def complete(dataset: str, manifest_hash: str, shard: int) -> bool:
     """Return whether a shard's part exists and was made from the manifest with this hash."""
     entry = ledger.read(dataset, "caption", shard)
     return entry is not None and entry.manifest == manifest_hash and part_path(dataset, shard).exists()
+
+
+def take_over(dataset: str, shards: list[int]) -> None:
+    """Copy the caption parts of shards, and their ledger entries, from the dataset that the manifest names.
+
+    Shards that have captions are skipped. Raises ValueError if that dataset lacks captions of another shard, or if a
+    part of it does not match its ledger.
+    """
+    manifest = ledger.manifest(dataset)
+    assert manifest is not None
+    complete = ledger.current(dataset, "caption", shards, manifest["hash"])
+    missing = [shard for shard in shards if shard not in complete]
+    if not missing:
+        return
+    origin = ledger.captions_origin(dataset, manifest)
+    entries = ledger.captions_to_take_over(origin, manifest["captions_from"]["hash"], missing)
+    for shard in missing:
+        begun = time.monotonic()
+        read_part(origin, shard)  # compares it with its ledger entry
+        write_atomically(part_path(dataset, shard), part_path(origin, shard).read_bytes())
+        entry = replace(entries[shard], manifest=manifest["hash"], seconds=time.monotonic() - begun)
+        ledger.record(dataset, "caption", shard, entry)
 
 
 def part_path(dataset: str | Path, shard: int) -> Path:

@@ -5,7 +5,7 @@ import time
 from itertools import zip_longest
 
 from jobs.state import ledger
-from jobs.tasks.caption import for_each_shard, read_part
+from jobs.tasks.caption import for_each_shard, read_part, take_over
 from pixart.config.aspect_buckets import nearest_bucket
 
 BATCH = 32  # images per call of the VAE, and captions per call of the text encoder
@@ -25,6 +25,8 @@ def run(dataset: str, shards: list[int]) -> None:
 
     manifest = manifests.read(dataset)
     data = manifest.data
+    if manifest.captions_from:
+        take_over(dataset, shards)
     ledger.captions(dataset, shards)
     complete = ledger.current(dataset, "latents", shards, manifest.hash)
     todo = [shard for shard in shards if shard not in complete]

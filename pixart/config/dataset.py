@@ -1,7 +1,7 @@
 """Configuration of a dataset: its source, its models, and the limits of its screening and audit."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pixart.config.aspect_buckets import Shape, bucket_shapes
@@ -10,6 +10,20 @@ from pixart.config.limits import require_at_least, require_fraction
 from pixart.config.renamed_keys import rename_data
 
 PIXEL_RANGES = ((-1, 1), (0, 1))
+# Keys that rows, screening and captions do not depend on: datasets with the same captions may differ in them.
+KEYS_BESIDE_CAPTIONS = (
+    "path",
+    "image_size",
+    "aspect_buckets",
+    "vae",
+    "pixel_range",
+    "normalization",
+    "text_encoder",
+    "max_text_tokens",
+    "text_scale",
+    "store_text_embeddings",
+    "short_captions",
+)
 MAX_SHARDS = 1_000_000  # each shard is a file or two in one folder
 
 
@@ -149,6 +163,20 @@ class DataConfig:
     def image_shapes(self) -> tuple[Shape, ...]:
         """Shapes (height, width) of the training images in pixels: one per aspect bucket, or the only one."""
         return bucket_shapes(self.aspect_buckets, self.image_size) or ((self.image_size, self.image_size),)
+
+
+def check_shared_captions(origin: DataConfig, data: DataConfig) -> None:
+    """Check that a dataset can have the rows and captions of another one. Raises ValueError naming the key if not."""
+    names = [item.name for item in fields(DataConfig) if item.name not in KEYS_BESIDE_CAPTIONS]
+    if origin.source == "demo":
+        names.append("image_size")  # at which the scenes are rendered
+    for name in names:
+        value, expected = getattr(data, name), getattr(origin, name)
+        if value != expected:
+            raise ValueError(
+                f"data.{name}={value!r}: the dataset {origin.path}, whose captions are taken over, has {expected!r}; "
+                "leave the key out, or run 'caption' for a dataset with captions of its own"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,6 +48,14 @@ class Adoption:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionsOrigin:
+    """The dataset whose captions another one has, with the same rows and images of another size."""
+
+    path: str  # when the captions were taken over
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The fixed properties of a dataset.
 
@@ -64,6 +72,7 @@ class Manifest:
     buckets: tuple[tuple[Count, Count], ...] = ()  # (height, width) of the latents of each aspect bucket; () has none
     adopted: Adoption | None = None  # None for a dataset of images
     listing: str | None = None  # checksum of LISTING_FILE; None for the demo and for datasets from before it
+    captions_from: CaptionsOrigin | None = None  # None for a dataset whose images were captioned for it
     format: int = FORMAT
 
     @property
@@ -104,14 +113,15 @@ class Manifest:
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that identify the dataset independently of its path; checkpoints refer to it."""
-        values = dataclasses.replace(self, data=dataclasses.replace(self.data, path="")).values()
+        origin = self.captions_from and dataclasses.replace(self.captions_from, path="")
+        values = dataclasses.replace(self, data=dataclasses.replace(self.data, path=""), captions_from=origin).values()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def values(self) -> dict[str, Any]:
         """Return the manifest as JSON values, with the keys of its format."""
         values = dataclasses.asdict(self)
         version = values.pop("format")
-        for key in ("adopted", "listing"):
+        for key in ("adopted", "listing", "captions_from"):
             if values[key] is None:
                 del values[key]
         values["data"] = {key: value for key, value in values["data"].items() if ADDED_KEYS.get(key, 0) <= version}
@@ -158,12 +168,14 @@ def open_configured_source(data: DataConfig, counts_file: Path, listing_file: Pa
     )
 
 
-def make(data: DataConfig) -> Manifest:
+def make(data: DataConfig, patch_size: int = 1) -> Manifest:
     """Build the manifest of a new dataset from its source, VAE and text encoder.
+
+    `patch_size` is that of the model that will be trained on it, which must divide the latents of every aspect bucket.
 
     Also writes into the dataset's directory the source's files and their row counts, so that tasks need not list them
     again, and what the source holds and leaves out. Raises ValueError, with nothing written, if the source or a model
-    does not exist.
+    does not exist, or if the VAE or the patch does not divide an aspect bucket.
     """
     from pixart.data.encoders.text_encoder import text_dim
     from pixart.data.encoders.vae import latent_shape
@@ -181,7 +193,7 @@ def make(data: DataConfig) -> Manifest:
             rows_per_shard=-(-len(source) // data.num_shards),
             class_names=tuple(source.class_names),
             latent_shape=latent_shape(data.vae, data.image_size),
-            buckets=tuple(latent_buckets(data)),
+            buckets=tuple(latent_buckets(data, patch_size)),
             text_dim=text_dim(data.text_encoder),
             models={kind: model_fingerprint(data, kind) for kind in MODELS},
             listing=open_reader(listing).checksum if listing.exists() else None,
@@ -193,19 +205,23 @@ def make(data: DataConfig) -> Manifest:
     return manifest
 
 
-def latent_buckets(data: DataConfig) -> Iterator[tuple[int, int]]:
+def latent_buckets(data: DataConfig, patch_size: int) -> Iterator[tuple[int, int]]:
     """Yield the (height, width) of the latents of each aspect bucket of a configuration.
 
-    Raises ValueError for a bucket that the VAE cannot encode.
+    Raises ValueError for a bucket that the VAE cannot encode, or whose latents have sides that the patch does not
+    divide.
     """
     from pixart.data.encoders.vae import downsampling_factor
 
     factor = downsampling_factor(data.vae)
     for height, width in bucket_shapes(data.aspect_buckets, data.image_size):
+        bucket = f"data.aspect_buckets={data.aspect_buckets}: {width}x{height}"
         if height % factor or width % factor:
+            raise ValueError(f"{bucket} must have sides that are multiples of {factor}, the VAE's downsampling factor")
+        if height // factor % patch_size or width // factor % patch_size:
             raise ValueError(
-                f"data.aspect_buckets={data.aspect_buckets}: {width}x{height} must have sides that are multiples of "
-                f"{factor}, the VAE's downsampling factor"
+                f"{bucket} must have sides that are multiples of {factor * patch_size}, the VAE's downsampling factor "
+                f"times model.patch_size={patch_size}"
             )
         yield height // factor, width // factor
 

@@ -1,5 +1,6 @@
 """Functions that the dataset commands share: opening a dataset, selecting shards, and running the data jobs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,17 @@ class ArrayOptions(DatasetOptions):
 
 
 def open_writable_dataset(
-    launch: Launch, *, create: bool = False, shards: list[int] | None = None, describe: bool = True
+    launch: Launch,
+    *,
+    create: bool = False,
+    create_by: Callable[[], None] | None = None,
+    shards: list[int] | None = None,
+    describe: bool = True,
 ) -> dict[str, Any]:
     """Return the manifest of a dataset on a file system; with `create`, create one that does not exist.
 
-    What a new one takes from its source is printed unless `describe` is false. Raises ValueError for a URL,
+    `create_by` creates it (default: the init job does). What a new one takes from its source is printed unless
+    `describe` is false. Raises ValueError for a URL,
     for a dataset that does not exist, and for one that would not have all `shards`.
     """
     if is_url(launch.dataset):
@@ -58,7 +65,7 @@ def open_writable_dataset(
         if not create:
             raise ValueError(f"dataset {launch.dataset} does not exist; run 'caption' to create it")
         select_shards(launch, launch.recipe.data.num_shards, shards)
-    manifest = open_dataset(launch)
+    manifest = open_dataset(launch, create_by)
     if is_new and describe:
         print(describe_contents(launch.dataset, manifest), end="", flush=True)
     return manifest

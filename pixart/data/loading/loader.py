@@ -128,11 +128,11 @@ class Loader:
         def column(name: str, selected: np.ndarray | None = None) -> Tensor:
             if name in reader.window_columns:
                 parts = [window.columns[name][window.local_slice(positions)] for window, positions in windows]
-                values = (
-                    parts[0]
-                    if len(parts) == 1
-                    else torch.cat(parts, out=self._buffers.column(self.store, name, len(rows)))
-                )
+                values = parts[0]
+                if len(parts) > 1:
+                    values = self._buffers.column(self.store, name, len(rows))
+                    # torch.cat would wait for its threads, which readers and training keep busy.
+                    np.concatenate([part.numpy() for part in parts], out=values.numpy())
                 return values if selected is None else values[selected]
             return self._buffers.read(self.store, name, rows if selected is None else rows[selected])
 

@@ -39,6 +39,7 @@ StoredRows = Callable[[int, int], np.ndarray]  # of a bucket and a shard: the ro
 NUM_READERS = 2  # threads
 MAX_WRITERS = 8  # threads that write the files of a shard
 NUM_PROBES = 16  # blocks of a window that are tested for being cached
+MAX_GAP_BYTES = 16384  # between small chunks that one system call reads; reading them takes less time than a call
 MAX_COPIED_CHUNK = 4096  # bytes; smaller chunks are read contiguously and copied, larger ones scattered by the read
 
 
@@ -217,23 +218,26 @@ class Store:
     ) -> None:
         """Read ascending chunks of a column to the rows `target_rows` of the target (B, bytes).
 
-        Consecutive chunks are read by one system call. `stored` is for a column of an aspect bucket.
+        Consecutive chunks are read by one system call, and of small ones also those between them. `stored` is for a
+        column of an aspect bucket.
         """
-        scattered = column.stride > MAX_COPIED_CHUNK
-        block = np.empty((len(chunks), CRC_BYTES if scattered else column.stride), np.uint8)
-        for start, stop in contiguous_runs(chunks, column.rows // column.chunk):
-            shard, first = divmod(int(chunks[start]), column.rows // column.chunk)
+        scattered, per_shard = column.stride > MAX_COPIED_CHUNK, column.rows // column.chunk
+        gap = 1 if scattered else max(1, MAX_GAP_BYTES // column.stride)
+        checksums = np.empty((len(chunks) if scattered else 0, CRC_BYTES), np.uint8)
+        for start, stop in contiguous_runs(chunks, per_shard, gap):
+            shard, first = divmod(int(chunks[start]), per_shard)
             if (column.name, shard) not in self._checked:
                 rows = None if stored is None or column.bucket is None else stored(column.bucket, shard)
                 self._check_index(column, shard, rows)
             if scattered:
-                pairs = zip(target_rows[start:stop].tolist(), block[start:stop], strict=True)
+                pairs = zip(target_rows[start:stop].tolist(), checksums[start:stop], strict=True)
                 buffers = [buffer for row, crc in pairs for buffer in (target[row], crc)]
+                self._read(column, shard, first * column.stride, buffers, stop - start)
             else:
-                buffers = [block[start:stop].reshape(-1)]
-            self._read(column, shard, first * column.stride, buffers, stop - start)
-        if not scattered:
-            target[target_rows] = block[:, :-CRC_BYTES]
+                places = chunks[start:stop] - chunks[start]
+                block = np.empty((int(places[-1]) + 1, column.stride), np.uint8)
+                self._read(column, shard, first * column.stride, [block.reshape(-1)], len(block))
+                target[target_rows[start:stop]] = block[places, :-CRC_BYTES]
 
     def _check_index(self, column: Column, shard: int, stored: np.ndarray | None) -> None:
         """Check that the chunks of a file are where this module writes them, and not where another library did."""
@@ -317,13 +321,19 @@ def expected_crc(chunks: int, stride: int) -> int:
     return google_crc32c.value((zeros + crc32c(zeros)) * chunks)
 
 
-def contiguous_runs(rows: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of runs of consecutive rows of one shard, each short enough for one system call."""
-    breaks = (np.diff(rows) != 1) | (rows[1:] % rows_per_shard == 0)
+def contiguous_runs(rows: np.ndarray, rows_per_shard: int, gap: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield the start and end of runs of ascending rows of one shard, each short enough for one system call.
+
+    Rows of a run that follow each other are at most `gap` apart; without gaps they are consecutive, and not equal.
+    """
+    steps = np.diff(rows)
+    breaks = (steps != 1 if gap == 1 else steps > gap) | (np.diff(rows // rows_per_shard) != 0)
     ends = [*(np.flatnonzero(breaks) + 1).tolist(), len(rows)]
     start = 0
     for end in ends:
         while start < end:
             stop = min(end, start + MAX_BUFFERS // 2)
+            if gap > 1:
+                stop = int(np.searchsorted(rows[start:stop], rows[start] + MAX_BUFFERS // 2)) + start
             yield start, stop
             start = stop

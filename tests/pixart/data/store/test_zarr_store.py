@@ -209,3 +209,23 @@ def test_manifest_round_trip_and_hash(manifest, tmp_path):
     assert other.hash != manifest.hash
     with pytest.raises(ValueError, match="is not a dataset"):
         manifests.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("gap", [1, 7, 1000])
+def test_runs_of_rows_are_of_one_shard_and_as_long_as_a_system_call_allows(gap):
+    """Without gaps the rows of a run are consecutive; with them, the span of a run is limited too."""
+    random = np.random.default_rng(gap)
+    for share in (0.02, 0.3, 1.0):
+        rows = np.sort(random.choice(5000, int(5000 * share), replace=False))
+        rows = np.repeat(rows, random.integers(1, 3, len(rows))) if gap > 1 else rows
+        runs = list(stores.contiguous_runs(rows, 700, gap))
+        assert [start for start, _ in runs] == [0, *(stop for _, stop in runs[:-1])]
+        assert runs[-1][1] == len(rows)
+        for start, stop in runs:
+            run = rows[start:stop]
+            assert 0 < len(run) <= stores.MAX_BUFFERS // 2
+            assert run[-1] - run[0] < stores.MAX_BUFFERS // 2
+            assert run[0] // 700 == run[-1] // 700
+            assert np.diff(run).max(initial=0) <= gap
+            if gap == 1:
+                assert (np.diff(run) == 1).all()
