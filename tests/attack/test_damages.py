@@ -219,8 +219,8 @@ def test_no_reader_uses_damaged_files(artefacts, tmp_path, capfd, record_propert
         damage = DAMAGES[number % len(DAMAGES)]
         name = attack.generator.choice(sorted(intact))
         damage(attack.generator, work / name)
-        found = contents(work)
-        changed = {key for key in intact if found.get(key) != intact[key]}
+        damaged = contents(work)
+        changed = {key for key in intact if damaged.get(key) != intact[key]}
         if not changed:
             continue
         altered += 1

@@ -141,7 +141,7 @@ def test_the_conversion_to_bf16_refuses_the_files_that_load_refuses(converted, t
 
 
 @pytest.mark.parametrize("part", ["transformer", "ema", f"ema/{checkpoints.WEIGHTS}"])
-def test_a_damaged_part_of_a_checkpoint_is_refused_on_its_own(converted, tmp_path, part):
+def test_a_damaged_part_of_a_checkpoint_is_refused(converted, tmp_path, part):
     copy = tmp_path / "copy"
     shutil.copytree(converted, copy)
     assert formats.read(copy / part, base_latent_size=8).stage == 2
