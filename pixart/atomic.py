@@ -5,6 +5,7 @@ The content is written under a temporary name, flushed to disk and renamed. A te
 living one writes is not. A process of another host counts as dead after ABANDONED_SECONDS without a change.
 """
 
+import errno
 import glob
 import logging
 import os
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".partial"
 OWNER = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<pid>[0-9]+)-[0-9a-f]{8}\.partial")
 ABANDONED_SECONDS = 7 * 24 * 3600
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_atomically(target: Path, content: str | bytes) -> None:
@@ -84,7 +86,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock on a file, which is created if it does not exist, and yield whether it is held.
 
     Without `wait`, it is not held if another process holds it. A file system without locks is a warning: there, the
-    lock counts as held.
+    lock counts as held. Raises OSError if this user may not write the file.
     """
     from filelock import FileLock, Timeout  # imports asyncio, which the launcher's start would wait for
 
@@ -96,6 +98,8 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     except Timeout:
         held = False
     except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            raise
         logger.warning("%s: the file system has no locks (%s); do not run the same job twice at once", path, error)
     try:
         yield held

@@ -52,6 +52,7 @@ def read(path: str | Path, *, base_latent_size: int | None = None, ignore_unknow
     path = locate(Path(path))
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
+    checkpoints.check_part(path)
     if path.is_dir() and (path / dcp_reader.METADATA).exists():
         parts = find_parts(dcp_reader.read_training_state(path), path, ignore_unknown=ignore_unknown)
         stored = from_parts(parts, path, "torch.distributed.checkpoint", ignore_unknown=ignore_unknown)
@@ -102,10 +103,16 @@ def read_diffusers(path: Path) -> StoredState:
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the model in a configuration, which diffusers' EMAModel extends by its own."""
+    """Return the arguments of the model in a configuration, which diffusers' EMAModel extends by its own.
+
+    A missing one has the model's default.
+    """
     names = inspect.signature(DiT.__init__).parameters
-    is_set = {key: value is not None and value is not False for key, value in config.items()}
-    return {key: value for key, value in config.items() if key in names and is_set[key]}
+    given = {key: value for key, value in config.items() if key in names}
+    if not given:
+        return {}
+    defaults = {name: one.default for name, one in names.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {key: value for key, value in {**defaults, **given}.items() if value is not None and value is not False}
 
 
 def config_beside(path: Path) -> dict[str, Any] | None:

@@ -136,6 +136,11 @@ def strip_wrappers(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
             raise ValueError(f"{name}: {key!r} is not a tensor but {describe(tensor)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: {key!r} has dtype {tensor.dtype}; it must be a floating-point tensor")
+        if tensor.dtype.itemsize == 1:
+            raise ValueError(
+                f"{name}: {key!r} has dtype {tensor.dtype}, whose scale is not known; give a folder of FP8 "
+                "weights with its inference.json"
+            )
         tensors[key] = tensor
     return tensors
 

@@ -180,7 +180,7 @@ def check_requests(pipeline, prompts: list[dict[str, str]], classes: list[int], 
 def write_export(
     pipeline, target: Path, provenance: dict[str, str], configuration: Recipe, home: Path, name: str = ""
 ) -> None:
-    """Write the pipeline, its model card and its provenance to a folder, atomically.
+    """Write the pipeline, its model card, its provenance and the SHA-256 of all files to a folder, atomically.
 
     The card has the figures of the checkpoint's evaluations in `home`; its title is `name`, else that of the folder.
     """
@@ -188,7 +188,8 @@ def write_export(
     from pixart.data.encoders.licences import licence_of
     from pixart.data.encoders.text_encoder import encoder_path
     from pixart.data.encoders.vae import vae_path
-    from pixart.sampling.model_card import model_card
+    from pixart.sampling.export import checksum_lines
+    from pixart.sampling.model_card import CHECKSUMS, model_card
 
     stage, data, checkpoint = pipeline.transformer.stage, configuration.data, provenance["checkpoint"]
     licences = {"transformer": "to be chosen at publication", f"vae: {data.vae}": licence_of(vae_path(data.vae))}
@@ -206,6 +207,7 @@ def write_export(
         )
         write_atomically(partial / "README.md", card)
         write_atomically(partial / "origin.json", json.dumps(provenance, indent=2) + "\n")
+        write_atomically(partial / CHECKSUMS, checksum_lines(partial))
 
 
 def classes_of(pipeline, configuration: Recipe, classes: list[int]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Release of a checkpoint: its EMA weights as a model version in MLflow, with its lineage."""
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def release(home: Path, name: str, model: str) -> str:
     record = checkpoint_record(checkpoint)
     tracker = Tracker(run.parent.parent)
     page = checkpoint.parent / f"{checkpoint.name}.lineage.html"
+    if not os.access(page.parent, os.W_OK):
+        raise ValueError(f"{page.parent}: you may not write there; release the checkpoint as the owner of its run")
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "ema"
         command = [sys.executable, "-m", "jobs.tracking.model_registry", str(checkpoint), str(weights)]

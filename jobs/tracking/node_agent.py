@@ -74,7 +74,8 @@ def with_sync(function: Callable[..., Any], run: str, *arguments: Any) -> None:
         return
     last_sync = Path(run) / LAST_SYNC
     with file_lock(Path(run) / LOCK, wait=False) as held:
-        if held and (not last_sync.exists() or time.time() - last_sync.stat().st_mtime > SYNC_SECONDS):
+        # A clock that was set back must not stop synchronization until it has caught up.
+        if held and (not last_sync.exists() or abs(time.time() - last_sync.stat().st_mtime) > SYNC_SECONDS):
             command = [sys.executable, "-m", "jobs.tracking.sync", str(home), run]
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run(command, cwd=ROOT, timeout=SHUTDOWN_SECONDS)

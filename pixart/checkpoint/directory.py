@@ -156,7 +156,7 @@ def load(directory: str | Path, *, verify: bool = True) -> Checkpoint:
     if verify:
         check_files(directory)
     checkpoint = load_without_tensors(directory)
-    if (directory / STATE).exists():
+    if is_distributed(directory):
         groups = lazy_groups(directory / STATE, GROUPS)
         states: dict[str, State] = {**groups}
         shapes: dict[str, State] = {group: tensors.shapes for group, tensors in groups.items()}
@@ -169,6 +169,11 @@ def load(directory: str | Path, *, verify: bool = True) -> Checkpoint:
     for group, folder in (("model", "transformer"), ("ema", "ema")):
         integrity.check_shapes(shapes[group], checkpoint.config, f"{directory}/{folder}")
     return checkpoint
+
+
+def is_distributed(directory: Path) -> bool:
+    """Return whether a checkpoint's tensors are in shards, which its metadata lists."""
+    return any(name.startswith(f"{STATE}/") for name in read_metadata(directory)["files"])
 
 
 def load_without_tensors(directory: Path) -> Checkpoint:
@@ -195,6 +200,19 @@ def check_files(directory: Path, part: slice = slice(None)) -> None:
     """
     files = list(read_metadata(directory)["files"].items())
     integrity.check_files(directory, dict(files[part]))
+
+
+def check_part(path: Path) -> None:
+    """Check a file or folder against the record of the checkpoint of this suite that it is part of, if there is one.
+
+    Raises ValueError for a file that is missing, damaged or truncated.
+    """
+    path = path.resolve()
+    for directory in path.parents[:2]:
+        if (directory / MARKER).exists():
+            part = path.relative_to(directory).as_posix()
+            files = read_metadata(directory)["files"]
+            integrity.check_files(directory, {name: files[name] for name in files if f"{name}/".startswith(f"{part}/")})
 
 
 def load_state(directory: Path, load: Callable[[Path], State] = load_tensors) -> tuple[State, State, State]:

@@ -6,10 +6,11 @@ read. Tensors are therefore copied to a buffer, which is written with O_DIRECT w
 
 import ctypes
 import errno
+import fcntl
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 BLOCK = mmap.PAGESIZE  # direct I/O requires offsets, lengths and memory addresses to be multiples of it
 BUFFER = 1 << 24  # bytes
+REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # by a file system without direct I/O
 # torch.equal takes several times as long, and even more if its threads compete with those of a GEMM.
 MEMCMP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ("memcmp", ctypes.CDLL(None))
@@ -40,9 +42,24 @@ def open_direct(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in REFUSED:
             raise
         return os.open(path, flags, 0o666)
+
+
+def transfer(call: Callable[..., int], descriptor: int, data: Any, offset: int) -> int:
+    """Call os.pwrite or os.preadv on a file that `open_direct` opened, and return the number of bytes.
+
+    Some file systems open a file with O_DIRECT and refuse to read or write it; it then goes through the page cache.
+    """
+    try:
+        return call(descriptor, data, offset)
+    except OSError as error:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if error.errno not in REFUSED or not flags & os.O_DIRECT:
+            raise
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return call(descriptor, data, offset)
 
 
 class DirectWriter:
@@ -80,7 +97,7 @@ class DirectWriter:
         self.crc = google_crc32c.extend(self.crc, np.frombuffer(memory, np.uint8, size))
         remaining = memoryview(memory)[: size + -size % BLOCK]
         while remaining:
-            written = os.pwrite(self.descriptor, remaining, offset)
+            written = transfer(os.pwrite, self.descriptor, remaining, offset)
             remaining, offset = remaining[written:], offset + written
 
     def finish(self, size: int) -> None:
@@ -181,7 +198,7 @@ def bytes_equal(descriptor: int, offset: int, values: Tensor, buffer: mmap.mmap)
     """Return whether a file has these bytes at `offset`; `buffer` holds at least one block more than `values`."""
     skip = offset % BLOCK
     size = skip + len(values)
-    read = os.preadv(descriptor, [memoryview(buffer)[: size + -size % BLOCK]], offset - skip)
+    read = transfer(os.preadv, descriptor, [memoryview(buffer)[: size + -size % BLOCK]], offset - skip)
     stored = torch.frombuffer(buffer, dtype=torch.uint8)[skip:]
     return read >= size and not MEMCMP(stored.data_ptr(), values.data_ptr(), len(values))
 

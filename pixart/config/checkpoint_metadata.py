@@ -103,7 +103,7 @@ def read_record(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{marker}: is damaged, it names no format; restore it")
         raise ValueError(f"{directory}: has checkpoint format {version!r}; supported are {LEGACY_FORMAT} and {FORMAT}")
     record = records.read(marker, CheckpointRecord)
-    if version == LEGACY_FORMAT:
+    if version == LEGACY_FORMAT and records.CHECKSUM not in record:
         return {**record, "files": {f"{STATE}/{name}": values for name, values in (record["files"] or {}).items()}}
     records.check(record, str(marker))
     return record

@@ -12,7 +12,7 @@ def check_archive(path: Path, kind: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: it is not a {kind}, or it is truncated") from error
     claimed_bytes = sum(entry.file_size for entry in entries)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or claimed_bytes > path.stat().st_size:

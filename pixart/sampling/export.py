@@ -5,6 +5,7 @@ diffusers or transformers, only with `trust_remote_code=True`. Each of these fil
 after the other, without the imports between them.
 """
 
+import hashlib
 import inspect
 import re
 import sys
@@ -88,3 +89,12 @@ def write_code(pipeline: Any, folder: Path, suite_code: Callable[[], dict[str, s
         assert file
         (folder / name).write_text(sources.get(name) or Path(file).read_text())
     return modules
+
+
+def checksum_lines(folder: Path) -> str:
+    """Return the SHA-256 of every file of a folder with its path relative to it, as `sha256sum` writes them."""
+    lines = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder)}\n")
+    return "".join(lines)

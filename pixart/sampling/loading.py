@@ -147,7 +147,7 @@ def read_inference_record(directory: Path) -> dict[str, Any]:
     """
     file = directory / INFERENCE_FILE
     metadata = records.read(file, InferenceRecord)
-    if "files" in metadata:
+    if "files" in metadata or records.CHECKSUM in metadata:
         records.check(metadata, str(file))
         check_files(directory, metadata["files"])
     return metadata

@@ -11,6 +11,7 @@ tags:
 - rectified-flow
 ---
 """
+CHECKSUMS = "SHA256SUMS"  # file with the SHA-256 of all others, as sha256sum writes and checks it
 CALLS = {1: 'class_labels=["none"]', 2: '"a red circle"'}
 EDGES = str.maketrans({"|": "\\|", "\n": " ", "\r": " "})
 
@@ -39,6 +40,9 @@ def model_card(
         "## Code\n",
         "The folder has code of its own, which diffusers runs with `trust_remote_code=True` only: "
         f"{', '.join(f'`{file}`' for file in files)}. Nothing else has to be installed.\n",
+        "## Integrity\n",
+        f"`sha256sum --check {CHECKSUMS}` in this folder finds every file that was altered since it was written. "
+        "diffusers itself does not compare them.\n",
         "## Figures\n",
         *(figures(evaluations) if evaluations else ["No evaluation of this checkpoint is recorded.\n"]),
         "## Lineage\n",

@@ -229,7 +229,7 @@ def restore(trainer: Trainer, directory: Path) -> None:
     Raises ValueError if a tensor is missing or of another shape.
     """
     targets = trainer.state_tensors()
-    if (directory / STATE).exists():
+    if checkpoints.is_distributed(directory):
         with raise_value_error(directory / STATE):
             dcp.load(
                 targets,

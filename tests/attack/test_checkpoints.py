@@ -165,6 +165,21 @@ def test_functions_are_never_called(tmp_path, name, is_archive):
     assert not (tmp_path / f"{CANARY}.npy").exists()
 
 
+def test_an_archive_of_a_later_version_is_refused(tmp_path):
+    data = bytearray(saved(content()))
+    data[data.index(b"PK\x01\x02") + 6] = 255  # the version that is needed to extract the first entry
+    (tmp_path / "c.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"c.pt cannot be read: it is not a PyTorch checkpoint, or it is truncated"):
+        formats.read(tmp_path / "c.pt", base_latent_size=8)
+
+
+def test_an_index_with_a_name_that_is_too_long_is_refused(tmp_path):
+    index = {"metadata": {}, "weight_map": {"cond_proj.weight": "9" * 400}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"is missing; copy the complete checkpoint"):
+        formats.read(tmp_path / "model.safetensors.index.json", base_latent_size=8)
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     count, files, put = KINDS[sys.argv[1]]

@@ -10,5 +10,7 @@ import shutil
 from slurm.devcluster import lifecycle, packages
 from tests.support import browser_fixture
 
+FAKETIME = {"faketime": "faketime"}  # of tests/attack/test_clock.py
+
 if __name__ == "__main__" and shutil.which("apt-get") and os.geteuid() == 0:
-    packages.install({**lifecycle.PACKAGES, **lifecycle.ACCOUNTING_PACKAGES, **browser_fixture.PACKAGES})
+    packages.install({**lifecycle.PACKAGES, **lifecycle.ACCOUNTING_PACKAGES, **browser_fixture.PACKAGES, **FAKETIME})

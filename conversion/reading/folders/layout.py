@@ -7,6 +7,7 @@ transformer/, transformer_ema/, unet/                         trainers of diffus
 mp_rank_00_model_states.pt, or latest that names its folder   DeepSpeed, also within accelerate's and Lightning's
 """
 
+import os
 from pathlib import Path
 from typing import TypedDict
 
@@ -92,7 +93,7 @@ def files_of_index(path: Path) -> dict[str, list[str]]:
     for key, name in index["weight_map"].items():
         if not name or name != Path(name).name or name in (".", ".."):
             raise ValueError(f"{path}: {name!r} is not the name of a file in its folder; correct the index")
-        if not (path.parent / name).is_file():
+        if not os.path.isfile(path.parent / name):  # noqa: PTH113 - Path.is_file raises an error for a long name
             raise ValueError(f"{path}: its file {name!r} is missing; copy the complete checkpoint")
         files.setdefault(name, []).append(key)
     return files

@@ -1,6 +1,6 @@
 """Space for a recipe's dataset and checkpoints: what is free on the file system, and what the user's quota leaves."""
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -44,7 +44,7 @@ def existing(folder: Path) -> Path:
 
 def quota_left(folder: Path) -> float | None:
     """Return the bytes that this user's quota leaves, by `lfs quota` on Lustre, else by `quota`; None if unknown."""
-    user = getpass.getuser()
+    user = str(os.getuid())  # not every user has a name
     for words in (["lfs", "quota", "-q", "-u", user, str(folder)], ["quota", "--no-wrap", "--user", user]):
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS)

@@ -12,6 +12,7 @@ import torch
 
 from conversion import to_bf16
 from conversion.export.writers import EXPORTS
+from conversion.reading import formats
 from jobs.state.checkpoint_names import checkpoint_record
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint.directory import Checkpoint
@@ -137,6 +138,39 @@ def test_the_conversion_to_bf16_refuses_the_files_that_load_refuses(converted, t
     damage(copy / name)
     assert to_bf16.main([str(copy), "--output", str(output)]) == 2
     assert not output.exists()
+
+
+@pytest.mark.parametrize("part", ["transformer", "ema", f"ema/{checkpoints.WEIGHTS}"])
+def test_a_damaged_part_of_a_checkpoint_is_refused(converted, tmp_path, part):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    assert formats.read(copy / part, base_latent_size=8).stage == 2
+    flip(0.9)(copy / part if (copy / part).is_file() else copy / part / checkpoints.WEIGHTS)
+    with pytest.raises(ValueError, match=r"missing, damaged or truncated; use another checkpoint"):
+        formats.read(copy / part, base_latent_size=8)
+
+
+def test_weights_in_fp8_are_not_read_without_their_scales(converted):
+    with pytest.raises(ValueError, match=r"has dtype torch.float8_e4m3fn, whose scale is not known; give a folder"):
+        formats.read(converted / "inference" / checkpoints.WEIGHTS, base_latent_size=8, ignore_unknown=True)
+
+
+def test_a_folder_that_the_metadata_does_not_list_is_not_read(converted, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    (copy / "state").mkdir()
+    (copy / "state" / ".metadata").write_bytes(b"damaged")
+    assert checkpoints.load(copy).model.keys() == checkpoints.load(converted).model.keys()
+
+
+@pytest.mark.parametrize("key", ["files", "sha256"])
+def test_no_damaged_key_turns_checksums_off(converted, tmp_path, key):
+    copy = tmp_path / "copy"
+    shutil.copytree(converted / "inference", copy)
+    record = copy / loading.INFERENCE_FILE
+    record.write_text(record.read_text().replace(f'"{key}": ', f'"{key[:-1]}z": '))
+    with pytest.raises(ValueError, match=r"inference.json: was edited or is damaged"):
+        loading.load(copy)
 
 
 def test_a_checkpoint_of_version_0_1_is_read(converted, tmp_path):

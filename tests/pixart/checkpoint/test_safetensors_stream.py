@@ -1,6 +1,7 @@
 """Safetensors files of any size, with and without direct I/O, compared with the reader of the safetensors library."""
 
 import errno
+import fcntl
 import os
 
 import pytest
@@ -13,19 +14,31 @@ from pixart.checkpoint.safetensors_stream import BLOCK, differing_tensors, map_t
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 
-@pytest.fixture(params=[True, False], ids=["direct", "cached"])
+@pytest.fixture(params=["direct", "refused at open", "refused at use"])
 def _file_system(request, monkeypatch):
     """File system of the tests, with and without direct I/O."""
-    if request.param:
+    if request.param == "direct":
         return
-    original = os.open
+    original = {name: getattr(os, name) for name in ("open", "pwrite", "preadv")}
 
     def open_without_direct(path, flags, *mode):
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return original(path, flags, *mode)
+        return original["open"](path, flags, *mode)
 
-    monkeypatch.setattr(os, "open", open_without_direct)
+    def transfer_without_direct(name):
+        def transfer(descriptor, *arguments):
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            return original[name](descriptor, *arguments)
+
+        return transfer
+
+    if request.param == "refused at open":
+        monkeypatch.setattr(os, "open", open_without_direct)
+    else:
+        for name in ("pwrite", "preadv"):
+            monkeypatch.setattr(os, name, transfer_without_direct(name))
 
 
 @pytest.mark.usefixtures("_file_system")
