@@ -21,8 +21,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.saving import make_dataset
+from conversion.convert import convert
 from conversion.options import Options
-from conversion.to_fp8 import convert
 from pixart.checkpoint import directory as checkpoints
 from pixart.checkpoint import integrity, safetensors_stream
 from pixart.checkpoint.directory import Checkpoint

@@ -1,4 +1,8 @@
-"""Progress of a conversion: a bar on a terminal, one line per step in a log, which names the step as it begins."""
+"""Progress of a conversion: a bar on a terminal, one line per step in a log.
+
+The line of a step names it as it begins. That of the first step, in which invalid input is found, is printed when it
+has ended, so that an error is one line.
+"""
 
 import sys
 import time
@@ -14,6 +18,7 @@ class Progress:
 
     def __init__(self, steps: int, *, enabled: bool = True) -> None:
         self.name, self.started, self.enabled = "", 0.0, enabled
+        self.steps_done = 0
         self.bar = None
         if enabled and sys.stderr.isatty():
             columns = (MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -26,7 +31,7 @@ class Progress:
         self.name, self.started = name, time.perf_counter()
         if self.bar:
             self.bar.update(self.task, description=name)
-        elif self.enabled:
+        elif self.enabled and self.steps_done:
             print(name, end=": ", file=sys.stderr, flush=True)
 
     def end(self) -> None:
@@ -35,7 +40,9 @@ class Progress:
             if self.bar:
                 self.bar.advance(self.task)
             elif self.enabled:
-                print(f"{time.perf_counter() - self.started:.1f} s", file=sys.stderr, flush=True)
+                name = "" if self.steps_done else f"{self.name}: "
+                print(f"{name}{time.perf_counter() - self.started:.1f} s", file=sys.stderr, flush=True)
+            self.steps_done += 1
         self.name = ""
 
     def __enter__(self) -> "Progress":
@@ -48,7 +55,7 @@ class Progress:
     ) -> None:
         if error is None:
             self.end()
-        elif self.name and self.enabled and not self.bar:
+        elif self.name and self.enabled and self.steps_done and not self.bar:
             print("failed", file=sys.stderr, flush=True)
         if self.bar:
             self.bar.stop()

@@ -22,7 +22,9 @@ PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "doc
 README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = re.findall(r"^    python -m ([a-z0-9_.]+) ?(.*)$", README, re.MULTILINE)
 FOREIGN = {
+    "--check",  # of sha256sum
     "--nproc-per-node",
+    "--strict",  # of sha256sum
     "--backend-store-uri",
     "--images",
     "--editable",

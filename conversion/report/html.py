@@ -24,7 +24,7 @@ COLORS = [f"var(--c{index})" for index in range(8)]
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """Render the report of `to_fp8.convert` as an HTML document."""
+    """Render the report of `convert` as an HTML document."""
     verdict = "PASS" if report["acceptance"]["passed"] else "FAIL"
     sections = (acceptance, source, strategies, losses, layers, plan, tensor_provenance)
     title = f"{verdict}: conversion of {report['source']} to FP8"

@@ -25,7 +25,7 @@ T_COLUMNS = (1, 3, 5, 6, 7, 9, 11)  # indices of the report's values of t that a
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """Render the report of `to_fp8.convert` as lines of text."""
+    """Render the report of `convert` as lines of text."""
     sizes = ", ".join(f"{key} {value}" for key, value in report["config"].items() if value is not None)
     origin = "inferred from shapes" if report["config_inferred"] else "stored in the source"
     counts = ", ".join(f"{count} {kind}" for kind, count in report["tensor_counts"].items() if count)

@@ -54,7 +54,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         ),
         "open": Entry(
             "results.open",
-            "Show the page of a run, or serve a page that browses the captions of a dataset.",
+            "Show the page of a run, compare training runs, or browse the captions of a dataset.",
         ),
         "lineage": Entry("results.lineage", "Show what a run, an image, a checkpoint or a dataset was made from."),
         "release": Entry("results.release", "Register the EMA weights of a checkpoint as a model version in MLflow."),

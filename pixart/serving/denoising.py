@@ -38,33 +38,55 @@ def noise_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> Tens
     return scheduler.sigmas.clone()
 
 
-@torch.no_grad()
-def advance(model: DiT, batch: Sequence[Trajectory]) -> None:
-    """Take one Euler step of each trajectory, all by one call of the model.
+class Denoiser:
+    """Takes steps of batches of trajectories by a model.
 
-    The model is evaluated twice for an image with guidance, and once for one whose guidance is 1.
+    The conditioning of a batch is kept until other images are in it, since putting it together copies all of it.
     """
-    device = model.device
-    guided = [index for index, item in enumerate(batch) if item.guidance != 1]
-    evaluated = [*batch, *(batch[index] for index in guided)]
-    latents = torch.stack([item.latents for item in evaluated])
-    t = torch.tensor([1 - item.sigmas[item.step].item() for item in evaluated], device=device)
-    conditioning = {
-        key: torch.cat(
-            [*(item.conditioning[key] for item in batch), *(batch[index].null_conditioning[key] for index in guided)]
-        )
-        for key in batch[0].conditioning
-    }
-    velocity, unconditional = model(latents, t, **conditioning).split([len(batch), len(guided)])
-    if guided:
-        velocity = velocity.clone()
-        for guidance, indices in groups(guided, lambda index: batch[index].guidance):
-            rows = [guided.index(index) for index in indices]
-            velocity[indices] = unconditional[rows] + guidance * (velocity[indices] - unconditional[rows])
-    for item, output in zip(batch, -velocity.float(), strict=True):
-        item.latents = item.latents.float() + (item.sigmas[item.step + 1] - item.sigmas[item.step]) * output
-        item.step += 1
-        item.largest_batch = max(item.largest_batch, len(batch))
+
+    def __init__(self, model: DiT) -> None:
+        self.model = model
+        self._batch: list[Trajectory] = []
+        self._conditioning: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def advance(self, batch: Sequence[Trajectory]) -> None:
+        """Take one Euler step of each trajectory, all by one call of the model.
+
+        The model is evaluated twice for an image with guidance, and once for one whose guidance is 1.
+        """
+        guided = [index for index, item in enumerate(batch) if item.guidance != 1]
+        latents = torch.stack([item.latents for item in batch])
+        sigmas = torch.stack([item.sigmas[item.step : item.step + 2] for item in batch])
+        t = (1 - sigmas[:, 0]).to(self.model.device)
+        velocity, unconditional = self.model(
+            torch.cat([latents, latents[guided]]), torch.cat([t, t[guided]]), **self._conditioning_of(batch, guided)
+        ).split([len(batch), len(guided)])
+        if guided:
+            velocity = velocity.clone()
+            for guidance, indices in groups(guided, lambda index: batch[index].guidance):
+                rows = [guided.index(index) for index in indices]
+                velocity[indices] = unconditional[rows] + guidance * (velocity[indices] - unconditional[rows])
+        lengths = (sigmas[:, 1] - sigmas[:, 0]).to(self.model.device)[:, None, None, None]
+        for item, output in zip(batch, latents.float() + lengths * -velocity.float(), strict=True):
+            item.latents = output
+            item.step += 1
+            item.largest_batch = max(item.largest_batch, len(batch))
+
+    def _conditioning_of(self, batch: Sequence[Trajectory], guided: Sequence[int]) -> dict[str, Tensor]:
+        """Return the conditionings of a batch, followed by the null conditionings of its images with guidance."""
+        if list(batch) != self._batch:
+            self._batch = list(batch)
+            self._conditioning = {
+                key: torch.cat(
+                    [
+                        *(item.conditioning[key] for item in batch),
+                        *(batch[index].null_conditioning[key] for index in guided),
+                    ]
+                )
+                for key in batch[0].conditioning
+            }
+        return self._conditioning
 
 
 def groups(indices: Iterable[int], key: Callable[[int], float]) -> list[tuple[float, list[int]]]:

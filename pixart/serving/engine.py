@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixart.sampling.pipeline import PixArtPipeline
-from pixart.serving.denoising import Trajectory, advance, noise_sigmas
+from pixart.serving.denoising import Denoiser, Trajectory, noise_sigmas
 from pixart.serving.jobs import Failed, Finished, Job, JobQueue, Preview
 from pixart.serving.metrics import Metrics
 
@@ -26,6 +26,7 @@ class Engine:
 
     def __init__(self, pipelines: Mapping[str, PixArtPipeline], queue: JobQueue, metrics: Metrics) -> None:
         self.pipelines, self.queue, self.metrics = pipelines, queue, metrics
+        self.denoisers = {name: Denoiser(pipeline.transformer) for name, pipeline in pipelines.items()}
         self.active: list[tuple[Job, int, Trajectory]] = []
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.begun = time.monotonic()  # of the time since images were last finished, or since the batch was empty
@@ -95,8 +96,9 @@ class Engine:
 
     def step(self) -> None:
         """Take one step of all images, and send previews and finished images to their jobs."""
-        pipeline, begun = self.pipelines[self.active[0][0].request.weights], time.perf_counter()
-        advance(pipeline.transformer, [trajectory for *_, trajectory in self.active])
+        weights, begun = self.active[0][0].request.weights, time.perf_counter()
+        pipeline = self.pipelines[weights]
+        self.denoisers[weights].advance([trajectory for *_, trajectory in self.active])
         finished = [entry for entry in self.active if entry[2].is_finished]
         previews = [entry for entry in self.active if entry[2].step - 1 in entry[2].preview_steps]
         images = decode(pipeline, [trajectory.latents for *_, trajectory in (*finished, *previews)])

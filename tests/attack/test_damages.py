@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from conversion.convert import convert
 from conversion.options import Options
 from conversion.reading import formats
 from conversion.to_bf16 import restore
-from conversion.to_fp8 import convert
 from jobs.tasks import sample
 from jobs.tracking import model_registry
 from pixart.checkpoint import directory as checkpoints

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import to_bf16, to_fp8
+from conversion import convert, to_bf16, to_fp8
 from conversion.reading import formats
 from conversion.report.text import UNTRAINED_GUIDANCE
 from jobs.tasks import caption, init_dataset, latents
@@ -139,7 +139,7 @@ def test_eps_is_kept_by_export_and_from_pretrained(tmp_path, capsys):
     assert linear.float8_linears(exported)
 
     assert to_bf16.main([str(folder)]) == 0
-    again = to_fp8.training_of_source(formats.read(tmp_path / "model_3.bf16"), 2)  # nothing is skipped in this one
+    again = convert.training_of_source(formats.read(tmp_path / "model_3.bf16"), 2)  # nothing is skipped in this one
     assert again == {
         "stages": [2, 2],
         "skipped_extra_states": {},

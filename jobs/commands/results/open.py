@@ -1,4 +1,4 @@
-"""Show the page of a run or of several training runs, or serve a page that browses the captions of a dataset.
+"""Show the page of a run, compare training runs, or browse the captions of a dataset.
 
 The path of the page is printed. A run's page is updated first, unless the run is read-only. The page of several runs
 compares their results, settings and curves, and is written to `comparisons` in the home folder. The page of a dataset
