@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conversion import to_fp8
+from conversion.reading import formats
 from jobs import launch
 from jobs.tasks import caption, init_dataset, latents
 from pixart.checkpoint import directory as checkpoints
@@ -50,7 +51,7 @@ def test_train_convert_and_sample_refuse_a_dataset_of_the_other_range(original, 
     assert all(part in refusal(capsys, words, tmp_path) for part in both)
 
     checkpoint = tmp_path / "bf16"
-    start = to_fp8.formats.read(original, base_latent_size=8)
+    start = formats.read(original, base_latent_size=8)
     checkpoints.save(start, checkpoint)
     words = ["train", "--recipe", "demo", "--from", str(checkpoint), "--dataset", dataset, "--set", "stage1.steps=20"]
     assert all(part in refusal(capsys, words, tmp_path) for part in both)
@@ -64,7 +65,7 @@ def test_a_dataset_in_0_1_has_other_latents_and_trains_the_checkpoint(original, 
     latents.run(data.path, [0])
     assert manifests.read(data.path).data.pixel_range == (0, 1)
 
-    start = to_fp8.formats.read(original, base_latent_size=8)
+    start = formats.read(original, base_latent_size=8)
     checkpoints.save(start, tmp_path / "bf16")
     settings = ["steps=12", "global_batch_size=8", "preview_every=0", "validate_every=0", "num_validation_samples=0"]
     overrides = [word for setting in settings for word in ("--set", f"stage1.{setting}")]

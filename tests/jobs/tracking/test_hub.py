@@ -1,6 +1,7 @@
 """`release --push-to-hub` against a model hub on this machine, with an evaluation of the checkpoint."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
@@ -15,32 +16,34 @@ NAME = ["--name", "pushed", "--push-to-hub"]
 
 @pytest.fixture
 def evaluated(small_demo: Demo):
-    """Demo with an evaluation of its last checkpoint, which is removed at the end, as other tests take the newest."""
+    """Demo and an evaluation of its last checkpoint, which is removed at the end, as other tests take the newest."""
     before = {path for kind in ("evaluate", "summarize") for path in small_demo.runs(kind)}
     kept = set(small_demo.home.glob("evaluations/*"))
     words = ["--reference", "none", "--set", "evaluation.num_prompts=4", "--set", "evaluation.num_shards=1"]
     done = small_demo.command("evaluate", str(small_demo.runs("train")[-1]), *words, "--set", "sample.steps=2")
     assert done.returncode == 0, done.stderr
-    yield small_demo
+    (folder,) = set(small_demo.home.glob("evaluations/*")) - kept
+    yield small_demo, folder
     made = {path for kind in ("evaluate", "summarize") for path in small_demo.runs(kind)} - before
-    for path in made | (set(small_demo.home.glob("evaluations/*")) - kept):
+    for path in (*made, folder):
         shutil.rmtree(path)
 
 
-def test_a_release_is_pushed_with_its_card_and_evaluation(evaluated: Demo, hub, monkeypatch, tmp_path):
+def test_a_release_is_pushed_with_its_card_and_evaluation(evaluated: tuple[Demo, Path], hub, monkeypatch, tmp_path):
     """The uploaded files are a pipeline that loads; the card has figures, lineage and licences."""
+    demo, folder = evaluated
     monkeypatch.setenv("HF_ENDPOINT", hub)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    run = evaluated.runs("train")[-1]
-    done = evaluated.command("release", str(run), *NAME, "owner/new")
+    run = demo.runs("train")[-1]
+    done = demo.command("release", str(run), *NAME, "owner/new")
     assert done.returncode == 2
     assert "did not take it (" in done.stderr
     assert "set HF_TOKEN" in done.stderr
     assert Hub.uploaded == {}
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    done = evaluated.command("release", str(run), *NAME, "owner/new")
+    done = demo.command("release", str(run), *NAME, "owner/new")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"pushed: {hub}/owner/new"
     assert [item["name"] for item in Hub.created] == ["new"]
@@ -51,7 +54,6 @@ def test_a_release_is_pushed_with_its_card_and_evaluation(evaluated: Demo, hub, 
     assert image.images[0].size == (64, 64)
 
     card = Hub.uploaded["README.md"].decode()
-    (folder,) = evaluated.home.glob("evaluations/*")
     for text in (
         "library_name: diffusers",
         "# owner/new",
@@ -63,7 +65,7 @@ def test_a_release_is_pushed_with_its_card_and_evaluation(evaluated: Demo, hub, 
     ):
         assert text in card, card
     path = f"release/step-00000012/evaluations/{folder.name}"
-    artifacts = Tracker(evaluated.home).client.list_artifacts(str(run_id(run)), path)
+    artifacts = Tracker(demo.home).client.list_artifacts(str(run_id(run)), path)
     assert sorted(item.path.rpartition("/")[2] for item in artifacts) == ["evaluation.html", "evaluation.json"]
 
 
