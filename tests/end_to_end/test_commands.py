@@ -32,6 +32,8 @@ from pixart.model.fp8.plan import Plan
 from pixart.recipes import demo
 from tests.support.environment import bare_environment
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     """Run a command line as a user does, without variables of the suite."""

@@ -18,6 +18,8 @@ from pixart.model.dit import DiT
 from pixart.recipes import demo
 from tests.support.environment import bare_environment
 
+pytestmark = pytest.mark.slow
+
 SQUARES = [[64, 64]]
 BUCKETS = "64x64,96x48"
 ODD_BUCKETS = "64x64,72x56"  # latents of 7 x 9, which a patch of 2 does not divide

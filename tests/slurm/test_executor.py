@@ -128,6 +128,7 @@ def wait_for(file: Path) -> str:
     return file.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_array", [False, True])
 def test_local_processes_outlive_an_interrupt(tmp_path: Path, is_array: bool):
     """Ctrl-C reaches all processes of a terminal; the launcher alone ends them."""

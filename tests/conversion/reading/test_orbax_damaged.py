@@ -18,7 +18,7 @@ from tests.support.equinox_model import COUNT, MU, NU, Arrays
 
 Q_PROJ = "dit_blocks.0.attention.attention.q_proj.weight"
 Q_NORM = "dit_blocks.0.attention.attention.q_norm"
-pytestmark = pytest.mark.usefixtures("without_jax")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_jax")]
 
 
 def refusal(path: Path, capsys: pytest.CaptureFixture) -> str:

@@ -27,6 +27,8 @@ from pixart.checkpoint.directory import Checkpoint
 from pixart.model.dit import DiT, parameter_groups
 from tests.support.checkpoints import CONFIG, legacy_content
 
+pytestmark = pytest.mark.slow
+
 BUFFERS = ("time_proj.freqs", "pos_embed.div_term")
 Content = dict[str, Any]
 Writer = Callable[[Content], Content]

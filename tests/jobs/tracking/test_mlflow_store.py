@@ -22,6 +22,8 @@ from pixart.recipes import demo
 from slurm.task import ATTEMPTS
 from tests.support import reporting_tasks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

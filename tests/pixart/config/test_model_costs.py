@@ -28,6 +28,7 @@ ENCODERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_dim", [48, 2048])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from pixart.demo.patch_vae import DEMO_VAE, PatchAutoencoder, fit
 from pixart.demo.scenes import make_scene, render
 
+pytestmark = pytest.mark.slow
+
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 
 

@@ -9,6 +9,8 @@ from pixart.demo.patch_vae import DEMO_VAE, PatchAutoencoder
 from pixart.demo.scene_scorer import SceneAccuracy, largest_region, read_scene, score
 from pixart.demo.scenes import BACKGROUNDS, Scene, make_scene, render
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:

@@ -13,6 +13,8 @@ from tests.support.evaluation import blurred, mutated, noisy, scenes
 from tests.support.fidelity import FOLDER, fidelity
 from tests.support.vllm_fixture import needs_vllm
 
+pytestmark = pytest.mark.slow
+
 DIM, COUNT = 48, 300
 
 

@@ -22,6 +22,8 @@ from tests.pixart.serving.test_openai_api import client
 from tests.support.cluster_fixture import wait_until
 from tests.support.serving_fixture import HeldSteps
 
+pytestmark = pytest.mark.slow
+
 PATH = "/v1/images/generations"
 PROMPT = {"prompt": "a star"}
 

@@ -52,6 +52,7 @@ def test_old_checkpoints_are_removed_without_being_read_if_none_is_kept(tmp_path
     assert [folder.exists() for folder in folders] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, ranks):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

@@ -1,6 +1,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 HANG = """
 import threading, time
 from pixart.training.watchdog import HangWatchdog

@@ -20,6 +20,8 @@ from pixart.recipes import demo
 from tests.support.bucketed_recipe import write_images
 from tests.support.environment import bare_environment
 
+pytestmark = pytest.mark.slow
+
 BUCKETS = "128x128,192x96,96x192"
 CHANGES = ["data.image_size=128", f"data.aspect_buckets={BUCKETS}"]
 

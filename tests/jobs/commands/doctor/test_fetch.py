@@ -4,8 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.environment import bare_environment
 from tests.support.hub_fixture import Hub
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[4]
 

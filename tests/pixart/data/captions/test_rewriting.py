@@ -19,6 +19,8 @@ from pixart.data.captions.captioner import SEEDS
 from pixart.data.captions.rewriting import rewrite, server_generator
 from pixart.data.captions.similarity import compare, describe, jensen_shannon_divergence, report
 
+pytestmark = pytest.mark.slow
+
 
 def test_both_instructions_specify_the_same_style():
     assert STYLE in IMAGE_INSTRUCTION

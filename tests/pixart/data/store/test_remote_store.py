@@ -26,6 +26,8 @@ from pixart.data.manifest import Manifest
 from pixart.data.store import zarr_store as stores
 from pixart.data.store.zarr_store import Store
 
+pytestmark = pytest.mark.slow
+
 URL = "s3://bucket/sets/dataset"
 
 

@@ -17,6 +17,8 @@ from pixart.training.process_group import full_cpu_tensor, process_group
 from tests.support import ranks
 from tests.support.fp8_models import fp8_model, inputs, plan_of
 
+pytestmark = pytest.mark.slow
+
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ to compile for a CPU")
 FALLBACK_LINEAR = "dit_blocks.0.mlp.linear1"
 
