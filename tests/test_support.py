@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.distribution import distribute, group
+from tests.support.distribution import COLLECTED, distribute, group
 from tests.support.recovery_times import RECOVERY, table
 
 
@@ -48,10 +48,15 @@ def test_the_longest_groups_come_first():
     assert [items.index(item) for item in ordered] == [6, 2, 4, 1, 3, 5, 0]
 
 
-@pytest.mark.parametrize(
-    ("name", "fixture"), [("slurm", "dev_cluster"), ("vllm", "vllm_environment"), ("demo", "small_demo")]
-)
+FIXTURES = {"slurm": "dev_cluster", "vllm": "vllm_environment", "demo": "small_demo"}
+
+
+@pytest.mark.parametrize(("name", "fixture"), FIXTURES.items())
 def test_tests_of_an_expensive_fixture_are_in_its_groups(request, name: str, fixture: str):
-    """All tests of this session that use the fixture belong to one of its groups."""
-    users = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
+    """All tests that use one of the fixtures alone belong to one of its groups."""
+    users = [
+        item
+        for item in request.config.stash[COLLECTED]
+        if set(FIXTURES.values()) & set(getattr(item, "fixturenames", ())) == {fixture}
+    ]
     assert {group(item.nodeid).partition("-")[0] for item in users} <= {name}

@@ -17,6 +17,7 @@ import pytest
 
 ALONE = "performance"  # the group of the tests that measure time
 ALONE_SECONDS = 1200  # maximum wait for the other workers
+COLLECTED = pytest.StashKey[tuple[pytest.Item, ...]]()  # all tests, also those that the options deselect
 ENDED = "ended"  # key of a worker's input: the folder where each worker creates a file with its ID when it ends
 
 # Groups and the pattern of their tests' names, the longest first; all other groups are files.
@@ -28,8 +29,9 @@ GROUPS = {
     "slurm-caption": r"test_slurm\.py::test_a_fault_changes_nothing\[.*-caption\]",
     "vllm": r"end_to_end/test_recaption\.py|captions/test_captioner\.py|model/test_gpu_kernels\.py|test_distances\.py|"
     r"evaluation/test_judge\.py|test_serve\.py::test_vllm_",
-    "demo": r"tasks/test_evaluate\.py|tracking/test_hub\.py|reports/test_browser\.py|attack/test_(pages|records)\.py|"
-    r"end_to_end/test_(pages|estimate|moved_home)\.py|test_commands\.py::test_demo_|test_serve\.py::test_a_released_",
+    "demo": r"tasks/test_evaluate\.py|tracking/test_hub\.py|reports/test_browser\.py|tests/test_(prose|reference)\.py|"
+    r"attack/test_(pages|records|read_only_home)\.py|end_to_end/test_(pages|estimate|moved_home)\.py|"
+    r"test_commands\.py::test_demo_|test_serve\.py::test_a_released_",
     ALONE: r"^tests/performance/",
 }
 
@@ -74,7 +76,9 @@ class Workers:
         self.folder = self.folder or Path(tempfile.mkdtemp(prefix="pytest-workers-"))
         node.workerinput[ENDED] = str(self.folder)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        config.stash[COLLECTED] = tuple(items)
         if hasattr(config, "workerinput"):
             distribute(items)
 
