@@ -32,6 +32,7 @@ GROUPS = {
     "demo": r"tasks/test_evaluate\.py|tracking/test_hub\.py|reports/test_browser\.py|tests/test_(prose|reference)\.py|"
     r"attack/test_(pages|records|read_only_home)\.py|end_to_end/test_(pages|estimate|moved_home)\.py|"
     r"test_commands\.py::test_demo_|test_serve\.py::test_a_released_",
+    "resume": r"training/test_resume\.py",
     ALONE: r"^tests/performance/",
 }
 
