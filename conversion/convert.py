@@ -212,7 +212,7 @@ def write(
 
 
 def dry_run(source: Path, output: Path | None, options: Options) -> str:
-    """Return a text that describes what the conversion would do, as far as it is known without measurements."""
+    """Describe what the conversion would do, without calibrating or writing anything."""
     source = formats.locate(source)
     start, batches, dataset = prepare(source, output or default_output(source), options)
     plan = plan_from_options(start, options, text_dim=batches[0].text.shape[-1])

@@ -60,7 +60,7 @@ def summary(run: Run) -> str:
     lines, _ = read_journal(run.folder)
     curves = curves_of(lines)
     facts = {
-        **results(run, curves),
+        **results(run, description["status"], curves),
         "ranks": f"{run.ranks} on {run.nodes} node{'s' * (run.nodes > 1)}",
         **{key: value for key, value in description["parameters"].items() if key not in ("steps", "nodes")},
         "initial checkpoint": description["tags"].get("pixart.parent_checkpoint"),
@@ -85,10 +85,10 @@ def comparison_page(runs: Sequence[Run]) -> str:
         lines, _ = read_journal(run.folder)
         curves = curves_of(lines)
         settings = flattened(records.read(run.folder / CONFIGURATION, dict[str, Any]))
-        settings |= {"nodes": run.nodes, "ranks": run.ranks, **read_description(run.folder)["parameters"]}
-        compared.append(
-            comparison.ComparedRun(name=run.folder.name, results=results(run, curves), settings=settings, curves=curves)
-        )
+        description = read_description(run.folder)
+        settings |= {"nodes": run.nodes, "ranks": run.ranks, **description["parameters"]}
+        figures = results(run, description["status"], curves)
+        compared.append(comparison.ComparedRun(name=run.folder.name, results=figures, settings=settings, curves=curves))
     return comparison.page(compared)
 
 
@@ -102,11 +102,10 @@ def curves_of(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]
     return curves
 
 
-def results(run: Run, curves: Mapping[str, training.Points]) -> dict[str, str]:
+def results(run: Run, status: str, curves: Mapping[str, training.Points]) -> dict[str, str]:
     """Return the status, the steps and the results of a training run."""
     last = max((step for step, _ in curves.get("train/loss", [])), default=0)
-    status = read_description(run.folder)["status"].lower()
-    return {"status": status, "steps": f"{last:,} of {run.total:,}", **training.headline(curves)}
+    return {"status": status.lower(), "steps": f"{last:,} of {run.total:,}", **training.headline(curves)}
 
 
 def times(run: Run, submitted: float) -> dict[str, str | None]:

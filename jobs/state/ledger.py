@@ -205,8 +205,8 @@ def captions_to_take_over(origin: str, origin_hash: str, shards: list[int]) -> d
     record = manifest(origin)
     if record is None or record["hash"] != origin_hash:
         raise ValueError(
-            f"dataset {origin}: its captions cannot be taken over, as it is not the dataset of hash {origin_hash}; "
-            "restore it"
+            f"dataset {origin}: its hash is not {origin_hash}, so its captions cannot be reused; restore the dataset "
+            "that they were taken from"
         )
     available = current(origin, "caption", shards, origin_hash)
     if missing := [shard for shard in shards if shard not in available]:

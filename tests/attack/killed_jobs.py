@@ -1,20 +1,25 @@
-"""The jobs that `test_kills` kills: each as a function of its folder, which a forked process runs."""
+"""The jobs that are disturbed: each as a function of its folder, which a forked process runs, and its results."""
 
 import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from conversion.convert import convert
 from conversion.options import Options
 from jobs.state.journal import Journal
 from jobs.tasks import adopt, audit, caption, init_dataset, latents, sample
+from pixart.atomic import SUFFIX
 from pixart.checkpoint import directory as checkpoints
 from pixart.config.recipe import Recipe, load, to_json
 from pixart.training.loop import train
+from tests.attack.campaign import Campaign
 from tests.jobs.tasks.test_sample import checkpoint_of
-from tests.support import adoption
+from tests.support import adoption, ranks
 from tests.support.precomputed import write_torch_shards
 
 SHARDS = [0, 1, 2, 3]
@@ -114,3 +119,46 @@ def reset(template: Path, folder: Path) -> None:
     """Put the state that a job starts from into its folder, whose path stays the same."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
+
+
+def undisturbed(
+    job: Job, recipe: Recipe, parent: Path, *, num_ranks: int | None = None
+) -> tuple[Path, Path, dict[str, str]]:
+    """Run a job undisturbed, and return the state it starts from, its folder, and its results.
+
+    `num_ranks` replaces the job's number of ranks.
+    """
+    template, folder = parent / "template", parent / "work"
+    folder.mkdir()
+    job.prepare(recipe, folder)
+    shutil.copytree(folder, template)
+    ranks.run(num_ranks or job.ranks, job.function, str(folder))
+    expected = results(folder, job)
+    assert expected
+    return template, folder, expected
+
+
+def compare(attack: Campaign, label: str, job: Job, folder: Path, expected: dict[str, str]) -> None:
+    """Record it if the results of a job have other bits than expected, or if it left temporary files behind."""
+    if results(folder, job) != expected:
+        attack.wrong(label, "its results have other bits")
+    elif left := leftovers(folder):
+        attack.wrong(label, f"left over: {left[:5]}")
+
+
+def results(folder: Path, job: Job) -> dict[str, str]:
+    """Return the SHA-256 of the files that a job has made, by their paths."""
+    paths = [path for path in sorted(folder.glob(job.results)) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(content(path)).hexdigest() for path in paths}
+
+
+def content(path: Path) -> bytes:
+    """Return the content of a file; of the captions without the seconds that the job took."""
+    if path.suffix != ".parquet":
+        return path.read_bytes()
+    table = pq.read_table(path)
+    return repr(table.select([name for name in table.column_names if name != "seconds"]).to_pydict()).encode()
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.endswith((SUFFIX, ".tmp"))]

@@ -5,7 +5,6 @@ package faketime has it.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from itertools import cycle
@@ -15,9 +14,7 @@ import pytest
 
 from pixart.config.recipe import Recipe
 from tests.attack.campaign import campaign, is_long
-from tests.attack.killed_jobs import JOBS, reset
-from tests.attack.test_kills import leftovers, results
-from tests.support import ranks
+from tests.attack.killed_jobs import JOBS, compare, reset, undisturbed
 
 pytestmark = pytest.mark.slow
 LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
@@ -65,13 +62,8 @@ def run_with_jumps(name: str, folder: Path, clock: Path) -> tuple[int | None, st
 @pytest.mark.parametrize("name", NAMES)
 def test_jumps_of_the_clock_change_no_results(name, small_recipe: Recipe, tmp_path, record_property):
     attack = campaign(f"clock jumps in {name}", short=1, long=3)
-    job, template, folder = JOBS[name], tmp_path / "template", tmp_path / "work"
-    folder.mkdir()
-    job.prepare(small_recipe, folder)
-    shutil.copytree(folder, template)
-    ranks.run(1, job.function, str(folder))
-    expected = results(folder, job)
-    assert expected
+    job = JOBS[name]
+    template, folder, expected = undisturbed(job, small_recipe, tmp_path, num_ranks=1)
     for _ in range(attack.tries):
         reset(template, folder)
         attack.figures.tries += 1
@@ -82,8 +74,6 @@ def test_jumps_of_the_clock_change_no_results(name, small_recipe: Recipe, tmp_pa
         elif code:
             attack.figures.tracebacks += 1
             attack.failures.append(f"{name}: exit code {code}: {errors}")
-        elif results(folder, job) != expected:
-            attack.wrong(name, "its results have other bits")
-        elif left := leftovers(folder):
-            attack.wrong(name, f"left over: {left[:5]}")
+        else:
+            compare(attack, name, job, folder, expected)
     attack.finish(record_property)

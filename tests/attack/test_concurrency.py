@@ -8,8 +8,8 @@ import pytest
 from jobs.tasks import audit
 from pixart.config.recipe import Recipe
 from tests.attack.campaign import campaign, is_long
-from tests.attack.killed_jobs import JOBS, reset, run_latents
-from tests.attack.test_kills import leftovers, results, wait
+from tests.attack.killed_jobs import JOBS, compare, leftovers, reset, results, run_latents, undisturbed
+from tests.attack.test_kills import wait
 from tests.support import ranks
 
 pytestmark = pytest.mark.slow
@@ -19,23 +19,16 @@ NAMES = ("caption", "latents", "audit", "adopt") if is_long() else ("latents",)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_job_twice_at_once(name, small_recipe: Recipe, tmp_path, record_property):
     attack = campaign(f"{name} twice at once", short=1, long=8)
-    job, template, folder = JOBS[name], tmp_path / "template", tmp_path / "work"
-    folder.mkdir()
-    job.prepare(small_recipe, folder)
-    shutil.copytree(folder, template)
-    ranks.run(1, job.function, str(folder))
-    expected = results(folder, job)
-    assert expected
+    job = JOBS[name]
+    template, folder, expected = undisturbed(job, small_recipe, tmp_path, num_ranks=1)
     for number in range(attack.tries):
         reset(template, folder)
         attack.figures.tries += 1
         processes = [process for _ in range(2) for process in ranks.start(1, job.function, str(folder))]
         if (codes := wait(processes)) != [0, 0]:
             attack.wrong(f"{name}, {number}", f"ended with {codes}")
-        elif results(folder, job) != expected:
-            attack.wrong(f"{name}, {number}", "its results have other bits")
-        elif left := leftovers(folder):
-            attack.wrong(f"{name}, {number}", f"left over: {left[:5]}")
+        else:
+            compare(attack, f"{name}, {number}", job, folder, expected)
     attack.finish(record_property)
 
 

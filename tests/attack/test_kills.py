@@ -1,20 +1,16 @@
 """Jobs killed at random moments, each followed by the same job: the same bits, and nothing that is left over."""
 
-import hashlib
 import os
-import shutil
 import time
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from pixart.atomic import SUFFIX
 from pixart.config.recipe import Recipe
 from tests.attack.campaign import campaign
-from tests.attack.killed_jobs import JOBS, Job, reset
+from tests.attack.killed_jobs import JOBS, compare, reset, results, undisturbed
 from tests.support import ranks
 
 pytestmark = pytest.mark.slow
@@ -49,37 +45,16 @@ def kill(processes: list[BaseProcess], seconds: float) -> set[int]:
     return started | {process.pid for process in processes if process.pid}
 
 
-def results(folder: Path, job: Job) -> dict[str, str]:
-    """Return the SHA-256 of the files that a job has made, by their paths."""
-    paths = [path for path in sorted(folder.glob(job.results)) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(content(path)).hexdigest() for path in paths}
-
-
-def content(path: Path) -> bytes:
-    """Return the content of a file; of the captions without the seconds that the job took."""
-    if path.suffix != ".parquet":
-        return path.read_bytes()
-    table = pq.read_table(path)
-    return repr(table.select([name for name in table.column_names if name != "seconds"]).to_pydict()).encode()
-
-
-def leftovers(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.endswith((SUFFIX, ".tmp"))]
-
-
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_job_is_completed_by_the_same_command(name, small_recipe: Recipe, tmp_path, record_property):
     attack = campaign(f"kills of {name}", short=2, long=29)
-    job, template, folder = JOBS[name], tmp_path / "template", tmp_path / "work"
-    folder.mkdir()
-    job.prepare(small_recipe, folder)
-    shutil.copytree(folder, template)
-    ranks.run(job.ranks, job.function, str(folder))
+    job = JOBS[name]
+    template, folder, expected = undisturbed(job, small_recipe, tmp_path)
     reset(template, folder)
     begun = time.monotonic()
     ranks.run(job.ranks, job.function, str(folder))
-    duration, expected = time.monotonic() - begun, results(folder, job)
-    assert expected
+    duration = time.monotonic() - begun
+    assert results(folder, job) == expected
     for number in range(attack.tries):
         reset(template, folder)
         seconds = duration * (number + attack.generator.random()) / attack.tries
@@ -91,10 +66,8 @@ def test_a_killed_job_is_completed_by_the_same_command(name, small_recipe: Recip
         codes = wait(again)
         if codes != [0] * job.ranks:
             attack.wrong(label, f"the second command ended with {codes}")
-        elif results(folder, job) != expected:
-            attack.wrong(label, "its results have other bits")
-        elif left := leftovers(folder):
-            attack.wrong(label, f"left over: {left[:5]}")
+        else:
+            compare(attack, label, job, folder, expected)
         if alive := [pid for pid in pids if is_running(pid)]:
             attack.wrong(label, f"processes still run: {alive}")
         if shared := [path.name for path in SHARED_MEMORY.iterdir() if set(numbers(path.name)) & pids]:

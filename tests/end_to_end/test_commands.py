@@ -31,6 +31,7 @@ from pixart.model.dit import DiT
 from pixart.model.fp8.plan import Plan
 from pixart.recipes import demo
 from tests.support.environment import bare_environment
+from tests.support.refusal import check_refusal
 
 pytestmark = pytest.mark.slow
 
@@ -272,15 +273,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, monkeypatch,
     save_runs(tmp_path)
     before = tree(tmp_path)
     module, *arguments = command.removeprefix("python -m ").split(" ")
-    try:
-        code = importlib.import_module(module).main(arguments)
-    except SystemExit as stopped:
-        code = stopped.code
-    errors = capfd.readouterr().err
-    assert code == 2, errors
-    assert message in errors
-    assert errors.count("\n") == 1, errors
-    assert errors.startswith("error: ")
+    check_refusal(importlib.import_module(module).main, arguments, message, capfd)
     assert tree(tmp_path) == before
 
 

@@ -17,6 +17,7 @@ from pixart.data.manifest import Manifest
 from pixart.model.dit import DiT
 from pixart.recipes import demo
 from tests.support.environment import bare_environment
+from tests.support.refusal import check_refusal
 
 pytestmark = pytest.mark.slow
 
@@ -122,13 +123,5 @@ def home(tmp_path: Path, stage1: Checkpoint, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_one_line_exit_2_and_nothing_written(home, capfd, command, message):
     before = tree(home)
-    try:
-        code = launch.main(command.split(" "))
-    except SystemExit as stopped:
-        code = stopped.code
-    errors = capfd.readouterr().err
-    assert code == 2, errors
-    assert message in errors
-    assert errors.count("\n") == 1, errors
-    assert errors.startswith("error: ")
+    check_refusal(launch.main, command.split(" "), message, capfd)
     assert tree(home) == before

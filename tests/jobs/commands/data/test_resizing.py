@@ -126,7 +126,9 @@ def test_shards_that_have_no_captions_to_take_over(origin, tmp_path):
         latents.run(recipe.data.path, [1])
     manifest = tmp_path / "bare/manifest.json"
     manifest.rename(tmp_path / "manifest.json")
-    with pytest.raises(ValueError, match="its captions cannot be taken over, as it is not the dataset of hash"):
+    with pytest.raises(
+        ValueError, match=r"its hash is not [0-9a-f]+, so its captions cannot be reused; restore the dataset"
+    ):
         caption.run(recipe.data.path, [1])
 
 
